@@ -1,0 +1,93 @@
+"""Where runs live: small durable reads and writes on a local folder, NFS, s3:// or gs:// (pyarrow.fs)."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from pathlib import Path
+
+from pyarrow import fs as pafs
+
+from diffscale.errors import UserError
+
+ENVIRONMENT = "DIFFSCALE_STORAGE"
+
+
+def default_storage() -> str:
+    """`$DIFFSCALE_STORAGE`, else `~/diffscale`."""
+    return os.environ.get(ENVIRONMENT) or str(Path.home() / "diffscale")
+
+
+def is_remote(uri: str) -> bool:
+    return "://" in uri and not uri.startswith("file://")
+
+
+def check_absolute(uri: str, setting: str = "storage") -> str:
+    """The same place without `file://`; a relative path is refused (a Ray job's working directory is temporary)."""
+    path = uri.removeprefix("file://")
+    if is_remote(uri) or os.path.isabs(path):
+        return path.rstrip("/") or "/"
+    raise UserError(
+        setting=setting,
+        value=uri,
+        expected="an absolute path or a URI (s3://bucket/folder, gs://bucket/folder)",
+        fix=f"{setting}={os.path.abspath(path)}",
+    )
+
+
+def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
+    """The pyarrow filesystem of `uri` and the path inside it.
+
+    `$AWS_ENDPOINT_URL` points s3:// at another server (MinIO, moto), as it does for AWS's own tools.
+    """
+    if uri.startswith("s3://"):
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        return pafs.S3FileSystem(endpoint_override=endpoint, allow_bucket_creation=False), uri[len("s3://") :]
+    if is_remote(uri):
+        return pafs.FileSystem.from_uri(uri)
+    return pafs.LocalFileSystem(), uri.removeprefix("file://")
+
+
+def join(uri: str, *parts: str) -> str:
+    return "/".join([uri.rstrip("/"), *parts])
+
+
+def exists(uri: str) -> bool:
+    fs, path = filesystem(uri)
+    return fs.get_file_info(path).type != pafs.FileType.NotFound
+
+
+def read_bytes(uri: str) -> bytes:
+    """The whole file. Raises FileNotFoundError."""
+    fs, path = filesystem(uri)
+    with fs.open_input_stream(path) as file:
+        return file.read()
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Writes the file so that a reader sees all of it or nothing: one PUT, or a synced temporary file and a rename."""
+    fs, path = filesystem(uri)
+    if is_remote(uri):
+        with fs.open_output_stream(path) as file:
+            file.write(data)
+        return
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def list_files(uri: str, suffix: str = "", recursive: bool = False) -> list[str]:
+    """Full URIs of the files under a folder, sorted; a folder that does not exist holds none."""
+    fs, path = filesystem(uri)
+    selector = pafs.FileSelector(path, recursive=recursive, allow_not_found=True)
+    scheme = uri.split("://")[0] + "://" if is_remote(uri) else ""
+    found = (scheme + info.path for info in fs.get_file_info(selector) if info.type == pafs.FileType.File)
+    return sorted(name for name in found if name.endswith(suffix) and not Path(name).name.startswith("."))
