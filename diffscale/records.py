@@ -29,9 +29,7 @@ class Record(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=True, frozen=True)
 
     schema_version: int = Field(SCHEMA_VERSION, description="version of this table")
-    record_id: str = Field(
-        description="hash of run_id, images_seen, EMA, sampler, n, sample seed, reference, metric"
-    )
+    record_id: str = Field(description="hash of run_id, images_seen, EMA, sampler, n, sample seed, reference, metric")
     run_id: str = Field(description="hash of everything that changes the weights")
     run_name: str = Field(description="the run's name")
     created: str = Field(description="UTC time of the evaluation, ISO 8601")
@@ -67,26 +65,18 @@ class Record(BaseModel):
     cost: float | None = Field(None, description="device-hours x the price in the settings")
     train_loss: float | None = Field(None, description="mean training loss since the last evaluation")
     val_loss: float | None = Field(None, description="loss on held-out images with fixed noise")
-    val_loss_by_logsnr: list[float] | None = Field(
-        None, description="the same in quartiles of logsnr, low to high"
-    )
+    val_loss_by_logsnr: list[float] | None = Field(None, description="the same in quartiles of logsnr, low to high")
 
-    metric: str = Field(
-        description="fid, kid, fd_efficientnet_lite0, precision, ...; `fid` is only ever the real one"
-    )
+    metric: str = Field(description="fid, kid, fd_efficientnet_lite0, precision, ...; `fid` is only ever the real one")
     value: float = Field(description="distance of the samples to the training images at eval_resolution")
     value_low: float | None = Field(None, description="lower end of the 95 % interval")
     value_high: float | None = Field(None, description="upper end of the 95 % interval")
     value_heldout: float | None = Field(None, description="the same distance to held-out images")
     value_native: float | None = Field(None, description="the same distance at the training resolution")
-    memorisation: float | None = Field(
-        None, description="share of samples nearer to a training image than usual"
-    )
+    memorisation: float | None = Field(None, description="share of samples nearer to a training image than usual")
     network: str = Field(description="feature network")
     resize: str = Field(description="how images reach the network's size")
-    eval_resolution: int = Field(
-        description="common side in pixels at which samples and reference are compared"
-    )
+    eval_resolution: int = Field(description="common side in pixels at which samples and reference are compared")
     reference: str = Field(description="hash of the reference images, their resolution and resize")
     n_generated: int = Field(description="generated images")
     n_reference: int = Field(description="reference images")
@@ -154,9 +144,7 @@ def read_records(places: Iterable[str]) -> list[Record]:
         files = [place] if place.endswith(".json") else storage.list_files(place, ".json", recursive=True)
         files = [f for f in files if f == place or "/records/" in f]
         if not storage.exists(place):
-            raise UserError(
-                setting="RUNS", value=place, expected="a run's folder, a folder of runs or a record file"
-            )
+            raise UserError(setting="RUNS", value=place, expected="a run's folder, a folder of runs or a record file")
         for file in files:
             row = read_record(file)
             rows[row.record_id] = row
@@ -167,9 +155,7 @@ def read_record(uri: str) -> Record:
     try:
         data = json.loads(storage.read_bytes(uri))
         if isinstance(data, dict) and data.get("schema_version") != SCHEMA_VERSION:
-            raise ValueError(
-                f"schema_version {data.get('schema_version')!r}, this diffscale reads {SCHEMA_VERSION}"
-            )
+            raise ValueError(f"schema_version {data.get('schema_version')!r}, this diffscale reads {SCHEMA_VERSION}")
         return Record.model_validate(data)
     except (ValueError, ValidationError, RecursionError) as error:
         raise UserError(
