@@ -1,0 +1,211 @@
+"""Layers that more than one backbone uses: noise-level and label embeddings, norms, resampling, attention.
+
+Shapes: B batch, C channels, H × W image, N tokens, D width. Nothing here knows of schedules or losses; a model gets
+the noise level as log SNR (λ = ln α²/σ²) and derives the number that its embedding expects with `noise_condition`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+NoiseInput = Literal["edm", "ddpm", "angle", "gamma"]
+
+_BETA_MIN, _BETA_MAX = 0.1, 20.0  # DDPM's 1e-4 → 0.02 over 1000 steps, in continuous time
+
+
+def noise_condition(logsnr: Tensor, kind: NoiseInput) -> Tensor:
+    """The scalar that a noise-level embedding is given, from log SNR. (B,) float32 → (B,) float32.
+
+    edm: ln(σ)/4 with σ = e^(−λ/2) (Karras et al. 2022, table 1). ddpm: 1000·t of the linear-β process, inverted in
+    closed form from ln ᾱ(t) = −½(β_max−β_min)t² − β_min·t (Song et al. 2021, eq. 33). angle: 1000·t of the cosine
+    process, t = (2/π)·atan(e^(−λ/2)). gamma: 1000·sigmoid(λ), the signal fraction (Chen 2023, RIN).
+    """
+    logsnr = logsnr.float()
+    if kind == "edm":
+        return logsnr / -8
+    if kind == "ddpm":
+        spread = _BETA_MAX - _BETA_MIN
+        return 1000 * ((_BETA_MIN**2 + 2 * spread * F.softplus(-logsnr)).sqrt() - _BETA_MIN) / spread
+    if kind == "angle":
+        return 1000 * (2 / math.pi) * torch.atan(torch.exp(-logsnr / 2))
+    if kind == "gamma":
+        return 1000 * torch.sigmoid(logsnr)
+    raise ValueError(f"noise_input = {kind!r}: expected one of edm, ddpm, angle, gamma")
+
+
+class SinusoidalEmbedding(nn.Module):
+    """cos and sin of a scalar at geometric frequencies 1 … 1/max_period. (B,) → (B, dim), dim even.
+
+    endpoint: whether the lowest frequency is 1/max_period itself (DDPM, DDPM++) or one step short of it (ADM, DiT).
+    """
+
+    def __init__(self, dim: int, max_period: float = 10_000, endpoint: bool = False) -> None:
+        super().__init__()
+        if dim % 2:
+            raise ValueError(f"embedding width = {dim}: expected an even number")
+        half = dim // 2
+        exponent = torch.arange(half, dtype=torch.float32) / max(half - int(endpoint), 1)
+        self.frequencies: Tensor
+        self.register_buffer("frequencies", max_period**-exponent, persistent=False)
+
+    def forward(self, value: Tensor) -> Tensor:
+        angles = value.float()[:, None] * self.frequencies
+        return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class FourierEmbedding(nn.Module):
+    """cos and sin of a scalar at random, fixed, normally distributed frequencies. (B,) → (B, dim), dim even.
+
+    The frequencies are part of the state dict: a model is of no use with others (NCSN++, Song et al. 2021).
+    """
+
+    def __init__(self, dim: int, bandwidth: float = 16.0) -> None:
+        super().__init__()
+        if dim % 2:
+            raise ValueError(f"embedding width = {dim}: expected an even number")
+        self.frequencies: Tensor
+        self.register_buffer("frequencies", torch.randn(dim // 2) * bandwidth)
+
+    def forward(self, value: Tensor) -> Tensor:
+        angles = value.float()[:, None] * (2 * math.pi * self.frequencies)
+        return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def one_hot_or_null(label: Tensor | None, num_classes: int, batch: int, device: torch.device) -> Tensor:
+    """(B,) int64 labels → (B, num_classes) float32 one-hot rows; the label `num_classes` and None give zero rows.
+
+    Nothing here depends on values, so it works on the meta device and traces into one graph.
+    """
+    if label is None:
+        return torch.zeros(batch, num_classes, device=device)
+    return (label[:, None] == torch.arange(num_classes, device=device)).float()
+
+
+class LabelEmbedding(nn.Module):
+    """A learned vector per class; no label is the zero vector (plus the bias, where there is one).
+
+    (B,) int64 in [0, num_classes], where num_classes means "no label" → (B, dim). Rows start as N(0, 1).
+    """
+
+    def __init__(self, num_classes: int, dim: int, bias: bool = False) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.weight = nn.Parameter(torch.randn(num_classes, dim))
+        self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
+
+    def forward(self, label: Tensor | None, batch: int) -> Tensor:
+        one_hot = one_hot_or_null(label, self.num_classes, batch, self.weight.device)
+        embedding = one_hot @ self.weight
+        return embedding if self.bias is None else embedding + self.bias
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation whose groups have at least four channels, in the precision of its input.
+
+    torch.autocast on CUDA would run it in float32 and hand float32 on; the kernel already accumulates in float32.
+    """
+
+    def __init__(self, channels: int, groups: int = 32, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.groups = math.gcd(channels, min(groups, max(channels // 4, 1)))
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.group_norm(x, self.groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+def make_norm(kind: Literal["group", "layer", "none"], channels: int, eps: float = 1e-5) -> nn.Module:
+    """group: GroupNorm of 32 groups; layer: one group; none: nothing at all."""
+    if kind == "none":
+        return nn.Identity()
+    return GroupNorm(channels, groups=32 if kind == "group" else 1, eps=eps)
+
+
+class Resample(nn.Module):
+    """Factor-two resampling with a separable filter, (B, C, H, W) → (B, C, H/2, W/2) or (B, C, 2H, 2W).
+
+    The filter (1, 1) is a 2 × 2 mean on the way down and nearest neighbours on the way up. A longer filter sees zeros
+    beyond the border, unless `padded` is False: then its input already has the extra rows and columns.
+    """
+
+    def __init__(
+        self, mode: Literal["keep", "down", "up"], taps: tuple[int, ...] = (1, 1), padded: bool = True
+    ) -> None:
+        super().__init__()
+        if len(taps) % 2:
+            raise ValueError(f"resample_filter = {taps}: expected an even number of taps")
+        self.mode, self.box = mode, tuple(taps) == (1, 1)
+        self.padding = (len(taps) - 1) // 2 if padded else 0
+        line = torch.tensor(taps, dtype=torch.float32) / sum(taps)
+        self.kernel: Tensor
+        self.register_buffer("kernel", line.outer(line)[None, None], persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.mode == "keep":
+            return x
+        if self.box:
+            return F.avg_pool2d(x, 2) if self.mode == "down" else F.interpolate(x, scale_factor=2, mode="nearest")
+        channels = x.shape[1]
+        kernel = self.kernel.to(x.dtype).expand(channels, 1, -1, -1)
+        if self.mode == "down":
+            return F.conv2d(x, kernel, stride=2, padding=self.padding, groups=channels)
+        return F.conv_transpose2d(x, 4 * kernel, stride=2, padding=self.padding, groups=channels)
+
+
+def to_tokens(x: Tensor) -> Tensor:
+    """(B, C, H, W) → (B, H·W, C); free when x is channels-last."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def to_image(tokens: Tensor, height: int, width: int) -> Tensor:
+    """(B, H·W, C) → (B, C, H, W) with channels-last strides; free."""
+    return tokens.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+
+
+def multi_head_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """softmax(q·kᵀ/√d)·v over `heads` heads. q (B, N, D), k and v (B, M, D) → (B, N, D), through SDPA."""
+    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+class SelfAttention2d(nn.Module):
+    """Every pixel attends to every other: norm, q k v, attention, projection. (B, C, H, W) → the same, not yet added.
+
+    heads must divide channels.
+    """
+
+    def __init__(self, channels: int, heads: int, norm: nn.Module) -> None:
+        super().__init__()
+        if heads < 1 or channels % heads:
+            raise ValueError(f"num_heads = {heads}: expected a divisor of the {channels} channels")
+        self.heads = heads
+        self.norm = norm
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.out = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(to_tokens(self.norm(x))).chunk(3, dim=-1)
+        return to_image(self.out(multi_head_attention(q, k, v, self.heads)), *x.shape[2:])
+
+
+def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
+    """Repeat the last row and column until height and width divide by `multiple`. (B, C, H, W) → (B, C, H', W')."""
+    down, right = -x.shape[2] % multiple, -x.shape[3] % multiple
+    return F.pad(x, (0, right, 0, down), mode="replicate") if down or right else x
+
+
+def run_block(checkpointed: bool, block: Callable[..., Any], *inputs: Any) -> Any:
+    """Call a block, or, when `checkpointed` and gradients are wanted, forget its activations and recompute them."""
+    if checkpointed and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False)
+    return block(*inputs)

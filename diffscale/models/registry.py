@@ -1,0 +1,11 @@
+"""Which backbones there are, by name."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from diffscale.models.unet import UNet
+
+MODELS: dict[str, type[nn.Module]] = {
+    "unet": UNet,
+}
