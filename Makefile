@@ -1,0 +1,47 @@
+# Two commands matter: `make quickstart` (the whole product on this machine) and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: quickstart test test-slow lint benchmark install install-dev install-peers clean
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing into $(VENV) (one to three minutes) ..."
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) -e ".[dev]"
+	@touch $@
+
+$(VENV)/.installed-peers: $(VENV)/.installed-dev
+	$(PIP) -e ".[dev,peers]"
+	@touch $@
+
+install: $(VENV)/.installed
+install-dev: $(VENV)/.installed-dev
+install-peers: $(VENV)/.installed-peers
+
+quickstart: install  ## images -> trained backbones -> sweep -> report/index.html
+	$(BIN)/python -m diffscale.quickstart $(ARGS)
+
+lint: install-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint  ## ruff, mypy and the fast tests
+	$(BIN)/python -m pytest --durations=15 $(ARGS)
+
+test-slow: install-dev  ## the tests that take minutes: kill tests, overfit tests, whole sweeps
+	$(BIN)/python -m pytest -m slow --durations=15 $(ARGS)
+
+benchmark: install-peers  ## every suite, one run after the other; cut it off and call it again
+	$(BIN)/python -m benchmarks.run $(ARGS)
+
+clean:
+	rm -rf $(VENV) report quickstart

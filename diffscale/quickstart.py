@@ -1,0 +1,77 @@
+"""`make quickstart`: the whole product on this machine, from the images in the package to the report.
+
+Three backbones are trained, four settings are swept, every run is evaluated at several points of its training, and
+the report tabulates distance against compute. Called again, it takes up where it was cut off.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from diffscale.cli import load_experiment, run_app
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+BACKBONES = ("unet", "uvit", "rin")
+WORKERS = 2
+SCALE = {"smallest": 0.1, "default": 1.0}
+SAMPLES = {"smallest": 64, "default": 512}
+
+
+@app.command()
+def main(
+    storage: Annotated[Path, typer.Option(help="where the runs go")] = Path("quickstart"),
+    out: Annotated[Path, typer.Option(help="where the report goes")] = Path("report"),
+    size: Annotated[Literal["smallest", "default"], typer.Option(help="smallest is for CI")] = "default",
+) -> None:
+    """Images -> trained backbones -> sweep -> report/index.html, in a few minutes on two cores."""
+    console, started = Console(), time.monotonic()
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    place = storage.resolve()
+    shared = [f"storage={place}", f"eval.n_generated={SAMPLES[size]}"]
+
+    from diffscale import train, tune
+    from diffscale.build import open_training_data
+    from diffscale.ray_session import connect
+    from diffscale.report import write_report
+    from diffscale.sweep.ledger import Ledger
+
+    def step(number: int, what: str) -> None:
+        console.rule(f"[bold]{number}/4[/] {what}   [dim]{time.monotonic() - started:.0f} s", align="left")
+
+    step(1, "Arrow shards from the images in the package")
+    experiments = []
+    for backbone in BACKBONES:
+        preset = f"quickstart-{backbone}"
+        flops = load_experiment(preset).train.flops or 0.0
+        settings = [*shared, f"train.flops={flops * SCALE[size]}", f"train.workers={WORKERS}"]
+        experiments.append(load_experiment(preset, settings))
+    sweep = tune.load_sweep("quickstart", shared)
+    sweep_flops = (sweep.budget.trial.flops or 0.0) * SCALE[size]
+    sweep = tune.load_sweep("quickstart", [*shared, f"budget.trial.flops={sweep_flops}"])
+    data = open_training_data(experiments[0])
+    console.print(f"{data.n:,} images, {data.num_classes} classes, {data.resolution} pixels")
+
+    step(2, f"training {', '.join(BACKBONES)} through Ray Train on {WORKERS} workers")
+    connect(num_cpus=WORKERS)
+    folders = [train.run(experiment).run_folder for experiment in experiments]
+
+    step(3, "sweeping noise schedule x resolution through Ray Tune")
+    result = tune.run(Ledger(sweep))
+    folders += [folder for trial in result.trials for folder in trial.folders]
+
+    step(4, "the report")
+    write_report(folders, str(out.resolve()))
+    console.print(f"finished in {time.monotonic() - started:.0f} s")
+    if result.failed:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    run_app(app)

@@ -1,0 +1,44 @@
+"""Typed settings read off the classes that they build: a pydantic union over a dict of classes, chosen by `name`."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable, Mapping
+from functools import reduce
+from typing import Annotated, Any, Literal, get_type_hints
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
+
+
+class Named(BaseModel):
+    """Settings of one alternative of a union; `name` says which."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments of the class of that name."""
+        return {k: getattr(self, k) for k in type(self).model_fields if k != "name"}
+
+
+def union_of(kind: str, classes: Mapping[str, Callable[..., Any]], skip: set[str] = frozenset()) -> Any:  # type: ignore[assignment]
+    """The union of `settings_of` each class. A plain string is short for {"name": string}."""
+    models = [settings_of(f"{kind}.{name}", name, build, skip) for name, build in classes.items()]
+    union = reduce(operator.or_, models)
+    return Annotated[
+        union, Field(discriminator="name"), BeforeValidator(lambda v: {"name": v} if isinstance(v, str) else v)
+    ]
+
+
+def settings_of(title: str, name: str, build: Callable[..., Any], skip: set[str]) -> type[Named]:
+    """A pydantic model with the keyword parameters of `build`; all need a type and a default."""
+    target = build.__init__ if inspect.isclass(build) else build
+    hints = get_type_hints(build) | get_type_hints(target)
+    fields: dict[str, Any] = {"name": (Literal[name], name)}
+    for parameter in inspect.signature(build).parameters.values():
+        if parameter.name in skip or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+            continue
+        if parameter.default is parameter.empty or parameter.name not in hints:
+            raise TypeError(f"{title}: parameter {parameter.name} needs a type and a default to be a setting")
+        fields[parameter.name] = (hints[parameter.name], parameter.default)
+    return create_model(title, __base__=Named, **fields)

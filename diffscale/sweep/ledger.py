@@ -1,0 +1,183 @@
+"""What a sweep has done so far, read from and written to its folder and its runs' records: all that a resumed
+sweep needs, and nothing that must be unpickled.
+
+    STORAGE/sweeps/NAME-<sweep_id>/
+      sweep.yaml            the sweep's settings       trials/<point_id>.json      a point that was begun
+      ended/<point_id>.json how that trial ended       decisions/rung-R/*.json     which trials go on
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import yaml
+
+from diffscale import storage
+from diffscale.build import open_training_data
+from diffscale.cli import load_tree, merge, validate
+from diffscale.errors import UserError
+from diffscale.experiment import Experiment
+from diffscale.records import Record, identify, read_records
+from diffscale.sweep.halving import Decisions
+from diffscale.sweep.settings import Sweep, higher_is_better
+from diffscale.sweep.space import Point, nest, overrides_of, point_id, satisfies
+
+End = Literal["finished", "stopped"]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One point of the sweep as runs: an experiment for each replicate seed."""
+
+    id: str
+    point: Point
+    experiments: tuple[Experiment, ...]
+    folders: tuple[str, ...]
+
+
+class Ledger:
+    def __init__(self, sweep: Sweep) -> None:
+        self.sweep = sweep
+        self.base = load_tree(sweep.base)
+        probe = self._experiment({})
+        self.metric = sweep.metric or probe.eval.metrics[0]
+        if self.metric not in probe.eval.metrics:
+            raise UserError(
+                setting="metric", value=self.metric, expected="one of eval.metrics: " + ", ".join(probe.eval.metrics)
+            )
+        self.higher_is_better = higher_is_better(self.metric)
+        what = sweep.model_dump(mode="json", exclude={"max_concurrent", "budget"})
+        self.sweep_id = identify(base=self.base, **what)
+        self.folder = storage.join(storage.check_absolute(probe.storage), "sweeps", f"{sweep.name}-{self.sweep_id}")
+        self.decisions = Decisions(self.folder)
+
+    def begin(self) -> None:
+        text = yaml.safe_dump(self.sweep.model_dump(mode="json"), sort_keys=False)
+        storage.write_bytes(storage.join(self.folder, "sweep.yaml"), text.encode())
+
+    # ---- trials
+
+    def trial(self, point: Point) -> Trial | None:
+        """The trial of a point, or None where a constraint rules it out."""
+        overrides = overrides_of(self.sweep, point)
+        first = self._experiment(overrides)
+        if not all(satisfies(c, first.model_dump(mode="json")) for c in self.sweep.constraints):
+            return None
+        seeds = range(first.train.seed, first.train.seed + self.sweep.replicates)
+        experiments = tuple(self._experiment(overrides | {"train.seed": seed}) for seed in seeds)
+        content_hash = open_training_data(first).content_hash
+        return Trial(point_id(point), point, experiments, tuple(e.run_folder(content_hash) for e in experiments))
+
+    def _experiment(self, overrides: dict[str, Any]) -> Experiment:
+        tree = merge(self.base, nest(overrides | self._limits(overrides)))
+        return validate(tree | {"name": self.sweep.name})
+
+    def _limits(self, overrides: dict[str, Any]) -> dict[str, Any]:
+        """Where a trial ends and is evaluated: at its budget, or at the last rung and on every rung."""
+        limits: dict[str, Any] = {}
+        budget, scheduler = self.sweep.budget.trial, self.sweep.scheduler
+        for key in ("flops", "images", "device_seconds"):
+            if getattr(budget, key) is not None:
+                limits[f"train.{key}"] = getattr(budget, key)
+        if budget.money is not None:
+            limits["train.device_seconds"] = self._seconds_for(budget.money, overrides)
+        if scheduler.name != "none":
+            limits |= {"train.flops": scheduler.rungs_flops[-1], "eval.points": []}
+            limits["eval.points_flops"] = list(scheduler.rungs_flops)
+        if "train.flops" in limits and "train.images" not in limits:
+            limits["train.images"] = None
+        return limits
+
+    def _seconds_for(self, money: float, overrides: dict[str, Any]) -> float:
+        price = overrides.get("train.price_per_device_hour", self.base.get("train", {}).get("price_per_device_hour"))
+        if not price:
+            raise UserError(
+                setting="budget.money", value=money, expected="a price: set train.price_per_device_hour as well"
+            )
+        return money / float(price) * 3600
+
+    # ---- what happened
+
+    def begun(self) -> list[Point]:
+        """Every point that was begun, in the order of their files' names."""
+        files = storage.list_files(storage.join(self.folder, "trials"), ".json")
+        return [json.loads(storage.read_bytes(f)) for f in files]
+
+    def note_begun(self, point: Point) -> None:
+        storage.write_bytes(storage.join(self.folder, "trials", f"{point_id(point)}.json"), json.dumps(point).encode())
+
+    def ended(self, trial_id: str) -> End | None:
+        uri = storage.join(self.folder, "ended", f"{trial_id}.json")
+        return json.loads(storage.read_bytes(uri))["end"] if storage.exists(uri) else None
+
+    def note_ended(self, trial_id: str, end: End) -> None:
+        storage.write_bytes(storage.join(self.folder, "ended", f"{trial_id}.json"), json.dumps({"end": end}).encode())
+
+    def records(self, trial: Trial) -> list[Record]:
+        """The compared metric's rows of a trial, by compute."""
+        folders = [f for f in trial.folders if storage.exists(f)]
+        rows = [r for r in read_records(folders) if r.metric == self.metric] if folders else []
+        return sorted(rows, key=lambda r: r.train_flops)
+
+    def value(self, trial: Trial, flops: float | None = None) -> float | None:
+        """The metric (mean over the replicates) at a rung, or at the end; None until every replicate has it."""
+        values = []
+        for folder in trial.folders:
+            rows = self.records(Trial(trial.id, trial.point, (), (folder,)))
+            reached = [r for r in rows if flops is None or r.train_flops >= flops * (1 - 1e-9)]
+            if not reached:
+                return None
+            values.append(reached[-1 if flops is None else 0].value)
+        return sum(values) / len(values) if values else None
+
+    def spent(self, trials: list[Trial]) -> dict[str, float]:
+        """What all runs cost so far, by their newest record."""
+        total = {"flops": 0.0, "images": 0.0, "device_seconds": 0.0, "money": 0.0}
+        for trial in trials:
+            for folder in trial.folders:
+                rows = self.records(Trial(trial.id, trial.point, (), (folder,)))
+                if rows:
+                    last = rows[-1]
+                    total["flops"] += last.train_flops
+                    total["images"] += last.images_seen
+                    total["device_seconds"] += last.device_seconds
+                    total["money"] += last.cost or 0.0
+        return total
+
+    def over_budget(self, trials: list[Trial]) -> str | None:
+        """The limit for all trials that is used up, as a sentence, or None."""
+        spent = self.spent(trials)
+        for key, limit in self.sweep.budget.total.model_dump().items():
+            if limit is not None and spent[key] >= limit:
+                return f"budget.total.{key} = {limit:g} is used up ({spent[key]:g})"
+        return None
+
+    def best(self, trials: list[Trial]) -> Trial | None:
+        """The best among the trials that got furthest: a value at a lower rung is no match for one at a higher."""
+        reached: dict[str, tuple[float, float]] = {}
+        for trial in trials:
+            rows, value = self.records(trial), self.value(trial)
+            if rows and value is not None and math.isfinite(value):
+                compute = self._rung(rows[-1].train_flops)
+                reached[trial.id] = (-compute, -value if self.higher_is_better else value)
+        return min((t for t in trials if t.id in reached), key=lambda t: reached[t.id], default=None)
+
+    def _rung(self, flops: float) -> float:
+        return max((r for r in self.sweep.scheduler.rungs_flops if flops >= r * (1 - 1e-9)), default=0.0)
+
+
+def check_comparable(sweep: Sweep, trials: list[Trial]) -> None:
+    """A sweep over resolution needs a common eval_resolution (DECISIONS 1)."""
+    resolutions = {t.experiments[0].data.resolution for t in trials}
+    common = {t.experiments[0].eval.eval_resolution for t in trials}
+    if len(resolutions) > 1 and (len(common) > 1 or None in common):
+        raise UserError(
+            setting="eval.eval_resolution",
+            value=sorted(common, key=str),
+            expected=f"one resolution for all trials, which train at {sorted(resolutions)}: distances at different "
+            "resolutions cannot be compared",
+            fix=f"eval.eval_resolution={max(resolutions)}",
+        )

@@ -1,0 +1,148 @@
+"""The live table of a sweep's trials: rich on a terminal, one line for each change elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from ray.tune import Callback
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from diffscale.sweep.importance import importance
+from diffscale.sweep.space import label, overrides_of
+
+if TYPE_CHECKING:
+    from diffscale.sweep.ledger import Ledger, Trial
+
+REFRESH_SECONDS = 3.0
+
+
+class SweepTable:
+    """Reads the runs' records every few seconds while trials run."""
+
+    def __init__(self, ledger: Ledger, trials: list[Trial]) -> None:
+        self.ledger, self.trials = ledger, trials
+        self.console = Console()
+        self.started = time.monotonic()
+        self.stop = threading.Event()
+        self.seen: dict[str, str] = {}
+        self.at_start: dict[str, float] = {}
+
+    def callback(self) -> Callback:
+        return Callback()
+
+    def __enter__(self) -> SweepTable:
+        self.at_start = {t.id: self._flops(t) for t in self.trials}
+        self.live = Live(self._render(), console=self.console, auto_refresh=False) if sys.stdout.isatty() else None
+        if self.live:
+            self.live.start()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        self.stop.set()
+        self.thread.join()
+        self._show()
+        if self.live:
+            self.live.stop()
+
+    def _watch(self) -> None:
+        while not self.stop.wait(REFRESH_SECONDS):
+            self._show()
+
+    def _show(self) -> None:
+        if self.live:
+            self.live.update(self._render(), refresh=True)
+            return
+        for trial in self.trials:
+            line = self._line(trial)
+            if line and self.seen.get(trial.id) != line:
+                self.seen[trial.id] = line
+                print(line, flush=True)
+
+    def _flops(self, trial: Trial) -> float:
+        rows = self.ledger.records(trial)
+        return rows[-1].train_flops if rows else 0.0
+
+    def _state(self, trial: Trial) -> str:
+        return self.ledger.ended(trial.id) or ("running" if self._flops(trial) else "waiting")
+
+    def _line(self, trial: Trial) -> str:
+        rows = self.ledger.records(trial)
+        if not rows:
+            return ""
+        last = rows[-1]
+        return (
+            f"{self._state(trial):>8}  {label(trial.point)}  {self.ledger.metric} {last.value:.2f} at "
+            f"{last.train_flops:.3g} FLOPs ({last.images_seen:,} images)"
+        )
+
+    def _render(self) -> Table:
+        table = Table(title=f"sweep {self.ledger.sweep.name}: {self.ledger.metric} by trial")
+        for name in ("trial", "state", "rung", self.ledger.metric, "train FLOPs", "ETA"):
+            table.add_column(name, justify="left" if name in ("trial", "state") else "right")
+        rungs = self.ledger.sweep.scheduler.rungs_flops
+        for trial in self.trials:
+            rows = self.ledger.records(trial)
+            flops = rows[-1].train_flops if rows else 0.0
+            reached = sum(flops >= r * (1 - 1e-9) for r in rungs)
+            table.add_row(
+                label(trial.point),
+                self._state(trial),
+                f"{reached}/{len(rungs)}" if rungs else "",
+                f"{rows[-1].value:.2f}" if rows else "",
+                f"{flops:.3g}" if rows else "",
+                self._eta(trial, flops),
+            )
+        return table
+
+    def _eta(self, trial: Trial, flops: float) -> str:
+        target = trial.experiments[0].train.flops
+        gained = flops - self.at_start.get(trial.id, 0.0)
+        if not target or gained <= 0 or self.ledger.ended(trial.id):
+            return ""
+        seconds = (target - flops) / gained * (time.monotonic() - self.started)
+        return f"{max(0, seconds) / 60:.0f} min"
+
+
+def print_summary(ledger: Ledger, trials: list[Trial], best: Trial | None, failed: dict[str, str]) -> None:
+    """The finished table, which settings mattered, the best preset, and what failed."""
+    console = Console()
+    finals = sorted(trials, key=lambda t: _sort_key(ledger, t))
+    table = Table(title=f"sweep {ledger.sweep.name}: best first")
+    for name in ("trial", "end", ledger.metric, "train FLOPs"):
+        table.add_column(name, justify="left" if name in ("trial", "end") else "right")
+    for trial in finals:
+        rows, value = ledger.records(trial), ledger.value(trial)
+        end = "failed" if trial.id in failed else ledger.ended(trial.id) or "not begun"
+        table.add_row(
+            label(trial.point),
+            end,
+            "" if value is None else f"{value:.2f}",
+            f"{rows[-1].train_flops:.3g}" if rows else "",
+        )
+    console.print(table)
+    valued = [(overrides_of(ledger.sweep, t.point), ledger.value(t)) for t in trials]
+    known = [(p, v) for p, v in valued if v is not None]
+    for row in importance([p for p, _ in known], [v for _, v in known]).itertuples():
+        console.print(
+            f"  {row.setting} explains {row.importance:.0%} of the variance (95 % {row.low:.0%}-{row.high:.0%})"
+        )
+    if best is not None:
+        console.print(f"best: {label(best.point)}\n  {ledger.folder}/best.yaml", soft_wrap=True)
+    for name, reason in failed.items():
+        console.print(f"failed: {name}: {reason}", soft_wrap=True, markup=False)
+    console.print(f"results: {ledger.folder}", soft_wrap=True)
+
+
+def _sort_key(ledger: Ledger, trial: Trial) -> tuple[float, str]:
+    value = ledger.value(trial)
+    if value is None:
+        return (float("inf"), trial.id)
+    return (-value if ledger.higher_is_better else value, trial.id)
