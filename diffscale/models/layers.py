@@ -162,6 +162,12 @@ class Resample(nn.Module):
         return F.conv_transpose2d(x, 4 * kernel, stride=2, padding=self.padding, groups=channels)
 
 
+def attention_at(level: int, resolution: int, attn_resolutions: tuple[int, ...]) -> bool:
+    """Whether a level of a UNet (0 is the finest) has a side s with s ≤ wanted < 2s for one of the wanted sides."""
+    side = resolution / 2**level
+    return any(side <= wanted < 2 * side for wanted in attn_resolutions)
+
+
 def to_tokens(x: Tensor) -> Tensor:
     """(B, C, H, W) → (B, H·W, C); free when x is channels-last."""
     return x.permute(0, 2, 3, 1).flatten(1, 2)

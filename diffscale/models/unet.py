@@ -21,6 +21,7 @@ from diffscale.models.layers import (
     Resample,
     SelfAttention2d,
     SinusoidalEmbedding,
+    attention_at,
     make_norm,
     noise_condition,
     pad_to_multiple,
@@ -208,10 +209,8 @@ class UNet(nn.Module):
         )  # fmt: skip
 
         def heads_of(level: int, out: int, wanted: bool = True) -> int:
-            sides = (resolution / 2**level, resolution / 2 ** (level - 1))  # attention at s ≤ wanted side < 2s
-            if not wanted or not any(sides[0] <= a < sides[1] for a in attn_resolutions):
-                return 0
-            return num_heads or max(out // channels_per_head, 1)
+            attends = wanted and attention_at(level, resolution, attn_resolutions)
+            return (num_heads or max(out // channels_per_head, 1)) if attends else 0
 
         def resampler(c: int, mode: Literal["down", "up"]) -> nn.Module:
             return UNetBlock(c, c, settings, resample=mode) if resample == "block" else ConvResample(c, mode)
@@ -286,7 +285,7 @@ class UNet(nn.Module):
             self.embed_augment.weight.mul_(1.0 if init == "xavier" else 0.0)
 
     def embed(self, logsnr: Tensor, label: Tensor | None, augment_label: Tensor | None) -> Tensor:
-        """(B,) log SNR and the optional labels → (B, width), the vector that every block gets."""
+        """(B,) log SNR and the optional labels → (B, width), the vector that every block gets; always in float32."""
         vector = self.embed_noise(noise_condition(logsnr, self.noise_input))
         labels = self.embed_label(label, len(logsnr)) if self.embed_label is not None else 0.0
         if self.label_joins == "noise":
@@ -317,7 +316,8 @@ class UNet(nn.Module):
         image: Tensor | None = None,
     ) -> tuple[Tensor, None]:
         height, width = x_in.shape[2:]
-        embedding = self.embed(logsnr, label, augment_label)
+        with torch.autocast(x_in.device.type, enabled=False):
+            embedding = self.embed(logsnr, label, augment_label)
         pyramid = pad_to_multiple(self.with_image(x_in, image), self.multiple)
         x = self.conv_in(pyramid)
         kept = [x]
