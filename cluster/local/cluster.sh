@@ -1,0 +1,89 @@
+#!/usr/bin/env bash
+# Two Ray nodes on this machine, on loopback, with token authentication.
+#   cluster.sh up | down | status | submit COMMAND ...     (COMMAND: train, tune, evaluate, doctor ...)
+# DIFFSCALE_CLUSTER: folder of this cluster (token, process ids, Ray's files); default /tmp/diffscale-$UID
+set -euo pipefail
+umask 077
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+folder=${DIFFSCALE_CLUSTER:-/tmp/diffscale-$UID}
+port=${DIFFSCALE_PORT:-6390}
+dashboard=${DIFFSCALE_DASHBOARD_PORT:-8270}
+cpus=${DIFFSCALE_CPUS:-$(($(nproc) / 2 > 0 ? $(nproc) / 2 : 1))} # of each of the two nodes
+memory=${DIFFSCALE_OBJECT_STORE:-300000000}                      # bytes of shared memory for objects, each node
+
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$folder/auth_token"
+export RAY_API_SERVER_ADDRESS="http://127.0.0.1:$dashboard"
+export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 # keeps Ray on loopback: ray_on_loopback.py says how
+
+start() { # name, arguments of `ray start`: a process group of its own, so that `down` ends exactly what `up` began
+    local name=$1
+    shift
+    setsid python "$here/ray_on_loopback.py" start "$@" --node-ip-address=127.0.0.1 --num-cpus="$cpus" --object-store-memory="$memory" \
+        --disable-usage-stats --block > "$folder/$name.log" 2>&1 < /dev/null &
+    echo $! > "$folder/$name.pid"
+}
+
+nodes() { # how many are alive
+    ray status --address="127.0.0.1:$port" 2> /dev/null | grep -cE '^ *1 node_' || true
+}
+
+up() {
+    if [[ $(nodes) -gt 0 ]]; then
+        echo "already up: $(nodes) nodes" >&2
+        return
+    fi
+    down
+    mkdir -p "$folder"
+    chmod 700 "$folder"
+    if [[ ! -s $RAY_AUTH_TOKEN_PATH ]]; then
+        python -c 'import secrets; print(secrets.token_hex(32), end="")' > "$RAY_AUTH_TOKEN_PATH"
+    fi
+    chmod 600 "$RAY_AUTH_TOKEN_PATH"
+    start head --head --port="$port" --dashboard-host=127.0.0.1 --dashboard-port="$dashboard" \
+        --ray-client-server-port=$((dashboard + 1)) --temp-dir="$folder/ray"
+    for _ in $(seq 60); do
+        if [[ ! -e $folder/second.pid ]] && ray status --address="127.0.0.1:$port" > /dev/null 2>&1; then
+            start second --address="127.0.0.1:$port"
+        fi
+        if [[ $(nodes) -eq 2 ]]; then
+            cat << END
+Ray is up: 2 nodes x $cpus CPUs on loopback. In your shell:
+  export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$RAY_AUTH_TOKEN_PATH
+  export RAY_ADDRESS=127.0.0.1:$port RAY_API_SERVER_ADDRESS=$RAY_API_SERVER_ADDRESS
+Then: python -m diffscale.train ...   or   cluster/local/cluster.sh submit train ...
+END
+            return
+        fi
+        sleep 1
+    done
+    echo "Ray did not start; see $folder/head.log" >&2
+    exit 1
+}
+
+down() {
+    for name in second head; do
+        [[ -s $folder/$name.pid ]] || continue
+        local pid
+        pid=$(< "$folder/$name.pid")
+        kill -TERM -- "-$pid" 2> /dev/null || true
+        for _ in $(seq 50); do kill -0 -- "-$pid" 2> /dev/null || break; sleep 0.2; done
+        kill -KILL -- "-$pid" 2> /dev/null || true
+        rm -f "$folder/$name.pid"
+    done
+}
+
+case ${1:-} in
+    up) up ;;
+    down) down ;;
+    status) ray status --address="127.0.0.1:$port" ;;
+    submit)
+        shift
+        cd "$here/../.."
+        exec python -m diffscale.submit -- "$@"
+        ;;
+    *)
+        echo "usage: $0 up | down | status | submit COMMAND ..." >&2
+        exit 2
+        ;;
+esac
