@@ -109,6 +109,8 @@ class EDM2Block(nn.Module):
         clip: float = 256.0,
     ) -> None:
         super().__init__()
+        if heads and channels_out % heads:
+            raise ValueError(f"channels_per_head: {channels_out} channels cannot be split into {heads} equal heads")
         self.encoder, self.heads, self.dropout = encoder, heads, dropout
         self.residual_balance, self.attention_balance, self.clip = residual_balance, attention_balance, clip
         self.resample = Resample(resample)
@@ -276,7 +278,7 @@ class EDM2(nn.Module):
         """Rescale every filter in place to root mean square 1 (eq. 66)."""
         for module in self.modules():
             if isinstance(module, MPWeight):
-                module.weight.copy_(module.normalised())
+                module.weight.data.copy_(module.normalised())  # .data: a second pass before backward is no error
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""

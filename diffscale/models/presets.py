@@ -87,6 +87,15 @@ UNET_PRESETS: dict[str, Preset] = {
         "num_blocks": 1,
         "channels_per_head": 32,
     },
+    "unet-cifar10-small": {
+        "name": "unet",
+        "resolution": 32,
+        "model_channels": 32,
+        "channel_mult": (1, 2, 4),
+        "num_blocks": 2,
+        "attn_resolutions": (8,),
+        "channels_per_head": 32,
+    },
     "edm2-tiny": {
         "name": "edm2",
         "resolution": 32,
