@@ -58,7 +58,7 @@ def test_kuberay_clusters_have_a_token_gpu_and_cpu_groups_autoscaling_and_no_roo
         pod = group["template"]["spec"]
         assert pod["securityContext"]["runAsNonRoot"] is True
         assert {v["name"] for v in pod["volumes"]} >= {m["name"] for m in pod["containers"][0]["volumeMounts"]}
-        assert any("DIFFSCALE_STORAGE" == entry["name"] for entry in pod["containers"][0]["env"])
+        assert any(entry["name"] == "DIFFSCALE_STORAGE" for entry in pod["containers"][0]["env"])
     limits = {name: group["template"]["spec"]["containers"][0]["resources"]["limits"] for name, group in groups.items()}
     assert "nvidia.com/gpu" in limits["gpu"]
     assert "nvidia.com/gpu" not in limits["cpu"]
@@ -134,8 +134,8 @@ def test_sbatch_directives_stand_before_the_first_command_and_are_known():
     assert max(directives) < min(commands), "sbatch reads directives only up to the first command"
     # Long options of `sbatch --help` (Slurm 23.11).
     known = {
-        "job-name", "nodes", "ntasks-per-node", "cpus-per-task", "gpus-per-node", "time", "requeue", "open-mode", "signal",
-        "output",
+        "job-name", "nodes", "ntasks-per-node", "cpus-per-task", "gpus-per-node", "time", "requeue", "open-mode",
+        "signal", "output",
     }  # fmt: skip
     for n in directives:
         match = re.fullmatch(r"#SBATCH --([a-z-]+)(=\S+)?", lines[n])
