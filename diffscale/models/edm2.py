@@ -23,6 +23,7 @@ from diffscale.models.layers import (
     run_block,
     to_image,
     to_tokens,
+    without_autocast,
 )
 
 _EPS = 1e-4
@@ -260,7 +261,7 @@ class EDM2(nn.Module):
         if self.training:
             self.project_weights()
         height, width = x_in.shape[2:]
-        with torch.autocast(x_in.device.type, enabled=False):
+        with without_autocast(x_in.device):
             embedding = self.embed(logsnr, label)
         x = pad_to_multiple(torch.cat([x_in, torch.ones_like(x_in[:, :1])], dim=1), self.multiple)
         x = self.conv_in(x)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -38,6 +39,11 @@ def noise_condition(logsnr: Tensor, kind: NoiseInput) -> Tensor:
     if kind == "gamma":
         return 1000 * torch.sigmoid(logsnr)
     raise ValueError(f"noise_input = {kind!r}: expected one of edm, ddpm, angle, gamma")
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which operations keep the precision of their inputs (the meta device knows no autocast)."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 class SinusoidalEmbedding(nn.Module):
@@ -120,7 +126,7 @@ class GroupNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             return F.group_norm(x, self.groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 

@@ -26,6 +26,7 @@ from diffscale.models.layers import (
     noise_condition,
     pad_to_multiple,
     run_block,
+    without_autocast,
 )
 
 
@@ -316,7 +317,7 @@ class UNet(nn.Module):
         image: Tensor | None = None,
     ) -> tuple[Tensor, None]:
         height, width = x_in.shape[2:]
-        with torch.autocast(x_in.device.type, enabled=False):
+        with without_autocast(x_in.device):
             embedding = self.embed(logsnr, label, augment_label)
         pyramid = pad_to_multiple(self.with_image(x_in, image), self.multiple)
         x = self.conv_in(pyramid)
