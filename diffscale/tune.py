@@ -20,6 +20,7 @@ from diffscale import storage
 from diffscale.cli import explain, load_tree, merge, parse_overrides, run_app, validate
 from diffscale.errors import UserError
 from diffscale.experiment import Experiment
+from diffscale.sweep.halving import promoted
 from diffscale.sweep.importance import importance
 from diffscale.sweep.ledger import Ledger, Trial, check_comparable
 from diffscale.sweep.settings import Sweep
@@ -97,21 +98,20 @@ def run(ledger: Ledger) -> SweepResult:
     """Runs what is left of the sweep on the Ray cluster and writes its results beside it."""
     trials = planned(ledger)
     ledger.begin()
-    table = SweepTable(ledger, trials)
     failed: dict[str, str] = {}
-    with table:
+    with SweepTable(ledger, trials):
         if ledger.sweep.scheduler.name == "halving":
             for rung, flops in enumerate(ledger.sweep.scheduler.rungs_flops):
                 alive = [t for t in trials if _alive(ledger, t, rung)]
                 todo = [t for t in alive if ledger.value(t, flops) is None]
-                failed |= _run_trials(ledger, todo, table, flops)
+                failed |= _run_trials(ledger, todo, flops)
                 _decide(ledger, [t for t in alive if t.id not in failed], rung, flops)
         elif ledger.sweep.search.name == "tpe":
-            failed |= _run_trials(ledger, [t for t in trials if ledger.ended(t.id) is None], table)
-            failed |= _run_suggested(ledger, trials, table)
+            failed |= _run_trials(ledger, [t for t in trials if ledger.ended(t.id) is None])
+            failed |= _run_suggested(ledger, trials)
             trials = planned(ledger)
         else:
-            failed |= _run_trials(ledger, [t for t in trials if ledger.ended(t.id) is None], table)
+            failed |= _run_trials(ledger, [t for t in trials if ledger.ended(t.id) is None])
     best = ledger.best(trials)
     _write_results(ledger, trials, best)
     print_summary(ledger, trials, best, failed)
@@ -124,8 +124,6 @@ def _alive(ledger: Ledger, trial: Trial, rung: int) -> bool:
 
 def _decide(ledger: Ledger, trials: list[Trial], rung: int, flops: float) -> None:
     """Synchronous successive halving: a pure function of the records of a whole rung."""
-    from diffscale.sweep.halving import promoted
-
     values = {t.id: ledger.value(t, flops) for t in trials}
     known = {name: value for name, value in values.items() if value is not None}
     last = rung == len(ledger.sweep.scheduler.rungs_flops) - 1
@@ -139,7 +137,7 @@ def _decide(ledger: Ledger, trials: list[Trial], rung: int, flops: float) -> Non
 # ---- Ray Tune
 
 
-def _run_trials(ledger: Ledger, trials: list[Trial], table: SweepTable, flops: float | None = None) -> dict[str, str]:
+def _run_trials(ledger: Ledger, trials: list[Trial], flops: float | None = None) -> dict[str, str]:
     """Runs each trial to its end, or to `flops`. Returns the ones that failed, with the reason."""
     if not trials:
         return {}
@@ -148,10 +146,10 @@ def _run_trials(ledger: Ledger, trials: list[Trial], table: SweepTable, flops: f
     from ray import tune
 
     space = {"point": tune.grid_search([json.dumps(t.point) for t in trials])}
-    return _fit(ledger, space, len(trials), table, flops=flops)
+    return _fit(ledger, space, len(trials), flops=flops)
 
 
-def _run_suggested(ledger: Ledger, done: list[Trial], table: SweepTable) -> dict[str, str]:
+def _run_suggested(ledger: Ledger, done: list[Trial]) -> dict[str, str]:
     """The rest of a TPE sweep: Optuna suggests, told of every finished trial so far."""
     left = ledger.sweep.search.samples - len(done)
     if left <= 0:
@@ -181,7 +179,7 @@ def _run_suggested(ledger: Ledger, done: list[Trial], table: SweepTable) -> dict
         evaluated_rewards=[v for _, v in known] or None,
     )
     limited = ConcurrencyLimiter(search, max_concurrent=ledger.sweep.max_concurrent)
-    return _fit(ledger, {}, left, table, search=limited)
+    return _fit(ledger, {}, left, search=limited)
 
 
 def _encode(ledger: Ledger, point: Point) -> Point:
@@ -206,7 +204,6 @@ def _fit(
     ledger: Ledger,
     space: dict[str, Any],
     samples: int,
-    table: SweepTable,
     flops: float | None = None,
     search: Any = None,
 ) -> dict[str, str]:
@@ -238,7 +235,6 @@ def _fit(
             name="trials",
             storage_path=folder,
             failure_config=FailureConfig(max_failures=2),
-            callbacks=[table.callback()],
             verbose=0,
         ),
     )
@@ -299,9 +295,7 @@ class AshaRule:
     trial_id: str
 
     def __call__(self, record: Any) -> bool:
-        from diffscale.sweep.halving import promoted
-
-        ledger = Ledger(self.sweep)
+            ledger = Ledger(self.sweep)
         rungs = self.sweep.scheduler.rungs_flops
         reached = [i for i, flops in enumerate(rungs[:-1]) if record.train_flops >= flops * (1 - 1e-9)]
         if record.metric != ledger.metric or not reached:

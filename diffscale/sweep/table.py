@@ -8,7 +8,6 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from ray.tune import Callback
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -32,9 +31,6 @@ class SweepTable:
         self.stop = threading.Event()
         self.seen: dict[str, str] = {}
         self.at_start: dict[str, float] = {}
-
-    def callback(self) -> Callback:
-        return Callback()
 
     def __enter__(self) -> SweepTable:
         self.at_start = {t.id: self._flops(t) for t in self.trials}
