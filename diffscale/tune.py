@@ -295,7 +295,7 @@ class AshaRule:
     trial_id: str
 
     def __call__(self, record: Any) -> bool:
-            ledger = Ledger(self.sweep)
+        ledger = Ledger(self.sweep)
         rungs = self.sweep.scheduler.rungs_flops
         reached = [i for i, flops in enumerate(rungs[:-1]) if record.train_flops >= flops * (1 - 1e-9)]
         if record.metric != ledger.metric or not reached:
