@@ -1,0 +1,147 @@
+"""Facts of one Ray node, gathered on it in one task: nothing here judges, nothing here raises."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import socket
+import tempfile
+import time
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+PACKAGES = ("ray", "torch", "pyarrow", "numpy", "timm", "diffscale")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to look at: the run's storage, its probe folder there, data and metrics (empty: do not look)."""
+
+    storage: str
+    probe_folder: str  # a fresh folder under the storage, in which the driver left the file "driver"
+    data_path: str = ""  # resolved: an absolute path or URI
+    metrics: tuple[str, ...] = ()
+
+
+@dataclass
+class NodeFacts:
+    node_id: str
+    host: str
+    versions: dict[str, str] = field(default_factory=dict)  # package -> version, and "python"
+    cpus: int = 0
+    memory: int = 0  # bytes of RAM
+    gpus: list[tuple[str, int]] = field(default_factory=list)  # (name, bytes)
+    cuda_error: str = ""
+    nccl: str = ""  # version, empty without
+    shared_memory: tuple[int, int] = (0, 0)  # bytes of /dev/shm: total, free
+    temporary_free: int = 0  # bytes free where Ray keeps its files
+    storage_readable: str = ""  # error, empty when well
+    storage_writable: str = ""
+    storage_free: int | None = None  # bytes; None for object stores
+    data_hash: str = ""
+    data_error: str = ""
+    metric_errors: dict[str, str] = field(default_factory=dict)  # metric -> error, empty when its weights are there
+
+
+def gather(node_id: str, wanted: Wanted) -> NodeFacts:
+    """Everything about the node that this runs on."""
+    facts = NodeFacts(node_id, socket.gethostname())
+    facts.versions = versions()
+    facts.cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    facts.memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    _gather_gpus(facts)
+    if os.path.isdir("/dev/shm"):
+        usage = shutil.disk_usage("/dev/shm")
+        facts.shared_memory = usage.total, usage.free
+    facts.temporary_free = shutil.disk_usage(tempfile.gettempdir()).free
+    _gather_storage(facts, wanted)
+    if wanted.data_path:
+        _gather_data(facts, wanted.data_path)
+    for metric in wanted.metrics:
+        facts.metric_errors[metric] = _metric_error(metric)
+    return facts
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that nodes and driver must share, and of Python."""
+    return {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()}
+
+
+def clock() -> float:
+    """Seconds since 1970 by this node's clock."""
+    return time.time()
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        if name == "diffscale":  # the source of a job's working directory, not installed
+            from diffscale import __version__
+
+            return __version__
+        return "missing"
+
+
+def _gather_gpus(facts: NodeFacts) -> None:
+    try:
+        import torch
+
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            facts.gpus.append((properties.name, properties.total_memory))
+        if facts.gpus:
+            torch.ones(8, device="cuda").sum().item()  # the driver really runs a kernel
+            facts.nccl = ".".join(map(str, torch.cuda.nccl.version()))
+    except Exception as error:
+        facts.cuda_error = _short(error)
+
+
+def _gather_storage(facts: NodeFacts, wanted: Wanted) -> None:
+    from diffscale import storage
+
+    try:
+        storage.read_bytes(storage.join(wanted.probe_folder, "driver"))
+    except Exception as error:
+        facts.storage_readable = _short(error)
+    try:
+        if facts.storage_readable and not storage.is_remote(wanted.storage):
+            raise OSError("not the driver's folder")  # do not make a folder of that name on this node
+        storage.write_bytes(storage.join(wanted.probe_folder, facts.node_id), facts.host.encode())
+        if not storage.is_remote(wanted.storage):
+            facts.storage_free = shutil.disk_usage(wanted.probe_folder).free
+    except Exception as error:
+        facts.storage_writable = _short(error)
+
+
+def _gather_data(facts: NodeFacts, path: str) -> None:
+    from diffscale.data import open_dataset
+
+    try:
+        dataset: Any = open_dataset(path)
+        facts.data_hash = dataset.content_hash
+        dataset.gather(_first_and_last(dataset.n))
+    except Exception as error:
+        facts.data_error = _short(error)
+
+
+def _first_and_last(n: int) -> Any:
+    import numpy as np
+
+    return np.array([0, n - 1], dtype=np.int64)
+
+
+def _metric_error(metric: str) -> str:
+    from diffscale.evaluation.features import create_extractor, network_of
+
+    try:
+        create_extractor(network_of(metric), "cpu")
+    except Exception as error:
+        return _short(error)
+    return ""
+
+
+def _short(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
