@@ -30,10 +30,10 @@ nodes() { # how many are alive
 }
 
 up() {
-    local alive
-    alive=$(nodes)
-    if [[ $alive -gt 0 ]]; then
-        echo "already up: $alive nodes" >&2
+    local count
+    count=$(nodes)
+    if [[ $count -gt 0 ]]; then
+        echo "already up: $count nodes" >&2
         return
     fi
     down
@@ -46,11 +46,11 @@ up() {
     start head --head --port="$port" --dashboard-host=127.0.0.1 --dashboard-port="$dashboard" \
         --ray-client-server-port=$((dashboard + 1)) --temp-dir="$folder/ray"
     for _ in $(seq 60); do
-        alive=$(nodes)
-        if [[ $alive -eq 1 && ! -e $folder/second.pid ]]; then
+        count=$(nodes)
+        if [[ $count -eq 1 && ! -e $folder/second.pid ]]; then
             start second --address="127.0.0.1:$port"
         fi
-        if [[ $alive -eq 2 ]]; then
+        if [[ $count -eq 2 ]]; then
             cat << END
 Ray is up: 2 nodes x $cpus CPUs on loopback. In your shell:
   export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$RAY_AUTH_TOKEN_PATH
@@ -65,13 +65,17 @@ END
     exit 1
 }
 
+alive() { # whether a process group has processes left that are not zombies
+    ps -e -o pgid=,stat= | awk -v group="$1" '$1 == group && $2 !~ /^Z/ { found = 1 } END { exit !found }'
+}
+
 down() {
     for name in second head; do
         [[ -s $folder/$name.pid ]] || continue
         local pid
         pid=$(< "$folder/$name.pid")
         kill -TERM -- "-$pid" 2> /dev/null || true
-        for _ in $(seq 50); do kill -0 -- "-$pid" 2> /dev/null || break; sleep 0.2; done
+        for _ in $(seq 50); do alive "$pid" || break; sleep 0.2; done
         kill -KILL -- "-$pid" 2> /dev/null || true
         rm -f "$folder/$name.pid"
     done
