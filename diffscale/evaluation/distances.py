@@ -1,0 +1,102 @@
+"""Distances between two sets of features: Fréchet and kernel, and the Inception Score of one.
+
+Which set is generated never matters for the Fréchet distance; everywhere else `generated` comes first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import linalg
+
+from diffscale.evaluation.statistics import Float64, Moments
+
+
+@dataclass(frozen=True)
+class Root:
+    """A reference's mean (d,) and the symmetric square root (d,d) of its covariance, so that it is taken once."""
+
+    mean: Float64
+    root: Float64
+    trace: float
+
+    @classmethod
+    def of(cls, reference: Moments) -> Root:
+        values, vectors = linalg.eigh(reference.covariance, driver="evd")
+        root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+        return cls(reference.mean, root, float(np.trace(reference.covariance)))
+
+
+def frechet(a: Moments, b: Moments | Root) -> float:
+    """‖μa−μb‖² + tr(Σa + Σb − 2(ΣaΣb)^½) (Dowson and Landau 1982; Heusel et al. 2017), float64.
+
+    The trace of the root is the sum of the square roots of the eigenvalues of Σb^½ Σa Σb^½, which is symmetric:
+    rounding cannot make the result complex or NaN, whatever the ranks. `b` may be a `Root` taken beforehand.
+    """
+    root = b if isinstance(b, Root) else Root.of(b)
+    difference = a.mean - root.mean
+    product = root.root @ a.covariance @ root.root
+    values = linalg.eigvalsh((product + product.T) / 2, driver="ev", overwrite_a=True, check_finite=False)
+    cross = np.sqrt(values.clip(min=0)).sum()
+    return float(difference @ difference + np.trace(a.covariance) + root.trace - 2 * cross)
+
+
+def frechet_of_features(features: NDArray, reference: Root) -> float:
+    """The same for features (n,d) directly. With n ≤ d the eigenvalues come from an (n,n) matrix: much cheaper."""
+    n, dim = features.shape
+    if n > dim:
+        return frechet(Moments.of(features), reference)
+    x = np.asarray(features, dtype=np.float64)
+    difference = x.mean(axis=0) - reference.mean
+    centred = (x - x.mean(axis=0)) / np.sqrt(max(n - 1, 1))
+    half = centred @ reference.root
+    values = linalg.eigvalsh(half @ half.T, driver="ev", overwrite_a=True, check_finite=False)
+    cross = np.sqrt(values.clip(min=0)).sum()
+    return float(difference @ difference + np.square(centred).sum() + reference.trace - 2 * cross)
+
+
+def kernel_distance(
+    generated: NDArray, reference: NDArray, *, subsets: int = 100, subset_size: int = 1000, seed: int = 2020
+) -> tuple[float, float]:
+    """KID: mean and standard deviation over subsets of the unbiased MMD² with the kernel (xᵀy/d + 1)³.
+
+    Binkowski et al. 2018; subsets are drawn as torch-fidelity draws them (numpy's RandomState(2020)), so that
+    the values agree. subset_size is lowered to the smaller set where that has fewer samples.
+    """
+    random = np.random.RandomState(seed)
+    size = min(subset_size, len(generated), len(reference))
+    values = np.empty(subsets)
+    for i in range(subsets):
+        x = np.asarray(generated[random.choice(len(generated), size, replace=False)], np.float64)
+        y = np.asarray(reference[random.choice(len(reference), size, replace=False)], np.float64)
+        values[i] = _mmd2(x, y)
+    return float(values.mean()), float(values.std())
+
+
+def _mmd2(x: Float64, y: Float64) -> float:
+    n, dim = x.shape
+
+    def kernel(a: Float64, b: Float64) -> Float64:
+        return (a @ b.T / dim + 1) ** 3
+
+    xx, yy, xy = kernel(x, x), kernel(y, y), kernel(x, y)
+    within = (xx.sum() - np.trace(xx) + yy.sum() - np.trace(yy)) / (n * (n - 1))
+    return float(within - 2 * xy.mean())
+
+
+def inception_score(logits: NDArray, splits: int = 10, seed: int = 2020) -> tuple[float, float]:
+    """Mean and standard deviation over splits of exp E KL(p(y|x) ‖ p(y)) (Salimans et al. 2016).
+
+    logits (n, classes) without bias, in a random order (torch-fidelity's, so that the values agree).
+    """
+    x = np.asarray(logits, np.float64)[np.random.RandomState(seed).permutation(len(logits))]
+    x = x - x.max(axis=1, keepdims=True)
+    log_p = x - np.log(np.exp(x).sum(axis=1, keepdims=True))
+    scores = []
+    for i in range(splits):
+        part = log_p[i * len(x) // splits : (i + 1) * len(x) // splits]
+        p = np.exp(part)
+        scores.append(float(np.exp((p * (part - np.log(p.mean(axis=0)))).sum(axis=1).mean())))
+    return float(np.mean(scores)), float(np.std(scores))
