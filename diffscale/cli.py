@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from diffscale.experiment import Experiment
 
-COMMANDS = ("train", "tune", "sample", "evaluate", "data", "ema", "doctor", "quickstart")
+COMMANDS = ("train", "tune", "sample", "evaluate", "data", "ema", "doctor", "submit", "quickstart")
 
 
 def main() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
+from pathlib import Path
 
 REPORT_INTERVAL = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
 START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
@@ -23,6 +25,7 @@ def connect(address: str | None = None, num_cpus: int | None = None) -> None:
     if address == "local":
         # Without this Ray 2.60 listens on every interface even for one node (measured); read when Ray is imported.
         os.environ.setdefault(SEVERAL_NODES, "0")
+        _require_token()
     import ray
 
     if ray.is_initialized():
@@ -37,3 +40,21 @@ def connect(address: str | None = None, num_cpus: int | None = None) -> None:
         )
     else:
         ray.init(address=address, logging_level=logging.WARNING)
+
+
+def _require_token() -> None:
+    """Asks for Ray's token on the private cluster too, so that no other user of this machine can run code in it.
+
+    Ray would write the token file readable by all (0644), so it is made here first, 0600.
+    """
+    if "RAY_AUTH_MODE" in os.environ:
+        return
+    token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    if not token.exists() and "RAY_AUTH_TOKEN" not in os.environ:
+        try:
+            token.parent.mkdir(parents=True, exist_ok=True)
+            with open(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                file.write(secrets.token_hex(32))
+        except FileExistsError:
+            pass  # another run made it at the same moment
+    os.environ["RAY_AUTH_MODE"] = "token"
