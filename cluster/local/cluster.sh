@@ -74,8 +74,8 @@ down() {
         [[ -s $folder/$name.pid ]] || continue
         local pid
         pid=$(< "$folder/$name.pid")
-        kill -TERM -- "-$pid" 2> /dev/null || true
-        for _ in $(seq 50); do alive "$pid" || break; sleep 0.2; done
+        kill -TERM "$pid" 2> /dev/null || true # `ray start --block` lets the node finish, for up to 30 s
+        for _ in $(seq 175); do alive "$pid" || break; sleep 0.2; done
         kill -KILL -- "-$pid" 2> /dev/null || true
         rm -f "$folder/$name.pid"
     done
