@@ -1,0 +1,1 @@
+"""Benchmarks of diffscale: run from the repository's root, not part of the wheel."""

@@ -1,0 +1,10 @@
+"""The report: tables, fits, plots and one page, computed from records alone.
+
+write_report(["/storage/runs"], Path("report"))     # CSVs, plots/, index.html
+compare(read_records([old]), read_records([new]))   # which points regressed beyond noise
+"""
+
+from diffscale.report.build import Analysis, analyse, write_report
+from diffscale.report.compare import compare, regressed
+
+__all__ = ["Analysis", "analyse", "compare", "regressed", "write_report"]

@@ -1,0 +1,168 @@
+// The interactive plots. Each draw* function draws what state.facet says.
+const AXES = [
+  ["train_flops", "training compute (FLOPs)"],
+  ["wall_hours", "training wall-clock (hours)"],
+  ["device_hours", "training time × devices (hours)"],
+  ["images_seen", "training images seen"],
+  ["epochs", "epochs"],
+  ["energy_kwh", "energy (kWh)"],
+  ["cost", "cost"],
+];
+const DASHES = ["solid", "dash", "dot", "dashdot", "longdash"];
+const CONFIG = { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"] };
+
+function layout(x, y, log) {
+  const narrow = window.innerWidth < 600;
+  const axis = { gridcolor: "#e9ecef", linecolor: "#555b63", ticks: "outside", tickcolor: "#9aa1a9", zeroline: false };
+  return {
+    font: { family: "system-ui, sans-serif", size: narrow ? 11 : 13, color: "#1b1f24" },
+    margin: { l: narrow ? 48 : 64, r: 12, t: 8, b: 48 },
+    paper_bgcolor: "#fff", plot_bgcolor: "#fff", hovermode: "closest",
+    hoverlabel: { align: "left", bgcolor: "#fff", bordercolor: "#9aa1a9", font: { color: "#1b1f24" } },
+    legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 },
+    xaxis: { ...axis, title: { text: safe(x), standoff: 8 }, type: "log", exponentformat: "power", dtick: undefined },
+    yaxis: { ...axis, title: { text: safe(y), standoff: 6 }, type: log ? "log" : "linear", exponentformat: "none" },
+  };
+}
+
+function facetPoints() {
+  return DATA.points.filter((point) => point.facet === state.facet && point.fair);
+}
+
+function hover(point) {
+  return `<b>${safe(point.label)}</b><br>${safe(FACETS.get(point.facet).name)} ${number(point.value)} ` +
+    `${interval(point.low, point.high)}<br>${number(point.train_flops)} FLOPs`;
+}
+
+function band(points, x, color, group) {
+  const known = points.filter((p) => p.low !== null && p[x] > 0);
+  if (known.length < 2) return [];
+  return [{
+    x: [...known.map((p) => p[x]), ...known.map((p) => p[x]).reverse()],
+    y: [...known.map((p) => p.high), ...known.map((p) => p.low).reverse()],
+    fill: "toself", fillcolor: color + "26", line: { width: 0 }, mode: "lines", hoverinfo: "skip", showlegend: false,
+    legendgroup: group, type: "scatter",
+  }];
+}
+
+function drawCompute() {
+  const x = $("axis").value, facet = FACETS.get(state.facet), points = facetPoints();
+  const sides = [...new Set(points.map((p) => p.train_resolution))].sort((a, b) => a - b);
+  const traces = [];
+  const frontier = points.filter((p) => p.frontier && p[x] > 0);
+  if ($("show-frontier").checked && x === "train_flops" && frontier.length) {
+    traces.push({ x: frontier.map((p) => p[x]), y: frontier.map((p) => p.value), mode: "markers", type: "scatter",
+      name: "frontier", hoverinfo: "skip", marker: { size: 17, color: "#d3d8dd" } });
+  }
+  if ($("show-recipes").checked) traces.push(...recipeTraces(points, x));
+  for (const curve of DATA.curves.filter((c) => c.facet === state.facet)) {
+    const own = curve.points.map((i) => DATA.points[i]).filter((p) => p[x] > 0);
+    if (own.length === 0) continue;
+    const { color, symbol } = look(curve.model), group = `${curve.name}/${curve.dataset_hash}`;
+    if ($("show-bands").checked) traces.push(...band(own, x, color, group));
+    traces.push({
+      x: own.map((p) => p[x]), y: own.map((p) => p.value), customdata: own.map((p) => p.index), type: "scatter",
+      mode: "lines+markers", name: safe(curve.name), legendgroup: group, text: own.map(hover), hoverinfo: "text",
+      line: { color, width: 2.4, dash: DASHES[sides.indexOf(curve.train_resolution) % DASHES.length] },
+      marker: { symbol, size: 9, color, line: { color: "#fff", width: 1 } },
+    });
+    if ($("show-fits").checked && curve.fit && x === "train_flops") traces.push(...fitTraces(curve.fit, color, group));
+  }
+  const shown = layout(AXES.find(([key]) => key === x)[1], facet.name, facet.log);
+  if (x === "train_flops") shown.shapes = DATA.published.filter((p) => p.facet === state.facet).map((p) => ({
+    type: "line", xref: "paper", x0: 0.97, x1: 1, y0: p.fid, y1: p.fid, line: { color: "#9aa1a9", width: 2 },
+    label: { text: safe(`${p.system} ${p.fid}`), font: { size: 10, color: "#777e86" }, textposition: "start", xanchor: "right" },
+  }));
+  Plotly.react("plot-compute", traces, shown, CONFIG);
+  const own = DATA.published.filter((p) => p.facet === state.facet);
+  $("caption-compute").textContent = `${facet.title}. ${facet.bands}` + (own.length
+    ? ` Grey: published with 50,000 samples and far more compute (${own.map((p) => `${p.system} ${p.fid}`).join(", ")}).` : "");
+}
+
+function recipeTraces(points, x) {
+  const recipes = Map.groupBy(points.filter((p) => p[x] > 0), (p) => p.recipe);
+  return [...recipes.values()].map((own) => ({
+    x: own.map((p) => p[x]), y: own.map((p) => p.value), customdata: own.map((p) => p.index), text: own.map(hover),
+    hoverinfo: "text", mode: "lines+markers", type: "scatter", showlegend: false, opacity: 0.35,
+    line: { color: look(own[0].model).color, width: 1 }, marker: { size: 5, color: look(own[0].model).color },
+  }));
+}
+
+function fitTraces(fit, color, group) {
+  return [
+    { x: [...fit.x, ...fit.x.slice().reverse()], y: [...fit.high, ...fit.low.slice().reverse()], fill: "toself",
+      fillcolor: color + "1a", line: { width: 0 }, mode: "lines", hoverinfo: "skip", showlegend: false, legendgroup: group },
+    { x: fit.x, y: fit.y, mode: "lines", line: { color, width: 1, dash: "dot" }, hoverinfo: "skip", showlegend: false,
+      legendgroup: group },
+  ];
+}
+
+function drawSweep() {
+  const tables = DATA.sweep.filter((table) => table.facet === state.facet);
+  $("sweep-section").hidden = tables.length === 0;
+  if (tables.length === 0) return;
+  const rows = tables.flatMap((table) => table.schedules.map((s) => tables.length > 1 ? `${table.model} · ${s}` : s));
+  const sides = [...new Set(tables.flatMap((table) => table.resolutions))].sort((a, b) => a - b);
+  const cell = (table, i, side, key) => {
+    const j = table.resolutions.indexOf(side);
+    return j < 0 ? null : table[key][i][j];
+  };
+  const grid = (key) => tables.flatMap((t) => t.schedules.map((_, i) => sides.map((side) => cell(t, i, side, key))));
+  const annotations = grid("text").flatMap((row, i) => row.map((text, j) => ({
+    x: j, y: i, text: safe(text || "not run"), showarrow: false,
+    font: { size: window.innerWidth < 600 ? 9 : 12, color: grid("shade")[i][j] > 0.7 ? "#fff" : "#1b1f24" },
+  })));
+  const shown = layout("training resolution", "", false);
+  Object.assign(shown.xaxis, { type: "linear", tickvals: sides.map((_, j) => j), ticktext: sides.map((s) => `${s} px`), showgrid: false });
+  Object.assign(shown.yaxis, { tickvals: rows.map((_, i) => i), ticktext: rows.map(safe), autorange: "reversed", automargin: true, showgrid: false });
+  const trace = { type: "heatmap", z: grid("shade"), showscale: false, xgap: 3, ygap: 3, zmin: 0, zmax: 1.4, hoverinfo: "skip",
+    colorscale: [[0, "#f4f9fe"], [0.5, "#8fc1e3"], [1, "#0b5a97"]] };
+  $("plot-sweep").style.height = `${110 + 46 * rows.length}px`;
+  Plotly.react("plot-sweep", [trace], { ...shown, annotations }, CONFIG);
+  $("caption-sweep").textContent = `${FACETS.get(state.facet).title}; ${tables.map((t) => t.where).join("; ")}. ` +
+    "Colour: ratio to the best of its column, light is best. Brackets: 95 % intervals.";
+}
+
+function drawNfe() {
+  $("nfe-section").hidden = DATA.nfe.length === 0;
+  if (DATA.nfe.length === 0) return;
+  const family = DATA.nfe.find((f) => f.points.some((i) => DATA.points[i].facet === state.facet)) || DATA.nfe[0];
+  const points = family.points.map((i) => DATA.points[i]);
+  const solvers = [...new Set(points.map((p) => p.solver))].sort();
+  const lines = Map.groupBy(points, (p) => JSON.stringify([p.recipe, p.images_seen, p.solver]));
+  const traces = [...lines.values()].flatMap((own) => {
+    own.sort((a, b) => a.nfe - b.nfe);
+    const { color, symbol } = look(own[0].model), name = safe(`${own[0].label}, ${own[0].solver}`);
+    return [...band(own, "nfe", color, name), {
+      x: own.map((p) => p.nfe), y: own.map((p) => p.value), customdata: own.map((p) => p.index), name, legendgroup: name,
+      mode: "lines+markers", type: "scatter", hoverinfo: "text", text: own.map((p) => `${hover(p)}<br>${p.nfe} NFE`),
+      line: { color, width: 2, dash: DASHES[solvers.indexOf(own[0].solver) % DASHES.length] }, marker: { symbol, size: 8, color },
+    }];
+  });
+  const ticks = [...new Set(points.map((p) => p.nfe))].sort((a, b) => a - b);
+  const shown = layout("network evaluations per image", family.name, true);
+  if (ticks.length <= 10) Object.assign(shown.xaxis, { tickvals: ticks, ticktext: ticks.map(String) });
+  Plotly.react("plot-nfe", traces, shown, CONFIG);
+  $("caption-nfe").textContent = `${family.title}. Each line is one checkpoint sampled with more and more steps: the one plot across samplers.`;
+}
+
+function card(point) {
+  const facet = FACETS.get(point.facet), runs = point.runs.split(" ");
+  const key = runs.map((run) => `${run}/${point.images_seen}`).find((k) => DATA.grids[k]);
+  const facts = [
+    [facet.name, `${number(point.value)} ${interval(point.low, point.high)}`],
+    ["to held-out", number(point.heldout)], ["training FLOPs", number(point.train_flops)],
+    ["wall-clock", point.wall_hours ? `${number(point.wall_hours)} h` : ""], ["images seen", number(point.images_seen)],
+    ["epochs", number(point.epochs)], ["parameters", number(point.parameters)], ["seeds", String(point.seeds)],
+    ["sampler", `${point.solver}, ${point.nfe} NFE`], ["weights", point.ema], ["interval holds", point.noise],
+  ].filter(([, value]) => value !== "");
+  const list = element("dl");
+  for (const [name, value] of facts) list.append(element("dt", {}, name), element("dd", {}, value));
+  const head = element("h3", {}, point.label);
+  replace("card", head, gridImage(key, `samples of ${point.label} after ${point.images_seen} images`), list);
+}
+
+function gridImage(key, alt) {
+  if (!key || !DATA.grids[key]) return element("p", { class: "hint" }, "No sample grid of this evaluation.");
+  return element("img", { class: "grid-image", src: DATA.grids[key], alt });
+}
