@@ -9,24 +9,34 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import linalg
 
 from diffscale.evaluation.statistics import Float64, Moments
 
 
 @dataclass(frozen=True)
 class Root:
-    """A reference's mean (d,) and the symmetric square root (d,d) of its covariance, so that it is taken once."""
+    """A reference's mean (d,) and the symmetric square root (d,d) of its covariance, so that it is taken once.
+
+    rank: the most that the covariance can have. Only so many eigenvalues are used: the others are rounding, and the
+    sum of a thousand square roots of 1e-14 is not negligible.
+    """
 
     mean: Float64
     root: Float64
     trace: float
+    rank: int
 
     @classmethod
     def of(cls, reference: Moments) -> Root:
-        values, vectors = linalg.eigh(reference.covariance, driver="evd")
-        root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
-        return cls(reference.mean, root, float(np.trace(reference.covariance)))
+        rank = _rank(reference)
+        values, vectors = np.linalg.eigh(reference.covariance)
+        values, vectors = values[-rank:].clip(min=0), vectors[:, -rank:]
+        root = (vectors * np.sqrt(values)) @ vectors.T
+        return cls(reference.mean, root, float(np.trace(reference.covariance)), rank)
+
+
+def _rank(moments: Moments) -> int:
+    return max(min(moments.n - 1, moments.dim), 1) if moments.n else moments.dim
 
 
 def frechet(a: Moments, b: Moments | Root) -> float:
@@ -38,7 +48,7 @@ def frechet(a: Moments, b: Moments | Root) -> float:
     root = b if isinstance(b, Root) else Root.of(b)
     difference = a.mean - root.mean
     product = root.root @ a.covariance @ root.root
-    values = linalg.eigvalsh((product + product.T) / 2, driver="ev", overwrite_a=True, check_finite=False)
+    values = np.linalg.eigvalsh((product + product.T) / 2)[-min(root.rank, _rank(a)) :]
     cross = np.sqrt(values.clip(min=0)).sum()
     return float(difference @ difference + np.trace(a.covariance) + root.trace - 2 * cross)
 
@@ -52,7 +62,7 @@ def frechet_of_features(features: NDArray, reference: Root) -> float:
     difference = x.mean(axis=0) - reference.mean
     centred = (x - x.mean(axis=0)) / np.sqrt(max(n - 1, 1))
     half = centred @ reference.root
-    values = linalg.eigvalsh(half @ half.T, driver="ev", overwrite_a=True, check_finite=False)
+    values = np.linalg.eigvalsh(half @ half.T)[-min(reference.rank, max(n - 1, 1)) :]
     cross = np.sqrt(values.clip(min=0)).sum()
     return float(difference @ difference + np.square(centred).sum() + reference.trace - 2 * cross)
 

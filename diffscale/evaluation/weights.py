@@ -16,7 +16,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.error import URLError
@@ -182,10 +182,8 @@ def _convert(data: bytes, source: Source, network: Published, place: str) -> Sta
     content = save(state)
     # The checksum of the converted file is part of its name, so a damaged cache is noticed without a second pin.
     folder = cache_folder() / "weights"
-    try:
+    with suppress(OSError):  # a cache that cannot be written costs a conversion each time, nothing else
         storage.write_bytes(str(folder / f"{network.name}-{_sha256(content)}.safetensors"), content)
-    except OSError:
-        pass  # a cache that cannot be written costs a conversion each time, nothing else
     return state
 
 

@@ -1,0 +1,62 @@
+"""How sure a Fréchet distance is: an interval by the jackknife, and the value for infinitely many samples."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from diffscale.evaluation.distances import Root, frechet, frechet_of_features
+from diffscale.evaluation.statistics import Moments
+
+GROUPS = 12
+
+
+def frechet_interval(features: NDArray, reference: Root, groups: int = GROUPS) -> tuple[float, float, float]:
+    """The distance of features (n,d) to the reference and its 95 % interval: (value, low, high).
+
+    A delete-one-group jackknife (Shao and Wu 1989) over `groups` strided groups, with Student's t. It covers the
+    expected distance at this n: what other seeds of the same generator would give on average. The bias of a finite
+    n is not in it (every value of a comparison shares it; see `frechet_at_infinity`). A naive bootstrap would be
+    biased up, since resampled sets have fewer distinct samples. Fewer than 2·groups samples: the ends are NaN.
+    """
+    n, dim = features.shape
+    rows = [np.arange(g, n, groups) for g in range(groups)]
+    if n > dim:
+        parts = [Moments.of(features[r]) for r in rows]
+        total = parts[0]
+        for part in parts[1:]:
+            total = total.merge(part)
+        value = frechet(total, reference)
+        if n < 2 * groups:
+            return value, float("nan"), float("nan")
+        left_out = [frechet(total.without(part), reference) for part in parts]
+    else:
+        x = np.asarray(features[:], np.float64)
+        value = frechet_of_features(x, reference)
+        if n < 2 * groups:
+            return value, float("nan"), float("nan")
+        left_out = [frechet_of_features(np.delete(x, r, axis=0), reference) for r in rows]
+    error = np.sqrt((groups - 1) * np.var(left_out))
+    reach = float(stats.t.ppf(0.975, groups - 1) * error)
+    return value, value - reach, value + reach
+
+
+def frechet_at_infinity(
+    features: NDArray, reference: Root, *, points: int = 15, fewest: int | None = None, seed: int = 2020
+) -> tuple[float, float]:
+    """(intercept, its standard error) of distance against 1/n, by least squares over random subsets.
+
+    Chung and Forsyth 2020 (FID∞): the bias is linear in 1/n to first order. `points` sizes lie evenly between
+    `fewest` (5000 as in the paper, or n/10 where that is more than n/2) and n. Raises ValueError for n < 2·points.
+    """
+    n = len(features)
+    if n < 2 * points:
+        raise ValueError(f"FID at infinity needs at least {2 * points} samples, got {n}")
+    if fewest is None:
+        fewest = 5000 if n >= 10_000 else n // 10
+    random = np.random.RandomState(seed)
+    sizes = np.linspace(fewest, n, points).astype(int)
+    values = [frechet_of_features(features[random.choice(n, size, replace=False)], reference) for size in sizes]
+    fit = stats.linregress(1 / sizes, values)
+    return float(fit.intercept), float(fit.intercept_stderr)

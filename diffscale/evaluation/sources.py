@@ -1,0 +1,212 @@
+"""Where images come from, one interface for all: a model's samples, a dataset, a folder. Reference and samples are
+then treated alike."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from diffscale import keyed_random
+from diffscale.errors import UserError
+from diffscale.keyed_random import Stream
+
+if TYPE_CHECKING:
+    from diffscale.data import Dataset
+    from diffscale.diffusion import Diffusion
+
+IMAGE_SUFFIXES = (".png", ".webp", ".bmp", ".jpg", ".jpeg")
+LOSSY_SUFFIXES = (".jpg", ".jpeg")
+
+
+class Source(Protocol):
+    """n images, found by index. `images(first, last)` → uint8 (B,C,H,W) on the CPU and int64 labels (B,)."""
+
+    n: int
+    batch: int  # indices first, last are asked for in multiples of it, but for the end
+
+    def images(self, first: int, last: int) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What makes sample i what it is, besides the model: part of every record.
+
+    labels: "train" draws classes as often as the training set has them, "uniform" alike, "balanced" is i mod
+    classes, "none" drops them, a number is that class. batch: images in one pass; samples are identical to the bit
+    only for the same batch.
+    """
+
+    solver: Any
+    solver_name: str
+    seed: int = 0
+    batch: int = 64
+    guidance: Any = None
+    guidance_scale: float = 1.0
+    guidance_interval: tuple[float, float] | None = None
+    labels: str = "train"
+    precision: str = "fp32"
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations per image, those for guidance included."""
+        passes = 2 if self.guidance is not None and self.guidance_scale != 1 else 1
+        return int(self.solver.nfe) * passes
+
+    def canonical(self) -> str:
+        """All settings of the sampler as JSON: the record's `sampler`."""
+        options = asdict(self.solver) if is_dataclass(self.solver) and not isinstance(self.solver, type) else {}
+        settings = {
+            "solver": {"name": self.solver_name, **options}, "guidance_scale": self.guidance_scale,
+            "guidance_interval": self.guidance_interval, "labels": self.labels, "precision": self.precision,
+            "batch": self.batch,
+        }  # fmt: skip
+        return json.dumps(settings, sort_keys=True, separators=(",", ":"))
+
+
+def draw_labels(policy: str, seed: int, positions: Tensor, class_counts: Sequence[int]) -> Tensor:
+    """Labels (B,) int64 of the samples at these positions, under a policy of `Sampling`. Raises UserError for others."""
+    classes = len(class_counts)
+    if policy == "balanced":
+        return positions % classes
+    if policy == "none":
+        return torch.full_like(positions, classes)
+    if policy in ("train", "uniform"):
+        counts = np.asarray(class_counts if policy == "train" else [1] * classes, np.float64)
+        edges = torch.from_numpy(np.cumsum(counts) / counts.sum())
+        u = keyed_random.uniform(seed, Stream.SAMPLE_LABEL, positions).double()
+        return torch.searchsorted(edges, u, right=True).clamp_max(classes - 1)
+    if policy.isdigit() and int(policy) < classes:
+        return torch.full_like(positions, int(policy))
+    expected = f"train, uniform, balanced, none, or a class below {classes}"
+    raise UserError(setting="labels", value=policy, expected=expected)
+
+
+@dataclass
+class ModelSource:
+    """Samples of a model: sample i is a function of (seed, i), whoever computes it.
+
+    shape: (C,H,W) of an image. class_counts: images of each class in training data; empty for an unconditional model.
+    """
+
+    model: nn.Module
+    diffusion: Diffusion
+    sampling: Sampling
+    shape: tuple[int, int, int]
+    n: int
+    class_counts: tuple[int, ...] = ()
+    device: str = "cpu"
+
+    @property
+    def batch(self) -> int:
+        return self.sampling.batch
+
+    def images(self, first: int, last: int) -> tuple[Tensor, Tensor]:
+        parts = []
+        for start in range(first, last, self.batch):
+            images, labels = self.draw(torch.arange(start, start + self.batch))
+            keep = min(self.batch, last - start)
+            parts.append((to_uint8(images[:keep]).cpu(), labels[:keep].cpu()))
+        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+    @torch.inference_mode()
+    def draw(self, positions: Tensor, callback: Callable | None = None) -> tuple[Tensor, Tensor]:
+        """The samples at these positions: float (B,C,H,W) in [−1,1] on the device, labels (B,)."""
+        from diffscale.diffusion import sample
+
+        s, device = self.sampling, torch.device(self.device)
+        at = positions.to(device)
+        noise = keyed_random.normal(s.seed, Stream.SAMPLE_NOISE, at, self.shape)
+        counts = self.class_counts
+        labels = draw_labels(s.labels, s.seed, positions, counts) if counts else torch.zeros_like(positions)
+
+        def fresh_noise(step: int) -> Tensor:
+            return keyed_random.normal(s.seed, keyed_random.at_step(Stream.SAMPLE_CHURN, step), at, self.shape)
+
+        training = self.model.training
+        self.model.to(device).eval()
+        low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(s.precision)
+        with torch.autocast(device.type, low, enabled=low is not None):
+            images = sample(
+                self.diffusion, self.model, noise, solver=s.solver, label=labels.to(device) if counts else None,
+                guidance=s.guidance, noise_fn=fresh_noise, callback=callback,
+            )  # fmt: skip
+        self.model.train(training)
+        return images.float(), labels
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """[−1,1] → 0..255, rounded to nearest; values outside are clipped."""
+    return images.add(1).mul(127.5).round_().clamp_(0, 255).to(torch.uint8)
+
+
+@dataclass
+class DatasetSource:
+    """Images of an Arrow dataset at these rows (int64); a dataset of latents is refused."""
+
+    dataset: Dataset
+    rows: np.ndarray
+    batch: int = 256
+
+    @property
+    def n(self) -> int:
+        return len(self.rows)
+
+    def images(self, first: int, last: int) -> tuple[Tensor, Tensor]:
+        images, labels = self.dataset.gather(self.rows[first:last])
+        if images.dtype != torch.uint8:
+            raise UserError(
+                setting="data.decoder", value=None, expected="a decoder: this dataset holds latents, not pixels",
+                fix="set data.decoder, or evaluate the validation loss only (eval.metrics=[])",
+            )  # fmt: skip
+        return images.permute(0, 3, 1, 2), labels
+
+
+@dataclass
+class FileSource:
+    """Images of a folder, or of an .npz with `arr_0` (N,H,W,3) uint8 as ADM writes. One size for all."""
+
+    files: list[Path]
+    array: np.ndarray | None = None
+    batch: int = 256
+    lossy: bool = False
+
+    @classmethod
+    def open(cls, place: Path) -> FileSource:
+        """Raises UserError when there are no images."""
+        if place.suffix == ".npz":
+            try:
+                with np.load(place, allow_pickle=False) as file:
+                    array = file["arr_0"]
+            except (OSError, ValueError, KeyError) as error:
+                expected = f"an .npz with arr_0 (N,H,W,3) uint8 ({type(error).__name__})"
+                raise UserError(setting="FOLDER", value=str(place), expected=expected) from None
+            return cls([], array)
+        files = sorted(p for p in place.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        if not files:
+            expected = f"a folder with images ({', '.join(IMAGE_SUFFIXES)})"
+            raise UserError(setting="FOLDER", value=str(place), expected=expected)
+        return cls(files, lossy=any(f.suffix.lower() in LOSSY_SUFFIXES for f in files))
+
+    @property
+    def n(self) -> int:
+        return len(self.files) if self.array is None else len(self.array)
+
+    def images(self, first: int, last: int) -> tuple[Tensor, Tensor]:
+        if self.array is not None:
+            pixels = self.array[first:last]
+        else:
+            pixels = [np.asarray(Image.open(f).convert("RGB")) for f in self.files[first:last]]
+            sizes = {p.shape for p in pixels}
+            if len(sizes) > 1:
+                expected = f"images of one size, found {sorted(s[:2] for s in sizes)[:3]}"
+                raise UserError(setting="FOLDER", value=str(self.files[0].parent), expected=expected)
+            pixels = np.stack(pixels)
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.zeros(len(pixels), dtype=torch.long)
