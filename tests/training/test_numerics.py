@@ -1,0 +1,80 @@
+"""The automatic choice of precision, memory format and compilation: made once, stored, without side effects."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from diffscale.models import create_model
+from diffscale.training.numerics import Numerics, choose_numerics
+
+
+@dataclass(frozen=True)
+class Wanted:
+    precision: str = "bf16"
+    channels_last: bool | str = "auto"
+    compile: bool | str = "auto"
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return create_model("edm2-tiny", dropout=0.1, model_channels=16, channels_per_head=16)
+
+
+def test_what_is_asked_for_is_what_is_used(model):
+    images = torch.randn(2, 3, 8, 8)
+    for asked in (True, False):
+        chosen = choose_numerics(model, images, "cpu", Wanted("fp32", asked, asked))
+        assert chosen == Numerics("fp32", asked, asked)
+
+
+def test_auto_settles_every_choice_and_survives_storage(model):
+    chosen = choose_numerics(model, torch.randn(2, 3, 8, 8), "cpu", Wanted())
+    assert isinstance(chosen.channels_last, bool)
+    assert chosen.compile is False  # on a CPU it does not pay
+    assert Numerics(**json.loads(json.dumps(dataclasses.asdict(chosen)))) == chosen
+
+
+def test_choosing_leaves_weights_gradients_mode_and_random_state_alone(model):
+    model.eval()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    model.conv_in.weight.grad = torch.ones_like(model.conv_in.weight)
+    state = torch.get_rng_state()
+    choose_numerics(model, torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), "cpu", Wanted())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not model.training
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert torch.equal(model.conv_in.weight.grad, torch.ones_like(model.conv_in.weight))
+    assert model.conv_out.weight.grad is None
+
+
+def test_a_model_without_convolutions_is_left_contiguous():
+    class Linear(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(8, 8)
+
+        def forward(self, x, logsnr, label=None, state=None):
+            return self.layer(x), None
+
+    assert choose_numerics(Linear(), torch.randn(2, 3, 8, 8), "cpu", Wanted()).channels_last is False
+
+
+def test_prepare_and_order_put_weights_and_images_in_the_chosen_order(model):
+    images = torch.randn(2, 3, 8, 8)
+    unet = create_model("unet-tiny")
+    for flag in (True, False):
+        numerics = Numerics("bf16", channels_last=flag)
+        assert numerics.prepare(unet) is unet
+        last = {"memory_format": torch.channels_last}
+        assert unet.encoder[0].conv1.weight.is_contiguous(**last) is flag
+        assert numerics.order(images).is_contiguous(**last) is flag
+    with numerics.autocast("cpu"):
+        assert torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype == torch.bfloat16
+    with Numerics("fp32").autocast("cpu"):
+        assert torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype == torch.float32
