@@ -73,11 +73,11 @@ def analyse(records: Iterable[Record]) -> Analysis:
     points = aggregate(rows)
     all_curves = curves(points)
     table, fits = scaling(all_curves)
-    facets, verdict_table = facet_table(rows), verdicts(all_curves)
+    facets, verdict_table, sweep = facet_table(rows), verdicts(all_curves), tables.sweep(points)
     return Analysis(
         rows=rows, facets=facets, points=points, curves=all_curves, pareto=pareto(points), scaling=table, fits=fits,
-        verdicts=verdict_table, sweep=tables.sweep(points), cost=tables.cost(points),
-        findings=findings(facets, points, verdict_table, table),
+        verdicts=verdict_table, sweep=sweep, cost=tables.cost(points),
+        findings=findings(facets, points, verdict_table, table, sweep),
     )  # fmt: skip
 
 
@@ -89,10 +89,10 @@ def write_csvs(analysis: Analysis, out: Path) -> list[Path]:
         "facets": analysis.facets,
         "points": analysis.points.drop(columns=["settings"]),
         "pareto": _front(analysis.pareto.drop(columns=without), ["facet", "scope", "scope_value"]),
-        "scaling": analysis.scaling,
-        "verdicts": analysis.verdicts,
-        "sweep": analysis.sweep,
-        "cost": analysis.cost,
+        "scaling": _described(analysis.scaling, analysis.facets),
+        "verdicts": _described(analysis.verdicts, analysis.facets),
+        "sweep": _described(analysis.sweep, analysis.facets),
+        "cost": _described(analysis.cost, analysis.facets),
     }
     out.mkdir(parents=True, exist_ok=True)
     paths = []
@@ -100,6 +100,13 @@ def write_csvs(analysis: Analysis, out: Path) -> list[Path]:
         paths.append(out / f"{name}.csv")
         table.to_csv(paths[-1], index=False, float_format="%.10g", lineterminator="\n")
     return paths
+
+
+def _described(table: pd.DataFrame, facets: pd.DataFrame) -> pd.DataFrame:
+    """The table with what a reader must know of each row's facet beside it."""
+    known = ["metric", "network", "eval_resolution", "n_generated", "n_reference", "solver", "nfe", "endpoint"]
+    table = table.drop(columns=[c for c in known if c in table.columns])
+    return _front(table.merge(facets[["facet", *known]], on="facet", how="left"), ["facet", *known])
 
 
 def _front(table: pd.DataFrame, first: list[str]) -> pd.DataFrame:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from diffscale.report import style
 from diffscale.report.facets import is_distance, metric_name
-from diffscale.report.frontier import Curve
+from diffscale.report.frontier import Curve, is_on_frontier
 from diffscale.report.power_law import Fit
 from diffscale.report.published import Published, matching
 from diffscale.report.scaling import BEYOND
@@ -70,9 +70,9 @@ def against_compute(points: pd.DataFrame, curves: list[Curve], title: str) -> Fi
     ends = _draw_curves(axes, points, curves, "train_flops")
     metric = str(points["metric"].iloc[0])
     set_limits(axes, points["train_flops"].to_numpy(), extent(points), metric)
-    _draw_envelope(axes, curves)
+    _ring_frontier(axes, points)
     published = {p for c in curves for p in matching(metric, str(c.points["dataset"].iloc[0]), c.train_resolution)}
-    text = f"{title}. {bands(points)} Grey halo: the best curve at each compute."
+    text = f"{title}. {bands(points)} Ringed: the frontier."
     if points["recipe"].nunique() > len(curves):
         text += " Thin lines: every recipe."
     if published:
@@ -88,19 +88,9 @@ def extent(points: pd.DataFrame) -> np.ndarray:
     return np.concatenate([points[c].dropna().to_numpy(float) for c in ("value", "value_low", "value_high")])
 
 
-def _draw_envelope(axes: Axes, curves: list[Curve]) -> None:
-    """A grey halo along whichever curve is lowest; where a better one begins, the halo jumps to it."""
-    grid = np.geomspace(min(c.compute[0] for c in curves), max(c.compute[-1] for c in curves), 1500)
-    x = np.log(grid)
-    every = [
-        np.interp(x, np.log(c.compute), np.log(c.values), left=np.inf, right=np.inf)
-        for c in curves
-        if len(c.points) > 1
-    ]
-    lowest = np.min(every, axis=0)
-    jumps = np.flatnonzero(np.abs(np.diff(lowest)) > 0.02)
-    lowest[jumps] = np.nan
-    axes.plot(grid, np.exp(np.where(np.isfinite(lowest), lowest, np.nan)), color=style.FRONTIER, lw=7, zorder=1.5)
+def _ring_frontier(axes: Axes, points: pd.DataFrame) -> None:
+    best = points[is_on_frontier(points["train_flops"], points["value"])]
+    axes.plot(best["train_flops"], best["value"], "o", mfc="none", mec=style.INK, mew=0.8, ms=9, zorder=4)
 
 
 def _draw_published(axes: Axes, systems: list[Published]) -> list[style.End]:

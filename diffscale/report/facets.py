@@ -144,7 +144,12 @@ def facet_table(rows: pd.DataFrame) -> pd.DataFrame:
         ascending=[True, True, True, True, False, False, False, True],
     )
     table = order.drop(columns=["_unfair", "_other", "_alone", "_proxy"]).reset_index(drop=True)
-    table["title"] = [facet_title(row) for row in table.to_dict("records")]
+    titles = [facet_title(row) for row in table.to_dict("records")]
+    repeated = {title for title, n in Counter(titles).items() if n > 1}
+    table["title"] = [
+        f"{title} (group {facet})" if title in repeated else title
+        for title, facet in zip(titles, table["facet"], strict=True)
+    ]
     return table
 
 

@@ -14,7 +14,7 @@ MOST = 60
 
 
 def findings(
-    facets: pd.DataFrame, points: pd.DataFrame, verdicts: pd.DataFrame, scaling: pd.DataFrame
+    facets: pd.DataFrame, points: pd.DataFrame, verdicts: pd.DataFrame, scaling: pd.DataFrame, sweep: pd.DataFrame
 ) -> list[dict[str, str]]:
     """[{facet, kind, text}], the main facet first. kind: best, beats, open, crossing, heldout, tuning."""
     found: list[dict[str, str]] = []
@@ -25,6 +25,7 @@ def findings(
         sentences = [
             *_best(own),
             *_verdicts(verdicts[verdicts["facet"] == facet], metric_name(str(own["metric"].iloc[0]))),
+            *_schedules(sweep[sweep["facet"] == facet]),
             *_crossings(scaling[(scaling["facet"] == facet) & (scaling["kind"] == "crossing")]),
             *_heldout(scaling[(scaling["facet"] == facet) & (scaling["kind"] == "fit")]),
             *_tuning(own),
@@ -78,6 +79,20 @@ def _verdicts(table: pd.DataFrame, metric: str) -> Iterator[tuple[str, str]]:
         ]
         if pairs:
             yield "open", f"{text}: {', '.join(pairs[:12])}{' ...' if len(pairs) > 12 else ''}."
+
+
+def _schedules(table: pd.DataFrame) -> Iterator[tuple[str, str]]:
+    """The best schedule of each backbone and resolution at equal compute, and which others are worse beyond noise."""
+    for (model, side), part in table.dropna(subset=["value"]).groupby(["model", "train_resolution"], sort=True):
+        if len(part) > 1:
+            best = part[part["best_at_resolution"].astype(bool)].iloc[0]
+            others = part[~part["best_at_resolution"].astype(bool)]
+            worse = others.loc[others["separated_from_best"].astype(bool), "schedule"].tolist()
+            close = others.loc[~others["separated_from_best"].astype(bool), "schedule"].tolist()
+            text = f"{model}, {side} px, at {flops(best['train_flops'])} FLOPs: {best['schedule']} "
+            text += f"{number(best['value'])} {_interval(best['value_low'], best['value_high'])} "
+            text += f"beats {', '.join(worse)}" if worse else "is lowest"
+            yield "beats" if worse else "open", text + (f"; not separated from {', '.join(close)}." if close else ".")
 
 
 def _crossings(table: pd.DataFrame) -> Iterator[tuple[str, str]]:

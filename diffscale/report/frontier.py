@@ -15,8 +15,8 @@ SCOPES = {"overall": [], "backbone": ["model"], "resolution": ["train_resolution
 
 
 def fair(points: pd.DataFrame) -> pd.DataFrame:
-    """Points that are the end of a run of that budget."""
-    return points[points["endpoint"].isin(FAIR_ENDPOINTS)]
+    """Points that are the end of a run of that budget; an untrained network (no compute) is none."""
+    return points[points["endpoint"].isin(FAIR_ENDPOINTS) & (points["train_flops"] > 0)]
 
 
 def is_on_frontier(compute: ArrayLike, values: ArrayLike, higher: bool = False) -> np.ndarray:

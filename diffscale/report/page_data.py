@@ -12,8 +12,9 @@ import pandas as pd
 
 from diffscale.records import Record
 from diffscale.report.curve_figures import bands
-from diffscale.report.facets import FAIR_ENDPOINTS, is_distance, metric_name
+from diffscale.report.facets import higher_is_better, is_distance, metric_name
 from diffscale.report.findings import flops, number
+from diffscale.report.frontier import Curve, fair
 from diffscale.report.published import matching
 from diffscale.report.samples import Grids
 from diffscale.report.scaling import BEYOND
@@ -29,6 +30,11 @@ TABLE = [
     "n_generated", "eval_resolution", "solver", "nfe", "guidance_scale", "ema", "endpoint", "prediction", "weighting",
     "input_scale", "parameters", "flops_per_image", "dataset", "device", "devices", "precision", "commit", "warning",
 ]  # fmt: skip
+PRINTED = {
+    "run_name", "model", "schedule", "train_resolution", "seed", "images_seen", "train_flops", "metric", "value",
+    "value_low", "value_high", "n_generated", "nfe",
+}  # fmt: skip
+"""Columns that fit on paper."""
 _POINT = {
     "facet": "facet", "recipe": "recipe", "recipe_label": "label", "model": "model", "value": "value",
     "train_resolution": "train_resolution", "train_flops": "train_flops", "images_seen": "images_seen",
@@ -41,6 +47,7 @@ _POINT = {
 def page_data(analysis: Analysis, grids: Grids) -> dict[str, Any]:
     """Everything the page's scripts show, as plain JSON values (no NaN)."""
     rows, points = analysis.rows, analysis.points.reset_index(drop=True)
+    higher = {row["facet"]: higher_is_better(str(row["metric"])) for row in analysis.facets.to_dict("records")}
     index = {(p.facet, p.recipe, p.images_seen): i for i, p in enumerate(points.itertuples())}
     return {
         "summary": _summary(rows),
@@ -49,7 +56,8 @@ def page_data(analysis: Analysis, grids: Grids) -> dict[str, Any]:
         "points": _points(points, analysis.pareto),
         "curves": [_curve(curve, analysis, index) for curve in analysis.curves],
         "sweep": [
-            _sweep(facet, model, part) for (facet, model), part in analysis.sweep.groupby(["facet", "model"], sort=True)
+            _sweep(facet, model, part, higher[facet])
+            for (facet, model), part in analysis.sweep.groupby(["facet", "model"], sort=True)
         ],
         "nfe": [
             {
@@ -95,7 +103,7 @@ def _facet(row: dict, points: pd.DataFrame) -> dict[str, Any]:
     own = points[points["facet"] == row["facet"]]
     return {
         "facet": row["facet"], "title": row["title"], "name": metric_name(str(row["metric"])), "runs": int(row["runs"]),
-        "log": is_distance(str(row["metric"])), "bands": bands(own),
+        "log": is_distance(str(row["metric"])), "higher": higher_is_better(str(row["metric"])), "bands": bands(own),
     }  # fmt: skip
 
 
@@ -109,12 +117,12 @@ def _points(points: pd.DataFrame, frontier: pd.DataFrame) -> list[dict[str, Any]
             index=range(len(points)), device_hours=points["device_seconds"] / 3600,
             frontier=[key in best for key in keys],
             wall_hours=points["device_seconds"] / points["devices"] / 3600, energy_kwh=points["energy_joules"] / 3.6e6,
-            fair=points["endpoint"].isin(FAIR_ENDPOINTS),
+            fair=points.index.isin(fair(points).index),
         )
     )  # fmt: skip
 
 
-def _curve(curve, analysis: Analysis, index: dict) -> dict[str, Any]:
+def _curve(curve: Curve, analysis: Analysis, index: dict) -> dict[str, Any]:
     several = len({c.train_resolution for c in analysis.curves if c.facet == curve.facet}) > 1
     found = analysis.fits.get((curve.facet, curve.model, curve.train_resolution, curve.dataset_hash))
     fit = None
@@ -133,13 +141,13 @@ def _curve(curve, analysis: Analysis, index: dict) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _sweep(facet: object, model: object, part: pd.DataFrame) -> dict[str, Any]:
+def _sweep(facet: object, model: object, part: pd.DataFrame, higher: bool) -> dict[str, Any]:
     equal = bool(part["value"].notna().all())
     column, low, high = ("value", "value_low", "value_high") if equal else ("final_value", "final_low", "final_high")
     grid = part.pivot_table(index="schedule", columns="train_resolution", values=column, sort=True)
     cells = {(r["schedule"], r["train_resolution"]): r for r in part.to_dict("records")}
     logs = np.log(grid.to_numpy(float)) if (grid.to_numpy(float)[~grid.isna()] > 0).all() else grid.to_numpy(float)
-    shade = logs - np.nanmin(logs, axis=0)
+    shade = np.nanmax(logs, axis=0) - logs if higher else logs - np.nanmin(logs, axis=0)
     shade = shade / max(float(np.nanmax(shade)), 1e-6)
 
     def text(key: tuple) -> str | None:
@@ -196,6 +204,7 @@ def _table(rows: pd.DataFrame) -> dict[str, Any]:
         "columns": columns,
         "numeric": [pd.api.types.is_numeric_dtype(table[c]) for c in columns],
         "descriptions": [described.get(c, "seconds of training x devices / 3600") for c in columns],
+        "printed": [c in PRINTED for c in columns],
         "rows": [[clean(v) for v in row] for row in table[columns].itertuples(index=False, name=None)],
         "facets": table["facet"].tolist(),
     }

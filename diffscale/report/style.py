@@ -41,7 +41,7 @@ _OTHERS = [
     Look("#4f6d7a", "<", "triangle-left"),
     Look("#8a5fbf", ">", "triangle-right"),
 ]
-INK, GREY, FAINT, FRONTIER = "#1b1f24", "#777e86", "#9aa1a9", "#d3d8dd"
+INK, GREY, FAINT = "#1b1f24", "#777e86", "#9aa1a9"
 DASHES = ["-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1, 2)), (0, (3, 1, 1, 1, 1, 1))]
 WIDTH, HEIGHT = 6.6, 4.3
 """Inches: a text column of a paper in one column."""

@@ -69,7 +69,12 @@ def _sweep_table(identity: dict[str, object], part: pd.DataFrame) -> list[dict[s
             "final_train_flops": last["train_flops"], "final_images_seen": last["images_seen"],
         }  # fmt: skip
         if reading is not None:
-            row |= {"value": reading.value, "value_low": reading.low, "value_high": reading.high}
+            row |= {
+                "value": reading.value,
+                "value_low": reading.low,
+                "value_high": reading.high,
+                "known": reading.known,
+            }
         rows.append(row)
     for resolution in {row["train_resolution"] for row in rows}:
         _mark_best([r for r in rows if r["train_resolution"] == resolution and "value" in r], higher)
@@ -83,7 +88,7 @@ def _mark_best(column: list[dict], higher: bool) -> None:
     for row in column:
         row["best_at_resolution"] = row is best
         apart = row["value_high"] < best["value_low"] if higher else row["value_low"] > best["value_high"]
-        row["separated_from_best"] = bool(apart)
+        row["separated_from_best"] = bool(apart and row["known"] and best["known"])
 
 
 def cost(points: pd.DataFrame, levels: int = 6) -> pd.DataFrame:

@@ -9,7 +9,10 @@ const AXES = [
   ["cost", "cost"],
 ];
 const DASHES = ["solid", "dash", "dot", "dashdot", "longdash"];
-const CONFIG = { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"] };
+const CONFIG = {
+  displaylogo: false, responsive: true, showSendToCloud: false, plotlyServerURL: "",
+  displayModeBar: window.innerWidth < 600 ? false : "hover", modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"],
+};
 
 function layout(x, y, log) {
   const narrow = window.innerWidth < 600;
@@ -20,9 +23,27 @@ function layout(x, y, log) {
     paper_bgcolor: "#fff", plot_bgcolor: "#fff", hovermode: "closest",
     hoverlabel: { align: "left", bgcolor: "#fff", bordercolor: "#9aa1a9", font: { color: "#1b1f24" } },
     legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 },
-    xaxis: { ...axis, title: { text: safe(x), standoff: 8 }, type: "log", exponentformat: "power", dtick: undefined },
-    yaxis: { ...axis, title: { text: safe(y), standoff: 6 }, type: log ? "log" : "linear", exponentformat: "none" },
+    xaxis: { ...axis, title: { text: safe(x), standoff: 8 }, type: "log" },
+    yaxis: { ...axis, title: { text: safe(y), standoff: 6 }, type: log ? "log" : "linear" },
   };
+}
+
+/** Ticks of a logarithmic axis: 1, 2, 5 up to about two decades, powers of ten beyond; ten times further each way. */
+function logTicks(values) {
+  const known = values.filter((v) => v > 0), low = Math.min(...known), high = Math.max(...known);
+  if (known.length === 0) return {};
+  const steps = high / low < 3 ? [1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9] : high / low < 200 ? [1, 2, 5] : [1];
+  const tickvals = [];
+  for (let e = Math.floor(Math.log10(low)) - 1; e <= Math.ceil(Math.log10(high)) + 1; e += 1) {
+    for (const step of steps) tickvals.push(Number(`${step}e${e}`));
+  }
+  return { tickmode: "array", tickvals, ticktext: tickvals.map(tickText) };
+}
+
+function tickText(value) {
+  if (value >= 1e-3 && value < 1e5) return value.toLocaleString("en-US", { maximumFractionDigits: 4 });
+  const [head, exponent] = value.toExponential().split("e");
+  return `${head === "1" ? "" : `${head}·`}10<sup>${Number(exponent)}</sup>`;
 }
 
 function facetPoints() {
@@ -49,11 +70,6 @@ function drawCompute() {
   const x = $("axis").value, facet = FACETS.get(state.facet), points = facetPoints();
   const sides = [...new Set(points.map((p) => p.train_resolution))].sort((a, b) => a - b);
   const traces = [];
-  const frontier = points.filter((p) => p.frontier && p[x] > 0);
-  if ($("show-frontier").checked && x === "train_flops" && frontier.length) {
-    traces.push({ x: frontier.map((p) => p[x]), y: frontier.map((p) => p.value), mode: "markers", type: "scatter",
-      name: "frontier", hoverinfo: "skip", marker: { size: 17, color: "#d3d8dd" } });
-  }
   if ($("show-recipes").checked) traces.push(...recipeTraces(points, x));
   for (const curve of DATA.curves.filter((c) => c.facet === state.facet)) {
     const own = curve.points.map((i) => DATA.points[i]).filter((p) => p[x] > 0);
@@ -68,15 +84,24 @@ function drawCompute() {
     });
     if ($("show-fits").checked && curve.fit && x === "train_flops") traces.push(...fitTraces(curve.fit, color, group));
   }
+  const frontier = points.filter((p) => p.frontier && p[x] > 0);
+  if ($("show-frontier").checked && x === "train_flops" && frontier.length) {
+    traces.push({ x: frontier.map((p) => p[x]), y: frontier.map((p) => p.value), mode: "markers", type: "scatter",
+      name: "frontier", hoverinfo: "skip", marker: { size: 16, symbol: "circle-open", color: "#1b1f24", line: { width: 1.2 } } });
+  }
   const shown = layout(AXES.find(([key]) => key === x)[1], facet.name, facet.log);
-  if (x === "train_flops") shown.shapes = DATA.published.filter((p) => p.facet === state.facet).map((p) => ({
+  Object.assign(shown.xaxis, logTicks(points.map((p) => p[x])));
+  if (facet.log) Object.assign(shown.yaxis, logTicks(points.map((p) => p.value)));
+  const lowest = Math.min(...points.map((p) => p.value)), published = DATA.published.filter((p) => p.facet === state.facet);
+  if (x === "train_flops") shown.shapes = published.filter((p) => p.fid >= lowest / 1.5).map((p) => ({
     type: "line", xref: "paper", x0: 0.97, x1: 1, y0: p.fid, y1: p.fid, line: { color: "#9aa1a9", width: 2 },
     label: { text: safe(`${p.system} ${p.fid}`), font: { size: 10, color: "#777e86" }, textposition: "start", xanchor: "right" },
   }));
   Plotly.react("plot-compute", traces, shown, CONFIG);
-  const own = DATA.published.filter((p) => p.facet === state.facet);
-  $("caption-compute").textContent = `${facet.title}. ${facet.bands}` + (own.length
-    ? ` Grey: published with 50,000 samples and far more compute (${own.map((p) => `${p.system} ${p.fid}`).join(", ")}).` : "");
+  $("caption-compute").textContent = `${facet.title}. ${facet.bands}` + (published.length
+    ? ` Published, with 50,000 samples and far more compute: ${published.map((p) => `${p.system} ${p.fid}`).join(", ")}.` : "");
+  const best = points.filter((p) => p.frontier).sort((a, b) => a.train_flops - b.train_flops).pop();
+  if (best) card(best);
 }
 
 function recipeTraces(points, x) {
@@ -118,15 +143,15 @@ function drawSweep() {
   const trace = { type: "heatmap", z: grid("shade"), showscale: false, xgap: 3, ygap: 3, zmin: 0, zmax: 1.4, hoverinfo: "skip",
     colorscale: [[0, "#f4f9fe"], [0.5, "#8fc1e3"], [1, "#0b5a97"]] };
   $("plot-sweep").style.height = `${110 + 46 * rows.length}px`;
-  Plotly.react("plot-sweep", [trace], { ...shown, annotations }, CONFIG);
+  Plotly.react("plot-sweep", [trace], { ...shown, annotations }, { ...CONFIG, displayModeBar: false });
   $("caption-sweep").textContent = `${FACETS.get(state.facet).title}; ${tables.map((t) => t.where).join("; ")}. ` +
     "Colour: ratio to the best of its column, light is best. Brackets: 95 % intervals.";
 }
 
 function drawNfe() {
-  $("nfe-section").hidden = DATA.nfe.length === 0;
-  if (DATA.nfe.length === 0) return;
-  const family = DATA.nfe.find((f) => f.points.some((i) => DATA.points[i].facet === state.facet)) || DATA.nfe[0];
+  const family = DATA.nfe.find((f) => f.points.some((i) => DATA.points[i].facet === state.facet));
+  $("nfe-section").hidden = family === undefined;
+  if (family === undefined) return;
   const points = family.points.map((i) => DATA.points[i]);
   const solvers = [...new Set(points.map((p) => p.solver))].sort();
   const lines = Map.groupBy(points, (p) => JSON.stringify([p.recipe, p.images_seen, p.solver]));
@@ -142,6 +167,7 @@ function drawNfe() {
   const ticks = [...new Set(points.map((p) => p.nfe))].sort((a, b) => a - b);
   const shown = layout("network evaluations per image", family.name, true);
   if (ticks.length <= 10) Object.assign(shown.xaxis, { tickvals: ticks, ticktext: ticks.map(String) });
+  Object.assign(shown.yaxis, logTicks(points.map((p) => p.value)));
   Plotly.react("plot-nfe", traces, shown, CONFIG);
   $("caption-nfe").textContent = `${family.title}. Each line is one checkpoint sampled with more and more steps: the one plot across samplers.`;
 }

@@ -7,6 +7,7 @@ function drawFacet() {
   drawSweep();
   drawNfe();
   drawTable();
+  chooseBestTwo();
 }
 
 function watch(id) {
@@ -35,9 +36,9 @@ function start() {
   select("axis", measured, drawCompute);
   for (const id of ["show-bands", "show-recipes", "show-fits", "show-frontier"]) $(id).addEventListener("change", drawCompute);
   setupTable();
-  drawFacet();
   setupSamples();
   setupDiff();
+  drawFacet();
   watch("plot-compute");
   watch("plot-nfe");
   replace("notes", ...DATA.notes.map((note) => element("p", {}, note)));

@@ -10,18 +10,31 @@ function runName(id) {
 function setupSamples() {
   const keys = Object.keys(DATA.grids);
   $("samples-section").hidden = keys.length === 0;
-  if (keys.length === 0) return;
   const options = keys.map((key) => {
     const [id, images] = key.split("/");
     return [key, id, Number(images)];
   }).sort((a, b) => runName(a[1]).localeCompare(runName(b[1])) || a[2] - b[2])
     .map(([key, id, images]) => [key, `${runName(id)} · ${number(images)} images`]);
-  for (const side of ["a", "b"]) {
-    const show = (key) => replace(`view-${side}`, gridImage(key, `samples of ${key}`), sampleNote(key));
-    const node = select(`sample-${side}`, options, show);
-    node.value = side === "a" ? options[0][0] : options[options.length - 1][0];
-    show(node.value);
+  for (const side of ["a", "b"]) select(`sample-${side}`, options, () => showSample(side));
+}
+
+function showSample(side) {
+  const key = $(`sample-${side}`).value;
+  replace(`view-${side}`, gridImage(key, `samples of ${key}`), key ? sampleNote(key) : "");
+}
+
+/** The ends of the group's two best curves, for the samples and the settings. */
+function chooseBestTwo() {
+  const ends = DATA.curves.filter((c) => c.facet === state.facet).map((c) => DATA.points[c.points[c.points.length - 1]])
+    .sort((p, q) => (p.value - q.value) * (FACETS.get(state.facet).higher ? -1 : 1));
+  const runs = ends.map((p) => p.runs.split(" ")[0]), keys = Object.keys(DATA.grids);
+  const grids = ends.map((p) => p.runs.split(" ").map((run) => `${run}/${p.images_seen}`).find((key) => DATA.grids[key])).filter(Boolean);
+  for (const [i, side] of ["a", "b"].entries()) {
+    if (keys.length) $(`sample-${side}`).value = grids[i] || grids[0] || keys[0];
+    $(`diff-${side}`).value = runs[i] || runs[0] || Object.keys(DATA.runs)[0];
+    showSample(side);
   }
+  drawDiff();
 }
 
 function sampleNote(key) {
@@ -37,8 +50,12 @@ function settingsOf(id) {
 function setupDiff() {
   const options = Object.keys(DATA.runs).map((id) => [id, runName(id)]).sort((a, b) => a[1].localeCompare(b[1]));
   for (const side of ["a", "b"]) select(`diff-${side}`, options, drawDiff);
-  $("diff-b").value = options[options.length - 1][0];
-  drawDiff();
+}
+
+function settingText(json) {
+  if (json === undefined) return "(not set)";
+  const value = JSON.parse(json);
+  return typeof value === "string" ? value : json;
 }
 
 function drawDiff() {
@@ -47,7 +64,7 @@ function drawDiff() {
   const differing = keys.filter((key) => a[key] !== b[key]);
   const body = element("tbody");
   for (const key of differing) {
-    body.append(element("tr", {}, element("th", { scope: "row" }, key), element("td", {}, a[key] ?? "(not set)"), element("td", {}, b[key] ?? "(not set)")));
+    body.append(element("tr", {}, element("th", { scope: "row" }, key), element("td", {}, settingText(a[key])), element("td", {}, settingText(b[key]))));
   }
   if (differing.length === 0) body.append(element("tr", {}, element("td", { colspan: "3" }, "No setting differs.")));
   const head = element("thead", {}, element("tr", {}, element("th", {}, "setting"), element("th", {}, "A"), element("th", {}, "B")));
@@ -59,7 +76,7 @@ function setupTable() {
   for (const [i, column] of DATA.table.columns.entries()) {
     const numeric = DATA.table.numeric[i];
     const button = element("button", { type: "button", onclick: () => sortBy(column) }, column);
-    head.append(element("th", { class: numeric ? "num" : "", "data-column": column, title: DATA.table.descriptions[i] }, button));
+    head.append(element("th", { class: (numeric ? "num" : "") + (DATA.table.printed[i] ? "" : " screen"), "data-column": column, title: DATA.table.descriptions[i] }, button));
     const input = element("input", { type: "search", "aria-label": `filter ${column}`, oninput: (event) => {
       table.filters[column] = event.target.value;
       table.page = 0;
@@ -94,7 +111,7 @@ function matches(value, filter) {
 }
 
 function drawTable() {
-  const { columns, numeric, rows, facets } = DATA.table;
+  const { columns, numeric, printed, rows, facets } = DATA.table;
   const active = columns.map((c, i) => [i, table.filters[c] || ""]).filter(([, filter]) => filter.trim() !== "");
   const only = $("only-group").checked;
   const kept = rows.filter((row, r) => (!only || facets[r] === state.facet) && active.every(([i, f]) => matches(row[i], f)));
@@ -109,7 +126,7 @@ function drawTable() {
   for (const row of kept.slice(table.page * PAGE, (table.page + 1) * PAGE)) {
     body.append(element("tr", {}, ...row.map((value, i) => {
       const text = number(value, 4);
-      return element("td", numeric[i] ? { class: "num" } : { title: text }, text);
+      return element("td", { class: (numeric[i] ? "num" : "") + (printed[i] ? "" : " screen"), title: numeric[i] ? "" : text }, text);
     })));
   }
   $("table").querySelector("tbody").replaceWith(body);
