@@ -29,8 +29,12 @@ LOSSY_SUFFIXES = (".jpg", ".jpeg")
 class Source(Protocol):
     """n images, found by index. `images(first, last)` → uint8 (B,C,H,W) on the CPU and int64 labels (B,)."""
 
-    n: int
-    batch: int  # indices first, last are asked for in multiples of it, but for the end
+    @property
+    def n(self) -> int: ...
+
+    @property
+    def batch(self) -> int:
+        """Ranges begin at multiples of it."""
 
     def images(self, first: int, last: int) -> tuple[Tensor, Tensor]: ...
 
@@ -60,19 +64,25 @@ class Sampling:
         passes = 2 if self.guidance is not None and self.guidance_scale != 1 else 1
         return int(self.solver.nfe) * passes
 
+    def fields(self) -> dict[str, Any]:
+        """The columns of a record that the sampler determines."""
+        return {
+            "solver": self.solver_name, "nfe": self.nfe, "guidance_scale": self.guidance_scale,
+            "sampler": self.canonical(), "sample_seed": self.seed,
+        }  # fmt: skip
+
     def canonical(self) -> str:
         """All settings of the sampler as JSON: the record's `sampler`."""
         options = asdict(self.solver) if is_dataclass(self.solver) and not isinstance(self.solver, type) else {}
         settings = {
             "solver": {"name": self.solver_name, **options}, "guidance_scale": self.guidance_scale,
             "guidance_interval": self.guidance_interval, "labels": self.labels, "precision": self.precision,
-            "batch": self.batch,
         }  # fmt: skip
         return json.dumps(settings, sort_keys=True, separators=(",", ":"))
 
 
 def draw_labels(policy: str, seed: int, positions: Tensor, class_counts: Sequence[int]) -> Tensor:
-    """Labels (B,) int64 of the samples at these positions, under a policy of `Sampling`. Raises UserError for others."""
+    """Labels (B,) int64 of the samples at these positions under a policy of `Sampling`; UserError for another."""
     classes = len(class_counts)
     if policy == "balanced":
         return positions % classes
@@ -100,7 +110,7 @@ class ModelSource:
     diffusion: Diffusion
     sampling: Sampling
     shape: tuple[int, int, int]
-    n: int
+    n: int = 0
     class_counts: tuple[int, ...] = ()
     device: str = "cpu"
 
@@ -203,10 +213,10 @@ class FileSource:
         if self.array is not None:
             pixels = self.array[first:last]
         else:
-            pixels = [np.asarray(Image.open(f).convert("RGB")) for f in self.files[first:last]]
-            sizes = {p.shape for p in pixels}
+            opened = [np.asarray(Image.open(f).convert("RGB")) for f in self.files[first:last]]
+            sizes = {p.shape for p in opened}
             if len(sizes) > 1:
                 expected = f"images of one size, found {sorted(s[:2] for s in sizes)[:3]}"
                 raise UserError(setting="FOLDER", value=str(self.files[0].parent), expected=expected)
-            pixels = np.stack(pixels)
+            pixels = np.stack(opened)
         return torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.zeros(len(pixels), dtype=torch.long)

@@ -1,0 +1,196 @@
+"""One evaluation from end to end: samples → features → values. Used inside training, by Ray actors and by the CLI."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import nn
+
+from diffscale.errors import UserError
+from diffscale.evaluation import generate, pictures, spool
+from diffscale.evaluation.generate import Featuriser, Gather, View
+from diffscale.evaluation.metrics import Measurement, Metric, measure, memorised, parse_metric, views_of
+from diffscale.evaluation.reference import Reference, get_reference, references_folder
+from diffscale.evaluation.sources import ModelSource, Sampling, Source
+from diffscale.evaluation.spool import Spool
+
+if TYPE_CHECKING:
+    from diffscale.data import Dataset
+    from diffscale.diffusion import Diffusion
+    from diffscale.experiment import EvalSettings
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """measurements: rows for records, empty on ranks other than 0. grid_png: the first samples, labelled."""
+
+    measurements: list[Measurement]
+    grid_png: bytes | None
+    seconds: float
+
+
+@dataclass
+class Evaluator:
+    """Evaluates models against one dataset under one set of `eval` settings.
+
+    Making it loads the feature networks, so that missing weights stop a run before it begins (UserError).
+    dataset: what the model was trained on, at its resolution. at_eval_resolution: the same images at
+    `eval.eval_resolution`, where that is set and higher. heldout: the held-out split at the resolution of evaluation.
+    rank, world, gather: for a training job of several workers, where every rank makes one and calls each method;
+    gather takes an object of each rank and gives all of them (a collective).
+    """
+
+    settings: EvalSettings
+    dataset: Dataset
+    storage: str
+    heldout: Dataset | None = None
+    at_eval_resolution: Dataset | None = None
+    device: torch.device | str = "cpu"
+    rank: int = 0
+    world: int = 1
+    gather: Gather | None = None
+    _references: dict[View, Reference] = field(default_factory=dict)
+    _heldout: dict[View, Reference] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        resolution = self.settings.eval_resolution or self.dataset.resolution
+        self.metrics: list[Metric] = [parse_metric(name) for name in self.settings.metrics]
+        self.views = views_of(self.metrics, resolution, self.settings.resize)
+        compared = self.dataset if resolution == self.dataset.resolution else self.at_eval_resolution
+        if compared is None or compared.resolution != resolution:
+            raise UserError(
+                setting="eval.eval_resolution", value=resolution,
+                expected=f"a resolution that the dataset was built at (this one: {self.dataset.resolution})",
+                fix="build the dataset at both resolutions: python -m diffscale.data build ... --resolution",
+            )  # fmt: skip
+        self.compared: Dataset = compared
+        # The native distance is a second column beside the common one (DECISIONS 1).
+        self.native: dict[str, View] = {}
+        if resolution != self.dataset.resolution:
+            fd = [m for m in self.metrics if m.kind == "fd"]
+            self.native = views_of(fd, self.dataset.resolution, self.settings.resize)
+        self._featurise = Featuriser([*self.views.values(), *self.native.values()], self.device)
+
+    def sampling(self, solver: object, *, guidance: object = None, precision: str = "fp32") -> Sampling:
+        """The settings' sampler: seed, batch and guidance as in `eval`."""
+        s = self.settings
+        return Sampling(
+            solver=solver, solver_name=s.solver.name, seed=s.seed, batch=max(min(s.batch, s.n_generated), 1),
+            guidance=guidance, guidance_scale=s.guidance_scale, guidance_interval=s.guidance_interval,
+            precision=precision,
+        )  # fmt: skip
+
+    def prepare(self) -> None:
+        """Builds the reference statistics that are not in the cache; every rank calls it."""
+        for view in [*self.views.values(), *self.native.values()]:
+            dataset = self.compared if view.resolution == self.compared.resolution else self.dataset
+            self._references[view] = self._reference(dataset, view)
+            if self.heldout is not None and view in self.views.values():
+                self._heldout[view] = self._reference(self.heldout, view, everything=True)
+
+    def _reference(self, dataset: Dataset, view: View, everything: bool = False) -> Reference:
+        outputs = tuple(o for o in view.outputs if o != "logits")
+        return get_reference(
+            dataset, replace(view, outputs=outputs), n_reference=None if everything else self.settings.n_reference,
+            place=references_folder(self.storage), featurise=self._featurise,
+            rank=self.rank, world=self.world, gather=self.gather,
+        )  # fmt: skip
+
+    def evaluate(
+        self, model: nn.Module, diffusion: Diffusion, sampling: Sampling, *, folder: Path | None = None
+    ) -> Evaluation:
+        """Generates `eval.n_generated` samples of the model and measures them; every rank calls it.
+
+        model: carries the weights to be judged (the EMA's), on any device. folder: where features go and from where
+        an interrupted evaluation resumes; a temporary one by default.
+        """
+        d = self.dataset
+        counts = tuple(int(c) for c in d.class_counts()) if getattr(model, "num_classes", 0) else ()
+        source = ModelSource(
+            model, diffusion, sampling, (d.channels, d.resolution, d.resolution), self.settings.n_generated, counts,
+            device=str(self.device),
+        )  # fmt: skip
+        return self.evaluate_source(source, folder=folder)
+
+    def evaluate_source(self, source: Source, *, folder: Path | None = None) -> Evaluation:
+        """The same for images from anywhere."""
+        started = time.monotonic()
+        if not self._references:
+            self.prepare()
+        with _folder(folder) as place:
+            self._fill(source, place)
+            if self.rank != 0:
+                return Evaluation([], None, time.monotonic() - started)
+            generated = Spool(place, source.n)
+            grid = self._grid(generated, source)
+            return Evaluation(self.measure(generated), grid, time.monotonic() - started)
+
+    def _fill(self, source: Source, place: Path) -> None:
+        have = list(spool.chunks(place))
+        if self.gather is not None:
+            have = self.gather(have)[0]
+        todo = generate.chunk_ranges(source.n, source.batch, have)
+        keep = self.settings.grid_images
+        if self.gather is None:
+            pairs: Iterator = generate.in_process(source, self._featurise, todo, keep)
+        else:
+            pairs = generate.over_ranks(source, self._featurise, todo, self.rank, self.world, self.gather, keep)
+        for first, columns in pairs:
+            spool.write_chunk(place, first, columns)
+
+    def measure(self, generated: Spool, classes: bool = False) -> list[Measurement]:
+        """Every metric of the settings for spooled features, per class too when asked; rank 0 only."""
+        out: list[Measurement] = []
+        copied: dict[str, float | None] = {}
+        for metric in self.metrics:
+            view = self.views[metric.network]
+            reference, heldout = self._references[view], self._heldout.get(view)
+            if metric.network not in copied:
+                copied[metric.network] = memorised(view, generated, reference, heldout)
+            rows = measure(metric, view, generated, reference, heldout)
+            native = self.native.get(metric.network)
+            if native is not None and metric.kind == "fd":
+                value = measure(metric, native, generated, self._references[native])[0].value
+                rows = [replace(rows[0], value_native=value)]
+            out += [replace(row, memorisation=copied[metric.network]) for row in rows]
+            if classes and metric.kind != "is":
+                out += self._per_class(metric, view, generated, reference)
+        return out
+
+    def _per_class(self, metric: Metric, view: View, generated: Spool, reference: Reference) -> list[Measurement]:
+        labels, theirs = generated[generate.LABELS][:], reference.labels()
+        out: list[Measurement] = []
+        for label in np.unique(theirs):
+            rows = np.flatnonzero(labels == label)
+            if len(rows) >= 8 and (theirs == label).sum() >= 8:
+                out += measure(metric, view, generated, reference, rows=rows, label=int(label))
+        return out
+
+    def _grid(self, generated: Spool, source: Source) -> bytes | None:
+        if not self.settings.grid_images or generate.IMAGES not in generated:
+            return None
+        images = generated[generate.IMAGES][: self.settings.grid_images]
+        labels = generated[generate.LABELS][: len(images)]
+        side = self.dataset.resolution
+        images = images.reshape(len(images), self.dataset.channels, side, side).transpose(0, 2, 3, 1)
+        names = self.dataset.class_names or []
+        captions = [names[i] if i < len(names) else "" for i in labels]
+        return pictures.to_png(pictures.grid(images, captions))
+
+
+@contextmanager
+def _folder(folder: Path | None) -> Iterator[Path]:
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="diffscale-evaluation-") as temporary:
+        yield Path(temporary)

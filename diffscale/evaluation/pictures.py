@@ -1,0 +1,89 @@
+"""Pictures for looking: labelled grids, denoising strips, sheets that compare runs at the same seeds."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+GAP = 2
+CAPTION = 12
+LEAST_CELL = 48
+
+
+def grid(images: NDArray, captions: Sequence[str] = (), columns: int | None = None) -> Image.Image:
+    """images (N,H,W,1 or 3) uint8, row by row, each with its caption underneath; as square as it goes by default.
+
+    Small images are enlarged by whole factors without smoothing, so that pixels stay pixels.
+    """
+    n = len(images)
+    columns = columns or int(np.ceil(np.sqrt(n)))
+    rows = -(-n // columns)
+    factor = max(1, -(-LEAST_CELL // images.shape[2])) if any(captions) else 1
+    height, width = images.shape[1] * factor, images.shape[2] * factor
+    caption = CAPTION if any(captions) else 0
+    sheet = Image.new("RGB", (columns * (width + GAP) + GAP, rows * (height + caption + GAP) + GAP), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=9)
+    for i, image in enumerate(images):
+        x = GAP + (i % columns) * (width + GAP)
+        y = GAP + (i // columns) * (height + caption + GAP)
+        sheet.paste(_picture(image, width, height), (x, y))
+        if caption and i < len(captions):
+            draw.text((x, y + height), _shorten(draw, font, captions[i], width), fill="black", font=font)
+    return sheet
+
+
+def strips(frames: NDArray, captions: Sequence[str] = ()) -> Image.Image:
+    """Denoising trajectories: frames (T,N,H,W,C) uint8 → one row for each of N samples, noise on the left.
+
+    captions: one for each of the T columns (its logsnr), written under the last row.
+    """
+    steps, n = frames.shape[:2]
+    flat = frames.swapaxes(0, 1).reshape(steps * n, *frames.shape[2:])
+    words = [""] * (steps * (n - 1)) + list(captions) if captions else []
+    return grid(flat, words, columns=steps)
+
+
+def comparison(runs: Sequence[tuple[str, NDArray]]) -> Image.Image:
+    """One row for each run, named on the left; column j is sample j, from the same seed in every run.
+
+    runs: (name, images (N,H,W,C) uint8). Runs of other resolutions are enlarged to the largest.
+    """
+    side = max(max(images.shape[1] for _, images in runs), LEAST_CELL)
+    n = min(len(images) for _, images in runs)
+    font = ImageFont.load_default(size=11)
+    margin = max(int(font.getlength(name)) for name, _ in runs) + 3 * GAP
+    sheet = Image.new("RGB", (margin + n * (side + GAP), len(runs) * (side + GAP) + GAP), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, (name, images) in enumerate(runs):
+        y = GAP + row * (side + GAP)
+        draw.text((GAP, y + side // 2 - 6), name, fill="black", font=font)
+        for column in range(n):
+            sheet.paste(_picture(images[column], side, side), (margin + column * (side + GAP), y))
+    return sheet
+
+
+def pairs(left: NDArray, right: NDArray, captions: Sequence[str], columns: int = 8) -> Image.Image:
+    """Samples beside their nearest training images: left, right (N,H,W,C) uint8, captions with the distance."""
+    side_by_side = np.concatenate([left, right], axis=2)
+    return grid(side_by_side, captions, columns=columns)
+
+
+def to_png(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _picture(image: NDArray, width: int, height: int) -> Image.Image:
+    pixels = image[..., 0] if image.shape[-1] == 1 else image
+    return Image.fromarray(pixels).convert("RGB").resize((width, height), Image.Resampling.NEAREST)
+
+
+def _shorten(draw: ImageDraw.ImageDraw, font, text: str, width: int) -> str:
+    while text and draw.textlength(text, font=font) > width:
+        text = text[:-1]
+    return text

@@ -1,0 +1,184 @@
+"""Reference statistics: built once for a dataset × network × resize, by whichever of many runs asks first.
+
+A reference's folder holds `features.npz` (mean and covariance, the names of ADM's files), `spatial.npz` for sFID and
+the features themselves (at most 50,000 of them) for what needs neighbours, KID and classes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffscale import storage
+from diffscale.errors import UserError
+from diffscale.evaluation import spool
+from diffscale.evaluation.distances import Root
+from diffscale.evaluation.generate import (
+    LABELS,
+    Columns,
+    Featuriser,
+    Gather,
+    View,
+    chunk_ranges,
+    in_process,
+    over_ranks,
+)
+from diffscale.evaluation.neighbours import usual_distance
+from diffscale.evaluation.sources import DatasetSource
+from diffscale.evaluation.spool import Spool
+from diffscale.evaluation.statistics import Moments, load_moments, moments_of, save_moments
+from diffscale.evaluation.weights import cache_folder
+from diffscale.records import identify
+
+if TYPE_CHECKING:
+    from diffscale.data import Dataset
+
+COMPLETE = "COMPLETE"
+KEPT_FEATURES = 50_000
+REFERENCE_SEED = 2020
+
+
+@dataclass
+class Reference:
+    """Statistics of one view of a reference set. key: hash of the images, their resolution, network and resize."""
+
+    key: str
+    n: int
+    lossy: bool
+    view: View
+    folder: Path | None = None
+    file: Path | None = None
+    _roots: dict[str, Root] = field(default_factory=dict)
+    _usual: dict[str, float] = field(default_factory=dict)
+
+    def moments(self, output: str = "features") -> Moments:
+        if self.file is not None:
+            return load_moments(self.file, spatial=output == "spatial")
+        assert self.folder is not None
+        return load_moments(self.folder / f"{output}.npz")
+
+    def root(self, output: str = "features") -> Root:
+        """The square root of the covariance, taken once (about a second at 2048 dimensions)."""
+        if output not in self._roots:
+            self._roots[output] = Root.of(self.moments(output))
+        return self._roots[output]
+
+    @property
+    def has_features(self) -> bool:
+        return self.folder is not None
+
+    def features(self) -> NDArray:
+        """(n,d) float32 from disk. Raises UserError for a reference that is only an .npz."""
+        return self._spool()[self.view.column()]
+
+    def labels(self) -> NDArray:
+        return self._spool()[LABELS][:]
+
+    def _spool(self) -> Spool:
+        if self.folder is None:
+            raise UserError(
+                setting="reference", value=str(self.file), expected="a dataset: an .npz of statistics has no features",
+                fix="leave out KID, precision, recall, density, coverage, memorisation and classes",
+            )  # fmt: skip
+        return Spool(self.folder)
+
+    def usual(self, heldout: Reference | None) -> float:
+        """See neighbours.usual_distance; kept for the next time."""
+        name = heldout.key if heldout else ""
+        if name not in self._usual:
+            others = heldout.features() if heldout is not None else None
+            self._usual[name] = usual_distance(self.features(), others)
+        return self._usual[name]
+
+
+def reference_rows(n: int, n_reference: int | None) -> NDArray:
+    """Rows of the reference images in a fixed random order, so that any first part of them is a fair sample."""
+    rows = np.random.RandomState(REFERENCE_SEED).permutation(n)
+    return rows[: n_reference or n]
+
+
+def references_folder(run_storage: str) -> Path:
+    """Beside the runs where that is a local folder (shared by all trials), else in this machine's cache."""
+    if storage.is_remote(run_storage):
+        return cache_folder() / "references"
+    return Path(storage.check_absolute(run_storage)) / "references"
+
+
+def reference_key(dataset: Dataset, view: View, n_reference: int | None) -> str:
+    n = min(n_reference or dataset.n, dataset.n)
+    return identify(
+        content=dataset.content_hash, n=n, network=view.network, resize=view.resize, resolution=view.resolution
+    )
+
+
+def get_reference(
+    dataset: Dataset, view: View, *, n_reference: int | None, place: Path, featurise: Featuriser,
+    rank: int = 0, world: int = 1, gather: Gather | None = None,
+) -> Reference:  # fmt: skip
+    """The reference from its folder under `place`, built there first when it is not complete.
+
+    Many processes may ask at the same time: one builds, holding a lock that the kernel releases if it dies, and goes
+    on from the chunks that another left. With `gather`, every rank calls it and shares the work; only rank 0 needs
+    the lock and the folder. Raises UserError for a dataset smaller than two images or of latents.
+    """
+    if dataset.n < 2:
+        raise UserError(setting="data.path", value=dataset.n, expected="at least two reference images")
+    key = reference_key(dataset, view, n_reference)
+    rows = reference_rows(dataset.n, n_reference)
+    # One folder serves any set of outputs that were asked for together: sFID adds a column and so another folder.
+    folder = place / ("-".join([key, *sorted(set(view.outputs) - {"features"})]))
+    reference = Reference(key, len(rows), bool(dataset.lossy), view, folder)
+    with _lock(folder) if rank == 0 else _nothing():
+        complete = rank == 0 and (folder / COMPLETE).exists()
+        have = list(spool.chunks(folder)) if rank == 0 else []
+        if gather is not None:
+            complete, have = gather((complete, have))[0]
+        if not complete:
+            source = DatasetSource(dataset, rows)
+            todo = chunk_ranges(source.n, source.batch, have)
+            if gather is None:
+                pairs: Iterator[tuple[int, Columns]] = in_process(source, featurise.only(view), todo)
+            else:
+                pairs = over_ranks(source, featurise.only(view), todo, rank, world, gather)
+            for first, columns in pairs:
+                spool.write_chunk(folder, first, columns)
+            if rank == 0:
+                _finish(folder, view)
+    return reference
+
+
+def _finish(folder: Path, view: View) -> None:
+    everything = Spool(folder)
+    for output in view.outputs:
+        save_moments(folder / f"{output}.npz", moments_of(everything[view.column(output)]))
+    for first, path in spool.chunks(folder).items():
+        if first >= KEPT_FEATURES:
+            path.unlink()
+    storage.write_bytes(str(folder / COMPLETE), b"")
+
+
+def reference_from_npz(file: Path, view: View) -> Reference:
+    """Statistics that someone else published (ADM's or EDM's .npz); the key is the file's sha256."""
+    n = load_moments(file).n
+    return Reference(hashlib.sha256(file.read_bytes()).hexdigest()[:16], n, False, view, file=file)
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_suffix(".lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
