@@ -1,0 +1,50 @@
+"""Diffusion as pure functions of tensors: any schedule × interpolant × prediction × weighting × solver.
+
+Needs torch and numpy alone. `create_diffusion` makes a process, `training_loss` trains a network on it, `denoise` is
+its denoiser D(z, logsnr), `sample` draws images with `SOLVERS[name](...)`.
+"""
+
+from diffscale.diffusion.beta_schedules import alpha_bars, cosine_betas, linear_betas
+from diffscale.diffusion.corruption import add_noise, corrupt, ddpm_jump, ddpm_step, measured_logsnr
+from diffscale.diffusion.denoiser import Guidance, denoise
+from diffscale.diffusion.interpolants import INTERPOLANTS
+from diffscale.diffusion.loss import LossTerms, multiscale_error, training_loss
+from diffscale.diffusion.predictions import PREDICTIONS, convert, from_x0_eps, to_x0_eps
+from diffscale.diffusion.process import SCHEDULES, Diffusion, create_diffusion, loss_concentration
+from diffscale.diffusion.sampling import SOLVERS, Evaluation, guided_nfe, keyed_noise, sample
+from diffscale.diffusion.schedules import LOGSNR_LIMIT, Schedule, slope
+from diffscale.diffusion.weightings import WEIGHTINGS
+
+__all__ = [
+    "INTERPOLANTS",
+    "LOGSNR_LIMIT",
+    "PREDICTIONS",
+    "SCHEDULES",
+    "SOLVERS",
+    "WEIGHTINGS",
+    "Diffusion",
+    "Evaluation",
+    "Guidance",
+    "LossTerms",
+    "Schedule",
+    "add_noise",
+    "alpha_bars",
+    "convert",
+    "corrupt",
+    "cosine_betas",
+    "create_diffusion",
+    "ddpm_jump",
+    "ddpm_step",
+    "denoise",
+    "from_x0_eps",
+    "guided_nfe",
+    "keyed_noise",
+    "linear_betas",
+    "loss_concentration",
+    "measured_logsnr",
+    "multiscale_error",
+    "sample",
+    "slope",
+    "to_x0_eps",
+    "training_loss",
+]

@@ -1,0 +1,90 @@
+"""The training loss, written once for every schedule, interpolant, prediction and weighting."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffscale.diffusion.interpolants import per_image
+from diffscale.diffusion.predictions import from_x0_eps
+from diffscale.diffusion.process import Diffusion
+
+MULTISCALE_SMALLEST = 32
+
+
+class LossTerms(NamedTuple):
+    """(B,) float32 each. Only `loss` carries a gradient."""
+
+    loss: Tensor  # weighted, with the learned uncertainty's own term where there is one
+    logsnr: Tensor
+    mse_eps: Tensor  # mean squared error of the noise
+    mse_x0: Tensor  # mean squared error of the clean image, in units of images in [−1, 1]
+
+
+def training_loss(
+    diffusion: Diffusion,
+    model: nn.Module,
+    x0: Tensor,
+    *,
+    u: Tensor,
+    noise: Tensor,
+    label: Tensor | None = None,
+    self_cond_keep: Tensor | None = None,
+    **extra: Any,
+) -> LossTerms:
+    """Loss of each image; the sum over a global batch divided by its size is the objective.
+
+    x0 (B, C, H, W) in [−1, 1]; u (B,) in (0, 1), the schedule's t, so uniform numbers draw the training distribution;
+    noise (B, C, H, W) unit normal; label (B,) int64 or None; extra: further keyword arguments of the model.
+    A model that carries state (RIN) makes one more pass without gradient on the same z to get it, and
+    self_cond_keep (B,) bool says for which samples it is passed on (None: for all).
+    """
+    logsnr = diffusion.schedule.logsnr(u.float())
+    alpha, sigma = diffusion.alpha_sigma(logsnr)
+    log_weight, log_gain = diffusion.log_loss_weight(u.float(), logsnr, alpha, sigma)
+
+    x = diffusion.scale_images(x0.float())
+    alpha_b, sigma_b = per_image(alpha, x), per_image(sigma, x)
+    z = alpha_b * x + sigma_b * noise
+    target = from_x0_eps(diffusion.prediction, x, noise, alpha_b, sigma_b, diffusion.scaled_sigma_data)
+    norm = diffusion.input_norm(alpha, sigma)
+    x_in = z if norm is None else z / per_image(norm, z)
+
+    state = None
+    if getattr(model, "carries_state", False):
+        with torch.no_grad():
+            _, state = model(x_in, logsnr, label, None, **extra)
+        if self_cond_keep is not None:
+            state = torch.where(per_image(self_cond_keep, state), state, torch.zeros_like(state))
+    out, _ = model(x_in, logsnr, label, state, **extra)
+
+    difference = out.float() - target
+    mse = difference.square().flatten(1).mean(1)
+    error = multiscale_error(difference) if diffusion.multiscale_loss else mse
+    if diffusion.weighting.learned:
+        uncertainty = model.uncertainty(logsnr).float()
+        loss = (log_weight - uncertainty).exp() * error + uncertainty
+    else:
+        loss = log_weight.exp() * error
+    mse_x = log_gain.exp() * mse.detach()
+    return LossTerms(loss, logsnr, logsnr.exp() * mse_x, mse_x / diffusion.image_gain**2)
+
+
+def multiscale_error(difference: Tensor) -> Tensor:
+    """Σ over s in {32, 64, …, d} of (1/s)·mean‖D_s(difference)‖², D_s average pooling to side s (Hoogeboom et al. 2023,
+    section 3.3). difference (B, C, d, d) → (B,). A side below 32 has the one scale s = d. Raises ValueError if d is
+    not a power of two times 32 above that.
+    """
+    side = difference.shape[-1]
+    halvings = max(0, round(math.log2(side / MULTISCALE_SMALLEST)))
+    if side > MULTISCALE_SMALLEST and side != MULTISCALE_SMALLEST * 2**halvings:
+        raise ValueError(f"multiscale_loss: resolution {side}: valid are 32 times a power of two, and less than 32")
+    total = torch.zeros(len(difference), device=difference.device)
+    for _ in range(halvings + 1):
+        total = total + difference.square().flatten(1).mean(1) / difference.shape[-1]
+        difference = F.avg_pool2d(difference, 2)
+    return total

@@ -1,0 +1,201 @@
+"""One diffusion process: schedule, interpolant, prediction, weighting and input scaling, chosen independently."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from diffscale.diffusion.beta_schedules import DDPMLinear, IDDPMCosine
+from diffscale.diffusion.distributions import EDMLogNormal, FlowLogitNormal, FlowUniform
+from diffscale.diffusion.interpolants import INTERPOLANTS
+from diffscale.diffusion.predictions import PREDICTIONS, log_error_gain
+from diffscale.diffusion.schedules import (
+    CosineGamma,
+    LinearGamma,
+    OffsetCosineGamma,
+    Schedule,
+    SigmoidGamma,
+    SimpleCosine,
+    slope,
+)
+from diffscale.diffusion.weightings import WEIGHTINGS, Weighting
+
+SCHEDULES: dict[str, type] = {
+    "ddpm_linear": DDPMLinear,
+    "iddpm_cosine": IDDPMCosine,
+    "linear_gamma": LinearGamma,
+    "cosine_gamma": CosineGamma,
+    "sigmoid_gamma": SigmoidGamma,
+    "offset_cosine_gamma": OffsetCosineGamma,
+    "simple_cosine": SimpleCosine,
+    "edm_lognormal": EDMLogNormal,
+    "flow_uniform": FlowUniform,
+    "flow_logit_normal": FlowLogitNormal,
+}
+
+InputStd = Literal["auto", "unit", "data", "none"]
+InputRange = Literal["-1,1", "0,1"]
+
+
+@dataclass(frozen=True)
+class Diffusion:
+    """z = alpha(logsnr)·x + sigma(logsnr)·eps with x = image_gain·image + image_offset, image in [−1, 1].
+
+    Make it with `create_diffusion`, which refuses singular combinations.
+    """
+
+    schedule: Schedule
+    interpolant: str = "vp"
+    prediction: str = "v"
+    weighting: Weighting = WEIGHTINGS["min_snr"]()
+    input_scale: float = 1.0
+    sigma_data: float = 0.5
+    input_range: InputRange = "-1,1"
+    input_std: InputStd = "auto"
+    multiscale_loss: bool = False
+
+    @property
+    def image_gain(self) -> float:
+        return self.input_scale * (0.5 if self.input_range == "0,1" else 1.0)
+
+    @property
+    def image_offset(self) -> float:
+        return self.input_scale * 0.5 if self.input_range == "0,1" else 0.0
+
+    @property
+    def scaled_sigma_data(self) -> float:
+        """Standard deviation of x: what EDM's preconditioning and weighting use."""
+        return self.sigma_data * self.image_gain
+
+    def scale_images(self, images: Tensor) -> Tensor:
+        """Images in [−1, 1] to x, the clean images that noise is added to."""
+        return images * self.image_gain + self.image_offset
+
+    def unscale_images(self, x: Tensor) -> Tensor:
+        """x back to images in [−1, 1]."""
+        return (x - self.image_offset) / self.image_gain
+
+    def clip_bounds(self) -> tuple[float, float]:
+        """The range of x."""
+        return self.image_offset - self.image_gain, self.image_offset + self.image_gain
+
+    def alpha_sigma(self, logsnr: Tensor) -> tuple[Tensor, Tensor]:
+        return INTERPOLANTS[self.interpolant](logsnr)
+
+    def input_norm(self, alpha: Tensor, sigma: Tensor) -> Tensor | None:
+        """What z is divided by before it enters the network; None is 1.
+
+        unit: √(alpha²·b² + sigma²), the standard deviation of z for unit-variance data (Chen 2023), b = image_gain.
+        data: the same with the data's own sigma_data·b, which times 1/alpha is EDM's c_in; always so for F.
+        auto: data for F; none for vp and linear at b = 1, as published models have it; unit elsewhere.
+        """
+        kind = self.input_std
+        if kind == "auto":
+            plain = self.image_gain == 1 and self.interpolant != "ve"
+            kind = "data" if self.prediction == "F" else "none" if plain else "unit"
+        if kind == "none":
+            return None
+        std = self.scaled_sigma_data if kind == "data" else self.image_gain
+        return (sigma.square() + (alpha * std).square()).sqrt()
+
+    def log_loss_weight(self, t: Tensor, logsnr: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """(ln weight on the squared error of the output, ln ‖Δx‖²/‖Δout‖²), both of t's shape, float32."""
+        gain = log_error_gain(self.prediction, alpha, sigma, self.scaled_sigma_data)
+        weight = self.weighting.log_weight(logsnr, self.scaled_sigma_data) + logsnr + gain
+        if self.weighting.per_logsnr:
+            weight = weight + (-0.5 * slope(self.schedule, t)).log()
+        return weight, gain
+
+
+def create_diffusion(
+    *,
+    schedule: Mapping[str, Any] | Schedule = SimpleCosine(),  # noqa: B008 (frozen)
+    interpolant: str = "vp",
+    prediction: str = "v",
+    weighting: Mapping[str, Any] | Weighting = WEIGHTINGS["min_snr"](),  # noqa: B008 (frozen)
+    input_scale: float = 1.0,
+    sigma_data: float = 0.5,
+    input_range: InputRange = "-1,1",
+    input_std: InputStd = "auto",
+    multiscale_loss: bool = False,
+    resolution: int | None = None,
+) -> Diffusion:
+    """The process of these settings, checked.
+
+    schedule, weighting: an object, or {"name": one of SCHEDULES / WEIGHTINGS, **its parameters}.
+    input_scale: Chen's b > 0, images are multiplied by it. It moves logsnr by 2 ln b, as a shift of the schedule does:
+    never use both for the same purpose. sigma_data: standard deviation of images in [−1, 1].
+    resolution: side of the images, for schedules that are shifted by it.
+
+    Raises ValueError for an unknown name, a value out of range, and a combination in which a few noise levels would
+    hold nearly all of the loss because the weight is singular in the space of the output.
+    """
+    for setting, value, valid in (
+        ("interpolant", interpolant, INTERPOLANTS),
+        ("prediction", prediction, PREDICTIONS),
+        ("input_range", input_range, ("-1,1", "0,1")),
+        ("input_std", input_std, ("auto", "unit", "data", "none")),
+    ):
+        if value not in valid:
+            raise ValueError(f"{setting} = {value!r}: valid are {', '.join(valid)}")
+    for setting, number in (("input_scale", input_scale), ("sigma_data", sigma_data)):
+        if not (math.isfinite(number) and number > 0):
+            raise ValueError(f"{setting} = {number}: above 0")
+    if prediction == "F" and input_std not in ("auto", "data"):
+        raise ValueError(f"input_std = {input_std!r}: prediction F brings its own c_in; valid are auto, data")
+    diffusion = Diffusion(
+        schedule=_create("schedule", SCHEDULES, schedule, resolution),
+        interpolant=interpolant,
+        prediction=prediction,
+        weighting=_create("weighting", WEIGHTINGS, weighting, resolution),
+        input_scale=input_scale,
+        sigma_data=sigma_data,
+        input_range=input_range,
+        input_std=input_std,
+        multiscale_loss=multiscale_loss,
+    )
+    _refuse_singular(diffusion)
+    return diffusion
+
+
+def _create(setting: str, classes: Mapping[str, type], given: Mapping[str, Any] | Any, resolution: int | None) -> Any:
+    if not isinstance(given, Mapping):
+        return given
+    arguments = dict(given)
+    name = arguments.pop("name", None)
+    if name not in classes:
+        raise ValueError(f"{setting}.name = {name!r}: valid are {', '.join(classes)}")
+    parameters = inspect.signature(classes[name]).parameters
+    if unknown := set(arguments) - set(parameters):
+        raise ValueError(f"{setting} {name}: unknown {sorted(unknown)}: valid are {', '.join(parameters)}")
+    if "resolution" in parameters:
+        arguments.setdefault("resolution", resolution)
+    return classes[name](**arguments)
+
+
+def loss_concentration(diffusion: Diffusion, levels: int = 4096, share: float = 0.01) -> float:
+    """Share of the whole weight (on the output's squared error) that the heaviest `share` of training's levels hold."""
+    t = (torch.arange(levels, dtype=torch.float64) + 0.5) / levels
+    logsnr = diffusion.schedule.logsnr(t)
+    alpha, sigma = diffusion.alpha_sigma(logsnr)
+    weight = diffusion.log_loss_weight(t, logsnr, alpha, sigma)[0]
+    weight = (weight - weight.max()).exp().sort(descending=True).values
+    return float(weight[: round(levels * share)].sum() / weight.sum())
+
+
+def _refuse_singular(diffusion: Diffusion, limit: float = 0.4) -> None:
+    held = loss_concentration(diffusion)
+    if not held <= limit:
+        weighting = next((n for n, c in WEIGHTINGS.items() if c is type(diffusion.weighting)), diffusion.weighting)
+        raise ValueError(
+            f"weighting = {weighting}: with prediction {diffusion.prediction} on this schedule, 1 % of the noise "
+            f"levels would hold {held:.0%} of the loss (at most {limit:.0%}): the weight is singular in the space of "
+            f"the output. Use prediction v, a weighting bounded in {diffusion.prediction} such as min_snr, or a "
+            "schedule with a smaller range of logsnr"
+        )

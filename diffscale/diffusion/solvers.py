@@ -1,0 +1,128 @@
+"""One-step solvers: DDPM's ancestral sampler, DDIM, Euler, and EDM's Heun.
+
+In y = z / alpha the probability flow is dy/dsigma = (y − D(y, sigma)) / sigma for every schedule and interpolant
+(Karras et al. 2022, eq. 1 with s = 1), and the last step, to sigma = 0, is y = D.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+from torch import Tensor
+
+from diffscale.diffusion.solver_settings import Clip, Denoiser, SolverSettings, StepNoise
+
+
+@dataclass(frozen=True)
+class DDPM(SolverSettings):
+    """Ancestral sampling from q(z_s | z_t, x̂) (Ho et al. 2020, eqs. 6-7; Kingma et al. 2021 in logsnr).
+
+    variance small: the posterior's own β̃; large: β = 1 − alpha_t²/alpha_s² (variance preserving); mix: their geometric
+    mean weighted by variance_mix (Hoogeboom et al. 2023).
+    """
+
+    variance: Literal["small", "large", "mix"] = "small"
+    variance_mix: float = 0.3  # share of large in the mix
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.variance not in ("small", "large", "mix") or not 0 <= self.variance_mix <= 1:
+            raise ValueError(
+                f"solver ddpm: variance = {self.variance!r}, variance_mix = {self.variance_mix}: small, large or mix, "
+                "and between 0 and 1"
+            )
+
+    @property
+    def needs_noise(self) -> bool:
+        return True
+
+    def solve(self, denoise: Denoiser, y: Tensor, sigmas: list[float], noise: StepNoise) -> Tensor:
+        for i, (sigma, following) in enumerate(pairwise(sigmas)):
+            x = denoise(y, sigma)
+            if following == 0:
+                return x
+            y = x.lerp(y, (following / sigma) ** 2) + self._std(sigma, following) * noise(i)
+        return y
+
+    def _std(self, sigma: float, following: float) -> float:
+        """Of the noise added to y. In y, β̃ is s²(1 − s²/σ²) and β is (1 − alpha_σ²/alpha_s²)/alpha_s²."""
+        small = following**2 * (1 - (following / sigma) ** 2)
+        large = (1 + following**2) * (1 - (1 + following**2) / (1 + sigma**2))
+        mix = {"small": 0.0, "large": 1.0, "mix": self.variance_mix}[self.variance]
+        return math.sqrt(small ** (1 - mix) * large**mix)
+
+
+@dataclass(frozen=True)
+class DDIM(SolverSettings):
+    """Song et al. 2021, eqs. 12 and 16. eta 0 is deterministic, 1 is DDPM's posterior variance."""
+
+    eta: float = 0.0  # 0 to 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"solver ddim: eta = {self.eta}: between 0 and 1")
+
+    @property
+    def needs_noise(self) -> bool:
+        return self.eta > 0
+
+    def solve(self, denoise: Denoiser, y: Tensor, sigmas: list[float], noise: StepNoise) -> Tensor:
+        for i, (sigma, following) in enumerate(pairwise(sigmas)):
+            x = denoise(y, sigma)
+            if following == 0:
+                return x
+            added = self.eta * following * math.sqrt(1 - (following / sigma) ** 2)
+            y = x.lerp(y, math.sqrt(following**2 - added**2) / sigma)
+            if added:
+                y = y + added * noise(i)
+        return y
+
+
+@dataclass(frozen=True)
+class Euler(SolverSettings):
+    """Euler's method on dy/dsigma. With the linear interpolant it is Euler's method on the flow's time too."""
+
+    def solve(self, denoise: Denoiser, y: Tensor, sigmas: list[float], noise: StepNoise) -> Tensor:
+        for sigma, following in pairwise(sigmas):
+            slope = (y - denoise(y, sigma)) / sigma
+            y = y.add(slope, alpha=following - sigma)
+        return y
+
+
+@dataclass(frozen=True)
+class Heun(SolverSettings):
+    """EDM's second-order sampler with stochastic churn (Karras et al. 2022, algorithm 2). The last step is Euler's."""
+
+    clip: Clip = "none"  # of the estimated clean image; EDM does not
+    s_churn: float = 0.0  # amount of noise added and removed again over the whole run; 0 is deterministic
+    s_tmin: float = 0.0  # lowest sigma with churn
+    s_tmax: float = math.inf  # highest sigma with churn
+    s_noise: float = 1.0  # standard deviation of the added noise
+
+    @property
+    def nfe(self) -> int:
+        return 2 * self.steps - 1
+
+    @property
+    def needs_noise(self) -> bool:
+        return self.s_churn > 0
+
+    def solve(self, denoise: Denoiser, y: Tensor, sigmas: list[float], noise: StepNoise) -> Tensor:
+        gain = min(self.s_churn / self.steps, math.sqrt(2) - 1)
+        for i, (sigma, following) in enumerate(pairwise(sigmas)):
+            if gain > 0 and self.s_tmin <= sigma <= self.s_tmax:
+                raised = sigma * (1 + gain)
+                y = y + math.sqrt(raised**2 - sigma**2) * self.s_noise * noise(i)
+                sigma = raised
+            slope = (y - denoise(y, sigma)) / sigma
+            step = following - sigma
+            end = y.add(slope, alpha=step)
+            if following > 0:
+                slope_end = (end - denoise(end, following)) / following
+                end = y.add(slope, alpha=step / 2).add(slope_end, alpha=step / 2)
+            y = end
+        return y
