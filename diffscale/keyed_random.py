@@ -1,9 +1,9 @@
 """Random numbers that are functions of (seed, stream, position): no state, so no order of calls to keep.
 
-Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) in torch's 64-bit integers. The key
-is the seed; the counter is (position, block of four values, stream). The integers, and so `uniform`, are identical on
-every device; `normal` is computed in float64 and rounded once, so that devices differ by one unit in the last place of
-float32 in about one value in 10⁸.
+Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) in torch's 64-bit integers. The
+key is the seed; the counter is (position, block of four values, stream). The integers, and so `uniform`, are identical
+on every device; `normal` is computed in float64 and rounded once, so that devices differ by one unit in the last place
+of float32 in about one value in 10⁸.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def at_step(stream: int, step: int) -> int:
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
-    """Ten rounds of Philox4x32. Counter words are int64 tensors of one shape with values in [0, 2³²); so is the result."""
+    """Ten rounds of Philox4x32. Counter and result are four int64 tensors of one shape with values in [0, 2³²)."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):

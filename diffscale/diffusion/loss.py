@@ -66,12 +66,19 @@ def training_loss(
     mse = difference.square().flatten(1).mean(1)
     error = multiscale_error(difference) if diffusion.multiscale_loss else mse
     if diffusion.weighting.learned:
-        uncertainty = model.uncertainty(logsnr).float()
+        uncertainty = _uncertainty(model, logsnr)
         loss = (log_weight - uncertainty).exp() * error + uncertainty
     else:
         loss = log_weight.exp() * error
     mse_x = log_gain.exp() * mse.detach()
     return LossTerms(loss, logsnr, logsnr.exp() * mse_x, mse_x / diffusion.image_gain**2)
+
+
+def _uncertainty(model: nn.Module, logsnr: Tensor) -> Tensor:
+    head = getattr(model, "uncertainty", None)
+    if head is None:
+        raise ValueError("weighting = learned_uncertainty: the model has no `uncertainty` head; edm2 has one")
+    return head(logsnr).float()
 
 
 def multiscale_error(difference: Tensor) -> Tensor:

@@ -128,4 +128,4 @@ def _weights(places: list[float], h: float, scale: float) -> list[float]:
         right.append(phi * factorial / scale)
         factorial *= k + 1
         phi = phi / -h - 1 / factorial
-    return np.linalg.solve(np.vander(places, increasing=True).T, right).tolist() if places else []
+    return np.linalg.solve(np.vander(places, increasing=True).T, right).tolist()

@@ -24,7 +24,7 @@ from diffscale.diffusion.schedules import (
     SimpleCosine,
     slope,
 )
-from diffscale.diffusion.weightings import WEIGHTINGS, Weighting
+from diffscale.diffusion.weightings import WEIGHTINGS, MinSNR, Weighting
 
 SCHEDULES: dict[str, type] = {
     "ddpm_linear": DDPMLinear,
@@ -53,7 +53,7 @@ class Diffusion:
     schedule: Schedule
     interpolant: str = "vp"
     prediction: str = "v"
-    weighting: Weighting = WEIGHTINGS["min_snr"]()
+    weighting: Weighting = MinSNR()  # noqa: RUF009 (frozen)
     input_scale: float = 1.0
     sigma_data: float = 0.5
     input_range: InputRange = "-1,1"
@@ -118,7 +118,7 @@ def create_diffusion(
     schedule: Mapping[str, Any] | Schedule = SimpleCosine(),  # noqa: B008 (frozen)
     interpolant: str = "vp",
     prediction: str = "v",
-    weighting: Mapping[str, Any] | Weighting = WEIGHTINGS["min_snr"](),  # noqa: B008 (frozen)
+    weighting: Mapping[str, Any] | Weighting = MinSNR(),  # noqa: B008 (frozen)
     input_scale: float = 1.0,
     sigma_data: float = 0.5,
     input_range: InputRange = "-1,1",

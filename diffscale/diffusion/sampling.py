@@ -32,7 +32,7 @@ SMALLEST_LOGSNR_FOR_EPS = -12.0
 class Evaluation(NamedTuple):
     """What a callback sees after each evaluation of the network."""
 
-    index: int  # 0 … nfe − 1
+    number: int  # 0 … nfe − 1
     logsnr: float
     z: Tensor  # (B, C, H, W), the network's noisy image before input scaling
     x: Tensor  # (B, C, H, W), the estimated clean image after guidance and clipping, at the scale of z
@@ -61,9 +61,7 @@ def sample(
     to rounding.
     """
     if solver.needs_noise and noise_fn is None:
-        raise ValueError(
-            f"solver {type(solver).__name__} adds noise: give noise_fn, diffusion.keyed_noise for instance"
-        )
+        raise ValueError(f"solver {type(solver).__name__} adds noise: give noise_fn, such as keyed_noise(...)")
     levels = solver.logsnr_grid(diffusion.schedule)
     if diffusion.prediction == "eps" and solver.clip == "none" and levels[0] < SMALLEST_LOGSNR_FOR_EPS:
         raise ValueError(

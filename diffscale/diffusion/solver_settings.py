@@ -76,7 +76,7 @@ class SolverSettings:
         if self.grid == "offset_cosine":
             cosine = OffsetCosineGamma()
             ends = cosine.t(torch.tensor([most, least], dtype=torch.float64)).tolist()
-            return cosine.logsnr(_down_to_nth(*ends, n)).tolist()
+            return cosine.logsnr(_down_to_nth(ends[0], ends[1], n)).tolist()
         most, least = max(most, -2 * math.log(self.sigma_max)), min(least, -2 * math.log(self.sigma_min))
         if self.grid == "uniform_logsnr":
             return torch.linspace(most, least, n, dtype=torch.float64).tolist()
