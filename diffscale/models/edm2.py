@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from diffscale.models.layers import (
     Resample,
+    attend,
     attention_at,
     noise_condition,
     one_hot_or_null,
@@ -142,7 +143,7 @@ class EDM2Block(nn.Module):
         """Cosine attention: q, k and v are normalised per head. (B, 3C, H, W) → (B, C, H, W)."""
         heads = to_tokens(qkv).unflatten(-1, (3, self.heads, -1))
         q, k, v = rescale(heads, -1).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        mixed = attend(q, k, v).transpose(1, 2).flatten(2)
         return to_image(mixed, *qkv.shape[2:])
 
 

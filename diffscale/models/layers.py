@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from diffscale.models.norm_act import norm_act
+
 NoiseInput = Literal["edm", "ddpm", "angle", "gamma"]
 
 _BETA_MIN, _BETA_MAX = 0.1, 20.0  # DDPM's 1e-4 → 0.02 over 1000 steps, in continuous time
@@ -113,9 +115,10 @@ class LabelEmbedding(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation whose groups have at least four channels, in the precision of its input.
+    """Group normalisation with at least four channels a group, then an optional scale and shift per sample, and SiLU.
 
-    torch.autocast on CUDA would run it in float32 and hand float32 on; the kernel already accumulates in float32.
+    (B, C, H, W) → the same, in the precision of the input: torch.autocast on CUDA would run it in float32 and hand
+    float32 on, though the kernel accumulates in float32 anyway. scale and shift are (B, C): x̂·w·(1 + scale) + b …
     """
 
     def __init__(self, channels: int, groups: int = 32, eps: float = 1e-5) -> None:
@@ -125,16 +128,28 @@ class GroupNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, silu: bool = False
+    ) -> Tensor:
         with without_autocast(x.device):
-            return F.group_norm(x, self.groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+            return norm_act(x, self.weight, self.bias, self.groups, self.eps, scale=scale, shift=shift, silu=silu)
+
+
+class NoNorm(nn.Module):
+    """What `GroupNorm` does after normalising, without normalising."""
+
+    def forward(
+        self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, silu: bool = False
+    ) -> Tensor:
+        if scale is not None and shift is not None:
+            scale, shift = scale[:, :, None, None].to(x.dtype), shift[:, :, None, None].to(x.dtype)
+            x = torch.addcmul(shift, x, 1 + scale)
+        return F.silu(x) if silu else x
 
 
 def make_norm(kind: Literal["group", "layer", "none"], channels: int, eps: float = 1e-5) -> nn.Module:
-    """group: GroupNorm of 32 groups; layer: one group; none: nothing at all."""
-    if kind == "none":
-        return nn.Identity()
-    return GroupNorm(channels, groups=32 if kind == "group" else 1, eps=eps)
+    """group: GroupNorm of 32 groups; layer: one group; none: nothing is normalised."""
+    return NoNorm() if kind == "none" else GroupNorm(channels, groups=32 if kind == "group" else 1, eps=eps)
 
 
 class Resample(nn.Module):
@@ -184,10 +199,21 @@ def to_image(tokens: Tensor, height: int, width: int) -> Tensor:
     return tokens.unflatten(1, (height, width)).permute(0, 3, 1, 2)
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q·kᵀ/√d)·v. q (B, heads, N, d), k and v (B, heads, M, d) → (B, heads, N, d).
+
+    Torch's fused kernel, except on a CPU in bfloat16 where N·M ≤ 512²: there two matrix products are 2 to 5 times
+    faster forward and backward (benchmarks/results/throughput/attention_cpu.csv), and their scores are small.
+    """
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-2] * k.shape[-2] <= 512**2:
+        return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1).to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
 def multi_head_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """softmax(q·kᵀ/√d)·v over `heads` heads. q (B, N, D), k and v (B, M, D) → (B, N, D), through SDPA."""
+    """`attend` over `heads` slices of the width. q (B, N, D), k and v (B, M, D) → (B, N, D)."""
     q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    return attend(q, k, v).transpose(1, 2).flatten(2)
 
 
 class SelfAttention2d(nn.Module):

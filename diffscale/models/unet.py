@@ -76,13 +76,13 @@ class UNetBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         s = self.settings
-        h = self.conv1(self.resample(F.silu(self.norm1(x))))
-        modulation = self.embed(embedding)[:, :, None, None].to(h.dtype)
+        h = self.conv1(self.resample(self.norm1(x, silu=True)))
+        modulation = self.embed(embedding)
         if s.adaptive_scale:
             scale, shift = modulation.chunk(2, dim=1)
-            h = F.silu(torch.addcmul(shift, self.norm2(h), scale + 1))
+            h = self.norm2(h, scale, shift, silu=True)
         else:
-            h = F.silu(self.norm2(h + modulation))
+            h = self.norm2(h + modulation[:, :, None, None].to(h.dtype), silu=True)
         h = self.conv2(F.dropout(h, s.dropout, self.training))
         if s.residual:
             h = (h + self.shortcut(self.resample(x))) * s.residual_scale
@@ -135,7 +135,7 @@ class OutputHead(nn.Module):
         self.conv = nn.Conv2d(channels, channels_out, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.silu(self.norm(x)))
+        return self.conv(self.norm(x, silu=True))
 
 
 class UNet(nn.Module):
