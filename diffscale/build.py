@@ -49,6 +49,9 @@ def build_diffusion(experiment: Experiment, dataset: Dataset) -> Diffusion:
             weighting=d.weighting.model_dump(),
             input_scale=d.input_scale,
             sigma_data=d.sigma_data,
+            input_range=d.input_range,
+            input_std=d.input_std,
+            multiscale_loss=d.multiscale_loss,
             resolution=dataset.resolution,
         )
     except ValueError as error:

@@ -50,7 +50,9 @@ class DiffusionSettings(Section):
     weighting: Weighting = Field({"name": "min_snr"}, description="weight of the loss over logsnr")  # type: ignore[valid-type]
     input_scale: float = Field(1.0, gt=0, description="Chen's b: images are multiplied by it")
     input_range: Literal["-1,1", "0,1"] = Field("-1,1", description="range of the images given to the network")
+    input_std: Literal["auto", "unit", "data", "none"] = Field("auto", description="what the noisy input is divided by")
     sigma_data: float = Field(0.5, gt=0, description="standard deviation of the data, for EDM's preconditioning")
+    multiscale_loss: bool = Field(False, description="simple diffusion's loss over average-pooled errors (512 and up)")
     stratified: bool = Field(True, description="spread the noise levels evenly over the global batch")
     label_drop: float = Field(0.1, ge=0, le=1, description="share of labels left out, for classifier-free guidance")
     self_condition: float = Field(0.9, ge=0, le=1, description="share of samples with carried state (RIN)")

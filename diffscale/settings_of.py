@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable, Mapping
+from dataclasses import is_dataclass
 from functools import reduce
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -32,8 +33,7 @@ def union_of(kind: str, classes: Mapping[str, Callable[..., Any]], skip: set[str
 
 def settings_of(title: str, name: str, build: Callable[..., Any], skip: set[str]) -> type[Named]:
     """A pydantic model with the keyword parameters of `build`; all need a type and a default."""
-    target = build.__init__ if inspect.isclass(build) else build
-    hints = get_type_hints(build) | get_type_hints(target)
+    hints = get_type_hints(build.__init__ if inspect.isclass(build) and not is_dataclass(build) else build)
     fields: dict[str, Any] = {"name": (Literal[name], name)}
     for parameter in inspect.signature(build).parameters.values():
         if parameter.name in skip or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
