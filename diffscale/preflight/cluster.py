@@ -24,8 +24,8 @@ def alive_nodes() -> dict[str, str]:
 def on_node(node_id: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> ray.ObjectRef:
     """Starts a function on one node, without asking for CPUs: a busy node answers too."""
     pinned = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    remote = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=pinned, **options)(function)
-    return remote.remote(*arguments)
+    wanted: dict[str, Any] = {"num_cpus": 0, "max_retries": 0, "scheduling_strategy": pinned, **options}
+    return ray.remote(function).options(**wanted).remote(*arguments)
 
 
 def gather_all(wanted: Wanted) -> tuple[list[NodeFacts], list[Finding]]:
@@ -48,10 +48,10 @@ def clock_offsets() -> dict[str, tuple[float, float]]:
     hosts, offsets = alive_nodes(), {}
     for node_id, host in hosts.items():
         pinned = NodeAffinitySchedulingStrategy(node_id, soft=False)
-        actor = ray.remote(num_cpus=0, scheduling_strategy=pinned)(_Clock).remote()
+        actor: Any = ray.remote(_Clock).options(num_cpus=0, scheduling_strategy=pinned).remote()
         try:
             ray.get(actor.read.remote(), timeout=TIMEOUT)
-            readings = []
+            readings: list[tuple[float, float]] = []
             for _ in range(5):
                 sent = time.time()
                 there = ray.get(actor.read.remote(), timeout=TIMEOUT)

@@ -134,10 +134,11 @@ def _first_and_last(n: int) -> Any:
 
 
 def _metric_error(metric: str) -> str:
-    from diffscale.evaluation.features import create_extractor, network_of
+    from diffscale.evaluation.features import create_extractor
+    from diffscale.evaluation.metrics import parse_metric
 
     try:
-        create_extractor(network_of(metric), "cpu")
+        create_extractor(parse_metric(metric).network, "cpu")
     except Exception as error:
         return _short(error)
     return ""
