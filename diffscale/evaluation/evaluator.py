@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from diffscale.diffusion import Diffusion, Guidance
+from diffscale.diffusion.solver_settings import SolverSettings
 from diffscale.errors import UserError
 from diffscale.evaluation import generate, pictures, spool
 from diffscale.evaluation.generate import Featuriser, Gather, View
@@ -24,7 +26,6 @@ from diffscale.evaluation.spool import Spool
 
 if TYPE_CHECKING:
     from diffscale.data import Dataset
-    from diffscale.diffusion import Diffusion
     from diffscale.experiment import EvalSettings
 
 
@@ -79,14 +80,12 @@ class Evaluator:
             self.native = views_of(fd, self.dataset.resolution, self.settings.resize)
         self._featurise = Featuriser([*self.views.values(), *self.native.values()], self.device)
 
-    def sampling(self, solver: object, *, guidance: object = None, precision: str = "fp32") -> Sampling:
-        """The settings' sampler: seed, batch and guidance as in `eval`."""
+    def sampling(self, solver: SolverSettings, *, precision: str = "fp32") -> Sampling:
+        """The settings' sampler: solver's name, seed, batch and guidance as in `eval`."""
         s = self.settings
-        return Sampling(
-            solver=solver, solver_name=s.solver.name, seed=s.seed, batch=max(min(s.batch, s.n_generated), 1),
-            guidance=guidance, guidance_scale=s.guidance_scale, guidance_interval=s.guidance_interval,
-            precision=precision,
-        )  # fmt: skip
+        guidance = Guidance(s.guidance_scale, s.guidance_interval)
+        batch = max(min(s.batch, s.n_generated), 1)
+        return Sampling(solver, s.solver.name, s.seed, batch, guidance, precision=precision)  # type: ignore[attr-defined]
 
     def prepare(self) -> None:
         """Builds the reference statistics that are not in the cache; every rank calls it."""

@@ -9,23 +9,25 @@ from scipy import stats
 from diffscale.evaluation.distances import Root, frechet, frechet_of_features
 from diffscale.evaluation.statistics import Moments
 
-GROUPS = 12
+GROUPS = 16
 
 
 def frechet_interval(features: NDArray, reference: Root, groups: int = GROUPS) -> tuple[float, float, float]:
     """The distance of features (n,d) to the reference and its 95 % interval: (value, low, high).
 
-    A delete-one-group jackknife (Shao and Wu 1989) over `groups` strided groups, with Student's t. It covers the
+    A delete-one-group jackknife (Shao and Wu 1989) over `groups` strided groups, with Student's t. The groups are of
+    one size (the last n mod groups samples are never left out): the bias depends on n. The interval covers the
     expected distance at this n: what other seeds of the same generator would give on average. The bias of a finite
     n is not in it (every value of a comparison shares it; see `frechet_at_infinity`). A naive bootstrap would be
     biased up, since resampled sets have fewer distinct samples. Fewer than 2·groups samples: the ends are NaN.
     """
     n, dim = features.shape
-    rows = [np.arange(g, n, groups) for g in range(groups)]
+    size = n // groups
+    rows = [np.arange(g, size * groups, groups) for g in range(groups)]
     if n > dim:
         parts = [Moments.of(features[r]) for r in rows]
-        total = parts[0]
-        for part in parts[1:]:
+        total = Moments.of(features[size * groups :])
+        for part in parts:
             total = total.merge(part)
         value = frechet(total, reference)
         if n < 2 * groups:

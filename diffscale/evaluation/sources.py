@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -15,13 +15,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffscale import keyed_random
+from diffscale.diffusion import Diffusion, Guidance, guided_nfe, keyed_noise, sample
+from diffscale.diffusion.solver_settings import SolverSettings
 from diffscale.errors import UserError
 from diffscale.keyed_random import Stream
 
 if TYPE_CHECKING:
     from diffscale.data import Dataset
-    from diffscale.diffusion import Diffusion
 
+NO_GUIDANCE = Guidance()
 IMAGE_SUFFIXES = (".png", ".webp", ".bmp", ".jpg", ".jpeg")
 LOSSY_SUFFIXES = (".jpg", ".jpeg")
 
@@ -48,35 +50,27 @@ class Sampling:
     only for the same batch.
     """
 
-    solver: Any
+    solver: SolverSettings
     solver_name: str
     seed: int = 0
     batch: int = 64
-    guidance: Any = None
-    guidance_scale: float = 1.0
-    guidance_interval: tuple[float, float] | None = None
+    guidance: Guidance = NO_GUIDANCE
     labels: str = "train"
     precision: str = "fp32"
 
-    @property
-    def nfe(self) -> int:
-        """Network evaluations per image, those for guidance included."""
-        passes = 2 if self.guidance is not None and self.guidance_scale != 1 else 1
-        return int(self.solver.nfe) * passes
-
-    def fields(self) -> dict[str, Any]:
-        """The columns of a record that the sampler determines."""
+    def fields(self, diffusion: Diffusion) -> dict[str, Any]:
+        """The columns of a record that the sampler determines. nfe counts the evaluations for guidance too."""
         return {
-            "solver": self.solver_name, "nfe": self.nfe, "guidance_scale": self.guidance_scale,
-            "sampler": self.canonical(), "sample_seed": self.seed,
+            "solver": self.solver_name, "nfe": sum(guided_nfe(diffusion, self.solver, self.guidance)),
+            "guidance_scale": self.guidance.scale, "sampler": self.canonical(), "sample_seed": self.seed,
         }  # fmt: skip
 
     def canonical(self) -> str:
-        """All settings of the sampler as JSON: the record's `sampler`."""
-        options = asdict(self.solver) if is_dataclass(self.solver) and not isinstance(self.solver, type) else {}
+        """All settings of the sampler as JSON: the record's `sampler`. The batch changes rounding alone."""
         settings = {
-            "solver": {"name": self.solver_name, **options}, "guidance_scale": self.guidance_scale,
-            "guidance_interval": self.guidance_interval, "labels": self.labels, "precision": self.precision,
+            "solver": {"name": self.solver_name, **asdict(self.solver)}, "guidance_scale": self.guidance.scale,
+            "guidance_interval": self.guidance.interval, "autoguidance": self.guidance.model is not None,
+            "labels": self.labels, "precision": self.precision,
         }  # fmt: skip
         return json.dumps(settings, sort_keys=True, separators=(",", ":"))
 
@@ -129,16 +123,11 @@ class ModelSource:
     @torch.inference_mode()
     def draw(self, positions: Tensor, callback: Callable | None = None) -> tuple[Tensor, Tensor]:
         """The samples at these positions: float (B,C,H,W) in [−1,1] on the device, labels (B,)."""
-        from diffscale.diffusion import sample
-
         s, device = self.sampling, torch.device(self.device)
         at = positions.to(device)
         noise = keyed_random.normal(s.seed, Stream.SAMPLE_NOISE, at, self.shape)
         counts = self.class_counts
         labels = draw_labels(s.labels, s.seed, positions, counts) if counts else torch.zeros_like(positions)
-
-        def fresh_noise(step: int) -> Tensor:
-            return keyed_random.normal(s.seed, keyed_random.at_step(Stream.SAMPLE_CHURN, step), at, self.shape)
 
         training = self.model.training
         self.model.to(device).eval()
@@ -146,7 +135,7 @@ class ModelSource:
         with torch.autocast(device.type, low, enabled=low is not None):
             images = sample(
                 self.diffusion, self.model, noise, solver=s.solver, label=labels.to(device) if counts else None,
-                guidance=s.guidance, noise_fn=fresh_noise, callback=callback,
+                guidance=s.guidance, noise_fn=keyed_noise(s.seed, at, self.shape), callback=callback,
             )  # fmt: skip
         self.model.train(training)
         return images.float(), labels
