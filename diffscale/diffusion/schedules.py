@@ -75,7 +75,7 @@ class CosineGamma:
 
 @dataclass(frozen=True)
 class SigmoidGamma:
-    """Sigmoid(start, end, tau) of Jabri et al. 2022 and Chen 2023: a piece of the logistic curve, stretched to 1 … 0."""
+    """Sigmoid(start, end, tau) of Jabri et al. 2022 and Chen 2023: a piece of the logistic curve stretched to 1 … 0."""
 
     start: float = -3.0  # start < end
     end: float = 3.0
