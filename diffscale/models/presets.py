@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from diffscale.models.presets_transformers import TRANSFORMER_PRESETS
+
 Preset = dict[str, Any]
 
 # Ho et al. 2020: one head, the embedding is added, convolutions change the resolution.
@@ -140,4 +142,4 @@ UNET_PRESETS: dict[str, Preset] = {
     **{f"edm2-imagenet512-{size}": _edm2(size, 4) for size in _EDM2_WIDTHS},
 }
 
-PRESETS: dict[str, Preset] = {**UNET_PRESETS}
+PRESETS: dict[str, Preset] = {**UNET_PRESETS, **TRANSFORMER_PRESETS}

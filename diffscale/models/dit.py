@@ -1,0 +1,151 @@
+"""DiT: a plain vision transformer with adaLN-Zero conditioning (Peebles & Xie 2023, arXiv 2212.09748).
+
+Patches of the image (or of latents) are tokens with fixed sine-cosine positions; each block's norms are shifted and
+scaled, and its branches gated, by the noise level and the label. All gates start at zero, so a block starts as nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from timm.layers import GELUTanh, Mlp
+from torch import Tensor, nn
+
+from diffscale.models.layers import (
+    NoiseInput,
+    multi_head_attention,
+    noise_condition,
+    pad_to_multiple,
+    run_block,
+    to_tokens,
+    without_autocast,
+)
+from diffscale.models.tokens import (
+    LabelTable,
+    ScalarMLP,
+    head_width,
+    modulate,
+    patch_side,
+    resize_positions,
+    sincos_positions,
+    unpatchify,
+    xavier,
+    zero_,
+)
+
+
+class DiTBlock(nn.Module):
+    """x + gate·attention(norm(x)), then x + gate·mlp(norm(x)); the six vectors come from the condition."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.mlp = Mlp(width, int(width * mlp_ratio), act_layer=GELUTanh, drop=(dropout, 0.0))
+        self.modulation = nn.Linear(width, 6 * width)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """x (B, N, D), condition (B, D), already through SiLU → (B, N, D)."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).chunk(6, dim=-1)
+        h = modulate(F.layer_norm(x, x.shape[-1:], eps=1e-6), shift1, scale1)
+        q, k, v = self.qkv(h).chunk(3, dim=-1)
+        x = x + gate1[:, None] * self.out(multi_head_attention(q, k, v, self.heads))
+        h = modulate(F.layer_norm(x, x.shape[-1:], eps=1e-6), shift2, scale2)
+        return x + gate2[:, None] * self.mlp(h)
+
+
+class DiT(nn.Module):
+    """forward(x_in (B, C, H, W), logsnr (B,), label (B,) int64 | None, state) → (prediction (B, out, H, W), None).
+
+    Any H and W: the input is padded inside to whole patches and the output cropped; a grid other than the native one
+    gets the positions of that stretched over it. The label `num_classes` and label=None mean "no label", which has a
+    vector of its own. As initialised the output is exactly zero.
+    """
+
+    carries_state = False
+
+    def __init__(
+        self,
+        resolution: int,
+        channels: int = 3,
+        num_classes: int = 0,
+        *,
+        patch_size: int = 2,  # side of a patch; the published /2, /4, /8
+        width: int = 384,  # of the tokens: S 384, B 768, L 1024, XL 1152
+        depth: int = 12,  # blocks: S and B 12, L 24, XL 28
+        num_heads: int = 6,  # S 6, B 12, L and XL 16
+        mlp_ratio: float = 4.0,  # hidden width of the MLP over the width
+        dropout: float = 0.0,  # in the MLP
+        noise_input: NoiseInput = "ddpm",  # the number that is embedded, see layers.noise_condition
+        positions: Literal["fixed", "learned"] = "fixed",  # sine-cosine table, frozen or only its start
+        out_channels: int = 0,  # 0: as the image; DiT published twice as many, for a learned variance
+    ) -> None:
+        super().__init__()
+        self.patch = patch_side("patch_size", patch_size, resolution)
+        head_width("num_heads", num_heads, width)
+        side = -(-resolution // patch_size)
+        self.native = (side, side)
+        self.noise_input = noise_input
+        self.checkpointed = False
+        self.embed_patches = nn.Conv2d(channels, width, patch_size, stride=patch_size)
+        self.positions = nn.Parameter(sincos_positions(side, side, width, self.native), positions == "learned")
+        self.embed_noise = ScalarMLP(width)
+        self.embed_label = LabelTable(num_classes, width) if num_classes else None
+        self.blocks = nn.ModuleList(DiTBlock(width, num_heads, mlp_ratio, dropout) for _ in range(depth))
+        self.modulation = nn.Linear(width, 2 * width)
+        self.head = nn.Linear(width, patch_size**2 * (out_channels or channels))
+        self.initialise()
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Xavier for all layers, N(0, 0.02²) for the noise-level MLP, zero for modulations and the head."""
+        self.apply(xavier)
+        for layer in (self.embed_noise.linear1, self.embed_noise.linear2):
+            nn.init.normal_(layer.weight, std=0.02)
+        zero_(self.modulation)
+        zero_(self.head)
+        for module in self.modules():
+            if isinstance(module, DiTBlock):
+                zero_(module.modulation)
+
+    def grid_positions(self, height: int, width: int) -> Tensor:
+        """(h·w, D) for a grid of h × w patches."""
+        if (height, width) == self.native:
+            return self.positions
+        if self.positions.requires_grad:
+            return resize_positions(self.positions, self.native, height, width)
+        stretched = sincos_positions(height, width, self.positions.shape[1], self.native)
+        return stretched.to(self.positions.device)
+
+    def forward(
+        self, x_in: Tensor, logsnr: Tensor, label: Tensor | None = None, state: Tensor | None = None
+    ) -> tuple[Tensor, None]:
+        height, width = x_in.shape[2:]
+        with without_autocast(x_in.device):
+            condition = self.embed_noise(noise_condition(logsnr, self.noise_input))
+            if self.embed_label is not None:
+                condition = condition + self.embed_label(label, len(logsnr))
+            condition = F.silu(condition)
+        patches = self.embed_patches(pad_to_multiple(x_in, self.patch))
+        grid = patches.shape[2], patches.shape[3]
+        x = to_tokens(patches) + self.grid_positions(*grid)
+        for block in self.blocks:
+            x = run_block(self.checkpointed, block, x, condition)
+        shift, scale = self.modulation(condition).chunk(2, dim=-1)
+        x = self.head(modulate(F.layer_norm(x, x.shape[-1:], eps=1e-6), shift, scale))
+        return unpatchify(x, *grid, self.patch)[:, :, :height, :width].to(x_in.dtype), None
+
+    def set_activation_checkpointing(self, enabled: bool) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        self.checkpointed = enabled
+
+    def blocks_for_fsdp(self) -> list[nn.Module]:
+        """The units that FSDP2 shards one by one."""
+        return list(self.blocks)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters with two dimensions or more that are not to decay: positions and class vectors."""
+        return {"positions"} | ({"embed_label.weight"} if self.embed_label is not None else set())

@@ -1,0 +1,86 @@
+"""Published configurations of UViT, RIN and the transformers, and tiny ones for a CPU. Settings not named are defaults.
+
+`channels` and `num_classes` are not part of a preset: they come from the data (DiT's published sizes take latents of
+4 channels and 1000 classes).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+Preset = dict[str, Any]
+
+_DIT = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16)}  # width, depth, heads
+
+
+def _dit(size: str, patch_size: int) -> Preset:
+    """DiT on latents of side 32 (images of side 256); the published networks also output a variance."""
+    width, depth, heads = _DIT[size]
+    return {
+        "name": "dit",
+        "resolution": 32,
+        "channels": 4,
+        "patch_size": patch_size,
+        "width": width,
+        "depth": depth,
+        "num_heads": heads,
+        "out_channels": 8,
+    }
+
+
+_RIN_IMAGENET = {
+    "name": "rin",
+    "interface_width": 512,
+    "interface_mlp_ratio": 4,
+    "latents": 128,
+    "num_blocks": 4,
+    "layers": 4,
+    "latent_width": 768,
+    "latent_heads": 16,
+    "rw_heads": 16,
+}
+_UVIT_2B = {
+    "name": "uvit",
+    "conv_widths": (128, 256, 512),
+    "width": 2048,
+    "depth": 36,
+    "num_heads": 16,
+    "dropout": 0.1,
+    "embedding_width": 1024,
+}
+
+TRANSFORMER_PRESETS: dict[str, Preset] = {
+    "uvit-tiny": {
+        "name": "uvit",
+        "resolution": 32,
+        "conv_widths": (64,),
+        "conv_blocks": 1,
+        "width": 192,
+        "depth": 4,
+        "num_heads": 6,
+        "embedding_width": 128,
+    },
+    "rin-tiny": {
+        "name": "rin",
+        "resolution": 32,
+        "patch_size": 4,
+        "interface_width": 128,
+        "latents": 32,
+        "latent_width": 192,
+        "latent_heads": 6,
+        "rw_heads": 4,
+        "num_blocks": 3,
+        "layers": 2,
+    },
+    "dit-tiny": {"name": "dit", "resolution": 32, "patch_size": 4, "width": 192, "depth": 5, "num_heads": 6},
+    "uvit-cifar10": {"name": "uvit", "resolution": 32, "dropout": 0.1},
+    "rin-cifar10": {"name": "rin", "resolution": 32, "patch_size": 2, "dropout": 0.1, "drop_path": 0.1},
+    "rin-imagenet64": _RIN_IMAGENET | {"resolution": 64, "patch_size": 8},
+    "rin-imagenet128": _RIN_IMAGENET | {"resolution": 128, "patch_size": 4, "latent_width": 1024, "num_blocks": 6},
+    "rin-imagenet256": _RIN_IMAGENET
+    | {"resolution": 256, "patch_size": 8, "latents": 256, "latent_width": 1024, "num_blocks": 6},
+    "uvit-imagenet128": _UVIT_2B | {"resolution": 128, "patch_levels": 0},
+    "uvit-imagenet256": _UVIT_2B | {"resolution": 256, "patch_levels": 1, "patching": "5/3"},
+    "uvit-imagenet512": _UVIT_2B | {"resolution": 512, "patch_levels": 2, "patching": "5/3"},
+    **{f"dit-{size}-{patch}": _dit(size, patch) for size in _DIT for patch in (2, 4, 8)},
+}
