@@ -1,0 +1,151 @@
+"""A dataset folder that a stranger made: Arrow files that lie about themselves, or would run code when read."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from diffscale.data.dataset import open_dataset
+from diffscale.data.manifest import Manifest, Shard, Split, rows_hash, write_manifest
+from diffscale.data.shard import make_batch, write_shard
+from diffscale.errors import UserError
+
+SIDE, ROWS = 4, 3
+
+
+def make_dataset(folder: Path, shard: Shard, layout: str = "pixels") -> str:
+    """A manifest around one shard, with every hash as it should be: a stranger computes them too."""
+    content = rows_hash("uint8", SIDE, 3, [shard])
+    split = Split(rows=shard.rows, content_hash=content, mean=[0.0] * 3, std=[1.0] * 3, shards=[shard])
+    manifest = Manifest(
+        layout=layout, dtype="uint8", resolution=SIDE, channels=3, class_names=[], content_hash=content, lossy=False,
+        resize={}, source={}, made_with={}, splits={"train": split},
+    )  # fmt: skip
+    write_manifest(str(folder), manifest)
+    return str(folder)
+
+
+def pixels_batch() -> pa.RecordBatch:
+    images = np.arange(ROWS * SIDE * SIDE * 3, dtype=np.uint8).reshape(ROWS, SIDE, SIDE, 3)
+    return make_batch(images, [0] * ROWS, ["a", "b", "c"])
+
+
+def crafted(folder: Path, data: bytes) -> Shard:
+    """The bytes as the folder's only shard, with a true checksum."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "train-00000.arrow").write_bytes(data)
+    digest = hashlib.sha256(data).hexdigest()
+    return Shard(file="train-00000.arrow", rows=ROWS, bytes=len(data), sha256=digest, content=digest)
+
+
+def arrow_file(batch: pa.RecordBatch) -> bytes:
+    sink = io.BytesIO()
+    with pa.ipc.new_file(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    return sink.getvalue()
+
+
+def read_everything(path: str) -> None:
+    dataset = open_dataset(path)
+    dataset.gather(np.arange(dataset.n))
+    for row in range(dataset.n):
+        dataset.name(row)
+
+
+def test_the_unharmed_dataset_is_read(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    read_everything(make_dataset(folder, write_shard(str(folder), "train-00000.arrow", pixels_batch())))
+
+
+@pytest.mark.parametrize(
+    "file", ["../../etc/passwd.arrow", "/etc/passwd.arrow", "a/b.arrow", ".hidden.arrow", "x.arrow\n"]
+)
+def test_a_manifest_cannot_name_files_outside_its_folder(tmp_path, file):
+    path = make_dataset(tmp_path / "data", crafted(tmp_path / "data", arrow_file(pixels_batch())))
+    manifest = json.loads((tmp_path / "data" / "manifest.json").read_text())
+    manifest["splits"]["train"]["shards"][0]["file"] = file
+    (tmp_path / "data" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError):
+        open_dataset(path)
+
+
+@pytest.mark.parametrize("column", ["image", "label", "name"])
+@pytest.mark.parametrize(
+    "extension",
+    [
+        "ray.data.arrow_pickled_object",
+        "ray.data.arrow_tensor_v2",
+        "ray.data.arrow_variable_shaped_tensor",
+        "arrow.py_extension_type",
+    ],
+)
+def test_columns_of_python_objects_are_refused(tmp_path, trap, column, extension):
+    """Ray Data registers Arrow types that unpickle; a worker may have it imported."""
+    import ray.data.extensions  # noqa: F401
+
+    good = pixels_batch()
+    fields, arrays = [], []
+    for field, array in zip(good.schema, good.columns, strict=True):
+        if field.name == column:
+            metadata = {"ARROW:extension:name": extension, "ARROW:extension:metadata": pickle.dumps(trap)}
+            field = pa.field(column, pa.large_binary(), metadata=metadata)
+            array = pa.array([pickle.dumps(trap)] * ROWS, pa.large_binary())
+        fields.append(field)
+        arrays.append(array)
+    sink = io.BytesIO()
+    batch = pa.RecordBatch.from_arrays(arrays, names=good.schema.names)
+    schema = pa.schema([pa.field(f.name, a.type, metadata=f.metadata) for f, a in zip(fields, arrays, strict=True)])
+    with pa.ipc.new_file(sink, schema) as writer:
+        writer.write_batch(pa.RecordBatch.from_arrays(batch.columns, schema=schema))
+    path = make_dataset(tmp_path / "data", crafted(tmp_path / "data", sink.getvalue()))
+    with pytest.raises(UserError):
+        read_everything(path)
+
+
+def lying_offsets(offsets: list[int]) -> bytes:
+    """A shard of encoded images whose offsets were overwritten after it was made."""
+    data = arrow_file(make_batch([b"x" * 21, b"x" * 21, b"x" * 22], [0] * ROWS, ["a", "b", "c"]))
+    true = np.array([0, 21, 42, 64], np.int64).tobytes()
+    assert data.count(true) == 1
+    return data.replace(true, np.array(offsets, np.int64).tobytes())
+
+
+@pytest.mark.parametrize(
+    "offsets", [[0, 10, 2**40, 2**41], [0, -(2**40), 5, 6], [0, 10, 5, 64], [2**60, 2**61, 2**62, 2**62 + 1]]
+)
+def test_offsets_outside_the_file_are_an_error_and_not_a_crash(tmp_path, offsets):
+    """In a process of its own: an unchecked offset is a segmentation fault."""
+    path = make_dataset(tmp_path / "data", crafted(tmp_path / "data", lying_offsets(offsets)), layout="encoded")
+    code = (
+        "import sys, numpy as np\n"
+        "from diffscale.data.dataset import open_dataset\n"
+        "from diffscale.errors import UserError\n"
+        "try:\n"
+        "    d = open_dataset(sys.argv[1]); d.gather(np.arange(d.n))\n"
+        "except UserError as e:\n"
+        "    print('refused')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, f"exit {done.returncode}: {done.stderr[-500:]}"
+    assert done.stdout.strip() == "refused"
+
+
+def test_an_image_that_claims_to_be_huge_is_refused(tmp_path):
+    from .test_files_from_strangers import bomb_png
+
+    bombs = [bomb_png(60_000, 60_000)] * ROWS
+    batch = make_batch(bombs, [0] * ROWS, ["a", "b", "c"])
+    path = make_dataset(tmp_path / "data", crafted(tmp_path / "data", arrow_file(batch)), layout="encoded")
+    with pytest.raises(UserError) as error:
+        read_everything(path)
+    assert "train-00000.arrow" in str(error.value)
