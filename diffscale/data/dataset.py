@@ -1,0 +1,208 @@
+"""Opening a dataset and gathering rows of it: memory-mapped pixels, or encoded images decoded by a few threads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from diffscale import storage
+from diffscale.data import decode
+from diffscale.data.cache import ShardCache
+from diffscale.data.errors import ShardError
+from diffscale.data.manifest import Manifest, Split, SplitName, read_manifest
+from diffscale.data.shard import MappedShard, check_size, open_shard
+from diffscale.errors import UserError
+
+
+class Dataset:
+    """A split of an Arrow dataset folder, local or remote. Rows are 0 .. n-1.
+
+    n: rows. resolution: side in pixels (or of the latent). channels. num_classes: 0 where there are no labels.
+    class_names. content_hash: identity of the rows. lossy: some source was lossy. dtype: uint8, float16 or float32.
+    mean, std: per channel. heldout: the held-out split, or None.
+    """
+
+    block_rows = 1024  # rows that lie together and are cheap to read together: blocks of the blocked order
+
+    def __init__(self, path: str, manifest: Manifest, split: SplitName = "train", cache: ShardCache | None = None):
+        self.path, self.manifest, self.split_name, self.cache = path, manifest, split, cache
+        self.split: Split = manifest.splits[split]
+        self.n, self.content_hash = self.split.rows, self.split.content_hash
+        self.resolution, self.channels = manifest.resolution, manifest.channels
+        self.class_names, self.num_classes = list(manifest.class_names), len(manifest.class_names)
+        self.lossy, self.dtype = manifest.lossy, manifest.dtype
+        self.mean, self.std = self.split.mean, self.split.std
+        self.starts = np.concatenate([[0], np.cumsum([s.rows for s in self.split.shards], dtype=np.int64)])
+        self.threads = max(1, min(16, len(os.sched_getaffinity(0))))
+        self._mapped: list[MappedShard | None] = [None] * len(self.split.shards)
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __reduce__(self):  # a worker opens the files for itself
+        return open_dataset, (self.path, self.split_name, self.cache)
+
+    @cached_property
+    def heldout(self) -> Dataset | None:
+        """The images that training never sees, or None when the dataset was built without `--split`."""
+        held = self.manifest.splits.get("heldout")
+        if self.split_name == "heldout" or not held or not held.rows:
+            return None
+        return Dataset(self.path, self.manifest, "heldout", self.cache)
+
+    @property
+    def is_latent(self) -> bool:
+        return self.manifest.layout == "latents"
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of pixels, (C, H, W) of latents."""
+        side = self.resolution
+        return (self.channels, side, side) if self.is_latent else (side, side, self.channels)
+
+    def gather(self, indices: NDArray[np.int64], out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Rows in the order asked for, repeats allowed.
+
+        indices: int64 (B,) in [0, n). out: contiguous tensor (B, *image_shape) of this dtype to fill.
+        Returns images uint8 (B, H, W, C), or floats (B, C, H, W) of latents, contiguous, and labels int64 (B,), zeros
+        where there are no classes. Raises IndexError; ShardError naming the shard when a file is not what it was.
+        """
+        indices = np.asarray(indices, np.int64)
+        if len(indices) and (indices.min() < 0 or indices.max() >= self.n):
+            raise IndexError(f"rows are 0 to {self.n - 1}")
+        if out is None:
+            out = torch.empty((len(indices), *self.image_shape), dtype=getattr(torch, self.dtype))
+        pixels, labels = out.numpy(), np.empty(len(indices), np.int64)
+        which = np.searchsorted(self.starts, indices, side="right") - 1
+        touched = [self.shard(int(s)) for s in np.unique(which)]
+        for shard in touched:  # before, so that a truncated file is an error and not a SIGBUS
+            shard.check_unchanged()
+        self._fill(indices, which, pixels, labels)
+        for shard in touched:  # after, so that no batch holds pixels written meanwhile
+            shard.check_unchanged()
+        return out, torch.from_numpy(labels)
+
+    def _fill(
+        self, indices: NDArray[np.int64], which: NDArray[np.int64], pixels: NDArray[Any], labels: NDArray[np.int64]
+    ) -> None:
+        if self.manifest.layout == "encoded":
+            self._decode_into(indices, which, pixels, labels)
+            return
+        shards = np.unique(which)
+        if len(shards) > 1 and len(shards) * 4 > len(indices):  # a row at a time is quicker than sorting by shard
+            for i, (row, s) in enumerate(zip(indices.tolist(), which.tolist(), strict=True)):
+                shard, local = self.shard(s), row - int(self.starts[s])
+                pixels[i] = shard.images[local]
+                labels[i] = shard.labels[local]
+            return
+        for s in shards.tolist():
+            shard = self.shard(s)
+            if len(shards) == 1:
+                local = indices - self.starts[s]
+                np.take(shard.images, local, axis=0, out=pixels, mode="clip")
+                np.take(shard.labels, local, out=labels, mode="clip")
+            else:
+                chosen = np.flatnonzero(which == s)
+                local = indices[chosen] - self.starts[s]
+                pixels[chosen] = shard.images[local]
+                labels[chosen] = shard.labels[local]
+
+    def _decode_into(
+        self, indices: NDArray[np.int64], which: NDArray[np.int64], pixels: NDArray[Any], labels: NDArray[np.int64]
+    ) -> None:
+        def one(i: int) -> None:
+            shard, local = self.shard(int(which[i])), int(indices[i] - self.starts[which[i]])
+            try:
+                decode.decode_exact(shard.images[local].as_buffer(), pixels[i])
+            except decode.Unusable as error:
+                raise ShardError(shard.path, f"its row {local} does not decode ({error})") from None
+            labels[i] = shard.labels[local]
+
+        if self.threads == 1:
+            for i in range(len(indices)):
+                one(i)
+        else:
+            list(self._pool.map(one, range(len(indices)), chunksize=1))
+
+    @cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self.threads, thread_name_prefix="diffscale-decode")
+
+    def name(self, row: int) -> str:
+        """The source name of a row, for messages."""
+        s = int(np.searchsorted(self.starts, row, side="right") - 1)
+        return self.shard(s).names[row - int(self.starts[s])].as_py() or ""
+
+    def shard(self, s: int) -> MappedShard:
+        """The s-th shard, mapped; a remote one is fetched into the node's cache first."""
+        mapped = self._mapped[s]
+        if mapped is None:
+            entry = self.split.shards[s]
+            mapped = self._mapped[s] = open_shard(self.local_path(s), entry, self.manifest, self.cache is not None)
+        return mapped
+
+    def local_path(self, s: int) -> str:
+        """The local file of the s-th shard."""
+        entry = self.split.shards[s]
+        uri = storage.join(self.path, entry.file)
+        if not storage.is_remote(self.path):
+            return uri
+        assert self.cache is not None
+        return self.cache.fetch(uri, entry)
+
+    def local_shards(self) -> list[tuple[str, str]]:
+        """(path, expected SHA-256) of every shard whose checksum was not compared when it was fetched."""
+        if self.cache is not None:
+            return []
+        return [(storage.join(self.path, shard.file), shard.sha256) for shard in self.split.shards]
+
+    def check_files(self) -> None:
+        """Raises ShardError naming the first shard that is missing or whose size is wrong. For a driver whose worker
+        died of SIGBUS, and at every start."""
+        if not storage.is_remote(self.path):
+            for shard in self.split.shards:
+                check_size(storage.join(self.path, shard.file), shard)
+            return
+        fs, inside = storage.filesystem(self.path)
+        for shard, info in zip(
+            self.split.shards, fs.get_file_info([f"{inside}/{s.file}" for s in self.split.shards]), strict=True
+        ):
+            uri = storage.join(self.path, shard.file)
+            if not info.is_file:
+                raise ShardError(uri, "it is missing")
+            if info.size != shard.bytes:
+                raise ShardError(uri, f"it has {info.size:,} bytes instead of {shard.bytes:,}")
+
+
+def open_dataset(path: str, split: SplitName = "train", cache: ShardCache | None = None) -> Dataset:
+    """Opens a dataset folder (absolute path or URI), as `resolve` gives it.
+
+    split: `train` or `heldout`. cache: where shards of a remote dataset are kept on this node (the default cache of
+    the user when None). Raises UserError for a folder that is no dataset, ShardError naming a missing or short shard.
+    """
+    path = storage.check_absolute(path, "data.path")
+    manifest = read_manifest(path)
+    if split not in manifest.splits or not manifest.splits[split].rows:
+        raise UserError(
+            setting="split", value=split, expected=f"one of {sorted(manifest.splits)} in {path}",
+            fix="build the dataset with --split 0.1 to hold out a tenth",
+        )  # fmt: skip
+    if cache is None and storage.is_remote(path):
+        cache = ShardCache()
+    dataset = Dataset(path, manifest, split, cache)
+    dataset.check_files()
+    return dataset
+
+
+def available_resolutions(folder: str) -> Sequence[int]:
+    """Resolutions of a folder that was built at several: its subfolders with a manifest."""
+    names = {uri.split("/")[-2] for uri in storage.list_files(folder, "manifest.json", recursive=True)}
+    return sorted(int(name) for name in names if name.isdigit())

@@ -1,0 +1,216 @@
+"""Batches for training: gathered in the background, moved to the device, normalised, flipped and augmented there."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from diffscale.data.augment import augment_images, flip_images
+from diffscale.data.dataset import Dataset
+from diffscale.data.errors import ShardError
+from diffscale.data.order import first_use, positions_to_indices
+from diffscale.data.verification import Verification
+from diffscale.errors import UserError
+
+ORDER_CHUNK = 8192  # positions whose rows are computed at a time
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This worker's share of one global batch.
+
+    images: float32 (B, C, H, W) in [-1, 1] on the device (latents: their own values; `raw`: as stored, uint8
+    (B, H, W, C)). labels: int64 (B,), zeros where the data has no classes. positions: int64 (B,) on the device.
+    augment_label: float32 (B, 9), what the augmentation did, or None when it is off.
+    """
+
+    images: Tensor
+    labels: Tensor
+    positions: Tensor
+    augment_label: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+
+class Loader:
+    """Iterates the share [first, last) of every global batch, from image `start` on, without end (or to `stop`).
+
+        loader = Loader(dataset, seed=0, global_batch=256, start=images_seen, shard=(0, 128), device="cuda", flip=True)
+        for batch in loader:              # positions start + k*256 + (0 .. 127), k = 0, 1, 2, ...
+            ...
+            images_seen += 256            # all that a resumed run needs
+
+    dataset: from `open_dataset`. seed: of order, flips and augmentations. global_batch: images of a step over all
+    workers. start: images seen so far, any number; the same start gives the same batches on any world size. shard:
+    (first, last) places of this worker in the global batch, 0 <= first <= last <= global_batch; shares may be uneven
+    or empty; None is all. `even_share` gives the usual one. stop: end before this position; a last partial batch is
+    given, cut to the positions below `stop`.
+    flip: mirror each image with probability 1/2. augment: probability of each of EDM's non-leaking augmentations
+    (0 is off); then `augment_label` is set, and the mirroring is part of it. Both are keyed by (seed, position).
+    order, block_rows, window: the form of the permutation (diffscale.data.order). raw: leave the images as stored.
+    prefetch: batches prepared ahead. verify: check the shards' checksums in the background, once per node.
+
+    One thread gathers, moves and transforms ahead of the reader; what goes wrong there is raised from the iteration.
+    `close()` (or leaving `with loader:`) ends the thread. Iterating again starts from `start` again.
+    """
+
+    def __init__(
+        self, dataset: Dataset, *, seed: int, global_batch: int, start: int = 0, stop: int | None = None,
+        shard: tuple[int, int] | None = None, device: str | torch.device = "cpu", flip: bool = False,
+        augment: float = 0.0, order: Literal["rows", "blocks"] = "rows", block_rows: int | None = None,
+        window: int = 64, raw: bool = False, prefetch: int = 3, verify: bool = True,
+    ) -> None:  # fmt: skip
+        first, last = shard if shard is not None else (0, global_batch)
+        if global_batch < 1 or start < 0 or prefetch < 1:
+            raise ValueError(f"global_batch = {global_batch}, start = {start}, prefetch = {prefetch}: at least 1, 0, 1")
+        if not 0 <= first <= last <= global_batch:
+            raise ValueError(f"shard = {shard}: 0 <= first <= last <= global_batch = {global_batch}")
+        if dataset.is_latent and (flip or augment):
+            raise UserError(
+                setting="data.flip" if flip else "data.augment", value=flip or augment,
+                expected="off for a dataset of latents: a mirrored latent is not the latent of the mirrored image",
+                fix="data.flip=false data.augment=0",
+            )  # fmt: skip
+        self.dataset, self.seed, self.global_batch, self.start, self.stop = dataset, seed, global_batch, start, stop
+        self.first, self.last, self.device = first, last, torch.device(device)
+        self.flip, self.augment, self.raw, self.prefetch = flip, augment, raw, prefetch
+        self.form: dict[str, object] = {
+            "order": order,
+            "block_rows": block_rows or dataset.block_rows,
+            "window": window,
+        }
+        self.verification = Verification(dataset) if verify else None
+        self._threads: list[tuple[threading.Thread, threading.Event]] = []
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self.verification is not None:
+            self.verification.start()
+        ready: queue.Queue[Batch | BaseException | None] = queue.Queue(self.prefetch)
+        stop = threading.Event()
+        thread = threading.Thread(target=self._work, args=(ready, stop), name="diffscale-loader", daemon=True)
+        self._threads.append((thread, stop))
+        thread.start()
+        try:
+            while (item := ready.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                self._raise_damage()
+                if self.device.type == "cuda":
+                    self._take_over(item)
+                yield item
+        finally:
+            stop.set()
+
+    def close(self) -> None:
+        """Ends the background threads and waits for them."""
+        while self._threads:
+            thread, stop = self._threads.pop()
+            stop.set()
+            thread.join(timeout=10)
+
+    def wait_verified(self) -> None:
+        """Waits until every checksum of the dataset was compared; call it before the first checkpoint counts as good.
+
+        Raises ShardError naming the damaged shard and the first position of the run that used it.
+        """
+        if self.verification is not None:
+            self.verification.wait()
+            self._raise_damage()
+
+    def _raise_damage(self) -> None:
+        damage = self.verification.damage if self.verification is not None else None
+        if damage is None:
+            return
+        error, rows = damage
+        seen = self.start + 1000 * self.global_batch
+        position = None if rows is None else first_use(rows, self.dataset.n, self.seed, 0, seen, **self.form)
+        raise ShardError(error.shard, error.problem, position=position)
+
+    def _work(self, ready: queue.Queue[Batch | BaseException | None], stop: threading.Event) -> None:
+        def put(item: Batch | BaseException | None) -> None:
+            while not stop.is_set():
+                with suppress(queue.Full):
+                    ready.put(item, timeout=0.1)
+                    return
+
+        try:
+            stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+            with torch.cuda.stream(stream):
+                for positions, indices in self._plan():
+                    if stop.is_set():
+                        return
+                    put(self._make(positions, indices, stream))
+            put(None)
+        except BaseException as error:
+            put(error)
+
+    def _plan(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """Positions and rows of this worker's share of each batch; the order is evaluated many batches at a time."""
+        share = np.arange(self.first, self.last, dtype=np.int64)
+        steps = max(1, ORDER_CHUNK // max(1, len(share)))
+        base = self.start
+        while self.stop is None or base < self.stop:
+            starts = base + np.arange(steps, dtype=np.int64) * self.global_batch
+            if self.stop is not None:
+                starts = starts[starts < self.stop]
+            positions = starts[:, None] + share
+            indices = positions_to_indices(positions, self.dataset.n, self.seed, **self.form)  # type: ignore[arg-type]
+            for p, i in zip(positions, indices, strict=True):
+                inside = len(p) if self.stop is None else int(np.searchsorted(p, self.stop))
+                yield p[:inside], i[:inside]
+            base += len(starts) * self.global_batch
+
+    def _make(self, p: NDArray[np.int64], indices: NDArray[np.int64], stream: torch.cuda.Stream | None) -> Batch:
+        pinned = stream is not None
+        dtype = getattr(torch, self.dataset.dtype)
+        stored = torch.empty((len(p), *self.dataset.image_shape), dtype=dtype, pin_memory=pinned)
+        stored, labels = self.dataset.gather(indices, out=stored)
+        positions = torch.from_numpy(p)
+        if pinned:  # from pageable memory the copy would wait for the device
+            labels, positions = labels.pin_memory(), positions.pin_memory()
+        images = stored.to(self.device, non_blocking=True)
+        positions = positions.to(self.device, non_blocking=True)
+        labels = labels.to(self.device, non_blocking=True)
+        batch = Batch(images, labels, positions) if self.raw else self._transform(images, labels, positions)
+        if stream is not None:
+            stream.synchronize()  # this thread waits, not the reader
+        return batch
+
+    def _transform(self, images: Tensor, labels: Tensor, positions: Tensor) -> Batch:
+        if self.dataset.is_latent:
+            return Batch(images.float(), labels, positions)
+        x = images.permute(0, 3, 1, 2).float().mul_(1 / 127.5).sub_(1)
+        label = None
+        if self.augment:
+            x, label = augment_images(x, self.seed, positions, self.augment, flip=self.flip)
+        elif self.flip:
+            x = flip_images(x, self.seed, positions)
+        return Batch(x.contiguous(), labels, positions, label)
+
+    def _take_over(self, batch: Batch) -> None:
+        """Tells the allocator that the reader's stream uses these tensors, made on the loader's."""
+        stream = torch.cuda.current_stream(self.device)
+        for tensor in (batch.images, batch.labels, batch.positions, batch.augment_label):
+            if tensor is not None:
+                tensor.record_stream(stream)
+
+
+def even_share(global_batch: int, rank: int, world_size: int) -> tuple[int, int]:
+    """(first, last) of a worker's share; shares differ by at most one image when the batch does not divide."""
+    return rank * global_batch // world_size, (rank + 1) * global_batch // world_size
