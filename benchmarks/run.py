@@ -124,7 +124,7 @@ def main(
         for experiment in todo:
             result = train.run(experiment)
             keep_records(result.run_folder, folder)
-            write_report([str(folder)], str(folder))
+            write_report([str(folder)], folder)
 
 
 if __name__ == "__main__":

@@ -6,22 +6,33 @@ the keyword parameters of the classes that they build (diffscale/settings_of.py)
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from diffscale.diffusion import INTERPOLANTS, PREDICTIONS, SCHEDULES, SOLVERS, WEIGHTINGS
 from diffscale.models import MODELS
 from diffscale.records import Endpoint, identify
-from diffscale.settings_of import union_of
+from diffscale.settings_of import named, union_of
 from diffscale.storage import check_absolute, default_storage, join
 
 GIVEN_BY_DATA = {"resolution", "channels", "num_classes"}
 
-Model = union_of("model", MODELS, skip=GIVEN_BY_DATA)
-Schedule = union_of("schedule", SCHEDULES, skip={"resolution"})
-Weighting = union_of("weighting", WEIGHTINGS)
-Solver = union_of("solver", SOLVERS)
+if TYPE_CHECKING:
+    from diffscale.settings_of import Named as Model
+    from diffscale.settings_of import Named as Schedule
+    from diffscale.settings_of import Named as Solver
+    from diffscale.settings_of import Named as Weighting
+
+    Interpolant: TypeAlias = str
+    Prediction: TypeAlias = str
+else:
+    Model = union_of("model", MODELS, skip=GIVEN_BY_DATA)
+    Schedule = union_of("schedule", SCHEDULES, skip={"resolution"})
+    Weighting = union_of("weighting", WEIGHTINGS)
+    Solver = union_of("solver", SOLVERS)
+    Interpolant = Literal[tuple(INTERPOLANTS)]
+    Prediction = Literal[tuple(PREDICTIONS)]
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 
@@ -44,10 +55,10 @@ class DataSettings(Section):
 
 
 class DiffusionSettings(Section):
-    schedule: Schedule = Field({"name": "simple_cosine"}, description="logsnr as a function of t")  # type: ignore[valid-type]
-    interpolant: Literal[tuple(INTERPOLANTS)] = Field("vp", description="logsnr to (alpha, sigma)")  # type: ignore[valid-type]
-    prediction: Literal[tuple(PREDICTIONS)] = Field("v", description="what the network gives")  # type: ignore[valid-type]
-    weighting: Weighting = Field({"name": "min_snr"}, description="weight of the loss over logsnr")  # type: ignore[valid-type]
+    schedule: Schedule = Field(named("simple_cosine"), description="logsnr as a function of t")
+    interpolant: Interpolant = Field("vp", description="logsnr to (alpha, sigma)")
+    prediction: Prediction = Field("v", description="what the network gives")
+    weighting: Weighting = Field(named("min_snr"), description="weight of the loss over logsnr")
     input_scale: float = Field(1.0, gt=0, description="Chen's b: images are multiplied by it")
     input_range: Literal["-1,1", "0,1"] = Field("-1,1", description="range of the images given to the network")
     input_std: Literal["auto", "unit", "data", "none"] = Field("auto", description="what the noisy input is divided by")
@@ -120,7 +131,7 @@ class EvalSettings(Section):
     points_flops: tuple[float, ...] = Field((), description="when, in training FLOPs, besides the points")
     eval_resolution: int | None = Field(None, ge=4, description="common side for comparison; null: data.resolution")
     resize: str = Field("default", description="how images reach the network's size; named in the record")
-    solver: Solver = Field({"name": "dpmpp_2m", "steps": 20}, description="sampler")  # type: ignore[valid-type]
+    solver: Solver = Field(named("dpmpp_2m", steps=20), description="sampler")
     guidance_scale: float = Field(1.0, ge=0, description="classifier-free guidance; 1 is none")
     guidance_interval: tuple[float, float] | None = Field(None, description="logsnr between which to guide")
     ema: str = Field("halflife", description="weights to sample from: none, halflife, or a power width such as 0.05")
@@ -136,7 +147,7 @@ class Experiment(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$", description="name of the run's folder")
     storage: str = Field(default_factory=default_storage, description="absolute path or URI under which runs live")
     data: DataSettings = DataSettings()
-    model: Model = Field({"name": "unet"}, description="backbone")  # type: ignore[valid-type]
+    model: Model = Field(named("unet"), description="backbone")
     diffusion: DiffusionSettings = DiffusionSettings()
     optim: OptimSettings = OptimSettings()
     train: TrainSettings = TrainSettings()

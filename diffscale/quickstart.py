@@ -67,7 +67,7 @@ def main(
     folders += [folder for trial in result.trials for folder in trial.folders]
 
     step(4, "the report")
-    write_report(folders, str(out.resolve()))
+    write_report(folders, out.resolve())
     console.print(f"finished in {time.monotonic() - started:.0f} s")
     if result.failed:
         raise typer.Exit(1)

@@ -17,9 +17,16 @@ class Named(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
 
+    name: str
+
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments of the class of that name."""
         return {k: getattr(self, k) for k in type(self).model_fields if k != "name"}
+
+
+def named(name: str, **settings: Any) -> Any:
+    """The default of a union, validated like any other value."""
+    return {"name": name, **settings}
 
 
 def union_of(kind: str, classes: Mapping[str, Callable[..., Any]], skip: set[str] = frozenset()) -> Any:  # type: ignore[assignment]

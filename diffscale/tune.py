@@ -240,7 +240,8 @@ def _fit(
     )
     results = tuner.fit()
     failed = {}
-    for result in results:
+    for index in range(len(results)):
+        result = results[index]
         if result.error is not None:
             config = result.config or {}
             point = json.loads(config["point"]) if "point" in config else _decode(ledger.sweep, config)
