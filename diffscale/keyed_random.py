@@ -85,16 +85,16 @@ def normal(seed: int, stream: int, positions: Tensor, shape: tuple[int, ...]) ->
 def stratified_uniform(seed: int, positions: Tensor, global_batch: int) -> Tensor:
     """One number in (0, 1) for each position, spread evenly over each global batch (Kingma et al. 2021, appendix I.1).
 
-    Batch k = position // global_batch has the points (j + r_k) / global_batch, j = 0 … global_batch − 1, in an order in
-    which any run of neighbouring positions is spread evenly too; r_k is keyed by (seed, k). positions (B,) int64
-    → float32 (B,). Each number alone is uniform, whatever share of the batch is asked for.
+    Batch k = position // global_batch has the points (j / global_batch + r_k) mod 1, j = 0 … global_batch − 1, in an
+    order in which any run of neighbouring positions is spread evenly too; r_k is keyed by (seed, k). positions (B,)
+    int64 → float32 (B,). Each number alone is uniform, whatever share of the batch is asked for.
     """
     if global_batch < 1:
         raise ValueError(f"global_batch = {global_batch}: at least 1")
     batch = positions // global_batch
     slot = (positions % global_batch) * _golden_stride(global_batch) % global_batch
     offset = uniform(seed, Stream.TIME, batch).double()
-    return ((slot + offset) / global_batch).float().clamp_(2.0**-24, 1 - 2.0**-24)
+    return ((slot.double() / global_batch + offset) % 1).float().clamp_(2.0**-24, 1 - 2.0**-24)
 
 
 def _golden_stride(n: int) -> int:
