@@ -34,4 +34,4 @@ def test_presets_and_images_load_from_an_installed_wheel(tmp_path: Path) -> None
     arguments = [sys.executable, "-c", PROGRAM, str(site), str(tmp_path / "storage")]
     run = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == ["1871", "16"]
+    assert run.stdout.split() == ["1692", "16"]
