@@ -89,14 +89,16 @@ USUAL = 0.01
 def usual_distance(training: NDArray, others: NDArray | None) -> float:
     """The distance to a training image below which only 1 % of unseen images lie.
 
-    others: held-out images' features; without any, each training image against the rest of its set, leaving exact
-    duplicates out.
+    others: held-out images' features; without any, each training image against the rest of its set, exact duplicates
+    (up to three) left out.
     """
     if others is not None and len(others) >= 100:
         distances = nearest(others, training)[0][:, 0]
     else:
-        distances = nearest(training, training, 2)[0][:, 1]
-        distances = distances[distances > 1e-3 * np.median(distances)]
+        several = nearest(training, training, 5)[0]
+        # Rounding in torch.cdist gives an image a distance to its own copy of about 1e-3 of the usual.
+        distinct = several > 1e-2 * np.median(several[:, -1])
+        distances = several[np.arange(len(several)), distinct.argmax(axis=1)][distinct.any(axis=1)]
     return float(np.quantile(distances, USUAL)) if len(distances) else 0.0
 
 
