@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -28,7 +29,8 @@ def write_plots(analysis: Analysis, out: Path) -> list[Path]:
     folder = out / "plots"
     folder.mkdir(parents=True, exist_ok=True)
     paths: list[Path] = []
-    with style.style():
+    with style.style(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # names may be in any script; the font may not
         for name, figure in figures(analysis):
             for suffix in (".png", ".svg"):
                 path = folder / (name + suffix)

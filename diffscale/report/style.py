@@ -74,7 +74,7 @@ def style() -> Iterator[None]:
 
 def plain(text: str) -> str:
     """Text of a user's (names of runs, datasets) so that matplotlib does not read `$` as mathematics."""
-    return text.replace("\\", "\\\\").replace("$", r"\$") if "$" in text else text
+    return text.replace("$", r"\$")
 
 
 @dataclass(frozen=True)

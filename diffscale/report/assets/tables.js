@@ -27,8 +27,9 @@ function showSample(side) {
 function chooseBestTwo() {
   const ends = DATA.curves.filter((c) => c.facet === state.facet).map((c) => DATA.points[c.points[c.points.length - 1]])
     .sort((p, q) => (p.value - q.value) * (FACETS.get(state.facet).higher ? -1 : 1));
-  const runs = ends.map((p) => p.runs.split(" ")[0]), keys = Object.keys(DATA.grids);
-  const grids = ends.map((p) => p.runs.split(" ").map((run) => `${run}/${p.images_seen}`).find((key) => DATA.grids[key])).filter(Boolean);
+  const bySeed = (p) => p.runs.split(" ").sort((a, b) => DATA.runs[a].seed - DATA.runs[b].seed);
+  const runs = ends.map((p) => bySeed(p)[0]), keys = Object.keys(DATA.grids);
+  const grids = ends.map((p) => bySeed(p).map((run) => `${run}/${p.images_seen}`).find((key) => DATA.grids[key])).filter(Boolean);
   for (const [i, side] of ["a", "b"].entries()) {
     if (keys.length) $(`sample-${side}`).value = grids[i] || grids[0] || keys[0];
     $(`diff-${side}`).value = runs[i] || runs[0] || Object.keys(DATA.runs)[0];
@@ -40,7 +41,8 @@ function chooseBestTwo() {
 function sampleNote(key) {
   const [id, images] = key.split("/");
   const found = DATA.points.find((p) => p.runs.split(" ").includes(id) && p.images_seen === Number(images) && p.facet === state.facet);
-  return element("p", { class: "hint" }, found ? `${FACETS.get(found.facet).name} ${number(found.value)} (mean of ${found.seeds} seed${found.seeds > 1 ? "s" : ""})` : "");
+  const seed = settingsOf(id)["eval.seed"];
+  return element("p", { class: "hint" }, seed === undefined ? "" : `sample seed ${seed}. `, found ? `${FACETS.get(found.facet).name} ${number(found.value)} (mean of ${found.seeds} seed${found.seeds > 1 ? "s" : ""})` : "");
 }
 
 function settingsOf(id) {

@@ -1,0 +1,68 @@
+"""Nothing is compared across groups or kinds of endpoint; runs that differ by their seed alone are one recipe."""
+
+from __future__ import annotations
+
+import pytest
+from report_records import make_record
+
+from diffscale.records import GROUP
+from diffscale.report.facets import facet_table, recipe_settings, schedule_label, to_rows
+
+OTHER = {
+    "network": "dinov2", "reference": "feedfacefeedface", "eval_resolution": 64, "resize": "box", "n_generated": 5000,
+    "n_reference": 10_000, "sampler": '{"name":"heun"}', "metric": "fd_dinov2", "endpoint": "decayed",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("column", [*GROUP, "endpoint"])
+def test_records_that_differ_in_any_group_column_or_endpoint_are_in_different_facets(column: str) -> None:
+    base = make_record()
+    changed = base.model_copy(update={column: OTHER[column], "record_id": "0" * 16})
+    assert to_rows([base, changed])["facet"].nunique() == 2
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [("train.seed", 7), ("train.workers", 4), ("train.micro_batch", 8), ("storage", "/elsewhere"), ("name", "again"),
+     ("data.path", "s3://b/x"), ("train.images", 1), ("eval.n_generated", 5), ("train.checkpoint.keep_last", 9)],
+)  # fmt: skip
+def test_seed_place_and_length_do_not_change_the_recipe(setting: tuple[str, object]) -> None:
+    base = make_record()
+    changed = make_record(seed=3, images_seen=131072, settings={setting[0]: setting[1]})
+    rows = to_rows([base, changed])
+    assert rows["recipe"].nunique() == 1
+    assert rows["run_id"].nunique() == 2
+
+
+@pytest.mark.parametrize("setting", [("optim.lr", 1e-3), ("train.global_batch", 512), ("model.width", 64)])
+def test_what_changes_the_weights_changes_the_recipe(setting: tuple[str, object]) -> None:
+    rows = to_rows([make_record(), make_record(settings={setting[0]: setting[1]})])
+    assert rows["recipe"].nunique() == 2
+    assert rows["recipe_label"].nunique() == 2
+    assert setting[0].rpartition(".")[2] in " ".join(rows["recipe_label"])
+
+
+def test_decay_branches_of_different_length_are_one_recipe_and_others_are_not() -> None:
+    settings = {"optim.decay_images": 1000, "optim.lr": 1e-4}
+    assert recipe_settings(settings, "decayed") == {"optim.lr": 1e-4}
+    assert recipe_settings(settings, "constant") == settings
+
+
+def test_schedule_label_names_parameters_and_input_scale() -> None:
+    record = make_record(settings={"diffusion.schedule.shift": 0.5}, input_scale=0.4)
+    assert schedule_label(record.model_dump()) == "simple_cosine(shift 0.5) · b 0.4"
+
+
+def test_main_facet_is_real_fid_with_most_runs_and_mid_decay_comes_last() -> None:
+    kinds = [("fd_lite", "constant"), ("fid", "mid_decay"), ("fid", "constant"), ("kid", "constant")]
+    records = [make_record(seed=seed, metric=metric, endpoint=end) for seed in range(2) for metric, end in kinds]
+    table = facet_table(to_rows(records))
+    assert [(r.metric, r.endpoint) for r in table.itertuples()] == [
+        ("fid", "constant"), ("fd_lite", "constant"), ("kid", "constant"), ("fid", "mid_decay"),
+    ]  # fmt: skip
+
+
+def test_facets_that_read_alike_are_told_apart() -> None:
+    base = make_record()
+    twin = base.model_copy(update={"reference": "feedfacefeedface", "record_id": "0" * 16})
+    assert facet_table(to_rows([base, twin]))["title"].nunique() == 2
