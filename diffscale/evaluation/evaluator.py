@@ -21,7 +21,7 @@ from diffscale.evaluation import generate, pictures, spool
 from diffscale.evaluation.generate import Featuriser, Gather, View
 from diffscale.evaluation.metrics import Measurement, Metric, measure, memorised, parse_metric, views_of
 from diffscale.evaluation.reference import Reference, get_reference, references_folder
-from diffscale.evaluation.sources import ModelSource, Sampling, Source
+from diffscale.evaluation.sources import ModelSource, Sampling, Source, class_counts
 from diffscale.evaluation.spool import Spool
 
 if TYPE_CHECKING:
@@ -65,6 +65,11 @@ class Evaluator:
         resolution = self.settings.eval_resolution or self.dataset.resolution
         self.metrics: list[Metric] = [parse_metric(name) for name in self.settings.metrics]
         self.views = views_of(self.metrics, resolution, self.settings.resize)
+        if self.metrics and self.dataset.is_latent:
+            raise UserError(
+                setting="data.decoder", value=None, expected="pixels: this dataset holds latents, whose FID means nothing",
+                fix="evaluate the validation loss alone (eval.metrics=[]), or train on pixels",
+            )  # fmt: skip
         compared = self.dataset if resolution == self.dataset.resolution else self.at_eval_resolution
         if compared is None or compared.resolution != resolution:
             raise UserError(
@@ -112,7 +117,7 @@ class Evaluator:
         an interrupted evaluation resumes; a temporary one by default.
         """
         d = self.dataset
-        counts = tuple(int(c) for c in d.class_counts()) if getattr(model, "num_classes", 0) else ()
+        counts = class_counts(d) if getattr(model, "num_classes", 0) else ()
         source = ModelSource(
             model, diffusion, sampling, (d.channels, d.resolution, d.resolution), self.settings.n_generated, counts,
             device=str(self.device),

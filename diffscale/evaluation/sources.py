@@ -18,6 +18,7 @@ from diffscale import keyed_random
 from diffscale.diffusion import Diffusion, Guidance, guided_nfe, keyed_noise, sample
 from diffscale.diffusion.solver_settings import SolverSettings
 from diffscale.errors import UserError
+from diffscale.evaluation.statistics import UNREADABLE
 from diffscale.keyed_random import Stream
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 NO_GUIDANCE = Guidance()
 IMAGE_SUFFIXES = (".png", ".webp", ".bmp", ".jpg", ".jpeg")
 LOSSY_SUFFIXES = (".jpg", ".jpeg")
+MOST_PIXELS = 64_000_000
 
 
 class Source(Protocol):
@@ -148,7 +150,7 @@ def to_uint8(images: Tensor) -> Tensor:
 
 @dataclass
 class DatasetSource:
-    """Images of an Arrow dataset at these rows (int64); a dataset of latents is refused."""
+    """Images of an Arrow dataset at these rows (int64)."""
 
     dataset: Dataset
     rows: np.ndarray
@@ -160,11 +162,6 @@ class DatasetSource:
 
     def images(self, first: int, last: int) -> tuple[Tensor, Tensor]:
         images, labels = self.dataset.gather(self.rows[first:last])
-        if images.dtype != torch.uint8:
-            raise UserError(
-                setting="data.decoder", value=None, expected="a decoder: this dataset holds latents, not pixels",
-                fix="set data.decoder, or evaluate the validation loss only (eval.metrics=[])",
-            )  # fmt: skip
         return images.permute(0, 3, 1, 2), labels
 
 
@@ -183,9 +180,11 @@ class FileSource:
         if place.suffix == ".npz":
             try:
                 with np.load(place, allow_pickle=False) as file:
-                    array = file["arr_0"]
-            except (OSError, ValueError, KeyError) as error:
-                expected = f"an .npz with arr_0 (N,H,W,3) uint8 ({type(error).__name__})"
+                    array = np.asarray(file["arr_0"])
+                if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] not in (1, 3) or not len(array):
+                    raise ValueError(f"arr_0 is {array.dtype} {array.shape}")
+            except UNREADABLE as error:
+                expected = f"an .npz with arr_0 (N,H,W,3) uint8 ({type(error).__name__}: {error})"
                 raise UserError(setting="FOLDER", value=str(place), expected=expected) from None
             return cls([], array)
         files = sorted(p for p in place.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
@@ -202,10 +201,30 @@ class FileSource:
         if self.array is not None:
             pixels = self.array[first:last]
         else:
-            opened = [np.asarray(Image.open(f).convert("RGB")) for f in self.files[first:last]]
+            opened = [_read_image(f) for f in self.files[first:last]]
             sizes = {p.shape for p in opened}
             if len(sizes) > 1:
                 expected = f"images of one size, found {sorted(s[:2] for s in sizes)[:3]}"
                 raise UserError(setting="FOLDER", value=str(self.files[0].parent), expected=expected)
             pixels = np.stack(opened)
         return torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.zeros(len(pixels), dtype=torch.long)
+
+
+def _read_image(file: Path) -> np.ndarray:
+    """RGB (H,W,3) uint8. Raises UserError that names a file which is damaged or implausibly large."""
+    try:
+        with Image.open(file) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise ValueError(f"{image.width}x{image.height} pixels")
+            return np.asarray(image.convert("RGB"))
+    except (*UNREADABLE, SyntaxError, Image.DecompressionBombError) as error:
+        expected = f"a readable image of at most {MOST_PIXELS:,} pixels ({type(error).__name__})"
+        raise UserError(setting="FOLDER", value=str(file), expected=expected) from None
+
+
+def class_counts(dataset: Dataset) -> tuple[int, ...]:
+    """Images of each class."""
+    counts = np.zeros(dataset.num_classes, np.int64)
+    for i in range(len(dataset.split.shards)):
+        counts += np.bincount(dataset.shard(i).labels, minlength=dataset.num_classes)
+    return tuple(counts.tolist())

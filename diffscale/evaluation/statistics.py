@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +14,8 @@ from numpy.typing import NDArray
 from diffscale.errors import UserError
 
 Float64 = NDArray[np.float64]
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile, zlib.error, struct.error)
+"""What reading a damaged .npz or image raises."""
 
 
 @dataclass
@@ -90,7 +95,7 @@ def load_moments(path: Path, spatial: bool = False) -> Moments:
         with np.load(path, allow_pickle=False) as file:
             mean, sigma = (np.asarray(file[name], dtype=np.float64) for name in names)
             n = int(file["n"]) if "n" in file else 0
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except UNREADABLE as error:
         expected = f"an .npz with {names[0]} and {names[1]} ({type(error).__name__})"
         raise UserError(setting="reference", value=str(path), expected=expected) from None
     if mean.ndim != 1 or sigma.shape != (len(mean), len(mean)) or not np.isfinite(sigma).all():
