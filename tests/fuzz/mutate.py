@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -102,3 +103,18 @@ def fuzz(inputs: st.SearchStrategy[Any], read: Callable[[Any], object]) -> int:
         one_round()
         rounds += 1
     return tried
+
+
+def fuzz_apart(inputs: st.SearchStrategy[Any], read: Callable[[Any], object]) -> None:
+    """The same in a process of its own, for readers whose native code could crash it."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            fuzz(inputs, read)
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    _, status = os.waitpid(pid, 0)
+    assert not os.WIFSIGNALED(status), f"the reader was killed by signal {os.WTERMSIG(status)}"
+    assert os.waitstatus_to_exitcode(status) == 0, "see the traceback above"

@@ -11,14 +11,14 @@ import pytest
 import yaml
 
 from diffscale import cli, records
-
-from .mutate import damaged_bytes, damaged_tree, fuzz
+from fuzz.mutate import damaged_bytes, damaged_tree, fuzz
 
 RECORD = {
     "schema_version": 1, "record_id": "0123456789abcdef", "run_id": "fedcba9876543210", "run_name": "run",
     "created": "2026-11-24T00:00:00Z", "model": "unet", "parameters": 1000, "schedule": "simple_cosine",
     "interpolant": "vp", "prediction": "v", "weighting": "min_snr", "input_scale": 1.0, "dataset": "emoji",
-    "dataset_hash": "aa", "dataset_lossy": False, "train_resolution": 32, "seed": 0, "global_batch": 64, "precision": "bf16",
+    "dataset_hash": "aa", "dataset_lossy": False, "train_resolution": 32, "seed": 0, "global_batch": 64,
+    "precision": "bf16",
     "images_seen": 6400, "epochs": 3.2, "endpoint": "constant", "ema": "halflife", "forward_macs": 1e6,
     "flops_per_image": 6e6, "train_flops": 3.84e10, "device_seconds": 12.5, "device": "cpu", "devices": 2,
     "metric": "fd_efficientnet_lite0", "value": 12.0, "value_low": 11.0, "value_high": 13.0,
