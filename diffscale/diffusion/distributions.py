@@ -17,7 +17,7 @@ def _normal_quantile(t: Tensor, mean: float, std: float) -> Tensor:
 
 
 def _normal_share(logsnr: Tensor, mean: float, std: float) -> Tensor:
-    return torch.special.ndtr((mean - logsnr.double()) / std).to(logsnr.dtype)
+    return (0.5 * torch.special.erfc((logsnr.double() - mean) / (std * math.sqrt(2)))).to(logsnr.dtype)
 
 
 @dataclass(frozen=True)
