@@ -77,7 +77,7 @@ class Node:
         head = self.network.nodes[0]
         role = ["--head", f"--port={PORT}", f"--dashboard-port={DASHBOARD_PORT}", f"--dashboard-host={self.address}"]
         command = ["ray", "start", *(role if self is head else [f"--address={head.address}:{PORT}"])]
-        command += [f"--node-ip-address={self.address}", f"--num-cpus={self.network.cpus}"]
+        command += [f"--node-ip-address={self.address}", f"--num-cpus={self.network.cpus[self.index]}"]
         command += [
             f"--temp-dir={self.network.folder}/n{self.index}",
             "--object-store-memory=100000000",
@@ -129,8 +129,8 @@ class Node:
 class Network:
     """A switch and its nodes; everything is removed at the end."""
 
-    def __init__(self, nodes: int, cpus: int = 1, **environment: str) -> None:
-        self.cpus = cpus
+    def __init__(self, nodes: int, cpus: list[int] | None = None, **environment: str) -> None:
+        self.cpus = cpus or [1] * nodes
         self.prefix = f"ds-{secrets.token_hex(3)}"
         self.switch = f"{self.prefix}-sw"
         self.folder = Path(
@@ -175,10 +175,10 @@ class Network:
         if self.head.run("bash", "-c", f"exec 3<>/dev/tcp/{self.head.address}/{PORT}").returncode:
             return 0
         code = (
-            "from ray._raylet import GcsClient; from ray.core.generated.gcs_pb2 import GcsNodeInfo as I; "
-            f"print(sum(n.state == I.ALIVE for n in GcsClient('{self.head.address}:{PORT}').get_all_node_info().values()))"
+            "import sys; from ray._raylet import GcsClient; from ray.core.generated.gcs_pb2 import GcsNodeInfo as I; "
+            "print(sum(n.state == I.ALIVE for n in GcsClient(sys.argv[1]).get_all_node_info().values()))"
         )
-        done = self.head.run(sys.executable, "-c", code)
+        done = self.head.run(sys.executable, "-c", code, f"{self.head.address}:{PORT}")
         return int(done.stdout) if done.returncode == 0 else 0
 
     def close(self) -> None:
@@ -192,8 +192,8 @@ class Network:
 
 
 @contextlib.contextmanager
-def network(nodes: int, cpus: int = 1, **environment: str) -> Iterator[Network]:
-    """A running cluster of `nodes` Ray nodes with `cpus` CPUs each."""
+def network(nodes: int, cpus: list[int] | None = None, **environment: str) -> Iterator[Network]:
+    """A running cluster of `nodes` Ray nodes with so many CPUs (one each by default)."""
     net = Network(nodes, cpus, **environment)
     try:
         net.start()

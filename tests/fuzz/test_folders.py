@@ -7,11 +7,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import strategies as st
 from security.crafted import arrow_file, crafted, make_dataset, pixels_batch, read_everything
 
 from diffscale import cli
+from diffscale.models import create_model
 from diffscale.training import checkpoint as checkpoints
 from diffscale.training.tensor_files import checksum, write_group
 from fuzz.mutate import damaged_bytes, damaged_tree, fuzz, fuzz_apart
@@ -53,18 +53,22 @@ def test_shards_with_damaged_bytes_whose_checksums_fit(tmp_path):
     fuzz_apart(damaged_bytes(arrow_file(pixels_batch())), read)
 
 
+SHAPE = {"resolution": 8, "channels": 3, "num_classes": 0}
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     """A run's folder with one checkpoint of a very small model."""
-    experiment = cli.load_experiment("quickstart-unet", ["storage=/tmp/x"])
+    small = ["model.model_channels=8", "model.channel_mult=[1]", "model.num_blocks=1", "model.attn_resolutions=[]"]
+    experiment = cli.load_experiment("quickstart-unet", ["storage=/tmp/x", "data.resolution=8", *small])
     folder = tmp_path_factory.mktemp("run") / "run"
     place = checkpoints.folder_of(str(folder), 64)
+    tensors = create_model("unet", **SHAPE, **experiment.model.arguments()).state_dict()
     files = {}
-    tensors = {"weight": torch.ones(2, 2), "bias": torch.zeros(2)}
     for group in ("model", "ema/halflife", "optimizer/state"):
         files |= write_group(place, group, tensors, {}, 0, 1)
     (Path(place) / "experiment.yaml").write_bytes(checkpoints.save_settings(experiment))
-    state = {"images_seen": 64, "data": {"resolution": 32, "channels": 3, "num_classes": 0}, "record": {}}
+    state = {"images_seen": 64, "data": SHAPE, "record": {}}
     (Path(place) / "state.json").write_text(json.dumps(state))
     files |= {name: checksum(f"{place}/{name}") for name in ("experiment.yaml", "state.json")}
     checkpoints.complete(place, files)
@@ -74,6 +78,10 @@ def run(tmp_path_factory) -> Path:
 def load(place: str) -> None:
     """What sampling from a stranger's checkpoint does."""
     checkpoints.load_for_sampling(place, "halflife")
+
+
+def test_the_unharmed_checkpoint_is_loaded(run):
+    load(checkpoints.list_checkpoints(str(run))[0])
 
 
 FILES = ["state.json", "experiment.yaml", "model.safetensors", "ema/halflife.safetensors", "COMPLETE"]
