@@ -28,6 +28,23 @@ def _dit(size: str, patch_size: int) -> Preset:
     }
 
 
+_JIT = {"b": (768, 12, 12, 4, 128), "l": (1024, 24, 16, 8, 128), "h": (1280, 32, 16, 10, 256)}
+
+
+def _jit(size: str, patch_size: int, resolution: int) -> Preset:
+    width, depth, heads, context_start, bottleneck = _JIT[size]
+    return {
+        "name": "jit",
+        "resolution": resolution,
+        "patch_size": patch_size,
+        "width": width,
+        "depth": depth,
+        "num_heads": heads,
+        "context_start": context_start,
+        "bottleneck": bottleneck,
+    }
+
+
 _RIN_IMAGENET = {
     "name": "rin",
     "interface_width": 512,
@@ -82,5 +99,18 @@ TRANSFORMER_PRESETS: dict[str, Preset] = {
     "uvit-imagenet128": _UVIT_2B | {"resolution": 128, "patch_levels": 0},
     "uvit-imagenet256": _UVIT_2B | {"resolution": 256, "patch_levels": 1, "patching": "5/3"},
     "uvit-imagenet512": _UVIT_2B | {"resolution": 512, "patch_levels": 2, "patching": "5/3"},
+    "jit-tiny": {
+        "name": "jit",
+        "resolution": 32,
+        "patch_size": 4,
+        "bottleneck": 32,
+        "width": 192,
+        "depth": 5,
+        "num_heads": 6,
+        "context_tokens": 4,
+        "context_start": 2,
+    },
+    **{f"jit-{size}-16": _jit(size, 16, 256) for size in _JIT},
+    **{f"jit-{size}-32": _jit(size, 32, 512) for size in _JIT},
     **{f"dit-{size}-{patch}": _dit(size, patch) for size in _DIT for patch in (2, 4, 8)},
 }

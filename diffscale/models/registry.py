@@ -6,6 +6,7 @@ from torch import nn
 
 from diffscale.models.dit import DiT
 from diffscale.models.edm2 import EDM2
+from diffscale.models.jit import JiT
 from diffscale.models.rin import RIN
 from diffscale.models.unet import UNet
 from diffscale.models.uvit import UViT
@@ -16,4 +17,5 @@ MODELS: dict[str, type[nn.Module]] = {
     "uvit": UViT,
     "rin": RIN,
     "dit": DiT,
+    "jit": JiT,
 }

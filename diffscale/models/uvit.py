@@ -56,9 +56,9 @@ class ConvBlock(nn.Module):
         self.shortcut = nn.Identity() if channels_in == channels else nn.Conv2d(channels_in, channels, 1)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        h = self.norm2(self.conv1(F.silu(self.norm1(x))))
-        shift, scale = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)
-        return self.shortcut(x) + self.conv2(self.dropout(F.silu(h * (1 + scale) + shift)))
+        shift, scale = self.modulation(embedding).chunk(2, dim=1)
+        h = self.norm2(self.conv1(self.norm1(x, silu=True)), scale, shift, silu=True)
+        return self.shortcut(x) + self.conv2(self.dropout(h))
 
 
 class TransformerBlock(nn.Module):
@@ -230,7 +230,7 @@ class UViT(nn.Module):
         x = pad_to_multiple(x_in, self.multiple)
         x = x if self.patching == "conv" else dwt(x, self.patching, self.patch_levels)
         x = self.descend(self.conv_in(x), embedding, 0)
-        x = self.conv_out(F.silu(self.out_norm(x)))
+        x = self.conv_out(self.out_norm(x, silu=True))
         if self.patching == "conv":
             x = F.pixel_shuffle(x, 2**self.patch_levels)
         else:

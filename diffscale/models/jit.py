@@ -1,0 +1,165 @@
+"""JiT: "just image transformers", large pixel patches and nothing else (Li & He 2025, arXiv 2511.13720).
+
+Meant to predict the image itself (prediction "x0"): from large patches the noise and the velocity cannot be predicted,
+for they fill the whole patch space, while images lie near a low-dimensional part of it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffscale.models.layers import attend, pad_to_multiple, run_block, to_tokens, without_autocast
+from diffscale.models.tokens import (
+    LabelTable,
+    ScalarMLP,
+    head_width,
+    modulate,
+    patch_side,
+    rms_normalise,
+    rotary_angles,
+    rotate,
+    sincos_positions,
+    unpatchify,
+    xavier,
+    zero_,
+)
+
+
+class JiTBlock(nn.Module):
+    """Gated attention with rotary positions and normalised queries and keys, then a gated SwiGLU; RMS norms.
+
+    dropout is that of the attention's output and of the SwiGLU's hidden values. The gates come from the condition and start at zero.
+    """
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        hidden = int(int(width * mlp_ratio) * 2 / 3)
+        self.gain1, self.gain2 = nn.Parameter(torch.ones(width)), nn.Parameter(torch.ones(width))
+        self.q_gain, self.k_gain = nn.Parameter(torch.ones(width // heads)), nn.Parameter(torch.ones(width // heads))
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.gate_and_value, self.down = nn.Linear(width, 2 * hidden), nn.Linear(hidden, width)
+        self.dropout = nn.Dropout(dropout)
+        self.modulation = nn.Linear(width, 6 * width)
+
+    def forward(self, x: Tensor, condition: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x (B, N, D), condition (B, D), already through SiLU, cos and sin (N, D/heads/2) → (B, N, D)."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).chunk(6, dim=-1)
+        h = modulate(rms_normalise(x, self.gain1), shift1, scale1)
+        q, k, v = self.qkv(h).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q = rotate(rms_normalise(q, self.q_gain), cos, sin)
+        k = rotate(rms_normalise(k, self.k_gain), cos, sin)
+        h = attend(q, k, v).transpose(1, 2).flatten(2)
+        x = x + gate1[:, None] * self.dropout(self.out(h))
+        h = modulate(rms_normalise(x, self.gain2), shift2, scale2)
+        gate, value = self.gate_and_value(h).chunk(2, dim=-1)
+        return x + gate2[:, None] * self.down(self.dropout(F.silu(gate) * value))
+
+
+class JiT(nn.Module):
+    """forward(x_in (B, C, H, W), logsnr (B,), label (B,) int64 | None, state) → (prediction (B, C, H, W), None).
+
+    Any H and W: the input is padded inside to whole patches and the output cropped; a grid other than the native one
+    gets the positions of that stretched over it. The label `num_classes` and label=None mean "no label", which has a
+    vector of its own. As initialised the output is exactly zero.
+    """
+
+    carries_state = False
+
+    def __init__(
+        self,
+        resolution: int,
+        channels: int = 3,
+        num_classes: int = 0,
+        *,
+        patch_size: int = 0,  # side of a patch; 0: resolution / 16, so that there are 256
+        bottleneck: int = 128,  # width of the patch embedding's first layer; H 256
+        width: int = 768,  # of the tokens: B 768, L 1024, H 1280
+        depth: int = 12,  # blocks: B 12, L 24, H 32
+        num_heads: int = 12,  # B 12, L and H 16
+        mlp_ratio: float = 4.0,  # of a plain MLP with as many weights; the SwiGLU's hidden width is 2/3 of it
+        dropout: float = 0.0,  # in the middle half of the blocks
+        context_tokens: int = 32,  # class tokens beside the patches; without classes they are learned registers
+        context_start: int = 4,  # block before which they join: B 4, L 8, H 10
+    ) -> None:
+        super().__init__()
+        self.patch = patch_side("patch_size", patch_size or max(resolution // 16, 1), resolution)
+        self.head_width = head_width("num_heads", num_heads, width, multiple=4)
+        if not 0 <= context_start < depth:
+            raise ValueError(f"context_start = {context_start}: expected 0 to {depth - 1}, one of the blocks")
+        side = -(-resolution // self.patch)
+        self.native = (side, side)
+        self.context_start = context_start
+        self.checkpointed = False
+        self.embed_noise = ScalarMLP(width)
+        self.embed_label = LabelTable(num_classes, width) if num_classes else None
+        self.embed_patches = nn.Conv2d(channels, bottleneck, self.patch, stride=self.patch, bias=False)
+        self.widen = nn.Conv2d(bottleneck, width, 1)
+        self.positions = nn.Parameter(sincos_positions(side, side, width, self.native), requires_grad=False)
+        self.context = nn.Parameter(torch.randn(context_tokens, width) * 0.02)
+        middle = range(depth // 4, depth // 4 * 3)
+        self.blocks = nn.ModuleList(
+            JiTBlock(width, num_heads, mlp_ratio, dropout if index in middle else 0.0) for index in range(depth)
+        )
+        self.out_gain = nn.Parameter(torch.ones(width))
+        self.modulation = nn.Linear(width, 2 * width)
+        self.head = nn.Linear(width, self.patch**2 * channels)
+        self.initialise()
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Xavier for all layers, N(0, 0.02²) for the noise-level MLP, zero for modulations and the head."""
+        self.apply(xavier)
+        for layer in (self.embed_noise.linear1, self.embed_noise.linear2):
+            nn.init.normal_(layer.weight, std=0.02)
+        zero_(self.modulation)
+        zero_(self.head)
+        for module in self.modules():
+            if isinstance(module, JiTBlock):
+                zero_(module.modulation)
+
+    def grid_positions(self, height: int, width: int) -> Tensor:
+        """(h·w, D) for a grid of h × w patches."""
+        if (height, width) == self.native:
+            return self.positions
+        stretched = sincos_positions(height, width, self.positions.shape[1], self.native)
+        return stretched.to(self.positions.device)
+
+    def forward(
+        self, x_in: Tensor, logsnr: Tensor, label: Tensor | None = None, state: Tensor | None = None
+    ) -> tuple[Tensor, None]:
+        height, width = x_in.shape[2:]
+        batch, device = len(logsnr), x_in.device
+        with without_autocast(device):
+            condition = self.embed_noise(torch.sigmoid(logsnr.float() / 2))  # its t: α of the linear interpolant
+            context = self.context.expand(batch, -1, -1)
+            if self.embed_label is not None:
+                classes = self.embed_label(label, batch)
+                condition, context = condition + classes, context + classes[:, None]
+            condition = F.silu(condition)
+        patches = self.widen(self.embed_patches(pad_to_multiple(x_in, self.patch)))
+        grid = patches.shape[2], patches.shape[3]
+        x = to_tokens(patches) + self.grid_positions(*grid)
+        angles = rotary_angles(*grid, self.head_width, self.native).to(device)
+        for index, block in enumerate(self.blocks):
+            if index == self.context_start:
+                x = torch.cat([context, x], dim=1)
+                angles = F.pad(angles, (0, 0, context.shape[1], 0))
+            x = run_block(self.checkpointed, block, x, condition, angles.cos(), angles.sin())
+        shift, scale = self.modulation(condition).chunk(2, dim=-1)
+        x = modulate(rms_normalise(x[:, context.shape[1] :], self.out_gain), shift, scale)
+        return unpatchify(self.head(x), *grid, self.patch)[:, :, :height, :width].to(x_in.dtype), None
+
+    def set_activation_checkpointing(self, enabled: bool) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        self.checkpointed = enabled
+
+    def blocks_for_fsdp(self) -> list[nn.Module]:
+        """The units that FSDP2 shards one by one."""
+        return list(self.blocks)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters with two dimensions or more that are not to decay: positions, context, class vectors."""
+        return {"positions", "context"} | ({"embed_label.weight"} if self.embed_label is not None else set())
