@@ -1,0 +1,290 @@
+"""`python -m diffscale.train PRESET_OR_FILE [key=value ...]`: one run, through Ray Train.
+
+The same command again goes on from the newest good checkpoint; a finished run says that it is finished. Exit codes: 0
+finished, 2 a setting is wrong, 3 stopped at a good checkpoint because going on is pointless (non-finite losses, a
+damaged shard, a full disk), 143 stopped by SIGTERM, Ctrl-C or train.wall_seconds and to be resumed.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from diffscale import storage
+from diffscale.cli import load_experiment, run_app
+from diffscale.compute import Cost
+from diffscale.errors import UserError
+from diffscale.experiment import Experiment
+from diffscale.records import Record
+
+if TYPE_CHECKING:
+    from diffscale.data import Dataset
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+EXIT_STOPPED, EXIT_RESUMABLE = 3, 143
+ShouldStop = Callable[[Record], bool]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Where the run is and how far. reason: finished, early (should_stop), signal, wall, nonfinite, data, storage."""
+
+    run_folder: str
+    run_id: str
+    images_seen: int
+    reason: str
+    message: str = ""
+
+    @property
+    def finished(self) -> bool:
+        return self.reason == "finished"
+
+    @property
+    def stopped(self) -> bool:
+        return self.reason == "early"
+
+
+@app.command()
+def main(
+    preset: Annotated[str, typer.Argument(metavar="PRESET_OR_FILE", help="a preset of the package or a YAML file")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="dotted settings")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print settings and costs; start nothing")] = False,
+    replay: Annotated[
+        bool, typer.Option("--replay", help="repeat the batches that were not finite, and say why")
+    ] = False,
+) -> None:
+    """Train one run, or go on with it."""
+    experiment = load_experiment(preset, overrides or [])
+    if dry_run:
+        from diffscale.training.dry_run import describe
+
+        print(describe(experiment))
+        return
+    if replay:
+        from diffscale.training.replay import replay as replay_run
+
+        print(replay_run(experiment))
+        return
+    result = run(experiment, handle_signals=True)
+    console = Console()
+    if result.finished:
+        console.print(f"finished: {result.images_seen:,} images, {result.run_folder}", highlight=False, soft_wrap=True)
+        return
+    if result.reason in ("signal", "wall"):
+        text = f"stopped at {result.images_seen:,} images; the same command goes on from there: {result.run_folder}"
+        console.print(text, highlight=False, soft_wrap=True)
+        raise typer.Exit(EXIT_RESUMABLE)
+    console.print(f"stopped ({result.reason}): {result.message}", highlight=False, soft_wrap=True)
+    if result.reason == "nonfinite":
+        console.print("the same command with --replay repeats those batches and says what was not finite")
+    raise typer.Exit(EXIT_STOPPED)
+
+
+def run(
+    experiment: Experiment, *, should_stop: ShouldStop | None = None, show: bool = True, handle_signals: bool = False
+) -> RunResult:
+    """Trains to the budget and evaluates at its points; resumes what is in the run's folder. Callable in a Tune trial.
+
+    should_stop: asked on rank 0 about each record when it is written (it travels to the worker); True ends the run
+    early at a checkpoint. show: progress on the console. handle_signals: SIGTERM and SIGINT end the run at a
+    checkpoint (main thread only).
+    Raises UserError for what cannot work, before anything is started where that can be known.
+    """
+    dataset, cost = prepare(experiment)
+    run_id, folder = experiment.run_id(dataset.content_hash), experiment.run_folder(dataset.content_hash)
+    done = _already(experiment, folder, cost)
+    if done is not None:
+        if show:
+            Console().print(f"{experiment.name}: already finished", highlight=False)
+        return RunResult(folder, run_id, done, "finished")
+    _write_once(folder, experiment, dataset)
+    from diffscale.ray_session import connect
+
+    connect(num_cpus=_cpus_needed(experiment))
+    from diffscale.training.channel import OUTCOME, STOP, Channel
+    from diffscale.training.progress import Display
+
+    channel = Channel(uuid.uuid4().hex)
+    stop = (lambda: channel.put(STOP, {})) if handle_signals else None
+    config = {
+        "experiment": experiment.model_dump_json(), "run_folder": folder, "cost": list(cost), "launch": channel.launch,
+        "should_stop": should_stop, "gpu": uses_gpu(experiment),
+    }  # fmt: skip
+    try:
+        with Display(channel, experiment.name, show):
+            error = _fit(experiment, folder, config, stop)
+        outcome = channel.get(OUTCOME)
+    finally:
+        channel.close()
+    if outcome is None:
+        raise RuntimeError(f"the workers of {folder} ended without a result") from error
+    return _result(folder, run_id, outcome)
+
+
+def prepare(experiment: Experiment) -> tuple[Dataset, Cost]:
+    """The dataset and the cost per image; raises UserError for settings that no worker could use."""
+    from diffscale.build import build_diffusion, build_model, build_solver, open_training_data
+    from diffscale.compute import count_cost
+    from diffscale.data import ShardError
+
+    train = experiment.train
+    fewest = train.workers if isinstance(train.workers, int) else train.workers[1]
+    if fewest > train.global_batch:
+        raise UserError(
+            setting="train.workers", value=train.workers,
+            expected=f"at most one worker per image of train.global_batch ({train.global_batch})",
+        )  # fmt: skip
+    try:
+        dataset = open_training_data(experiment)
+    except ShardError:
+        raise
+    build_diffusion(experiment, dataset)
+    build_solver(experiment)
+    classes = dataset.num_classes if experiment.data.class_conditional else 0
+    cost = count_cost(lambda: build_model(experiment, dataset), dataset.resolution, dataset.channels, classes)
+    return dataset, cost
+
+
+def uses_gpu(experiment: Experiment) -> bool:
+    """train.gpu, `auto` being whether the cluster has one."""
+    if experiment.train.gpu != "auto":
+        return bool(experiment.train.gpu)
+    import ray
+
+    return ray.cluster_resources().get("GPU", 0) > 0
+
+
+def _cpus_needed(experiment: Experiment) -> int | None:
+    """CPUs to give a private cluster that has fewer than the run asks for: workers then share them."""
+    train = experiment.train
+    fewest = train.workers if isinstance(train.workers, int) else train.workers[0]
+    return max(fewest * train.cpus_per_worker, os.cpu_count() or 1)
+
+
+def _already(experiment: Experiment, folder: str, cost: Cost) -> int | None:
+    """Images seen of a run whose newest checkpoint has used the budget and whose evaluations are all there."""
+    from diffscale.training.checkpoint import list_checkpoints, read_state
+    from diffscale.training.plan import make_plan
+    from diffscale.training.tensor_files import Damaged
+
+    plan = make_plan(experiment, cost.flops_per_image)
+    for checkpoint in reversed(list_checkpoints(folder)):
+        try:
+            state = read_state(checkpoint)
+        except Damaged:
+            continue
+        images = int(state["images_seen"])
+        if not plan.finished(images, state["device_seconds"]):
+            return None
+        judged = {int(k) for k in state["values"]} | recorded(folder)
+        return images if images not in plan.points or images in judged else None
+    return None
+
+
+def recorded(folder: str) -> set[int]:
+    """Images seen at which there are records."""
+    import json
+
+    uris = storage.list_files(storage.join(folder, "records"), ".json")
+    return {int(json.loads(storage.read_bytes(uri))["images_seen"]) for uri in uris}
+
+
+def _write_once(folder: str, experiment: Experiment, dataset: Dataset) -> None:
+    """experiment.yaml and provenance.json; the settings of the latest launch, the provenance of every one."""
+    import json
+    import time
+
+    from diffscale.provenance import source, versions
+    from diffscale.training.checkpoint import save_settings
+
+    storage.write_bytes(storage.join(folder, "experiment.yaml"), save_settings(experiment))
+    uri = storage.join(folder, "provenance.json")
+    launches = json.loads(storage.read_bytes(uri))["launches"] if storage.exists(uri) else []
+    commit, dirty = source()
+    launches.append(
+        {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "commit": commit, "dirty": dirty,
+         "versions": versions(), "dataset_hash": dataset.content_hash}
+    )  # fmt: skip
+    storage.write_bytes(uri, json.dumps({"launches": launches}, indent=1).encode())
+
+
+def _fit(
+    experiment: Experiment, folder: str, config: dict[str, Any], stop: Callable[[], None] | None
+) -> Exception | None:
+    """Ray Train's part: starts the workers, starts them again when one is lost."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from diffscale.provenance import job_environment
+    from diffscale.training.worker import train_worker
+
+    train = experiment.train
+    fs, path = storage.filesystem(storage.join(folder, "ray"))
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config=config,
+        torch_config=TorchConfig(backend="nccl" if config["gpu"] else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=train.workers,
+            use_gpu=config["gpu"],
+            resources_per_worker={"CPU": train.cpus_per_worker} | ({"GPU": 1} if config["gpu"] else {}),
+        ),
+        run_config=RunConfig(
+            name=config["launch"],
+            storage_path=path,
+            storage_filesystem=fs,
+            failure_config=FailureConfig(max_failures=train.max_failures),
+            worker_runtime_env={"env_vars": job_environment()},
+        ),
+    )
+    try:
+        with _signals(stop):
+            trainer.fit()
+    except WorkerGroupError as error:
+        return error
+    return None
+
+
+@contextmanager
+def _signals(stop: Callable[[], None] | None) -> Iterator[None]:
+    """SIGTERM and SIGINT ask the workers to stop; a second SIGINT is Ray Train's own, which does not wait."""
+    if stop is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handler(number: int, _: object) -> None:
+        print(f"{signal.Signals(number).name}: saving a checkpoint", flush=True)
+        stop()
+
+    before = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, handler)
+    timer = threading.Timer(0, lambda: None)
+    try:
+        yield
+    finally:
+        timer.cancel()
+        signal.signal(signal.SIGTERM, before)
+
+
+def _result(folder: str, run_id: str, outcome: dict[str, Any]) -> RunResult:
+    if outcome["reason"] == "refused":
+        setting, value, expected, fix = outcome["error"]
+        raise UserError(setting=setting, value=value, expected=expected, fix=fix)
+    message = outcome.get("message", "")
+    if "error" in outcome:
+        setting, value, expected, fix = outcome["error"]
+        message = UserError(setting=setting, value=value, expected=expected, fix=fix).text()
+    return RunResult(folder, run_id, int(outcome.get("images_seen", 0)), outcome["reason"], message)
+
+
+if __name__ == "__main__":
+    run_app(app)

@@ -1,0 +1,120 @@
+"""Averages of the weights over training, as functions of images seen: a half-life, and EDM2's power functions."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from diffscale.experiment import EmaSettings
+from diffscale.training.sharding import local
+
+WARMUP_SHARE = 0.05  # a constant half-life grows with training until it is reached, as this share of the images seen
+HALFLIFE = "halflife"
+
+
+class Ema:
+    """The averages that the settings ask for, each a float32 copy of the (local) parameters; buffers are the model's.
+
+    Averages are named `halflife` and `std0.050` (a power function's relative width). They are functions of the weights
+    after each step and of images seen alone, so a resumed run continues them bit for bit.
+    """
+
+    def __init__(self, model: nn.Module, settings: EmaSettings) -> None:
+        self.settings = settings
+        self.parameters = {name: local(p) for name, p in model.named_parameters()}
+        names = [profile_name(std) for std in settings.power]
+        if settings.halflife_images is not None or settings.halflife_fraction is not None:
+            names.insert(0, HALFLIFE)
+        self.averages: dict[str, dict[str, Tensor]] = {
+            name: {key: p.detach().float().clone() for key, p in self.parameters.items()} for name in names
+        }
+        self._exponents = {profile_name(std): exponent(std) for std in settings.power}
+
+    @torch.no_grad()
+    def update(self, images_seen: int, images: int) -> None:
+        """After a step of `images` that brought the run to `images_seen`."""
+        current = [p.detach() for p in self.parameters.values()]
+        for name, average in self.averages.items():
+            beta = self.beta(name, images_seen, images)
+            torch._foreach_lerp_(list(average.values()), [p.float() for p in current], 1 - beta)
+
+    def beta(self, name: str, images_seen: int, images: int) -> float:
+        if name == HALFLIFE:
+            return halflife_beta(self.settings, images_seen, images)
+        return power_beta(self._exponents[name], images_seen, images)
+
+
+def halflife_beta(settings: EmaSettings, images_seen: int, images: int) -> float:
+    """½^(images / half-life). The half-life is a share of `images_seen`, and at most `halflife_images` where that is
+    set: an average that is constant from then on and short enough to forget the random start before."""
+    share = settings.halflife_fraction or WARMUP_SHARE
+    halflife = share * images_seen
+    if settings.halflife_images is not None:
+        halflife = min(halflife, settings.halflife_images)
+    return 0.5 ** (images / halflife)
+
+
+def power_beta(gamma: float, images_seen: int, images: int) -> float:
+    """(1 − Δt/t)^(γ+1), t counted after the step; the first is 0 (Karras et al. 2023, eq. 127)."""
+    return (1 - images / images_seen) ** (gamma + 1)
+
+
+def exponent(std: float) -> float:
+    """γ of the power function whose profile has the relative width `std`, 0 < std < 0.289 (Karras et al. 2023, eq. 126):
+    the largest real root of γ³ + 7γ² + (16 − s)γ + (12 − s), s = std⁻². 0.05 → 16.972199, 0.10 → 6.937204.
+
+    Raises ValueError outside the range.
+    """
+    if not 0 < std < math.sqrt(1 / 12):
+        raise ValueError(f"ema width = {std}: above 0 and below {math.sqrt(1 / 12):.3f}")
+    s = std**-2.0
+    roots = np.roots([1.0, 7.0, 16.0 - s, 12.0 - s])
+    return float(np.max(roots[np.abs(roots.imag) < 1e-6].real))
+
+
+def profile_name(std: float) -> str:
+    return f"std{std:.3f}"
+
+
+def ema_name(setting: str) -> str:
+    """The name of the weights that `eval.ema` asks for: none, halflife, or a width such as 0.05 or std0.050.
+
+    Raises ValueError for anything else.
+    """
+    if setting in ("none", HALFLIFE):
+        return setting
+    try:
+        std = float(setting.removeprefix("std"))
+        exponent(std)
+    except ValueError:
+        raise ValueError(f"ema = {setting!r}: none, halflife, or a relative width such as 0.05") from None
+    return profile_name(std)
+
+
+def reconstruct(stored: list[tuple[float, int]], wanted: tuple[float, int]) -> np.ndarray:
+    """Weights (n,) of n stored averages whose sum is the best approximation of another one (Karras et al. 2023, app. C).
+
+    stored: (relative width, images seen) of each, none later than `wanted`'s images seen. Least squares between the
+    averaging profiles in float64; the weights sum to 1. A stored average itself comes back exactly.
+    Raises ValueError where nothing is stored or something is later.
+    """
+    if not stored or any(t > wanted[1] for _, t in stored):
+        raise ValueError(f"post-hoc EMA at {wanted[1]} images needs averages stored at or before it, here {stored}")
+    if wanted in stored:
+        return np.eye(len(stored))[stored.index(wanted)]
+    g = np.array([exponent(std) for std, _ in stored])
+    t = np.array([float(time) for _, time in stored])
+    a = _inner(g[:, None], t[:, None], g[None, :], t[None, :])
+    b = _inner(g, t, np.float64(exponent(wanted[0])), np.float64(wanted[1]))
+    x = np.linalg.lstsq(a, b, rcond=None)[0]
+    return x / x.sum()
+
+
+def _inner(g_a: np.ndarray, t_a: np.ndarray, g_b: np.ndarray, t_b: np.ndarray) -> np.ndarray:
+    """∫ of the product of two profiles: (γa+1)(γb+1)·r^e / ((γa+γb+1)·max(ta, tb)), r = ta/tb."""
+    ratio = t_a / t_b
+    power = np.where(t_a < t_b, g_b, -g_a)
+    return (g_a + 1) * (g_b + 1) * ratio**power / ((g_a + g_b + 1) * np.maximum(t_a, t_b))

@@ -1,0 +1,150 @@
+"""Evaluation at the compute points of a run, by the training workers: samples, values, validation loss, records."""
+
+from __future__ import annotations
+
+import datetime as dt
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffscale import storage
+from diffscale.build import build_model, build_solver
+from diffscale.data import Dataset
+from diffscale.diffusion import Diffusion, training_loss
+from diffscale.evaluation import Evaluator
+from diffscale.evaluation.metrics import Measurement
+from diffscale.evaluation.sources import Sampling
+from diffscale.experiment import Experiment
+from diffscale.keyed_random import Stream, normal
+from diffscale.records import Record, record_id, write_record
+from diffscale.training.ema import ema_name
+from diffscale.training.learner import QUARTILES, Learner
+from diffscale.training.numerics import Numerics
+from diffscale.training.parallel import World
+from diffscale.training.sharding import whole
+
+VALIDATION_IMAGES = 1024
+
+
+class Judge:
+    """Made before the first step, so that missing weights or metrics stop a run before it has cost anything.
+
+    Its model is a second copy of the network that carries the averaged weights, on every rank.
+    """
+
+    def __init__(
+        self, experiment: Experiment, dataset: Dataset, diffusion: Diffusion, world: World, numerics: Numerics
+    ) -> None:
+        self.experiment, self.dataset, self.diffusion, self.world = experiment, dataset, diffusion, world
+        self.numerics = numerics
+        self.ema = ema_name(experiment.eval.ema)
+        self.evaluator = Evaluator(
+            experiment.eval, dataset, experiment.storage, heldout=dataset.heldout, device=world.device, rank=world.rank,
+            world=world.size, gather=world.gather if world.size > 1 else None,
+            at_eval_resolution=_at_eval_resolution(experiment),
+        )  # fmt: skip
+        self.evaluator.prepare()
+        self._model: nn.Module | None = None
+
+    def judge(self, learner: Learner, run_folder: str, columns: dict[str, Any]) -> list[Record]:
+        """Evaluates the averaged weights, writes the records and the sample grid; gives the records on rank 0.
+
+        `columns`: those of a Record that training determines, with forward_macs.
+        """
+        model = self.averaged(learner)
+        val_loss, by_logsnr = self.validation_loss(model)
+        precision = "bf16" if self.numerics.precision == "bf16" else "fp32"
+        sampling = self.evaluator.sampling(build_solver(self.experiment), precision=precision)
+        evaluation = self.evaluator.evaluate(model, self.diffusion, sampling)
+        if self.world.rank:
+            return []
+        if evaluation.grid_png is not None:
+            name = f"images-{learner.images_seen:09d}.png"
+            storage.write_bytes(storage.join(run_folder, "samples", name), evaluation.grid_png)
+        columns = columns | {"val_loss": val_loss, "val_loss_by_logsnr": by_logsnr, "evaluated_on": "training workers"}
+        records = [
+            make_record(columns, measurement, sampling, self.diffusion, self.ema)
+            for measurement in evaluation.measurements
+        ]
+        for record in records:
+            write_record(run_folder, record)
+        return records
+
+    def averaged(self, learner: Learner) -> nn.Module:
+        """The network with the averaged weights (a collective call where they are sharded)."""
+        if self._model is None:
+            self._model = build_model(self.experiment, self.dataset).to(self.world.device).eval()
+            self._model.requires_grad_(False)
+        parameters = dict(learner.model.named_parameters())
+        average = learner.ema.averages.get(self.ema)
+        target = self._model.state_dict()
+        with torch.no_grad():
+            for name, tensor in learner.model.state_dict().items():
+                if average is not None and name in average:
+                    tensor = _like(parameters[name], average[name])
+                target[name].copy_(whole(tensor))
+        return self._model
+
+    @torch.no_grad()
+    def validation_loss(self, model: nn.Module) -> tuple[float | None, list[float] | None]:
+        """Loss on held-out images with fixed noise: the mean, and in quartiles of the noise level from the lowest logsnr
+        to the highest. None where nothing is held out. Each rank computes its share."""
+        held = self.dataset.heldout
+        if held is None:
+            return None, None
+        n, batch = min(held.n, VALIDATION_IMAGES), self.experiment.eval.batch
+        first, last = self.world.share(n)
+        sums = torch.zeros(2, QUARTILES, dtype=torch.float64, device=self.world.device)
+        for start in range(first, last, batch):
+            positions = torch.arange(start, min(start + batch, last))
+            stored, labels = held.gather(positions.numpy())
+            images = stored.permute(0, 3, 1, 2).float() / 127.5 - 1 if not held.is_latent else stored.float()
+            place = positions.to(self.world.device)
+            u = ((place * 0.6180339887498949) % 1).float().clamp(1e-4, 1 - 1e-4)  # spread evenly, whatever n is
+            noise = normal(0, Stream.VALIDATION, place, tuple(images.shape[1:]))
+            label = labels.to(self.world.device) if getattr(model, "num_classes", 0) else None
+            with self.numerics.autocast(self.world.device):
+                terms = training_loss(
+                    self.diffusion, model, images.to(self.world.device), u=u, noise=noise, label=label
+                )
+            quartile = QUARTILES - 1 - (u * QUARTILES).long().clamp(max=QUARTILES - 1)
+            sums[0].index_add_(0, quartile, terms.loss.double())
+            sums[1].index_add_(0, quartile, torch.ones_like(terms.loss, dtype=torch.float64))
+        total, count = self.world.sum(sums).cpu()
+        return float(total.sum() / count.sum()), (total / count.clamp(min=1)).tolist()
+
+
+def make_record(
+    columns: dict[str, Any], measurement: Measurement, sampling: Sampling, diffusion: Diffusion, ema: str
+) -> Record:
+    """One row from what training, evaluation and sampling each determine."""
+    fields = measurement.fields() | sampling.fields(diffusion)
+    identity = record_id(
+        run_id=columns["run_id"], images_seen=columns["images_seen"], ema=ema, sampler=fields["sampler"],
+        n_generated=fields["n_generated"], sample_seed=fields["sample_seed"], reference=fields["reference"],
+        metric=fields["metric"], eval_resolution=fields["eval_resolution"],
+    )  # fmt: skip
+    created = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
+    flops = fields["nfe"] * 2 * columns["forward_macs"]
+    return Record(record_id=identity, created=created, ema=ema, sampling_flops=flops, **columns, **fields)
+
+
+def _like(parameter: Tensor, average: Tensor) -> Tensor:
+    """This rank's rows of an average, as the sharded tensor that they are rows of."""
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(parameter, DTensor):
+        return average
+    return DTensor.from_local(
+        average, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
+    )
+
+
+def _at_eval_resolution(experiment: Experiment) -> Dataset | None:
+    from diffscale.data import open_dataset, resolve
+
+    resolution = experiment.eval.eval_resolution
+    if resolution is None or resolution == experiment.data.resolution:
+        return None
+    return open_dataset(resolve(experiment.data.path, resolution, experiment.storage))

@@ -1,0 +1,224 @@
+"""One optimisation step, without Ray: draws from (seed, position), passes over micro-batches, one sum, one update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from diffscale.diffusion import Diffusion, training_loss
+from diffscale.experiment import Experiment
+from diffscale.keyed_random import Stream, normal, stratified_uniform, uniform
+from diffscale.training.ema import Ema
+from diffscale.training.numerics import Numerics
+from diffscale.training.optimizer import create_optimizer
+from diffscale.training.parallel import FlatGradients, Gradients, ShardedGradients, World, passes
+from diffscale.training.plan import learning_rate
+
+Clock = Callable[[], float]
+QUARTILES = 4
+_EXTRA = 3  # loss sum, rank 0's clock, stop request
+
+
+class Batch(Protocol):
+    """This worker's share of a global batch."""
+
+    @property
+    def images(self) -> Tensor: ...  # (b, C, H, W) float in [−1, 1]
+    @property
+    def labels(self) -> Tensor: ...  # (b,) int64
+    @property
+    def positions(self) -> Tensor: ...  # (b,) int64
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step did, the same on every worker. Losses are means over the global batch."""
+
+    images_seen: int
+    loss: float
+    quartile_sums: tuple[float, ...]  # loss summed over samples by quartile of the noise level, clean to noisy
+    quartile_counts: tuple[float, ...]
+    grad_norm: float
+    lr: float
+    skipped: bool  # loss or gradient was not finite, so nothing was updated
+    overflow: bool  # fp16 alone: the gradient was too large for the loss scale, which was halved
+    clock: float  # seconds that rank 0 put in
+    stop: int  # what rank 0 asked for, 0 being nothing
+
+
+@dataclass
+class LossScale:
+    """Of fp16: halved when a gradient overflows, doubled after 2,000 steps without."""
+
+    value: float = 2.0**16
+    good: int = 0
+
+    def update(self, finite: bool) -> None:
+        self.good = self.good + 1 if finite else 0
+        if not finite:
+            self.value = max(self.value / 2, 1.0)
+        elif self.good == 2000:
+            self.value, self.good = self.value * 2, 0
+
+
+class Learner:
+    """Owns what a step changes: weights, optimizer, averages, loss scale and `images_seen`.
+
+    model: on its device, in its memory format, sharded if it is to be. end: images of the whole run, for the
+    learning rate.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        diffusion: Diffusion,
+        experiment: Experiment,
+        world: World = World(),  # noqa: B008 (frozen)
+        numerics: Numerics = Numerics(),  # noqa: B008 (frozen)
+        num_classes: int = 0,
+        end: int | None = None,
+    ) -> None:
+        self.model, self.diffusion, self.experiment, self.world = model, diffusion, experiment, world
+        self.numerics, self.num_classes, self.end = numerics, num_classes, end
+        self.images_seen = 0
+        self.optimizer = create_optimizer(model, experiment.optim)
+        self.ema = Ema(model, experiment.train.ema)
+        self.sharded = experiment.train.parallel == "fsdp2" and hasattr(model, "set_requires_gradient_sync")
+        kind = ShardedGradients if self.sharded else FlatGradients
+        self.gradients: Gradients = kind(model, world)
+        self.scale = LossScale() if numerics.precision == "fp16" and world.device.type == "cuda" else None
+        self._passes = passes(experiment.train.global_batch, world.size, experiment.train.micro_batch)
+        self._random = _uses_random_state(model)
+
+    # ---- one step
+
+    def step(self, batch: Batch, clock: Clock | None = None, stop: int = 0, **extra: Tensor) -> Step:
+        """One update from this worker's share of the global batch at `images_seen`.
+
+        clock (called after the passes), stop: numbers that rank 0 shares with all, so that all decide alike. extra:
+        further tensors for the model, by sample (augmentation labels).
+        """
+        train, optim = self.experiment.train, self.experiment.optim
+        lr = learning_rate(optim, self.images_seen, train.global_batch, self.end)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.model.train()
+        if self.sharded and hasattr(self.model, "project_weights"):
+            self.model.project_weights()
+        self.gradients.begin()
+        stats = torch.zeros(_EXTRA + 2 * QUARTILES, dtype=torch.float64, device=self.world.device)
+        for i, (first, last, weight) in enumerate(self._micro_batches(len(batch.positions))):
+            self.gradients.expect(last=i == self._passes - 1)
+            self._pass(batch, slice(first, last), weight, extra, stats)
+        if self.world.rank == 0:
+            stats[1], stats[2] = clock() if clock else 0.0, stop
+        self.world.sum(stats)
+        norm = self.gradients.finish()
+        factor = self.scale.value if self.scale else 1.0
+        loss_sum, seconds, stop_sum, *quartiles = stats.tolist()
+        grad_norm = float(norm) / factor
+        finite = math.isfinite(loss_sum) and math.isfinite(grad_norm)
+        overflow = self.scale is not None and math.isfinite(loss_sum) and not finite and self.scale.value > 1
+        if finite:
+            if optim.clip_grad_norm is not None and grad_norm > optim.clip_grad_norm:
+                factor *= grad_norm / optim.clip_grad_norm
+            if factor != 1:
+                self.gradients.scale(1 / factor)
+            self.optimizer.step()
+        if self.scale and math.isfinite(loss_sum):
+            self.scale.update(finite)
+        self.images_seen += train.global_batch
+        self.ema.update(self.images_seen, train.global_batch)
+        return Step(
+            images_seen=self.images_seen,
+            loss=loss_sum / train.global_batch,
+            quartile_sums=tuple(quartiles[:QUARTILES]),
+            quartile_counts=tuple(quartiles[QUARTILES:]),
+            grad_norm=grad_norm,
+            lr=lr,
+            skipped=not finite and not overflow,
+            overflow=overflow,
+            clock=seconds,
+            stop=int(stop_sum),
+        )
+
+    def _micro_batches(self, count: int) -> Iterator[tuple[int, int, float]]:
+        """(first, last, weight) of each pass. A worker whose share is smaller fills up with a sample of weight zero, so
+        that all make the same number of passes."""
+        size = self.experiment.train.micro_batch or max(count, 1)
+        for i in range(self._passes):
+            first, last = min(i * size, count), min((i + 1) * size, count)
+            yield (first, last, 1.0) if first < last else (0, 1, 0.0)
+
+    def _pass(self, batch: Batch, part: slice, weight: float, extra: dict[str, Tensor], stats: Tensor) -> None:
+        device = self.world.device
+        positions = batch.positions[part].to(device)
+        images = self.numerics.order(batch.images[part].to(device, non_blocking=True))
+        extra = {name: tensor[part].to(device) for name, tensor in extra.items()}
+        u, noise, label, keep = self.draws(positions, images.shape[1:], batch.labels[part].to(device))
+        noise = self.numerics.order(noise)
+        if self._random:
+            torch.manual_seed(_mixed(self.experiment.train.seed, int(batch.positions[part][0])))
+        with self.numerics.autocast(device):
+            terms = training_loss(
+                self.diffusion, self.model, images, u=u, noise=noise, label=label, self_cond_keep=keep, **extra
+            )
+        loss = terms.loss.sum() * weight
+        (loss * ((self.scale.value if self.scale else 1.0) / self.experiment.train.global_batch)).backward()
+        with torch.no_grad():
+            values = terms.loss.detach().double() * weight
+            stats[0] += values.sum()
+            # The quartile of t is that of the noise level: logsnr falls with t.
+            quartile = (u * QUARTILES).long().clamp(max=QUARTILES - 1)
+            stats[_EXTRA : _EXTRA + QUARTILES].index_add_(0, quartile, values)
+            stats[_EXTRA + QUARTILES :].index_add_(0, quartile, torch.full_like(values, weight))
+
+    def draws(
+        self, positions: Tensor, shape: tuple[int, ...], labels: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Noise level (b,), noise (b, *shape), label (b,) or None, and whether carried state is kept (b,): functions of
+        (seed, position) alone."""
+        d, train = self.experiment.diffusion, self.experiment.train
+        if d.stratified:
+            u = stratified_uniform(train.seed, positions, train.global_batch)
+        else:
+            u = uniform(train.seed, Stream.TIME, positions)
+        noise = normal(train.seed, Stream.NOISE, positions, tuple(shape))
+        label = None
+        if self.num_classes:
+            dropped = uniform(train.seed, Stream.LABEL_DROP, positions) < d.label_drop
+            label = torch.where(dropped, torch.full_like(labels, self.num_classes), labels)
+        keep = None
+        if getattr(self.model, "carries_state", False):
+            keep = uniform(train.seed, Stream.SELF_COND, positions) < d.self_condition
+        return u, noise, label, keep
+
+    # ---- state, for checkpoints
+
+    def scalars(self) -> dict[str, Any]:
+        """What is not a tensor: for state.json."""
+        scale = {"value": self.scale.value, "good": self.scale.good} if self.scale else None
+        return {"images_seen": self.images_seen, "loss_scale": scale}
+
+    def load_scalars(self, scalars: dict[str, Any]) -> None:
+        self.images_seen = int(scalars["images_seen"])
+        if self.scale and scalars.get("loss_scale"):
+            self.scale = LossScale(**scalars["loss_scale"])
+
+
+def _uses_random_state(model: nn.Module) -> bool:
+    """Whether the forward pass draws from torch's generator (dropout, stochastic depth)."""
+    return any(getattr(m, "p", 0) or getattr(m, "drop_prob", 0) or getattr(m, "dropout", 0) for m in model.modules())
+
+
+def _mixed(seed: int, position: int) -> int:
+    """A seed for torch's generator from two numbers (splitmix64's finaliser)."""
+    x = (seed * 0x9E3779B97F4A7C15 + position) & (2**64 - 1)
+    x = ((x ^ x >> 30) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+    x = ((x ^ x >> 27) * 0x94D049BB133111EB) & (2**64 - 1)
+    return (x ^ x >> 31) >> 1

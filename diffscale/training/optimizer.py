@@ -1,0 +1,51 @@
+"""Optimizers by timm's names, with weight decay only where it belongs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
+from torch import Tensor, nn
+
+from diffscale.cli import valid
+from diffscale.errors import UserError
+from diffscale.experiment import OptimSettings
+
+
+def create_optimizer(model: nn.Module, optim: OptimSettings) -> torch.optim.Optimizer:
+    """timm's optimizer of that name over `parameter_groups`. Raises UserError for an unknown name."""
+    if optim.name not in list_optimizers():
+        raise UserError(setting="optim.name", value=optim.name, expected=valid(optim.name, list_optimizers()))
+    info = get_optimizer_info(optim.name)
+    extra: dict[str, Any] = {"eps": optim.eps} if info.has_eps else {}
+    if info.has_betas:
+        extra["betas"] = optim.betas
+    if optim.name in ("adam", "adamw") and _plain(model):
+        extra["fused"] = True
+    return create_optimizer_v2(
+        parameter_groups(model, optim.weight_decay), optim.name, lr=optim.lr, weight_decay=optim.weight_decay, **extra
+    )
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups, in the order of `model.named_parameters()`: decayed, and not: vectors and scalars (norms, biases),
+    embedding tables, and what `model.no_weight_decay()` names."""
+    exempt: set[str] = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            exempt.add(f"{name}.weight")
+    decayed: list[Tensor] = []
+    plain: list[Tensor] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            exempted = parameter.ndim <= 1 or name.endswith(".bias") or name in exempt
+            (plain if exempted else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _plain(model: nn.Module) -> bool:
+    from torch.distributed.tensor import DTensor
+
+    return not any(isinstance(p, DTensor) for p in model.parameters())

@@ -1,0 +1,79 @@
+"""An optimizer's state as named tensors and plain numbers, by parameter name, so that nothing has to be pickled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from diffscale.training.sharding import Slice, local, slice_of
+
+_GROUP = "group"
+
+
+def flatten(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """({"PARAMETER/NAME" or "group/0/NAME": tensor}, the same for numbers). Tensors may be sharded, as the parameters."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, Any] = {}
+
+    def put(key: str, value: Any) -> None:
+        if isinstance(value, Tensor):
+            tensors[key] = value
+        elif isinstance(value, (int, float, bool)):
+            numbers[key] = value
+        elif value is not None:
+            raise TypeError(f"optimizer state {key} is a {type(value).__name__}, neither tensor nor number")
+
+    for p, state in optimizer.state.items():
+        for key, value in state.items():
+            put(f"{names[id(p)]}/{key}", value)
+    for i, group in enumerate(optimizer.param_groups):
+        for key, value in group.items():
+            if isinstance(value, Tensor) or key == "step":  # the rest are settings
+                put(f"{_GROUP}/{i}/{key}", value)
+    return tensors, numbers
+
+
+def slices(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Slice | None]:
+    """Which rows of each of `flatten`'s tensors this rank holds. State of a parameter's shape is sharded as it is."""
+    parameters = dict(model.named_parameters())
+    out: dict[str, Slice | None] = {}
+    for key, value in tensors.items():
+        p = parameters.get(key.rpartition("/")[0])
+        follows = p is not None and local(value).shape == local(p).shape and value.ndim > 0
+        out[key] = slice_of(p) if follows and p is not None else None
+    return out
+
+
+def restore(
+    optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor], numbers: dict[str, Any]
+) -> None:
+    """The reverse of `flatten`; `tensors` are whole and each rank takes its rows."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    plain = optimizer.state_dict()
+    ordered = [p for group in optimizer.param_groups for p in group["params"]]
+    by_parameter: dict[str, dict[str, Any]] = {}
+    for key, value in {**tensors, **numbers}.items():
+        owner, _, name = key.rpartition("/")
+        if owner.startswith(f"{_GROUP}/"):
+            plain["param_groups"][int(owner.split("/")[1])][name] = value
+        else:
+            by_parameter.setdefault(owner, {})[name] = value
+    plain["state"] = {}
+    for i, p in enumerate(ordered):
+        state = by_parameter.get(names[id(p)])
+        if state is not None:
+            plain["state"][i] = {k: _sharded_as(p, v) for k, v in state.items()}
+    optimizer.load_state_dict(plain)
+
+
+def _sharded_as(p: Tensor, value: Any) -> Any:
+    place = slice_of(p)
+    if not isinstance(value, Tensor) or not isinstance(p, DTensor) or value.shape != p.shape:
+        return value
+    mine = value if place is None else value[place.start : place.start + p.to_local().shape[0]]
+    mine = mine.to(p.device).contiguous()
+    return DTensor.from_local(mine, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())

@@ -1,0 +1,196 @@
+"""Several workers, one sum: shares of the batch, gradients reduced in a fixed order, and FSDP2.
+
+DistributedDataParallel rebuilds its buckets after the first step, so a resumed run sums in another order on three or
+more ranks (DECISIONS 9). Here the layout is fixed by the parameters, so the same ranks always add in the same order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+BUCKET_BYTES = 25 << 20
+
+
+@dataclass(frozen=True)
+class World:
+    """Who this worker is. A single worker needs no process group."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    def share(self, global_batch: int) -> tuple[int, int]:
+        """First and last (exclusive) place in each global batch that this worker computes; shares differ by at most 1."""
+        return share(global_batch, self.rank, self.size)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """In place, over all workers."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def from_first(self, value: Any) -> Any:
+        """Rank 0's value, on all."""
+        if self.size == 1:
+            return value
+        box = [value if self.rank == 0 else None]
+        dist.broadcast_object_list(box, src=0, device=self.device if self.device.type == "cuda" else None)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, on all."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+def share(global_batch: int, rank: int, size: int) -> tuple[int, int]:
+    return global_batch * rank // size, global_batch * (rank + 1) // size
+
+
+def passes(global_batch: int, size: int, micro_batch: int | None) -> int:
+    """Passes per step on every worker: as many as the largest share needs."""
+    largest = -(-global_batch // size)
+    return -(-largest // (micro_batch or largest))
+
+
+class Gradients(Protocol):
+    """What the learner asks of the gradients, whether they are replicated or sharded."""
+
+    def begin(self) -> None: ...  # zero them
+    def expect(
+        self, last: bool
+    ) -> None: ...  # before a backward pass; the last one's gradients are summed over workers
+    def finish(self) -> Tensor: ...  # after it: waits for the sum; their norm, a scalar
+    def scale(self, factor: float) -> None: ...
+
+
+class FlatGradients:
+    """Gradients as views of one buffer in the order of the parameters, last first; its slices of 25 MiB are summed over
+    workers in that order while the backward pass is still computing the rest."""
+
+    def __init__(self, model: nn.Module, world: World) -> None:
+        self.world = world
+        self.parameters = [p for p in model.parameters() if p.requires_grad][::-1]
+        total = sum(p.numel() for p in self.parameters)
+        self.flat = torch.zeros(total, dtype=torch.float32, device=world.device)
+        self.views: list[Tensor] = []
+        self.buckets: list[Tensor] = []
+        self._bucket_of: list[int] = []
+        start = bucket_start = 0
+        for p in self.parameters:
+            self.views.append(self._view(p, start))
+            self._bucket_of.append(len(self.buckets))
+            start += p.numel()
+            if (start - bucket_start) * 4 >= BUCKET_BYTES:
+                self.buckets.append(self.flat[bucket_start:start])
+                bucket_start = start
+        if start > bucket_start:
+            self.buckets.append(self.flat[bucket_start:start])
+        self._sizes = [self._bucket_of.count(i) for i in range(len(self.buckets))]
+        self._missing: list[int] = []
+        self._works: list[Any] = []
+        self._armed = False
+        if world.size > 1:
+            for p, bucket in zip(self.parameters, self._bucket_of, strict=True):
+                p.register_post_accumulate_grad_hook(lambda _, b=bucket: self._ready(b))
+
+    def _view(self, p: nn.Parameter, start: int) -> Tensor:
+        flat = self.flat[start : start + p.numel()]
+        dense = p.is_contiguous() or p.is_contiguous(memory_format=torch.channels_last)
+        return flat.as_strided(p.shape, p.stride()) if dense and p.ndim == 4 else flat.view(p.shape)
+
+    def begin(self) -> None:
+        self.flat.zero_()
+        for p, view in zip(self.parameters, self.views, strict=True):
+            p.grad = view
+
+    def expect(self, last: bool) -> None:
+        self._armed = last and self.world.size > 1
+        self._missing = list(self._sizes)
+        self._works = []
+
+    def _ready(self, bucket: int) -> None:
+        if self._armed:
+            self._missing[bucket] -= 1
+            while len(self._works) < len(self.buckets) and self._missing[len(self._works)] <= 0:
+                self._sum_next()
+
+    def _sum_next(self) -> None:
+        self._works.append(dist.all_reduce(self.buckets[len(self._works)], async_op=True))
+
+    def finish(self) -> Tensor:
+        if self.world.size > 1:
+            while len(self._works) < len(self.buckets):  # of parameters that took no part in this step
+                self._sum_next()
+            for work in self._works:
+                work.wait()
+            self._armed = False
+        return torch.linalg.vector_norm(self.flat)
+
+    def scale(self, factor: float) -> None:
+        self.flat.mul_(factor)
+
+
+class ShardedGradients:
+    """Gradients that FSDP2 sums and scatters itself."""
+
+    def __init__(self, model: nn.Module, world: World) -> None:
+        self.model, self.world = model, world
+
+    def _all(self) -> list[Tensor]:
+        return [p.grad for p in self.model.parameters() if p.grad is not None]
+
+    def begin(self) -> None:
+        for p in self.model.parameters():
+            p.grad = None
+
+    def expect(self, last: bool) -> None:
+        self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
+
+    def finish(self) -> Tensor:
+        squares = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        for grad in self._all():
+            squares += grad.to_local().double().square().sum()  # type: ignore[attr-defined]
+        return self.world.sum(squares).sqrt().float()
+
+    def scale(self, factor: float) -> None:
+        for grad in self._all():
+            grad.to_local().mul_(factor)  # type: ignore[attr-defined]
+
+
+def shard(model: nn.Module, world: World, precision: str) -> nn.Module:
+    """FSDP2 over the model's own blocks, in place. Gradients are sums, as with `FlatGradients`.
+
+    With bf16 on CUDA the parameters travel and compute in bf16 and gradients are reduced in float32; elsewhere both
+    stay float32 and autocast does the rest, so that FSDP2 computes what replicated workers compute.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    low = precision == "bf16" and world.device.type == "cuda"
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if low else None, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    blocks: list[nn.Module] = model.blocks_for_fsdp() if hasattr(model, "blocks_for_fsdp") else []  # type: ignore[operator]
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    sharded = fully_shard(model, mesh=mesh, mp_policy=policy)
+    for module in sharded.modules():
+        if hasattr(module, "set_gradient_divide_factor"):
+            module.set_gradient_divide_factor(1.0)
+            if world.device.type != "cuda":
+                module.set_force_sum_reduction_for_comms(True)
+    return sharded
