@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,15 +18,17 @@ from diffscale.diffusion import Diffusion, Guidance
 from diffscale.diffusion.solver_settings import SolverSettings
 from diffscale.errors import UserError
 from diffscale.evaluation import generate, pictures, spool
-from diffscale.evaluation.generate import Featuriser, Gather, View
+from diffscale.evaluation.generate import Columns, Featuriser, Gather, View
 from diffscale.evaluation.metrics import Measurement, Metric, measure, memorised, parse_metric, views_of
-from diffscale.evaluation.reference import Reference, get_reference, references_folder
+from diffscale.evaluation.reference import Reference, get_reference, reference_from_npz, references_folder
 from diffscale.evaluation.sources import ModelSource, Sampling, Source, class_counts
 from diffscale.evaluation.spool import Spool
 
 if TYPE_CHECKING:
     from diffscale.data import Dataset
     from diffscale.experiment import EvalSettings
+
+Ranges = Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,10 @@ class Evaluator:
     dataset: what the model was trained on, at its resolution. at_eval_resolution: the same images at
     `eval.eval_resolution`, where that is set and higher. heldout: the held-out split at the resolution of evaluation.
     rank, world, gather: for a training job of several workers, where every rank makes one and calls each method;
-    gather takes an object of each rank and gives all of them (a collective).
+    gather takes an object of each rank and gives all of them (a collective). actors: Ray actors that generate, 0 for
+    this process. reference_file: published statistics (.npz) in place of the dataset's. keep_images: called with every
+    chunk, in any order, for keeping the images. per_class: each
+    metric for each class too.
     """
 
     settings: EvalSettings
@@ -58,6 +63,10 @@ class Evaluator:
     rank: int = 0
     world: int = 1
     gather: Gather | None = None
+    actors: int = 0
+    reference_file: Path | None = None
+    keep_images: Callable[[int, Columns], None] | None = None
+    per_class: bool = False
     _references: dict[View, Reference] = field(default_factory=dict)
     _heldout: dict[View, Reference] = field(default_factory=dict)
 
@@ -67,7 +76,7 @@ class Evaluator:
         self.views = views_of(self.metrics, resolution, self.settings.resize)
         if self.metrics and self.dataset.is_latent:
             raise UserError(
-                setting="data.decoder", value=None, expected="pixels: this dataset holds latents, whose FID means nothing",
+                setting="data.decoder", value=None, expected="pixels: this dataset holds latents, which have no FID",
                 fix="evaluate the validation loss alone (eval.metrics=[]), or train on pixels",
             )  # fmt: skip
         compared = self.dataset if resolution == self.dataset.resolution else self.at_eval_resolution
@@ -90,23 +99,40 @@ class Evaluator:
         s = self.settings
         guidance = Guidance(s.guidance_scale, s.guidance_interval)
         batch = max(min(s.batch, s.n_generated), 1)
-        return Sampling(solver, s.solver.name, s.seed, batch, guidance, precision=precision)  # type: ignore[attr-defined]
+        return Sampling(solver, s.solver.name, s.seed, batch, guidance, precision=precision)
 
     def prepare(self) -> None:
         """Builds the reference statistics that are not in the cache; every rank calls it."""
-        for view in [*self.views.values(), *self.native.values()]:
-            dataset = self.compared if view.resolution == self.compared.resolution else self.dataset
-            self._references[view] = self._reference(dataset, view)
-            if self.heldout is not None and view in self.views.values():
-                self._heldout[view] = self._reference(self.heldout, view, everything=True)
+        for view in self.views.values():
+            if self.reference_file is not None:
+                self._references[view] = reference_from_npz(self.reference_file, view)
+            else:
+                self._references[view] = self._reference(self.compared, view, self.settings.n_reference)
+            if self.heldout is not None:
+                self._heldout[view] = self._reference(self.heldout, view, None)
+        for view in self.native.values():
+            self._references[view] = self._reference(self.dataset, view, self.settings.n_reference)
 
-    def _reference(self, dataset: Dataset, view: View, everything: bool = False) -> Reference:
-        outputs = tuple(o for o in view.outputs if o != "logits")
+    def _reference(self, dataset: Dataset, view: View, n: int | None) -> Reference:
+        view = replace(view, outputs=tuple(o for o in view.outputs if o != "logits"))
         return get_reference(
-            dataset, replace(view, outputs=outputs), n_reference=None if everything else self.settings.n_reference,
-            place=references_folder(self.storage), featurise=self._featurise,
-            rank=self.rank, world=self.world, gather=self.gather,
+            dataset, view, n_reference=n, place=references_folder(self.storage), compute=self._compute_one,
+            rank=self.rank, gather=self.gather,
         )  # fmt: skip
+
+    def _compute_one(self, source: Source, view: View, todo: Ranges) -> Iterator[tuple[int, Columns]]:
+        return self._compute(source, self._featurise.only(view), todo, 0)
+
+    def _compute(self, source: Source, featurise: Featuriser, todo: Ranges, keep: int) -> Iterator[tuple[int, Columns]]:
+        """Chunks by Ray actors, by the ranks of a training job, or here."""
+        if self.actors:
+            return generate.on_ray(
+                source, featurise.views, todo, workers=min(self.actors, max(len(todo), 1)),
+                gpu=torch.device(self.device).type == "cuda", keep_below=keep,
+            )  # fmt: skip
+        if self.gather is not None:
+            return generate.over_ranks(source, featurise, todo, self.rank, self.world, self.gather, keep)
+        return generate.in_process(source, featurise, todo, keep)
 
     def evaluate(
         self, model: nn.Module, diffusion: Diffusion, sampling: Sampling, *, folder: Path | None = None
@@ -135,19 +161,20 @@ class Evaluator:
                 return Evaluation([], None, time.monotonic() - started)
             generated = Spool(place, source.n)
             grid = self._grid(generated, source)
-            return Evaluation(self.measure(generated), grid, time.monotonic() - started)
+            measurements = self.measure(generated, self.per_class)
+            return Evaluation(measurements, grid, time.monotonic() - started)
 
     def _fill(self, source: Source, place: Path) -> None:
         have = list(spool.chunks(place))
         if self.gather is not None:
             have = self.gather(have)[0]
         todo = generate.chunk_ranges(source.n, source.batch, have)
-        keep = self.settings.grid_images
-        if self.gather is None:
-            pairs: Iterator = generate.in_process(source, self._featurise, todo, keep)
-        else:
-            pairs = generate.over_ranks(source, self._featurise, todo, self.rank, self.world, self.gather, keep)
-        for first, columns in pairs:
+        keep = self.settings.grid_images if self.keep_images is None else source.n
+        for first, columns in self._compute(source, self._featurise, todo, keep):
+            if self.keep_images is not None:
+                self.keep_images(first, columns)
+                if first >= self.settings.grid_images:
+                    columns = {name: values for name, values in columns.items() if name != generate.IMAGES}
             spool.write_chunk(place, first, columns)
 
     def measure(self, generated: Spool, classes: bool = False) -> list[Measurement]:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,15 +24,12 @@ from diffscale.evaluation.distances import Root
 from diffscale.evaluation.generate import (
     LABELS,
     Columns,
-    Featuriser,
     Gather,
     View,
     chunk_ranges,
-    in_process,
-    over_ranks,
 )
 from diffscale.evaluation.neighbours import usual_distance
-from diffscale.evaluation.sources import DatasetSource
+from diffscale.evaluation.sources import DatasetSource, FileSource, Source
 from diffscale.evaluation.spool import Spool
 from diffscale.evaluation.statistics import Moments, load_moments, moments_of, save_moments
 from diffscale.evaluation.weights import cache_folder
@@ -41,6 +38,8 @@ from diffscale.records import identify
 if TYPE_CHECKING:
     from diffscale.data import Dataset
 
+ReferenceImages: TypeAlias = "Dataset | FileSource"
+Compute = Callable[[Source, View, Sequence[tuple[int, int]]], Iterator[tuple[int, Columns]]]
 COMPLETE = "COMPLETE"
 KEPT_FEATURES = 50_000
 REFERENCE_SEED = 2020
@@ -112,43 +111,39 @@ def references_folder(run_storage: str) -> Path:
     return Path(storage.check_absolute(run_storage)) / "references"
 
 
-def reference_key(dataset: Dataset, view: View, n_reference: int | None) -> str:
-    n = min(n_reference or dataset.n, dataset.n)
+def reference_key(images: ReferenceImages, view: View, n_reference: int | None) -> str:
+    n = min(n_reference or images.n, images.n)
     return identify(
-        content=dataset.content_hash, n=n, network=view.network, resize=view.resize, resolution=view.resolution
+        content=images.content_hash, n=n, network=view.network, resize=view.resize, resolution=view.resolution
     )
 
 
 def get_reference(
-    dataset: Dataset, view: View, *, n_reference: int | None, place: Path, featurise: Featuriser,
-    rank: int = 0, world: int = 1, gather: Gather | None = None,
+    images: ReferenceImages, view: View, *, n_reference: int | None, place: Path, compute: Compute, rank: int = 0,
+    gather: Gather | None = None,
 ) -> Reference:  # fmt: skip
     """The reference from its folder under `place`, built there first when it is not complete.
 
     Many processes may ask at the same time: one builds, holding a lock that the kernel releases if it dies, and goes
-    on from the chunks that another left. With `gather`, every rank calls it and shares the work; only rank 0 needs
-    the lock and the folder. Raises UserError for a dataset smaller than two images or of latents.
+    on from the chunks that another left. compute: (source, view, chunk ranges) → chunks, see `generate`. With
+    `gather`, every rank calls it and shares the work; only rank 0 needs the lock and the folder.
+    Raises UserError for fewer than two images.
     """
-    if dataset.n < 2:
-        raise UserError(setting="data.path", value=dataset.n, expected="at least two reference images")
-    key = reference_key(dataset, view, n_reference)
-    rows = reference_rows(dataset.n, n_reference)
+    if images.n < 2:
+        raise UserError(setting="reference", value=images.n, expected="at least two reference images")
+    key = reference_key(images, view, n_reference)
+    rows = reference_rows(images.n, n_reference)
     # One folder serves any set of outputs that were asked for together: sFID adds a column and so another folder.
     folder = place / ("-".join([key, *sorted(set(view.outputs) - {"features"})]))
-    reference = Reference(key, len(rows), bool(dataset.lossy), view, folder)
+    reference = Reference(key, len(rows), bool(images.lossy), view, folder)
     with _lock(folder) if rank == 0 else _nothing():
         complete = rank == 0 and (folder / COMPLETE).exists()
         have = list(spool.chunks(folder)) if rank == 0 else []
         if gather is not None:
             complete, have = gather((complete, have))[0]
         if not complete:
-            source = DatasetSource(dataset, rows)
-            todo = chunk_ranges(source.n, source.batch, have)
-            if gather is None:
-                pairs: Iterator[tuple[int, Columns]] = in_process(source, featurise.only(view), todo)
-            else:
-                pairs = over_ranks(source, featurise.only(view), todo, rank, world, gather)
-            for first, columns in pairs:
+            source = images.source(rows) if isinstance(images, FileSource) else DatasetSource(images, rows)
+            for first, columns in compute(source, view, chunk_ranges(source.n, source.batch, have)):
                 spool.write_chunk(folder, first, columns)
             if rank == 0:
                 _finish(folder, view)

@@ -3,9 +3,11 @@ then treated alike."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -196,6 +198,26 @@ class FileSource:
     @property
     def n(self) -> int:
         return len(self.files) if self.array is None else len(self.array)
+
+    @cached_property
+    def content_hash(self) -> str:
+        """Of the files' bytes, or of the array's."""
+        digest = hashlib.sha256()
+        for file in self.files:
+            digest.update(hashlib.sha256(file.read_bytes()).digest())
+        if self.array is not None:
+            digest.update(np.ascontiguousarray(self.array).tobytes())
+        return digest.hexdigest()[:16]
+
+    @cached_property
+    def resolution(self) -> int:
+        """Side in pixels of the first image (the longer one)."""
+        return max(self.images(0, 1)[0].shape[-2:])
+
+    def source(self, rows: np.ndarray) -> FileSource:
+        """The images at these rows, in that order."""
+        array = None if self.array is None else self.array[rows]
+        return FileSource([self.files[i] for i in rows] if self.files else [], array, self.batch, self.lossy)
 
     def images(self, first: int, last: int) -> tuple[Tensor, Tensor]:
         if self.array is not None:
