@@ -1,0 +1,44 @@
+"""The table of presets that a command writes into the README."""
+
+from __future__ import annotations
+
+import pytest
+from typer.testing import CliRunner
+
+from diffscale.models.__main__ import BEGIN, END, rewrite, table
+
+
+def test_costs_are_those_published():
+    # REFERENCE.md section 7: DiT-S/2 6.056 GMAC. DDPM's CIFAR-10 network: 35.7 M parameters (Ho et al. 2020).
+    assert "| 6.056 |" in table("dit-s-2")
+    assert "| 35,746,307 |" in table("ddpm-cifar10")
+    assert len(table("d*t-s-?").splitlines()) == 2 + 3
+
+
+def test_only_what_is_between_the_markers_is_replaced():
+    text = f"before\n{BEGIN}\nold\nrows\n{END}\nafter\n"
+    once = rewrite(text, "| new |")
+    assert once == f"before\n{BEGIN}\n| new |\n{END}\nafter\n"
+    assert rewrite(once, "| new |") == once
+
+
+@pytest.mark.parametrize("text", ["", BEGIN, f"{END}\n{BEGIN}", f"{BEGIN}{BEGIN}{END}"])
+def test_a_file_without_the_two_markers_is_refused(text):
+    with pytest.raises(ValueError, match="models:begin"):
+        rewrite(text, "")
+
+
+def test_the_command_writes_the_file_and_refuses_others(tmp_path):
+    import typer
+
+    from diffscale.models.__main__ import main
+
+    app = typer.Typer()
+    app.command()(main)
+    page = tmp_path / "page.md"
+    page.write_text(f"{BEGIN}\n{END}\n", encoding="utf-8")
+    assert CliRunner().invoke(app, ["unet-tiny", "--write", str(page)]).exit_code == 0
+    assert "`unet-tiny`" in page.read_text(encoding="utf-8")
+    page.write_text("nothing", encoding="utf-8")
+    assert CliRunner().invoke(app, ["unet-tiny", "--write", str(page)]).exit_code == 2
+    assert page.read_text(encoding="utf-8") == "nothing"
