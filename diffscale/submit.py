@@ -62,7 +62,7 @@ def connect(address: str) -> Any:
     """A JobSubmissionClient. Raises UserError when nothing answers or the token is refused."""
     from ray.dashboard.modules.job.sdk import JobSubmissionClient
 
-    logging.getLogger("ray").setLevel(logging.ERROR)  # thirty lines about packaging otherwise
+    logging.disable(logging.WARNING)  # Ray's thirty lines about packaging
     try:
         client = JobSubmissionClient(address)
         client.list_jobs()
