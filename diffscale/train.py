@@ -59,7 +59,7 @@ def main(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="dotted settings")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print settings and costs; start nothing")] = False,
     replay: Annotated[
-        bool, typer.Option("--replay", help="repeat the batches that were not finite, and say why")
+        bool, typer.Option("--replay", help="repeat the batches that were not finite")
     ] = False,
 ) -> None:
     """Train one run, or go on with it."""

@@ -63,8 +63,8 @@ def power_beta(gamma: float, images_seen: int, images: int) -> float:
 
 
 def exponent(std: float) -> float:
-    """γ of the power function whose profile has the relative width `std`, 0 < std < 0.289 (Karras et al. 2023, eq. 126):
-    the largest real root of γ³ + 7γ² + (16 − s)γ + (12 − s), s = std⁻². 0.05 → 16.972199, 0.10 → 6.937204.
+    """γ of the power function whose profile has the relative width `std`, 0 < std < 0.289 (Karras et al. 2023, eq.
+    126): the largest real root of γ³ + 7γ² + (16 − s)γ + (12 − s), s = std⁻². 0.05 → 16.972199, 0.10 → 6.937204.
 
     Raises ValueError outside the range.
     """
@@ -95,7 +95,7 @@ def ema_name(setting: str) -> str:
 
 
 def reconstruct(stored: list[tuple[float, int]], wanted: tuple[float, int]) -> np.ndarray:
-    """Weights (n,) of n stored averages whose sum is the best approximation of another one (Karras et al. 2023, app. C).
+    """Weights (n,) of n stored averages whose sum is the best approximation of another one (Karras et al. 2023, C.2).
 
     stored: (relative width, images seen) of each, none later than `wanted`'s images seen. Least squares between the
     averaging profiles in float64; the weights sum to 1. A stored average itself comes back exactly.

@@ -1,5 +1,5 @@
-"""A rank that hangs is noticed by the clock: after too long without progress it says where it stands and ends itself, so
-that Ray Train starts the workers again from the last checkpoint."""
+"""A rank that hangs is noticed by the clock: after too long without progress it says where it stands and ends itself,
+so that Ray Train starts the workers again from the last checkpoint."""
 
 from __future__ import annotations
 

@@ -88,8 +88,8 @@ class Judge:
 
     @torch.no_grad()
     def validation_loss(self, model: nn.Module) -> tuple[float | None, list[float] | None]:
-        """Loss on held-out images with fixed noise: the mean, and in quartiles of the noise level from the lowest logsnr
-        to the highest. None where nothing is held out. Each rank computes its share."""
+        """Loss on held-out images with fixed noise: the mean, and in quartiles of the noise level from the lowest
+        logsnr to the highest. None where nothing is held out. Each rank computes its share."""
         held = self.dataset.heldout
         if held is None:
             return None, None

@@ -93,7 +93,6 @@ class Learner:
         self.gradients: Gradients = kind(model, world)
         self.scale = LossScale() if numerics.precision == "fp16" and world.device.type == "cuda" else None
         self._passes = passes(experiment.train.global_batch, world.size, experiment.train.micro_batch)
-        self._random = _uses_random_state(model)
 
     # ---- one step
 
@@ -162,8 +161,7 @@ class Learner:
         extra = {name: tensor[part].to(device) for name, tensor in extra.items()}
         u, noise, label, keep = self.draws(positions, images.shape[1:], batch.labels[part].to(device))
         noise = self.numerics.order(noise)
-        if self._random:
-            torch.manual_seed(_mixed(self.experiment.train.seed, int(batch.positions[part][0])))
+        torch.manual_seed(_mixed(self.experiment.train.seed, int(batch.positions[part][0])))
         with self.numerics.autocast(device):
             terms = training_loss(
                 self.diffusion, self.model, images, u=u, noise=noise, label=label, self_cond_keep=keep, **extra
@@ -209,11 +207,6 @@ class Learner:
         self.images_seen = int(scalars["images_seen"])
         if self.scale and scalars.get("loss_scale"):
             self.scale = LossScale(**scalars["loss_scale"])
-
-
-def _uses_random_state(model: nn.Module) -> bool:
-    """Whether the forward pass draws from torch's generator (dropout, stochastic depth)."""
-    return any(getattr(m, "p", 0) or getattr(m, "drop_prob", 0) or getattr(m, "dropout", 0) for m in model.modules())
 
 
 def _mixed(seed: int, position: int) -> int:

@@ -6,7 +6,7 @@ more ranks (DECISIONS 9). Here the layout is fixed by the parameters, so the sam
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -22,10 +22,10 @@ class World:
 
     rank: int = 0
     size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def share(self, global_batch: int) -> tuple[int, int]:
-        """First and last (exclusive) place in each global batch that this worker computes; shares differ by at most 1."""
+        """First and last (exclusive) place in each global batch that this worker computes; shares differ by one at most."""
         return share(global_batch, self.rank, self.size)
 
     def sum(self, values: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Groups of named tensors in safetensors files, whole or as one slice per rank; read without pickle, checked by SHA-256.
+"""Groups of named tensors in safetensors files, whole or one slice per rank; read without pickle, checked by SHA-256.
 
 A group NAME is `NAME.safetensors`, or `NAME.00000-of-00004.safetensors` and so on, in which each tensor is a slice of
 rows; where it belongs is in the header. Any number of readers can take any rows of it.

@@ -278,7 +278,7 @@ class Session:
                     self.values[self.learner.images_seen] = records[0].value
                 if self.monitor is not None:
                     self.monitor.evaluated(self.learner.images_seen, records)
-                stop = self.should_stop is not None and any([self.should_stop(record) for record in records])
+                stop = self.should_stop is not None and True in [self.should_stop(record) for record in records]
             stop = self.world.from_first(stop)
         self.loss_sum, self.loss_steps = 0.0, 0
         self._mark = time.monotonic()
