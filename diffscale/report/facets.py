@@ -110,21 +110,29 @@ def _short(key: str, value: str) -> str:
     return value if last in ("name", "endpoint") else f"{last} {value}"
 
 
-def schedule_label(row: Mapping[Hashable, Any]) -> str:
-    """The noise schedule with its parameters and the input scale, as the sweep table's rows name it."""
-    settings = row["settings"]
+def schedule_labels(table: pd.DataFrame) -> list[str]:
+    """The noise schedule of each row, with the parameters in which the table's schedules of that name differ, and the
+    input scale where it is not 1."""
     prefix = "diffusion.schedule."
-    given = {k[len(prefix) :]: v for k, v in settings.items() if k.startswith(prefix) and v is not None}
-    given.pop("name", None)
-    text = str(row["schedule"])
-    if given:
-        text += "(" + ", ".join(f"{k} {_plain(v)}" for k, v in sorted(given.items())) + ")"
-    if row["input_scale"] != 1:
-        text += f" · b {_plain(row['input_scale'])}"
-    return text
+    given = [
+        {k[len(prefix) :]: _plain(v) for k, v in settings.items() if k.startswith(prefix)}
+        for settings in table["settings"]
+    ]
+    seen: dict[tuple[str, str], set[str | None]] = {}
+    for name, own in zip(table["schedule"], given, strict=True):
+        for key in {key for tree in given for key in tree} - {"name"}:
+            seen.setdefault((name, key), set()).add(own.get(key))
+    labels = []
+    for name, scale, own in zip(table["schedule"], table["input_scale"], given, strict=True):
+        parts = [f"{key} {value}" for key, value in sorted(own.items()) if len(seen.get((name, key), ())) > 1]
+        text = f"{name}({', '.join(parts)})" if parts else str(name)
+        labels.append(text if scale == 1 else f"{text} · b {_plain(scale)}")
+    return labels
 
 
 def _plain(value: object) -> str:
+    if value is None:
+        return "none"
     return f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
 
 

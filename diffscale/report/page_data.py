@@ -212,7 +212,8 @@ def _table(rows: pd.DataFrame) -> dict[str, Any]:
 
 def _notes(rows: pd.DataFrame, grids: Grids) -> list[str]:
     notes = [
-        f"{sum(rows['warning'] == text):,} evaluations: {text}" for text in sorted(set(rows["warning"]) - {""})[:20]
+        f"Of {sum(rows['warning'] == text):,} of the {len(rows):,} evaluations: {text}."
+        for text in sorted(set(rows["warning"]) - {""})[:20]
     ]
     if rows["dataset_lossy"].any():
         lossy = ", ".join(sorted(set(rows.loc[rows["dataset_lossy"], "dataset"])))

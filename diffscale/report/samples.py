@@ -16,7 +16,7 @@ SIDE = 384
 """Longest side in pixels of an embedded grid. The grids in the run folders stay as they are."""
 BUDGET_BYTES = 16_000_000
 """The page stays one that a mail or a wiki takes."""
-_GRID = re.compile(r"(?:^|/)[^/]*-(?P<run>[0-9a-f]{16})/samples/images-(?P<images>\d+)\.png$")
+_GRID = re.compile(r"-(?P<run>[0-9a-f]{16})/(?:samples/)?images-(?P<images>\d+)\.png$")
 
 
 @dataclass
@@ -29,7 +29,8 @@ class Grids:
 
 
 def find_grids(places: Iterable[str]) -> dict[tuple[str, int], str]:
-    """(run_id, images_seen) to the URI of the grid `NAME-<run_id>/samples/images-XXXXXXXXX.png`."""
+    """(run_id, images_seen) to the URI of the grid `NAME-<run_id>/samples/images-XXXXXXXXX.png` of a run's folder,
+    or `NAME-<run_id>/images-XXXXXXXXX.png` as benchmark results keep it."""
     found = {}
     for place in places:
         if not place.endswith(".json"):

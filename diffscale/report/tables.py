@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pandas as pd
 
-from diffscale.report.facets import CURVE, higher_is_better, schedule_label
+from diffscale.report.facets import CURVE, higher_is_better, schedule_labels
 from diffscale.report.frontier import fair, first_reach, read_at
 
 SWEEP_COLUMNS = [
@@ -44,7 +44,8 @@ def sweep(points: pd.DataFrame) -> pd.DataFrame:
     points = fair(points)
     if points.empty:
         return pd.DataFrame(columns=SWEEP_COLUMNS)
-    labels = {row["recipe"]: schedule_label(row) for row in points.drop_duplicates("recipe").to_dict("records")}
+    recipes = points.drop_duplicates("recipe")
+    labels = dict(zip(recipes["recipe"], schedule_labels(recipes), strict=True))
     points = points.assign(_schedule=points["recipe"].map(labels))
     rows: list[dict[str, object]] = []
     for (facet, model, dataset), part in points.groupby(["facet", "model", "dataset"], sort=True):

@@ -6,7 +6,7 @@ import pytest
 from report_records import make_record
 
 from diffscale.records import GROUP
-from diffscale.report.facets import facet_table, recipe_settings, schedule_label, to_rows
+from diffscale.report.facets import facet_table, recipe_settings, schedule_labels, to_rows
 
 OTHER = {
     "network": "dinov2", "reference": "feedfacefeedface", "eval_resolution": 64, "resize": "box", "n_generated": 5000,
@@ -48,9 +48,16 @@ def test_decay_branches_of_different_length_are_one_recipe_and_others_are_not() 
     assert recipe_settings(settings, "constant") == settings
 
 
-def test_schedule_label_names_parameters_and_input_scale() -> None:
-    record = make_record(settings={"diffusion.schedule.shift": 0.5}, input_scale=0.4)
-    assert schedule_label(record.model_dump()) == "simple_cosine(shift 0.5) · b 0.4"
+def test_schedule_labels_name_the_parameters_that_differ_and_the_input_scale() -> None:
+    fixed = {"diffusion.schedule.logsnr_max": 15.0}
+    rows = to_rows([
+        make_record(settings=fixed | {"diffusion.schedule.noise_resolution": 32}, input_scale=0.4),
+        make_record(settings=fixed | {"diffusion.schedule.noise_resolution": None}),
+        make_record(schedule="sigmoid", settings={"diffusion.schedule.tau": 0.9}),
+    ])  # fmt: skip
+    assert sorted(schedule_labels(rows)) == [
+        "sigmoid", "simple_cosine(noise_resolution 32) · b 0.4", "simple_cosine(noise_resolution none)",
+    ]  # fmt: skip
 
 
 def test_main_facet_is_real_fid_with_most_runs_and_mid_decay_comes_last() -> None:
