@@ -56,7 +56,7 @@ def resolve(path: str, resolution: int | None, storage_uri: str) -> str:
     if not storage.exists(path):
         raise UserError(setting="data.path", value=path, expected="a dataset folder, and there is nothing")
     raise UserError(
-        setting="data.path", value=path, expected="a dataset folder (manifest.json), or a folder of Arrow or Parquet files",
+        setting="data.path", value=path, expected="a dataset folder with a manifest.json, or Arrow or Parquet files",
         fix=f"python -m diffscale.data build {path} DATASET --resolution {resolution or 64}",
     )  # fmt: skip
 

@@ -60,7 +60,7 @@ class ShardCache:
         return str(target)
 
     def _used(self, target: Path) -> Path:
-        """The file whose time says when the shard was last opened (that of the shard itself is part of its identity)."""
+        """The file whose time says when the shard was last opened; that of the shard itself is its identity."""
         return self.root / "locks" / target.stem
 
     def _is_good(self, target: Path, shard: Shard) -> bool:

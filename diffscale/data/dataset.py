@@ -17,7 +17,7 @@ from diffscale import storage
 from diffscale.data import decode
 from diffscale.data.cache import ShardCache
 from diffscale.data.errors import ShardError
-from diffscale.data.manifest import Manifest, Split, SplitName, read_manifest
+from diffscale.data.manifest import FILE, Manifest, Split, SplitName, read_manifest
 from diffscale.data.shard import MappedShard, check_size, open_shard
 from diffscale.errors import UserError
 
@@ -189,6 +189,11 @@ def open_dataset(path: str, split: SplitName = "train", cache: ShardCache | None
     the user when None). Raises UserError for a folder that is no dataset, ShardError naming a missing or short shard.
     """
     path = storage.check_absolute(path, "data.path")
+    if not storage.exists(storage.join(path, FILE)):
+        from diffscale.data import huggingface  # which is a kind of Dataset
+
+        if huggingface.is_dataset(path.partition(huggingface.MARK)[0]):
+            return huggingface.open_tables_dataset(path, split)
     manifest = read_manifest(path)
     if split not in manifest.splits or not manifest.splits[split].rows:
         raise UserError(

@@ -60,7 +60,8 @@ class Decoded:
 
 
 def open_image(data: bytes, preparation: Preparation) -> Decoded:
-    """Decodes one file to RGB or L. Raises Unusable: damaged, absurdly large, empty, animated or not an image."""
+    """Decodes one file to RGB or L. Raises Unusable: damaged, absurdly large, empty or not an image.
+    Of an animation the first frame is taken."""
     if not data:
         raise Unusable("the file is empty")
     if len(data) > MOST_BYTES:
@@ -81,10 +82,31 @@ def open_image(data: bytes, preparation: Preparation) -> Decoded:
             converted = to_mode(upright, preparation)
     except Unusable:
         raise
+    except UnidentifiedImageError:
+        raise Unusable("not an image, or its header is damaged") from None
     except DECODE_ERRORS as error:
         reason = (str(error) or type(error).__name__).splitlines()[0][:160]
-        raise Unusable(f"damaged or not an image ({reason})") from None
+        raise Unusable(f"damaged ({reason})") from None
     return Decoded(converted, lossy, converted is image)
+
+
+def from_array(pixels: NDArray[Any], preparation: Preparation) -> Image.Image:
+    """An image of (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) uint8. Raises Unusable."""
+    flat = pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels
+    if flat.dtype != np.uint8 or flat.ndim not in (2, 3) or (flat.ndim == 3 and flat.shape[2] not in (3, 4)):
+        raise Unusable(f"it is {pixels.dtype} {pixels.shape} instead of uint8 (H, W, C)")
+    return to_mode(Image.fromarray(np.ascontiguousarray(flat)), preparation)
+
+
+def is_grey(data: Any) -> bool:
+    """Whether the array or encoded image has luminance only."""
+    if isinstance(data, np.ndarray):
+        return data.ndim == 2 or data.shape[2] == 1
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return image.mode in ("1", "L", "I", "I;16", "F")
+    except DECODE_ERRORS:
+        return False
 
 
 def is_lossy(image: Image.Image, data: bytes) -> bool:

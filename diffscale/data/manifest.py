@@ -16,7 +16,6 @@ import hashlib
 import json
 from typing import Any, Literal
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from diffscale import storage
@@ -78,7 +77,7 @@ def read_manifest(folder: str) -> Manifest:
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             setting="data.path", value=folder, expected="a dataset folder with a manifest.json",
-            fix="python -m diffscale.data build SOURCE DATASET makes one; an interrupted build goes on with the same command",
+            fix="python -m diffscale.data build SOURCE DATASET makes one, and goes on with an interrupted one",
         ) from None  # fmt: skip
     try:
         manifest = Manifest.model_validate_json(data)
@@ -119,7 +118,7 @@ class ContentHash:
     def __init__(self, value: int = 0, rows: int = 0) -> None:
         self.value, self.rows = value, rows
 
-    def add(self, image: bytes | memoryview | np.ndarray, label: int) -> None:
+    def add(self, image: Any, label: int) -> None:
         digest = hashlib.sha256(int(label).to_bytes(8, "little", signed=True))
         digest.update(image)
         self.value = (self.value * self.BASE + int.from_bytes(digest.digest(), "big")) % self.PRIME

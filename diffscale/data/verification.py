@@ -48,7 +48,7 @@ class Verification:
 
 
 def check_sha256(path: str, expected: str) -> None:
-    """Raises ShardError when the file's SHA-256 is another one. Reads the file at most once per node while unchanged."""
+    """Raises ShardError when the file's SHA-256 is another one. An unchanged file is read once per node."""
     try:
         before = signature(path)
     except OSError:

@@ -1,0 +1,148 @@
+"""python -m diffscale.data build | inspect | verify"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Literal, get_args
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from diffscale import storage
+from diffscale.data import build as building
+from diffscale.data.decode import Preparation
+from diffscale.data.manifest import read_manifest
+from diffscale.data.picture import write_grid
+from diffscale.data.sources import Kind
+from diffscale.data.verify import verify
+from diffscale.errors import EXIT_USER_ERROR, UserError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Arrow datasets of images.", rich_markup_mode=None)
+console = Console(stderr=False)
+
+Folder = Annotated[str, typer.Argument(help="dataset folder, or a URI")]
+
+
+@app.command("build")
+def build_command(
+    source: Annotated[
+        str, typer.Argument(help="folder, .zip, .tar, .parquet, .arrow, .npz, .npy or CIFAR-10; or a URI")
+    ],
+    target: Annotated[str, typer.Argument(metavar="DATASET", help="folder to write, or a URI")],
+    resolution: Annotated[
+        list[int] | None, typer.Option(help="side in pixels; repeat it for several in one pass")
+    ] = None,
+    kind: Annotated[str, typer.Option(help="auto, folder, zip, tar, table, array or cifar10")] = "auto",
+    crop: Annotated[str, typer.Option(help="center, or none (images that are not square are rejected)")] = "center",
+    filter: Annotated[str, typer.Option(help="lanczos or box, both antialiased")] = "lanczos",
+    background: Annotated[str, typer.Option(help="colour under transparent pixels: R,G,B")] = "255,255,255",
+    channels: Annotated[int, typer.Option(help="3, or 1 for grey")] = 3,
+    upsample: Annotated[bool, typer.Option(help="accept images smaller than the resolution")] = False,
+    layout: Annotated[str, typer.Option(help="pixels, encoded, or auto (pixels up to 128)")] = "auto",
+    encoding: Annotated[str, typer.Option(help="webp or png, both lossless, for large resized images")] = "webp",
+    split: Annotated[float, typer.Option(help="share of images to hold out")] = 0.0,
+    split_seed: Annotated[int, typer.Option(help="another choice of held-out images")] = 0,
+    labels: Annotated[str | None, typer.Option(help="CSV of file,label instead of subfolders")] = None,
+    memory: Annotated[
+        float | None, typer.Option(help="GB that all tasks may take; default: half of what is free")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="most tasks at once; default: all CPUs")] = None,
+    strict: Annotated[bool, typer.Option(help="stop at the first image that cannot be used")] = False,
+    shard_megabytes: Annotated[int, typer.Option(help="size of a shard")] = 256,
+) -> None:
+    """Make a dataset. The same command goes on after an interruption."""
+    colour = tuple(int(c) for c in background.split(",") if c.strip().isdigit())
+    choices: tuple[tuple[str, object, tuple[object, ...]], ...] = (
+        ("--kind", kind, get_args(Kind)), ("--crop", crop, ("center", "none")), ("--filter", filter, ("lanczos", "box")),
+        ("--channels", channels, (1, 3)), ("--layout", layout, ("auto", "pixels", "encoded")),
+        ("--encoding", encoding, ("webp", "png")),
+    )  # fmt: skip
+    for setting, value, valid in choices:
+        if value not in valid:
+            raise UserError(setting=setting, value=value, expected=f"one of {', '.join(map(str, valid))}")
+    if len(colour) != 3 or max(colour) > 255:
+        raise UserError(
+            setting="--background", value=background, expected="R,G,B with 0 to 255 each, such as 255,255,255"
+        )
+    preparation = Preparation(crop, filter, colour, channels, upsample)  # type: ignore[arg-type]
+    settings = building.Settings(
+        source=_absolute(source), target=_absolute(target), resolutions=tuple(resolution or ()),
+        kind=kind,  # type: ignore[arg-type]
+        preparation=preparation, layout=layout, encoding=encoding, split=split, split_seed=split_seed,  # type: ignore[arg-type]
+        labels=labels and _absolute(labels), memory=int(memory * 1e9) if memory else None, workers=workers, strict=strict,
+        shard_bytes=shard_megabytes << 20,
+    )  # fmt: skip
+    for folder in building.build(settings):
+        _describe(folder)
+
+
+@app.command("inspect")
+def inspect_command(
+    dataset: Folder,
+    grid: Annotated[str | None, typer.Option(help="PNG to write a grid of images to")] = None,
+    images: Annotated[int, typer.Option(help="images in the grid")] = 64,
+    split: Annotated[Literal["train", "heldout"], typer.Option()] = "train",
+) -> None:
+    """Print what a dataset holds, and make a picture of some of it."""
+    folder = _absolute(dataset)
+    _describe(folder)
+    target = grid or f"{folder.rstrip('/').rsplit('/', 1)[-1]}-{split}.png"
+    console.print(f"picture   {write_grid(folder, split, images, os.path.abspath(target))}")
+
+
+@app.command("verify")
+def verify_command(dataset: Folder) -> None:
+    """Check every checksum and decode every image. Exit code 1 when something is damaged."""
+    problems = verify(_absolute(dataset))
+    for problem in problems:
+        console.print(problem, markup=False, highlight=False)
+    if problems:
+        raise typer.Exit(1)
+    console.print("every checksum and every image is good")
+
+
+def _describe(folder: str) -> None:
+    manifest = read_manifest(folder)
+    table = Table(show_header=False, box=None)
+    side = manifest.resolution
+    table.add_row("dataset", folder)
+    table.add_row("images", f"{side} x {side} x {manifest.channels} {manifest.dtype}, {manifest.layout}")
+    for name, split in manifest.splits.items():
+        size = sum(s.bytes for s in split.shards) / 1e6
+        table.add_row(
+            name, f"{split.rows:,} images in {len(split.shards)} shards, {size:,.1f} MB, hash {split.content_hash}"
+        )
+        table.add_row("", f"mean {_numbers(split.mean)}   std {_numbers(split.std)}")
+    names = manifest.class_names
+    table.add_row(
+        "classes", f"{len(names)}: {', '.join(names[:12])}{' ...' if len(names) > 12 else ''}" if names else "none"
+    )
+    table.add_row("source", str(manifest.source.get("path")))
+    table.add_row("resize", ", ".join(f"{k} {v}" for k, v in manifest.resize.items()))
+    lossy = f"{manifest.lossy_images:,} images were stored lossily, which limits FID" if manifest.lossy else "no"
+    table.add_row("lossy", lossy)
+    table.add_row("rejected", f"{manifest.rejected:,}" + (" (rejected.csv)" if manifest.rejected else ""))
+    console.print(table)
+
+
+def _numbers(values: list[float]) -> str:
+    return " ".join(f"{v:.2f}" for v in values)
+
+
+def _absolute(path: str) -> str:
+    return path if storage.is_remote(path) else str(Path(path.removeprefix("file://")).expanduser().absolute())
+
+
+def main() -> None:
+    try:
+        app()
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+
+
+if __name__ == "__main__":
+    main()
