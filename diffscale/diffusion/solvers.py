@@ -13,7 +13,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from diffscale.diffusion.solver_settings import Clip, Denoiser, SolverSettings, StepNoise
+from diffscale.diffusion.solver_settings import Clip, Denoiser, Grid, SolverSettings, StepNoise
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,12 @@ class Euler(SolverSettings):
 
 @dataclass(frozen=True)
 class Heun(SolverSettings):
-    """EDM's second-order sampler with stochastic churn (Karras et al. 2022, algorithm 2). The last step is Euler's."""
+    """EDM's second-order sampler with stochastic churn (Karras et al. 2022, algorithm 2). The last step is Euler's.
 
+    Not an exponential integrator: on grids with a step from a very high sigma (uniform_t from logsnr −20) it diverges.
+    """
+
+    grid: Grid = "karras"
     clip: Clip = "none"  # of the estimated clean image; EDM does not
     s_churn: float = 0.0  # amount of noise added and removed again over the whole run; 0 is deterministic
     s_tmin: float = 0.0  # lowest sigma with churn

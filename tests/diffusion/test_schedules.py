@@ -85,7 +85,12 @@ def test_interpolated_schedule_has_the_high_noise_resolution_at_the_clean_end():
         ("edm_lognormal", {}, 2.4, 2.4),
         ("edm_lognormal", {"p_mean": -0.8, "p_std": 1.6}, 1.6, 3.2),
         ("flow_logit_normal", {"mean": 0.8, "std": 0.8, "noise_resolution": 256, "resolution": 256}, -1.6, 1.6),
-        ("flow_logit_normal", {"mean": 0.8, "std": 0.8, "noise_resolution": 256, "resolution": 512}, -1.6 - 2 * math.log(2), 1.6),
+        (
+            "flow_logit_normal",
+            {"mean": 0.8, "std": 0.8, "noise_resolution": 256, "resolution": 512},
+            -1.6 - 2 * math.log(2),
+            1.6,
+        ),
     ],
 )
 def test_uniform_t_draws_the_published_distribution_of_noise_levels(name, arguments, mean, std):
@@ -158,7 +163,11 @@ def test_float32_keeps_its_dtype_and_the_precision_of_float64(schedule):
         ("offset_cosine_gamma", {"ns": 0.1}, "ns < ds"),
         ("simple_cosine", {"noise_resolution": 64}, "not given"),
         ("simple_cosine", {"noise_resolution_low": 64}, "needs noise_resolution"),
-        ("simple_cosine", {"noise_resolution": 32, "noise_resolution_low": 64, "resolution": 64}, "1 to noise_resolution"),
+        (
+            "simple_cosine",
+            {"noise_resolution": 32, "noise_resolution_low": 64, "resolution": 64},
+            "1 to noise_resolution",
+        ),
         ("simple_cosine", {"logsnr_min": 3.0, "logsnr_max": 3.0}, "below logsnr_max"),
         ("edm_lognormal", {"p_std": 0.0}, "p_std = 0.0"),
         ("flow_logit_normal", {"std": -1.0}, "std = -1.0"),
