@@ -20,8 +20,16 @@ from diffscale.errors import UserError
 from diffscale.evaluation import generate, pictures, spool
 from diffscale.evaluation.generate import Columns, Featuriser, Gather, View
 from diffscale.evaluation.metrics import Measurement, Metric, measure, memorised, parse_metric, views_of
-from diffscale.evaluation.reference import Reference, get_reference, reference_from_npz, references_folder
-from diffscale.evaluation.sources import ModelSource, Sampling, Source, class_counts
+from diffscale.evaluation.neighbours import nearest
+from diffscale.evaluation.reference import (
+    Reference,
+    get_reference,
+    reference_from_npz,
+    reference_rows,
+    references_folder,
+)
+from diffscale.evaluation.resize import upsample
+from diffscale.evaluation.sources import ModelSource, Sampling, Source, class_counts, to_uint8
 from diffscale.evaluation.spool import Spool
 
 if TYPE_CHECKING:
@@ -142,13 +150,34 @@ class Evaluator:
         model: carries the weights to be judged (the EMA's), on any device. folder: where features go and from where
         an interrupted evaluation resumes; a temporary one by default.
         """
-        d = self.dataset
-        counts = class_counts(d) if getattr(model, "num_classes", 0) else ()
-        source = ModelSource(
-            model, diffusion, sampling, (d.channels, d.resolution, d.resolution), self.settings.n_generated, counts,
-            device=str(self.device),
-        )  # fmt: skip
+        source = self._source(model, diffusion, sampling)
         return self.evaluate_source(source, folder=folder)
+
+    def _source(self, model: nn.Module, diffusion: Diffusion, sampling: Sampling) -> ModelSource:
+        d = self.dataset
+        shape = (d.channels, d.resolution, d.resolution)
+        counts = class_counts(d) if getattr(model, "num_classes", 0) else ()
+        return ModelSource(model, diffusion, sampling, shape, self.settings.n_generated, counts, str(self.device))
+
+    def nearest_picture(
+        self, model: nn.Module, diffusion: Diffusion, sampling: Sampling, folder: Path, count: int
+    ) -> bytes:
+        """PNG of the `count` samples that are nearest to a training image in feature space, each beside that image.
+
+        folder: that of an evaluation of the same model and sampler. Raises UserError for a reference without features.
+        """
+        view = next(iter(self.views.values()))
+        reference = self._references[view]
+        usual = reference.usual(self._heldout.get(view))
+        distances, rows = nearest(Spool(folder, self.settings.n_generated)[view.column()], reference.features())
+        chosen = distances[:, 0].argsort()[:count]
+        source = self._source(model, diffusion, sampling)
+        samples = to_uint8(source.draw(torch.from_numpy(chosen))[0]).cpu()
+        theirs = reference_rows(self.compared.n, self.settings.n_reference)[rows[chosen, 0]]
+        images, _ = self.compared.gather(theirs)
+        left = upsample(samples, self.compared.resolution).permute(0, 2, 3, 1).numpy()
+        captions = [f"{distances[i, 0] / max(usual, 1e-12):.2f} of usual" for i in chosen]
+        return pictures.to_png(pictures.pairs(left, images.numpy(), captions))
 
     def evaluate_source(self, source: Source, *, folder: Path | None = None) -> Evaluation:
         """The same for images from anywhere."""
@@ -165,7 +194,7 @@ class Evaluator:
             return Evaluation(measurements, grid, time.monotonic() - started)
 
     def _fill(self, source: Source, place: Path) -> None:
-        have = list(spool.chunks(place))
+        have = spool.ends(place)
         if self.gather is not None:
             have = self.gather(have)[0]
         todo = generate.chunk_ranges(source.n, source.batch, have)

@@ -5,7 +5,7 @@ All three give (first sample, columns) pairs of the same chunks; who computed a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -67,10 +67,11 @@ class Featuriser:
         return columns
 
 
-def chunk_ranges(n: int, batch: int, have: Sequence[int] = ()) -> list[tuple[int, int]]:
-    """(first, last) of the chunks of n samples that are not among `have` (first samples). Whole batches, ≥ 64."""
+def chunk_ranges(n: int, batch: int, have: Mapping[int, int] = {}) -> list[tuple[int, int]]:
+    """(first, end) of the chunks of n samples that `have` (first → end) does not cover. Whole batches, at least 64."""
     size = batch * -(-LEAST_CHUNK // batch)
-    return [(first, min(first + size, n)) for first in range(0, n, size) if first not in have]
+    everything = [(first, min(first + size, n)) for first in range(0, n, size)]
+    return [(first, end) for first, end in everything if have.get(first, 0) < end]
 
 
 def in_process(
@@ -113,7 +114,8 @@ def on_ray(
     options = {"num_cpus": threads, "num_gpus": 1 if gpu else 0, "max_restarts": 3, "max_task_retries": 3}
     actor: Any = ray.remote(_Actor)
     actors: list[Any] = [
-        actor.options(**options).remote(shared, tuple(views), "cuda" if gpu else "cpu", threads) for _ in range(workers)
+        actor.options(**options).remote([shared], tuple(views), "cuda" if gpu else "cpu", threads)
+        for _ in range(workers)
     ]
     waiting = list(reversed(ranges))
     running: dict[Any, tuple[int, Any]] = {}
@@ -135,12 +137,25 @@ def on_ray(
             ray.kill(a)
 
 
+def devices(workers: int = 0) -> tuple[int, str]:
+    """(how many actors, "cuda" or "cpu") for a cluster: one for each GPU, or else for each CPU, unless told."""
+    import ray
+
+    resources = ray.cluster_resources()
+    gpus = int(resources.get("GPU", 0))
+    return workers or gpus or max(int(resources.get("CPU", 1)), 1), "cuda" if gpus else "cpu"
+
+
 class _Actor:
     """What runs in a Ray actor: the source and the extractors, opened once."""
 
-    def __init__(self, source: Source, views: Sequence[View], device: str, threads: int) -> None:
+    def __init__(self, shared: list[Any], views: Sequence[View], device: str, threads: int) -> None:
+        import ray
+
         torch.set_num_threads(threads)
-        self.source, self.featurise = source, Featuriser(views, device)
+        # In a list, since Ray warns that an argument in its object store could be lost before a restart.
+        self.source: Source = ray.get(shared[0])
+        self.featurise = Featuriser(views, device)
 
     def run(self, first: int, last: int, keep_images: bool) -> Columns:
         return self.featurise(self.source, first, last, keep_images)

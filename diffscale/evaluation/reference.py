@@ -138,7 +138,7 @@ def get_reference(
     reference = Reference(key, len(rows), bool(images.lossy), view, folder)
     with _lock(folder) if rank == 0 else _nothing():
         complete = rank == 0 and (folder / COMPLETE).exists()
-        have = list(spool.chunks(folder)) if rank == 0 else []
+        have = spool.ends(folder) if rank == 0 else {}
         if gather is not None:
             complete, have = gather((complete, have))[0]
         if not complete:
@@ -154,7 +154,7 @@ def _finish(folder: Path, view: View) -> None:
     everything = Spool(folder)
     for output in view.outputs:
         save_moments(folder / f"{output}.npz", moments_of(everything[view.column(output)]))
-    for first, path in spool.chunks(folder).items():
+    for first, (_, path) in spool.chunks(folder).items():
         if first >= KEPT_FEATURES:
             path.unlink()
     storage.write_bytes(str(folder / COMPLETE), b"")

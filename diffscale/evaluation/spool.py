@@ -18,7 +18,7 @@ from diffscale import storage
 
 
 def write_chunk(folder: Path, first: int, columns: Mapping[str, NDArray]) -> None:
-    """Samples first … first+n: columns of (n,d) float32, or (n,) int64 for labels, as `chunk-<first>.arrow`."""
+    """Samples first … first+n: columns of (n,d) float32, or (n,) int64 for labels, as `chunk-<first>-<end>.arrow`."""
     arrays = {}
     for name, values in columns.items():
         flat = pa.array(np.ascontiguousarray(values).reshape(-1))
@@ -27,12 +27,22 @@ def write_chunk(folder: Path, first: int, columns: Mapping[str, NDArray]) -> Non
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table, max_chunksize=max(table.num_rows, 1))
-    storage.write_bytes(str(folder / f"chunk-{first:09d}.arrow"), sink.getvalue().to_pybytes())
+    name = f"chunk-{first:09d}-{first + table.num_rows:09d}.arrow"
+    storage.write_bytes(str(folder / name), sink.getvalue().to_pybytes())
 
 
-def chunks(folder: Path) -> dict[int, Path]:
-    """First sample → file, of the chunks that are there."""
-    return {int(path.stem.removeprefix("chunk-")): path for path in sorted(folder.glob("chunk-*.arrow"))}
+def chunks(folder: Path) -> dict[int, tuple[int, Path]]:
+    """First sample → (end, file) of the chunks that are there; the longer where a smaller evaluation left another."""
+    found = {}
+    for path in sorted(folder.glob("chunk-*.arrow")):
+        first, end = (int(part) for part in path.stem.removeprefix("chunk-").split("-"))
+        found[first] = (end, path)
+    return found
+
+
+def ends(folder: Path) -> dict[int, int]:
+    """First sample → end of the chunks that are there."""
+    return {first: end for first, (end, _) in chunks(folder).items()}
 
 
 class Column:
@@ -69,7 +79,7 @@ class Spool:
             raise FileNotFoundError(f"{folder} holds no features")
         self._columns: dict[str, list[NDArray]] = {}
         self.n = 0
-        for first, path in files.items():
+        for first, (_, path) in files.items():
             if n is not None and first >= n:
                 break
             with pa.memory_map(str(path)) as source:
