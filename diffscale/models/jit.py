@@ -30,7 +30,7 @@ from diffscale.models.tokens import (
 class JiTBlock(nn.Module):
     """Gated attention with rotary positions and normalised queries and keys, then a gated SwiGLU; RMS norms.
 
-    dropout is that of the attention's output and of the SwiGLU's hidden values. The gates come from the condition and start at zero.
+    dropout is that of the attention's output and of the SwiGLU's hidden values. The gates start at zero.
     """
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, dropout: float) -> None:

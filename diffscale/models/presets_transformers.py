@@ -45,6 +45,7 @@ def _jit(size: str, patch_size: int, resolution: int) -> Preset:
     }
 
 
+_HDIT = {"name": "hdit", "patch_size": 4, "augment_dim": 9}
 _RIN_IMAGENET = {
     "name": "rin",
     "interface_width": 512,
@@ -112,5 +113,18 @@ TRANSFORMER_PRESETS: dict[str, Preset] = {
     },
     **{f"jit-{size}-16": _jit(size, 16, 256) for size in _JIT},
     **{f"jit-{size}-32": _jit(size, 32, 512) for size in _JIT},
+    "hdit-tiny": {
+        "name": "hdit",
+        "resolution": 32,
+        "patch_size": 2,
+        "widths": (64, 192),
+        "depths": (1, 3),
+        "head": 32,
+        "mapping_width": 128,
+        "mapping_depth": 1,
+    },
+    "hdit-imagenet128": _HDIT | {"resolution": 128, "widths": (384, 768), "depths": (2, 11)},
+    "hdit-flowers256": _HDIT | {"resolution": 256, "widths": (128, 256, 512), "depths": (2, 2, 4)},
+    "hdit-imagenet256": _HDIT | {"resolution": 256, "widths": (384, 768, 1536), "depths": (2, 2, 16)},
     **{f"dit-{size}-{patch}": _dit(size, patch) for size in _DIT for patch in (2, 4, 8)},
 }

@@ -6,6 +6,7 @@ from torch import nn
 
 from diffscale.models.dit import DiT
 from diffscale.models.edm2 import EDM2
+from diffscale.models.hdit import HDiT
 from diffscale.models.jit import JiT
 from diffscale.models.rin import RIN
 from diffscale.models.unet import UNet
@@ -18,4 +19,5 @@ MODELS: dict[str, type[nn.Module]] = {
     "rin": RIN,
     "dit": DiT,
     "jit": JiT,
+    "hdit": HDiT,
 }

@@ -31,6 +31,7 @@ from diffscale.models.tokens import (
     truncated_normal_,
     unpatchify,
     xavier,
+    zero_,
 )
 
 
@@ -130,6 +131,7 @@ class RIN(nn.Module):
         rw_heads: int = 8,  # of reads and writes; ImageNet 16
         dropout: float = 0.0,  # in the MLPs of the self-attention layers; the authors' CIFAR-10 has .1
         drop_path: float = 0.0,  # probability of skipping a self-attention layer's branch; likewise .1
+        zero_output: bool = False,  # the output starts at zero, as other backbones' do; the authors' does not
         self_conditioning: bool = True,  # the state has an effect; False drops its parameters
     ) -> None:
         super().__init__()
@@ -166,10 +168,10 @@ class RIN(nn.Module):
         )
         self.out_norm = nn.LayerNorm(interface_width, eps=1e-6)
         self.head = nn.Linear(interface_width, self.patch**2 * channels)
-        self.initialise()
+        self.initialise(zero_output)
 
     @torch.no_grad()
-    def initialise(self) -> None:
+    def initialise(self, zero_output: bool) -> None:
         """The authors' (Keras's) start: smaller projections around attention, everything else Xavier-uniform.
 
         Keras takes the fans of a projection to or from heads (width, heads, head) as heads·width and head·width.
@@ -189,6 +191,8 @@ class RIN(nn.Module):
             truncated_normal_(weight, std=0.02)
         if self.carry_norm is not None:
             nn.init.zeros_(self.carry_norm.weight)
+        if zero_output:
+            zero_(self.head)
 
     def initial_latents(self, logsnr: Tensor, label: Tensor | None, state: Tensor | None) -> Tensor:
         """Learned latents, time token, class token, plus what an earlier pass left. (B,) → (B, M, D), float32."""
