@@ -28,8 +28,8 @@ from benchmarks.namespaces import Network, network, unavailable, wait_for
 from diffscale.provenance import source
 
 RESULTS = Path(__file__).parent / "results" / "faults.csv"
-BATCH, STEPS, CHECKPOINT_STEPS = 16, 2400, 50
-FAULT_AT = 400  # steps: the run is in full swing
+BATCH, STEPS, CHECKPOINT_STEPS = 16, 240, 20
+FAULT_AT = 70  # steps: the run is in full swing
 LIMIT = 420.0  # seconds for one run with its fault
 WORKER = "RayTrainWorker"  # in the title of a training process
 
@@ -74,8 +74,13 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        found = sorted((self.storage / "runs").glob(f"{self.name}-*"))
-        return found[0] if found else self.storage / "runs" / self.name
+        return self.place(self.storage, self.name)
+
+    @staticmethod
+    def place(storage: Path, name: str) -> Path:
+        """The run's folder; its name ends with the run's hash of 16 digits."""
+        found = sorted((storage / "runs").glob(f"{name}-{'[0-9a-f]' * 16}"))
+        return found[0] if found else storage / "runs" / name
 
     def history(self) -> list[tuple[int, float]]:
         """(images seen, time) of each step that is in the history."""
@@ -189,7 +194,8 @@ FAULTS = [
 def measure(fault: Fault, storage: Path, calm: Run | None) -> Row:
     """One run with its fault. Raises RuntimeError when the run does not survive."""
     with network(1 + fault.worker_nodes, cpus=[0] + [1] * fault.worker_nodes) as net:
-        name = "fault-" + "".join(c if c.isalnum() else "-" for c in fault.name).strip("-")[:40]
+        name = "".join(c if c.isalnum() else "-" for c in fault.name).strip("-")[:40]
+        shutil.rmtree(Run.place(storage, name), ignore_errors=True)
         run = Run(net, storage, name, f"train.workers={fault.workers}")
         run.wait_for_step(FAULT_AT)
         before = run.images()

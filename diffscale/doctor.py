@@ -157,11 +157,10 @@ def _workers(experiment: Experiment | None) -> int:
 
 
 def _memory(experiment: Experiment) -> int:
-    from diffscale.build import build_model, open_training_data
-    from diffscale.compute import estimate_memory
+    from diffscale.build import open_training_data
+    from diffscale.preflight.memory import needed_bytes
 
-    model = build_model(experiment, open_training_data(experiment))
-    return estimate_memory(experiment, model)
+    return needed_bytes(experiment, open_training_data(experiment))
 
 
 if __name__ == "__main__":

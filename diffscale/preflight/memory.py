@@ -1,0 +1,80 @@
+"""How much memory one worker needs, counted on fake tensors: nothing is allocated, no device is needed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+if TYPE_CHECKING:
+    from diffscale.data import Dataset
+    from diffscale.experiment import Experiment
+
+CONTEXT = 500e6  # bytes: CUDA context, cuDNN and communication buffers
+OVERHEAD = 1.15  # workspaces and fragmentation
+
+
+def needed_bytes(experiment: Experiment, dataset: Dataset) -> int:
+    """Estimated peak of one worker: weights, gradients, two moments, averages, and what backward needs of activations."""
+    train = experiment.train
+    workers = train.workers if isinstance(train.workers, int) else train.workers[0]
+    images = min(train.micro_batch or train.global_batch, -(-train.global_batch // workers))
+    parameters, activations = count(experiment, dataset, images)
+    averages = int(bool(train.ema.halflife_images or train.ema.halflife_fraction)) + len(train.ema.power)
+    copies = 4 + averages  # weights, gradients, first and second moment
+    state = 4.0 * parameters * copies / (workers if train.parallel == "fsdp2" else 1)
+    return int((state + activations) * OVERHEAD + CONTEXT)
+
+
+def count(experiment: Experiment, dataset: Dataset, images: int) -> tuple[int, int]:
+    """(parameters, bytes that one forward pass of so many images keeps for its backward pass).
+
+    With train.activation_checkpointing only the inputs of the checkpointed blocks are kept; the block that is
+    recomputed comes on top of them and is not counted.
+    """
+    from diffscale.build import build_model
+
+    low = {"bf16": torch.bfloat16, "fp16": torch.bfloat16}.get(experiment.train.precision)
+    side, channels = dataset.resolution, dataset.channels
+    kept: dict[int, int] = {}
+    with torch.device("meta"):
+        model = build_model(experiment, dataset).train()
+    with FakeTensorMode():
+        _fake(model)
+        if experiment.train.activation_checkpointing:
+            model.set_activation_checkpointing(True)  # type: ignore[operator]
+        own = {_identity(p) for p in model.parameters()}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            if _identity(tensor) not in own:
+                kept[_identity(tensor)] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        label = torch.zeros(images, dtype=torch.int64) if dataset.num_classes else None
+        arguments = (torch.zeros(images, channels, side, side), torch.zeros(images), label)
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            torch.autocast("cpu", low, enabled=low is not None),
+        ):
+            output = model(*arguments)  # held while its graph is counted
+        parameters = sum(p.numel() for p in model.parameters())
+        del output
+    return parameters, sum(kept.values())
+
+
+def _fake(model: nn.Module) -> None:
+    """Puts fake CPU tensors in the place of parameters and buffers, so that autocast acts as it would on real ones."""
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                fake = torch.empty(parameter.shape, dtype=parameter.dtype)
+                module._parameters[name] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+def _identity(tensor: torch.Tensor | nn.Parameter) -> int:
+    return tensor.untyped_storage()._cdata
