@@ -31,7 +31,7 @@ def count_cost(build: Callable[[], nn.Module], resolution: int, channels: int, n
         model = build()
     model.train()
     if hasattr(model, "set_activation_checkpointing"):
-        model.set_activation_checkpointing(False)
+        model.set_activation_checkpointing(False)  # type: ignore[operator]
     x = torch.empty(1, channels, resolution, resolution, device="meta")
     logsnr = torch.empty(1, device="meta")
     label = torch.empty(1, dtype=torch.int64, device="meta") if num_classes else None

@@ -2,7 +2,7 @@
 
 The same command again goes on from the newest good checkpoint; a finished run says that it is finished. Exit codes: 0
 finished, 2 a setting is wrong, 3 stopped at a good checkpoint because going on is pointless (non-finite losses, a
-damaged shard, a full disk), 143 stopped by SIGTERM, Ctrl-C or train.wall_seconds and to be resumed.
+damaged shard, a full disk), 143 stopped by SIGTERM or train.wall_seconds and to be resumed, 130 the same by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 EXIT_STOPPED, EXIT_RESUMABLE = 3, 143
 ShouldStop = Callable[[Record], bool]
+_received: list[int] = []  # signals that asked this command to stop
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,7 @@ def main(
     preset: Annotated[str, typer.Argument(metavar="PRESET_OR_FILE", help="a preset of the package or a YAML file")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="dotted settings")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print settings and costs; start nothing")] = False,
-    replay: Annotated[
-        bool, typer.Option("--replay", help="repeat the batches that were not finite")
-    ] = False,
+    replay: Annotated[bool, typer.Option("--replay", help="repeat the batches that were not finite")] = False,
 ) -> None:
     """Train one run, or go on with it."""
     experiment = load_experiment(preset, overrides or [])
@@ -80,9 +79,9 @@ def main(
         console.print(f"finished: {result.images_seen:,} images, {result.run_folder}", highlight=False, soft_wrap=True)
         return
     if result.reason in ("signal", "wall"):
-        text = f"stopped at {result.images_seen:,} images; the same command goes on from there: {result.run_folder}"
+        text = f"stopped at {result.images_seen:,} images; the same command resumes: {result.run_folder}"
         console.print(text, highlight=False, soft_wrap=True)
-        raise typer.Exit(EXIT_RESUMABLE)
+        raise typer.Exit(130 if signal.SIGINT in _received else EXIT_RESUMABLE)
     console.print(f"stopped ({result.reason}): {result.message}", highlight=False, soft_wrap=True)
     if result.reason == "nonfinite":
         console.print("the same command with --replay repeats those batches and says what was not finite")
@@ -134,7 +133,9 @@ def prepare(experiment: Experiment) -> tuple[Dataset, Cost]:
     """The dataset and the cost per image; raises UserError for settings that no worker could use."""
     from diffscale.build import build_diffusion, build_model, build_solver, open_training_data
     from diffscale.compute import count_cost
-    from diffscale.data import ShardError
+    from diffscale.evaluation import parse_metric
+    from diffscale.training.ema import ema_name
+    from diffscale.training.optimizer import check_name
 
     train = experiment.train
     fewest = train.workers if isinstance(train.workers, int) else train.workers[1]
@@ -143,12 +144,16 @@ def prepare(experiment: Experiment) -> tuple[Dataset, Cost]:
             setting="train.workers", value=train.workers,
             expected=f"at most one worker per image of train.global_batch ({train.global_batch})",
         )  # fmt: skip
-    try:
-        dataset = open_training_data(experiment)
-    except ShardError:
-        raise
+    dataset = open_training_data(experiment)
     build_diffusion(experiment, dataset)
     build_solver(experiment)
+    check_name(experiment.optim.name)
+    for metric in experiment.eval.metrics:
+        parse_metric(metric)
+    try:
+        ema_name(experiment.eval.ema)
+    except ValueError as error:
+        raise UserError(setting="eval.ema", value=experiment.eval.ema, expected=str(error)) from None
     classes = dataset.num_classes if experiment.data.class_conditional else 0
     cost = count_cost(lambda: build_model(experiment, dataset), dataset.resolution, dataset.channels, classes)
     return dataset, cost
@@ -221,7 +226,7 @@ def _fit(
     experiment: Experiment, folder: str, config: dict[str, Any], stop: Callable[[], None] | None
 ) -> Exception | None:
     """Ray Train's part: starts the workers, starts them again when one is lost."""
-    from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from diffscale.provenance import job_environment
@@ -234,7 +239,7 @@ def _fit(
         train_loop_config=config,
         torch_config=TorchConfig(backend="nccl" if config["gpu"] else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=train.workers,
+            num_workers=train.workers,  # type: ignore[arg-type]
             use_gpu=config["gpu"],
             resources_per_worker={"CPU": train.cpus_per_worker} | ({"GPU": 1} if config["gpu"] else {}),
         ),
@@ -243,36 +248,56 @@ def _fit(
             storage_path=path,
             storage_filesystem=fs,
             failure_config=FailureConfig(max_failures=train.max_failures),
-            worker_runtime_env={"env_vars": job_environment()},
+            worker_runtime_env={"env_vars": job_environment()},  # type: ignore[call-arg]
         ),
     )
-    try:
-        with _signals(stop):
-            trainer.fit()
-    except WorkerGroupError as error:
-        return error
-    return None
+    return _in_thread(trainer.fit, stop)
+
+
+def _in_thread(fit: Callable[[], Any], stop: Callable[[], None] | None) -> Exception | None:
+    """Runs `fit` in a thread, where Ray Train takes no signals for itself, so that SIGTERM and SIGINT can mean: save a
+    checkpoint and stop. A second SIGINT does not wait for that. Gives the failure of the workers, if there was one."""
+    from ray.train import WorkerGroupError
+
+    failed: list[BaseException] = []
+
+    def target() -> None:
+        try:
+            fit()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=target, daemon=True, name="fit")
+    with _signals(stop):
+        thread.start()
+        while thread.is_alive():
+            thread.join(0.2)
+    if failed and not isinstance(failed[0], WorkerGroupError):
+        raise failed[0]
+    return failed[0] if failed else None  # type: ignore[return-value]
 
 
 @contextmanager
 def _signals(stop: Callable[[], None] | None) -> Iterator[None]:
-    """SIGTERM and SIGINT ask the workers to stop; a second SIGINT is Ray Train's own, which does not wait."""
+    """While inside, SIGTERM and the first SIGINT call `stop`."""
     if stop is None or threading.current_thread() is not threading.main_thread():
         yield
         return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def handler(number: int, _: object) -> None:
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
         print(f"{signal.Signals(number).name}: saving a checkpoint", flush=True)
+        _received.append(number)
         stop()
 
-    before = signal.getsignal(signal.SIGTERM)
-    signal.signal(signal.SIGTERM, handler)
-    timer = threading.Timer(0, lambda: None)
+    for number in before:
+        signal.signal(number, handler)
     try:
         yield
     finally:
-        timer.cancel()
-        signal.signal(signal.SIGTERM, before)
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 def _result(folder: str, run_id: str, outcome: dict[str, Any]) -> RunResult:

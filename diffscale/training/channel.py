@@ -4,6 +4,7 @@ way, the wish to stop the other. It needs no process, port or file of its own an
 from __future__ import annotations
 
 import json
+import logging
 from typing import Any
 
 import ray
@@ -12,7 +13,7 @@ from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _in
 from diffscale.training.monitor import EVALUATED, PHASE, PROGRESS
 
 PREFIX = "diffscale/"
-STOP, OUTCOME = "stop", "outcome"
+STOP, OUTCOME, NOTICES = "stop", "outcome", "notices"
 
 
 class Channel:
@@ -33,8 +34,21 @@ class Channel:
 
     def close(self) -> None:
         if ray.is_initialized():
-            for topic in (PROGRESS, PHASE, EVALUATED, STOP, OUTCOME):
+            for topic in (PROGRESS, PHASE, EVALUATED, STOP, OUTCOME, NOTICES):
                 _internal_kv_del(self._key(topic))
 
     def _key(self, topic: str) -> bytes:
         return f"{PREFIX}{self.launch}/{topic}".encode()
+
+
+class Notices(logging.Handler):
+    """Carries a worker's warnings to the command, which shows them: what was passed over, retried or is not exact."""
+
+    def __init__(self, channel: Channel) -> None:
+        super().__init__(logging.WARNING)
+        self.channel = channel
+        self.texts: list[str] = (channel.get(NOTICES) or {"texts": []})["texts"]
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+        self.channel.put(NOTICES, {"texts": self.texts})

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from diffscale.experiment import EmaSettings
 from diffscale.training.sharding import local
 
+Values = np.ndarray | np.float64
+
 WARMUP_SHARE = 0.05  # a constant half-life grows with training until it is reached, as this share of the images seen
 HALFLIFE = "halflife"
 
@@ -113,7 +115,18 @@ def reconstruct(stored: list[tuple[float, int]], wanted: tuple[float, int]) -> n
     return x / x.sum()
 
 
-def _inner(g_a: np.ndarray, t_a: np.ndarray, g_b: np.ndarray, t_b: np.ndarray) -> np.ndarray:
+def profile_error(stored: list[tuple[float, int]], wanted: tuple[float, int], weights: np.ndarray) -> float:
+    """Relative L2 error of the weighted sum of the stored profiles against the wanted one."""
+    g = np.array([exponent(std) for std, _ in stored])
+    t = np.array([float(time) for _, time in stored])
+    g_w, t_w = np.float64(exponent(wanted[0])), np.float64(wanted[1])
+    norm = float(_inner(g_w, t_w, g_w, t_w))
+    square = weights @ _inner(g[:, None], t[:, None], g[None, :], t[None, :]) @ weights
+    square += norm - 2 * weights @ _inner(g, t, g_w, t_w)
+    return math.sqrt(max(float(square), 0.0) / norm)
+
+
+def _inner(g_a: Values, t_a: Values, g_b: Values, t_b: Values) -> np.ndarray:
     """∫ of the product of two profiles: (γa+1)(γb+1)·r^e / ((γa+γb+1)·max(ta, tb)), r = ta/tb."""
     ratio = t_a / t_b
     power = np.where(t_a < t_b, g_b, -g_a)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -72,7 +73,7 @@ def make_trackers(
     names: tuple[str, ...], run_folder: str, run_name: str, run_id: str, settings: dict[str, Any], images_seen: int
 ) -> list[Tracker]:
     """Raises UserError for one whose package is missing."""
-    makers = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}
+    makers: dict[str, Callable[..., Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}
     trackers: list[Tracker] = []
     for name in names:
         if name not in makers:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ from diffscale.training.parallel import FlatGradients, Gradients, ShardedGradien
 from diffscale.training.plan import learning_rate
 
 Clock = Callable[[], float]
+Extra = Mapping[str, Tensor]
 QUARTILES = 4
 _EXTRA = 3  # loss sum, rank 0's clock, stop request
 
@@ -96,11 +97,11 @@ class Learner:
 
     # ---- one step
 
-    def step(self, batch: Batch, clock: Clock | None = None, stop: int = 0, **extra: Tensor) -> Step:
+    def step(self, batch: Batch, *, extra: Extra | None = None, clock: Clock | None = None, stop: int = 0) -> Step:
         """One update from this worker's share of the global batch at `images_seen`.
 
-        clock (called after the passes), stop: numbers that rank 0 shares with all, so that all decide alike. extra:
-        further tensors for the model, by sample (augmentation labels).
+        extra: further tensors for the model, by sample (augmentation labels). clock (called after the passes), stop:
+        numbers that rank 0 shares with all, so that all decide alike.
         """
         train, optim = self.experiment.train, self.experiment.optim
         lr = learning_rate(optim, self.images_seen, train.global_batch, self.end)
@@ -108,12 +109,12 @@ class Learner:
             group["lr"] = lr
         self.model.train()
         if self.sharded and hasattr(self.model, "project_weights"):
-            self.model.project_weights()
+            self.model.project_weights()  # type: ignore[operator]
         self.gradients.begin()
         stats = torch.zeros(_EXTRA + 2 * QUARTILES, dtype=torch.float64, device=self.world.device)
         for i, (first, last, weight) in enumerate(self._micro_batches(len(batch.positions))):
             self.gradients.expect(last=i == self._passes - 1)
-            self._pass(batch, slice(first, last), weight, extra, stats)
+            self._pass(batch, slice(first, last), weight, extra or {}, stats)
         if self.world.rank == 0:
             stats[1], stats[2] = clock() if clock else 0.0, stop
         self.world.sum(stats)
@@ -154,17 +155,17 @@ class Learner:
             first, last = min(i * size, count), min((i + 1) * size, count)
             yield (first, last, 1.0) if first < last else (0, 1, 0.0)
 
-    def _pass(self, batch: Batch, part: slice, weight: float, extra: dict[str, Tensor], stats: Tensor) -> None:
+    def _pass(self, batch: Batch, part: slice, weight: float, extra: Extra, stats: Tensor) -> None:
         device = self.world.device
         positions = batch.positions[part].to(device)
         images = self.numerics.order(batch.images[part].to(device, non_blocking=True))
-        extra = {name: tensor[part].to(device) for name, tensor in extra.items()}
+        more = {name: tensor[part].to(device) for name, tensor in extra.items()}
         u, noise, label, keep = self.draws(positions, images.shape[1:], batch.labels[part].to(device))
         noise = self.numerics.order(noise)
         torch.manual_seed(_mixed(self.experiment.train.seed, int(batch.positions[part][0])))
         with self.numerics.autocast(device):
             terms = training_loss(
-                self.diffusion, self.model, images, u=u, noise=noise, label=label, self_cond_keep=keep, **extra
+                self.diffusion, self.model, images, u=u, noise=noise, label=label, self_cond_keep=keep, **more
             )
         loss = terms.loss.sum() * weight
         (loss * ((self.scale.value if self.scale else 1.0) / self.experiment.train.global_batch)).backward()

@@ -15,8 +15,7 @@ from diffscale.experiment import OptimSettings
 
 def create_optimizer(model: nn.Module, optim: OptimSettings) -> torch.optim.Optimizer:
     """timm's optimizer of that name over `parameter_groups`. Raises UserError for an unknown name."""
-    if optim.name not in list_optimizers():
-        raise UserError(setting="optim.name", value=optim.name, expected=valid(optim.name, list_optimizers()))
+    check_name(optim.name)
     info = get_optimizer_info(optim.name)
     extra: dict[str, Any] = {"eps": optim.eps} if info.has_eps else {}
     if info.has_betas:
@@ -28,10 +27,17 @@ def create_optimizer(model: nn.Module, optim: OptimSettings) -> torch.optim.Opti
     )
 
 
+def check_name(name: str) -> None:
+    """Raises UserError with the nearest of timm's names."""
+    known = [str(n) for n in list_optimizers()]
+    if name not in known:
+        raise UserError(setting="optim.name", value=name, expected=valid(name, known))
+
+
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups, in the order of `model.named_parameters()`: decayed, and not: vectors and scalars (norms, biases),
     embedding tables, and what `model.no_weight_decay()` names."""
-    exempt: set[str] = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+    exempt: set[str] = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()  # type: ignore[operator]
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding):
             exempt.add(f"{name}.weight")

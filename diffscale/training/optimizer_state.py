@@ -14,7 +14,7 @@ _GROUP = "group"
 
 
 def flatten(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """({"PARAMETER/NAME" or "group/0/NAME": tensor}, the same for numbers). Tensors may be sharded as the parameters."""
+    """({"PARAMETER/NAME" or "group/0/NAME": tensor}, the same for numbers). Tensors may be sharded like them."""
     names = {id(p): name for name, p in model.named_parameters()}
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}

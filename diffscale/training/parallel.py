@@ -25,7 +25,7 @@ class World:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def share(self, global_batch: int) -> tuple[int, int]:
-        """First and last (exclusive) place in each global batch that this worker computes; shares differ by one at most."""
+        """First and last (exclusive) place of each global batch that is this worker's; shares differ by one at most."""
         return share(global_batch, self.rank, self.size)
 
     def sum(self, values: Tensor) -> Tensor:
@@ -187,10 +187,10 @@ def shard(model: nn.Module, world: World, precision: str) -> nn.Module:
     blocks: list[nn.Module] = model.blocks_for_fsdp() if hasattr(model, "blocks_for_fsdp") else []  # type: ignore[operator]
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    sharded = fully_shard(model, mesh=mesh, mp_policy=policy)
-    for module in sharded.modules():
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    for module in model.modules():
         if hasattr(module, "set_gradient_divide_factor"):
             module.set_gradient_divide_factor(1.0)
             if world.device.type != "cuda":
                 module.set_force_sum_reduction_for_comms(True)
-    return sharded
+    return model

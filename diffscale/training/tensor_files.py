@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
@@ -129,7 +128,9 @@ def _write(uri: str, tensors: Mapping[str, Tensor], metadata: dict[str, str]) ->
     text += b" " * (-len(text) % 8)
     digest, count = hashlib.sha256(), 0
     with _open(uri) as file:
-        for chunk in [struct.pack("<Q", len(text)), text, *map(_bytes, (tensors[n] for n in order))]:
+        chunks: list[bytes | memoryview] = [struct.pack("<Q", len(text)), text]
+        chunks += [_bytes(tensors[n]) for n in order]
+        for chunk in chunks:
             file.write(chunk)
             digest.update(chunk)
             count += len(chunk)
@@ -138,8 +139,7 @@ def _write(uri: str, tensors: Mapping[str, Tensor], metadata: dict[str, str]) ->
 
 def _bytes(t: Tensor) -> memoryview:
     flat = t.detach().contiguous().reshape(-1)
-    array: np.ndarray = flat.view(torch.uint8).numpy() if flat.numel() else np.empty(0, np.uint8)
-    return memoryview(array)
+    return memoryview(flat.view(torch.uint8).numpy() if flat.numel() else b"")  # type: ignore[arg-type]
 
 
 @contextmanager

@@ -161,7 +161,7 @@ class Session:
                 batch = next(batches)
                 stalled = time.monotonic() - waited
                 extra = {} if batch.augment_label is None else {"augment_label": batch.augment_label}
-                step = learner.step(batch, clock=self._clock, stop=stopping["code"], **extra)
+                step = learner.step(batch, clock=self._clock, stop=stopping["code"], extra=extra)
                 self.watchdog.beat()
                 self._count(step, stalled)
                 ended = plan.finished(learner.images_seen, self.device_seconds)
@@ -323,7 +323,7 @@ def train_worker(config: dict[str, Any]) -> None:
     """The loop that Ray Train runs on every worker."""
     import ray.train
 
-    from diffscale.training.channel import OUTCOME, STOP, Channel
+    from diffscale.training.channel import OUTCOME, STOP, Channel, Notices
 
     context = ray.train.get_context()
     device = torch.device("cpu")
@@ -332,6 +332,8 @@ def train_worker(config: dict[str, Any]) -> None:
     world = World(context.get_world_rank(), context.get_world_size(), device)
     channel = Channel(config["launch"])
     experiment = Experiment.model_validate_json(config["experiment"])
+    if world.rank == 0:
+        logging.getLogger("diffscale").addHandler(Notices(channel))
     if channel.get(OUTCOME) is not None:  # a rank ended the run, and Ray Train starts the others again: nothing to do
         return
     try:
