@@ -163,7 +163,8 @@ class Loader:
     def _plan(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
         """Positions and rows of this worker's share of each batch; the order is evaluated many batches at a time."""
         share = np.arange(self.first, self.last, dtype=np.int64)
-        steps = max(1, ORDER_CHUNK // max(1, len(share)))
+        most = 2 * self.dataset.n // self.global_batch  # an epoch has a permutation of its own to set up
+        steps = max(1, min(ORDER_CHUNK // max(1, len(share)), most))
         base = self.start
         while self.stop is None or base < self.stop:
             starts = base + np.arange(steps, dtype=np.int64) * self.global_batch

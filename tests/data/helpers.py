@@ -1,0 +1,63 @@
+"""Small real datasets that the data tests share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffscale.data.manifest import Manifest, Split, rows_hash, write_manifest
+from diffscale.data.shard import make_batch, write_shard
+
+
+def pictures(n: int, side: int = 8, channels: int = 3, seed: int = 0) -> NDArray[np.uint8]:
+    return np.random.default_rng(seed).integers(0, 256, (n, side, side, channels), np.uint8)
+
+
+def write_dataset(folder: Path | str, images: NDArray, shards: int = 3, classes: int = 4) -> None:
+    """A dataset folder of these pixels in several shards; row i has the class i % classes."""
+    folder = str(folder)
+    entries = []
+    for s, rows in enumerate(np.array_split(np.arange(len(images)), shards)):
+        batch = make_batch(images[rows], rows % classes, [f"image {i}" for i in rows])
+        entries.append(write_shard(folder, f"train-{s:05d}.arrow", batch))
+    side, channels = images.shape[1], images.shape[3]
+    content = rows_hash("uint8", side, channels, entries)
+    split = Split(rows=len(images), content_hash=content, mean=[0.0] * channels, std=[1.0] * channels, shards=entries)
+    write_manifest(
+        folder,
+        Manifest(
+            layout="pixels",
+            dtype="uint8",
+            resolution=side,
+            channels=channels,
+            class_names=[*map(str, range(classes))],
+            content_hash=content,
+            lossy=False,
+            resize={},
+            source={},
+            made_with={},
+            splits={"train": split},
+        ),
+    )
+
+
+def shard_of(dataset, number=1):
+    return dataset.local_path(number)
+
+
+def damage(path, how):
+    """Changes the file in place: a memory map of it sees it."""
+    if how == "missing":
+        os.remove(path)
+        return
+    data = bytearray(Path(path).read_bytes())
+    if how == "truncated":
+        data = data[: len(data) // 2]
+    else:
+        data[len(data) // 2] ^= 1
+    with open(path, "r+b") as file:
+        file.write(data)
+        file.truncate(len(data))

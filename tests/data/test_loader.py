@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import threading
+import time
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from diffscale.data import Loader, ShardError, even_share, open_dataset, positions_to_indices
+from diffscale.data.augment import augment_images, flip_images
+from diffscale.errors import UserError
+
+from .helpers import damage, shard_of
+
+
+def take(loader, n):
+    with loader:
+        return [batch for batch, _ in zip(loader, range(n), strict=False)]
+
+
+SETTINGS = {"seed": 3, "global_batch": 24, "flip": True, "augment": 0.3}
+
+
+@pytest.mark.parametrize("world", [2, 3, 4, 8])
+@pytest.mark.parametrize("order", ["rows", "blocks"])
+def test_global_batches_are_identical_on_any_number_of_workers(dataset, world, order):
+    settings = {**SETTINGS, "order": order, "block_rows": 10, "window": 3}
+    alone = take(Loader(dataset, **settings), 12)  # nearly three epochs
+    shares = [take(Loader(dataset, shard=even_share(24, r, world), **settings), 12) for r in range(world)]
+    for k, whole in enumerate(alone):
+        for name in ("images", "labels", "positions", "augment_label"):
+            joined = torch.cat([getattr(share[k], name) for share in shares])
+            assert torch.equal(joined, getattr(whole, name)), name
+
+
+def test_uneven_and_empty_shares_are_allowed(dataset):
+    cuts = [0, 1, 1, 20, 24]
+    whole = take(Loader(dataset, **SETTINGS), 3)
+    parts = [take(Loader(dataset, shard=cut, **SETTINGS), 3) for cut in pairwise(cuts)]
+    assert [len(part[0]) for part in parts] == [1, 0, 19, 4]
+    assert torch.equal(torch.cat([part[2].images for part in parts]), whole[2].images)
+
+
+def test_even_shares_cover_the_batch():
+    for batch in (1, 7, 64):
+        for world in range(1, 9):
+            cuts = [even_share(batch, rank, world) for rank in range(world)]
+            assert cuts[0][0] == 0
+            assert cuts[-1][1] == batch
+            assert all(a[1] == b[0] for a, b in pairwise(cuts))
+            assert max(b - a for a, b in cuts) - min(b - a for a, b in cuts) <= 1
+
+
+@pytest.mark.parametrize("start", [24, 48, 240, 7])
+def test_a_run_resumes_from_one_integer(dataset, start):
+    resumed = take(Loader(dataset, start=start, **SETTINGS), 4)
+    rows = positions_to_indices(np.arange(start, start + 96), dataset.n, 3)
+    assert torch.cat([b.positions for b in resumed]).tolist() == list(range(start, start + 96))
+    assert torch.cat([b.labels for b in resumed]).tolist() == (rows % 4).tolist()
+    if start % 24 == 0:
+        whole = take(Loader(dataset, **SETTINGS), start // 24 + 4)[start // 24 :]
+        assert all(torch.equal(a.images, b.images) for a, b in zip(resumed, whole, strict=True))
+
+
+def test_an_epoch_has_every_image_once_and_images_are_scaled_to_one(dataset, images):
+    batches = take(Loader(dataset, seed=0, global_batch=25), 4)
+    pixels = torch.cat([b.images for b in batches])
+    assert pixels.shape == (100, 3, 8, 8)
+    assert pixels.dtype == torch.float32
+    restored = ((pixels + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    order = positions_to_indices(np.arange(100), 100, 0)
+    assert np.array_equal(restored, images[order])
+
+
+def test_the_end_cuts_the_last_batch(dataset):
+    loader = Loader(dataset, seed=0, global_batch=30, start=10, stop=75)
+    assert [b.positions.tolist() for b in loader] == [[*range(10, 40)], [*range(40, 70)], [*range(70, 75)]]
+
+
+def test_raw_batches_are_as_stored(dataset, images):
+    batch = take(Loader(dataset, seed=0, global_batch=10, raw=True), 1)[0]
+    assert batch.images.dtype == torch.uint8
+    assert np.array_equal(batch.images.numpy(), images[positions_to_indices(np.arange(10), 100, 0)])
+
+
+def test_flips_depend_on_the_position_alone_and_are_fair():
+    x = torch.arange(4.0).expand(4000, 1, 2, 4)
+    positions = torch.arange(4000)
+    flipped = flip_images(x, 1, positions)[:, 0, 0, 0] == 3
+    assert abs(flipped.float().mean() - 0.5) < 4 * 0.5 / 4000**0.5  # 4 standard errors
+    assert torch.equal(flip_images(x[:9], 1, positions[100:109])[:, 0, 0, 0] == 3, flipped[100:109])
+
+
+def test_augmentation_with_probability_zero_changes_nothing():
+    x = torch.rand(16, 3, 8, 8) * 2 - 1
+    y, label = augment_images(x, 0, torch.arange(16), 0.0, flip=False)
+    assert torch.equal(x, y)
+    assert not label.any()
+
+
+def test_the_augmentation_label_is_zero_exactly_where_nothing_was_done():
+    x = torch.rand(400, 3, 16, 16) * 2 - 1
+    y, label = augment_images(x, 0, torch.arange(400), 0.12, flip=True)
+    same = (x == y).flatten(1).all(1)
+    assert torch.equal(same, ~label.any(1))
+    assert label.shape == (400, 9)  # the width of EDM's DDPM++ CIFAR-10 network's augmentation input
+    expected = 0.5 * (1 - 0.06) * 0.88**4  # no mirror, no upside down, none of the four others
+    assert abs(same.float().mean() - expected) < 4 * (expected * (1 - expected) / 400) ** 0.5
+
+
+def test_augmentation_moves_a_dot_to_where_its_label_says():
+    """The label's translation, rotation and scale predict where the dot goes."""
+    side, place = 33, 5.0  # a dot 5 pixels right of the centre
+    rows, columns = torch.meshgrid(torch.arange(side) - 16.0, torch.arange(side) - 16.0, indexing="ij")
+    dot = torch.exp(-((columns - place) ** 2 + rows**2) / 4)
+    x = (dot * 2 - 1).expand(300, 1, side, side)
+    y, label = augment_images(x.clone(), 5, torch.arange(300), 0.4, flip=False)
+    weight = ((y[:, 0] + 1) / 2).clamp_min(0.2) - 0.2
+    cos, sin, scale = label[:, 3] + 1, label[:, 4], 2 ** label[:, 2]
+    expected = torch.stack([cos, sin], 1) * (scale * place)[:, None] + label[:, 7:9] * side
+    x_away, y_away = columns - expected[:, :1, None], rows - expected[:, 1:, None]
+    weight = weight * (x_away**2 + y_away**2 < 36)  # the edges mirror the image, so there may be another dot
+    found = torch.stack([(weight * columns).sum((1, 2)), (weight * rows).sum((1, 2))], 1) / weight.sum((1, 2))[:, None]
+    plain = (label[:, 1] == 0) & (label[:, 5:7] == 0).all(1) & (expected.abs() < 10).all(1)
+    assert plain.sum() > 40
+    assert (found - expected)[plain].abs().max() < 0.25  # of a pixel
+
+
+def test_latents_are_neither_flipped_nor_augmented(dataset, monkeypatch):
+    monkeypatch.setattr(type(dataset), "is_latent", property(lambda self: True))
+    with pytest.raises(UserError, match=r"data\.flip=false"):
+        Loader(dataset, seed=0, global_batch=4, flip=True)
+
+
+def test_impossible_shares_are_refused(dataset):
+    for shard in ((-1, 3), (3, 2), (0, 25)):
+        with pytest.raises(ValueError, match="shard"):
+            Loader(dataset, seed=0, global_batch=24, shard=shard)
+
+
+def test_a_damaged_shard_stops_the_run_and_names_the_position(dataset):
+    """DECISIONS 16: a flipped byte is found in the background and before the first checkpoint counts as good."""
+    damage(shard_of(dataset), "flipped")
+    loader = Loader(open_dataset(dataset.path), seed=3, global_batch=24)
+    with pytest.raises(ShardError) as error:
+        loader.wait_verified()
+    rows = positions_to_indices(np.arange(100), 100, 3)
+    inside = (rows >= dataset.starts[1]) & (rows < dataset.starts[2])
+    assert error.value.position == int(np.flatnonzero(inside)[0])
+    with pytest.raises(ShardError, match=r"train-00001"):
+        take(loader, 10**6)
+
+
+def test_checksums_are_compared_once_per_node_while_the_files_stay_the_same(dataset, monkeypatch):
+    from diffscale.data import verification
+
+    read = []
+    original = verification.file_sha256
+    monkeypatch.setattr(verification, "file_sha256", lambda path: read.append(path) or original(path))
+    for _ in range(3):
+        Loader(open_dataset(dataset.path), seed=0, global_batch=4).wait_verified()
+    assert len(read) == 3  # one for each shard
+    damage(shard_of(dataset), "flipped")
+    with pytest.raises(ShardError):
+        Loader(open_dataset(dataset.path), seed=0, global_batch=4).wait_verified()
+
+
+def test_an_error_in_the_background_reaches_the_reader(dataset):
+    loader = Loader(dataset, seed=0, global_batch=24, stop=2400, prefetch=1, verify=False)
+    batches = iter(loader)
+    next(batches)
+    damage(shard_of(dataset), "missing")
+    with pytest.raises(ShardError, match="train-00001"):
+        list(batches)
+
+
+def test_closing_ends_the_threads(dataset):
+    before = threading.active_count()
+    for _ in range(5):
+        loader = Loader(dataset, seed=0, global_batch=24, verify=False)
+        next(iter(loader))
+        loader.close()
+    deadline = time.monotonic() + 5
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() <= before
