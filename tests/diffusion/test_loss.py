@@ -199,8 +199,8 @@ class Small(nn.Module):
     ("schedule", "weighting"),
     [
         *((name, "sigmoid") for name in SCHEDULES),
-        ("simple_cosine", "learned_uncertainty"),
-        ("simple_cosine", "min_snr"),
+        ("flow_uniform", "learned_uncertainty"),
+        ("flow_uniform", "min_snr"),
     ],
 )
 def test_the_loss_is_one_graph_with_the_network(schedule, weighting):

@@ -1,4 +1,4 @@
-"""Solvers: order on a Gaussian with its exact denoiser, one path for all parametrisations, grids, clipping, guidance."""
+"""Solvers: order on a Gaussian with its exact denoiser, one path for all predictions, grids, clipping, guidance."""
 
 from __future__ import annotations
 
@@ -235,11 +235,8 @@ def test_state_is_carried_from_evaluation_to_evaluation(name, evaluations):
 
 
 def test_guidance_keeps_the_states_of_both_apart():
-    net, label = Carrying(), torch.zeros(2, dtype=torch.int64)
-    guidance = Guidance(scale=2.0)
-    sample(
-        create_diffusion(), net, unit_noise(2, *SHAPE), solver=SOLVERS["ddim"](steps=3), label=label, guidance=guidance
-    )
+    net, label, solver = Carrying(), torch.zeros(2, dtype=torch.int64), SOLVERS["ddim"](steps=3)
+    sample(create_diffusion(), net, unit_noise(2, *SHAPE), solver=solver, label=label, guidance=Guidance(scale=2.0))
     assert net.states == [None, None, 1, 1, 2, 2]
     assert net.labels == [True, False] * 3
 
