@@ -37,6 +37,7 @@ def connect(address: str | None = None, num_cpus: int | None = None) -> None:
             include_dashboard=False,
             object_store_memory=300_000_000,
             logging_level=logging.WARNING,
+            log_to_driver=False,  # workers' notices come through training/channel.py, without Ray's own noise
         )
     else:
         ray.init(address=address, logging_level=logging.WARNING)
