@@ -187,7 +187,7 @@ def _show(rows: list[dict[str, Any]]) -> None:
         cells += [f"{r['n_generated']:,}", f"{r['n_reference']:,}" if r["n_reference"] else "?"]
         table.add_row(*([f"{r['images_seen']:,}"] if several else []), *cells)
     console.print(table)
-    for warning in sorted({r["warning"] for r in rows if r["warning"]}):
+    for warning in sorted({r["warning"] for r in rows if r["warning"] and "[" not in r["metric"]}):
         console.print(f"[yellow]note:[/] {warning}", soft_wrap=True)
 
 

@@ -7,7 +7,6 @@ at the same seeds.
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -72,7 +71,7 @@ def main(
             rows.append((trained.label, first))
             if trajectory:
                 picture = strips(trained, replace(sampling, batch=trajectory))
-                storage.write_bytes(str(folder / "trajectory.png"), picture)
+                storage.write_bytes(f"{folder}-trajectory.png", picture)
             console.print(f"{trained.label}: {n} images in {folder}")
     if len(rows) > 1:
         sheet = pictures.to_png(pictures.comparison([(name, images[:12]) for name, images in rows]))
@@ -100,7 +99,7 @@ def source_of(trained: Trained, sampling: Sampling, n: int, device: str = "cpu")
 
 
 def draw(trained: Trained, sampling: Sampling, n: int, folder: Path, keep_format: str, workers: int = 0) -> NDArray:
-    """Draws n images over Ray, keeps them in `folder` with a labelled grid of the first 64, which it returns."""
+    """Draws n images over Ray, keeps them in `folder`, a labelled grid of the first 64 beside it; returns those."""
     actors, device = devices(workers)
     source = source_of(trained, sampling, n, device)
     names = trained.dataset.class_names
@@ -111,7 +110,9 @@ def draw(trained: Trained, sampling: Sampling, n: int, folder: Path, keep_format
         keeper = keep = Keeper(folder, keep_format, source.shape, names, about)
     ranges = chunk_ranges(n, sampling.batch)
     shown: dict[int, tuple[NDArray, NDArray]] = {}
-    chunks = on_ray(source, [], ranges, workers=min(actors, len(ranges)), gpu=device == "cuda", keep_below=n)
+    chunks = on_ray(
+        source, [], ranges, workers=min(actors, len(ranges)), gpu=device == "cuda", keep_below=n if keep else GRID
+    )
     for first, columns in chunks:
         if keep is not None:
             keep(first, columns)
@@ -122,7 +123,7 @@ def draw(trained: Trained, sampling: Sampling, n: int, folder: Path, keep_format
     images = np.concatenate([shown[first][0] for first in sorted(shown)])[:GRID]
     drawn = np.concatenate([shown[first][1] for first in sorted(shown)])[:GRID]
     captions = [names[i] if source.class_counts and i < len(names) else "" for i in drawn]
-    storage.write_bytes(str(folder / "grid.png"), pictures.to_png(pictures.grid(images, captions)))
+    storage.write_bytes(f"{folder}-grid.png", pictures.to_png(pictures.grid(images, captions)))
     return images
 
 

@@ -176,7 +176,7 @@ class Evaluator:
         theirs = reference_rows(self.compared.n, self.settings.n_reference)[rows[chosen, 0]]
         images, _ = self.compared.gather(theirs)
         left = upsample(samples, self.compared.resolution).permute(0, 2, 3, 1).numpy()
-        captions = [f"{distances[i, 0] / max(usual, 1e-12):.2f} of usual" for i in chosen]
+        captions = [f"{distances[i, 0] / max(usual, 1e-12):.2f} x usual" for i in chosen]
         return pictures.to_png(pictures.pairs(left, images.numpy(), captions))
 
     def evaluate_source(self, source: Source, *, folder: Path | None = None) -> Evaluation:

@@ -110,12 +110,11 @@ def on_ray(
 
     if isinstance(source, ModelSource):
         source = replace(source, model=source.model.cpu(), device="cuda" if gpu else "cpu")
-    shared = ray.put(source)
+    shared = [ray.put(source)]
     options = {"num_cpus": threads, "num_gpus": 1 if gpu else 0, "max_restarts": 3, "max_task_retries": 3}
     actor: Any = ray.remote(_Actor)
     actors: list[Any] = [
-        actor.options(**options).remote([shared], tuple(views), "cuda" if gpu else "cpu", threads)
-        for _ in range(workers)
+        actor.options(**options).remote(tuple(views), "cuda" if gpu else "cpu", threads) for _ in range(workers)
     ]
     waiting = list(reversed(ranges))
     running: dict[Any, tuple[int, Any]] = {}
@@ -124,13 +123,13 @@ def on_ray(
             for a in actors:
                 if waiting:
                     first, last = waiting.pop()
-                    running[a.run.remote(first, last, first < keep_below)] = (first, a)
+                    running[a.run.remote(shared, first, last, first < keep_below)] = (first, a)
         while running:
             (done,), _ = ray.wait(list(running), num_returns=1)
             first, a = running.pop(done)
             if waiting:
                 following, last = waiting.pop()
-                running[a.run.remote(following, last, following < keep_below)] = (following, a)
+                running[a.run.remote(shared, following, last, following < keep_below)] = (following, a)
             yield first, ray.get(done)
     finally:
         for a in actors:
@@ -147,17 +146,19 @@ def devices(workers: int = 0) -> tuple[int, str]:
 
 
 class _Actor:
-    """What runs in a Ray actor: the source and the extractors, opened once."""
+    """What runs in a Ray actor: the source and the extractors, opened once and, after a restart, once more."""
 
-    def __init__(self, shared: list[Any], views: Sequence[View], device: str, threads: int) -> None:
-        import ray
-
+    def __init__(self, views: Sequence[View], device: str, threads: int) -> None:
         torch.set_num_threads(threads)
-        # In a list, since Ray warns that an argument in its object store could be lost before a restart.
-        self.source: Source = ray.get(shared[0])
+        self.source: Source | None = None
         self.featurise = Featuriser(views, device)
 
-    def run(self, first: int, last: int, keep_images: bool) -> Columns:
+    def run(self, shared: list[Any], first: int, last: int, keep_images: bool) -> Columns:
+        """shared: the source's reference in a list, which Ray leaves unopened."""
+        import ray
+
+        if self.source is None:
+            self.source = ray.get(shared[0])
         return self.featurise(self.source, first, last, keep_images)
 
 

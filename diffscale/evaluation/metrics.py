@@ -86,7 +86,7 @@ def measure(
     metric: Metric, view: View, generated: Spool, reference: Reference, heldout: Reference | None = None,
     rows: NDArray | None = None, label: int | None = None,
 ) -> list[Measurement]:  # fmt: skip
-    """The metric's value, with its interval and warnings; `kid` and `is` give a second row, `<name>_std`.
+    """The metric's value with its interval and warnings; `kid` and `is` give a second row, `<name>_std`.
 
     rows, label: compare one class only, the samples at these rows with reference images of that label.
     """
@@ -123,7 +123,7 @@ def measure(
         warning=_warnings(metric, features.shape[1], n, n_reference, reference),
     )  # fmt: skip
     out = [made]
-    if spread is not None:
+    if spread is not None and label is None:
         out.append(Measurement(**made.fields() | {"metric": f"{name}_std", "value": spread, "value_heldout": None}))
     return out
 
