@@ -1,0 +1,233 @@
+"""Training steps per second against peers, side by side: `python -m benchmarks.throughput.training_step unet-small`.
+
+Two processes on one machine, ours and the peer's, take turns: forward, backward and optimizer on a batch of the same
+shape with the same AdamW. Ours runs as a run would choose by itself (diffscale.training.numerics); the peer runs in the
+best of {fp32, bf16} × {eager, compile} × {contiguous, channels-last}, measured first. The ratio of achieved FLOP/s is
+the median over the pairs with a bootstrap 95 % interval. Rows go to benchmarks/results/throughput/training_step.csv.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import platform
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+import torch.multiprocessing as multiprocessing
+import typer
+
+from benchmarks.throughput.contenders import RACES, training_flops
+from diffscale.compute import matmul_rate
+from diffscale.training.numerics import Numerics, choose_numerics
+
+RESULTS = Path(__file__).parents[1] / "results" / "throughput" / "training_step.csv"
+_PRECISIONS: tuple[Literal["bf16", "fp32"], ...] = ("bf16", "fp32")
+MODES = [
+    Numerics(p, last, compiled) for p, last, compiled in itertools.product(_PRECISIONS, (False, True), (False, True))
+]
+
+
+@dataclass(frozen=True)
+class Automatic:
+    """What a run asks for by default."""
+
+    precision: Literal["bf16", "fp16", "tf32", "fp32"] = "bf16"
+    channels_last: bool | Literal["auto"] = "auto"
+    compile: bool | Literal["auto"] = "auto"
+
+
+class Stepper:
+    """A network, its optimizer and one batch on a device; `seconds(n)` is what n training steps take."""
+
+    def __init__(self, race: str, side: str, device: str, numerics: Numerics | None, compiled: bool | None) -> None:
+        torch.manual_seed(0)
+        entry, self.device = RACES[race], torch.device(device)
+        network = (entry.ours if side == "ours" else entry.theirs)().to(self.device)
+        images = torch.randn(entry.batch, 3, entry.side, entry.side, device=self.device)
+        if numerics is None:
+            asked = Automatic(compile="auto" if compiled is None else compiled)
+            numerics = choose_numerics(_Pair(network), images, self.device, asked)
+        self.numerics = numerics
+        self.network = numerics.prepare(network).train()
+        self.images = numerics.order(images)
+        self.noise = torch.linspace(0.01, 0.99, entry.batch, device=self.device)
+        self.optimizer = torch.optim.AdamW(network.parameters(), lr=1e-5, fused=True)
+
+    def step(self) -> None:
+        with self.numerics.autocast(self.device):
+            prediction = self.network(self.images, self.noise)
+        (prediction.float() - self.images).square().mean().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def seconds(self, steps: int) -> float:
+        self._wait()
+        started = time.perf_counter()
+        for _ in range(steps):
+            self.step()
+        self._wait()
+        return time.perf_counter() - started
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+class _Pair(torch.nn.Module):
+    """A contender behind the call that choose_numerics makes."""
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return self.network(images, noise), None
+
+
+def worker(pipe: Any, race: str, side: str, device: str, threads: int, mode: Numerics | None, compiled: bool | None):
+    """Answer each number n on the pipe with the seconds of n steps; first send the numerics and the matmul ceiling."""
+    torch.set_num_threads(threads)
+    if device == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+    stepper = Stepper(race, side, device, mode, compiled)
+    first = stepper.seconds(1)
+    stepper.seconds(2)
+    pipe.send((stepper.numerics, first, matmul_rate(torch.device(device), stepper.numerics.precision)))
+    while (steps := pipe.recv()) is not None:
+        pipe.send(stepper.seconds(steps))
+
+
+class Contender:
+    """A worker process, asleep but for when it is asked to step."""
+
+    def __init__(self, race: str, side: str, device: str, threads: int, mode: Numerics | None, compiled: bool | None):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        arguments = (theirs, race, side, device, threads, mode, compiled)
+        self.process = context.Process(target=worker, args=arguments, daemon=True)
+        self.process.start()
+        theirs.close()
+        self.numerics, self.first, self.ceiling = self.pipe.recv()
+
+    def seconds(self, steps: int) -> float:
+        self.pipe.send(steps)
+        return self.pipe.recv()
+
+    def close(self) -> None:
+        self.pipe.send(None)
+        self.process.join()
+
+
+def best_mode(race: str, device: str, threads: int, modes: list[Numerics]) -> Numerics:
+    """The peer's fastest mode: median of five steps, each mode in a process of its own."""
+    found: dict[Numerics, float] = {}
+    for mode in modes:
+        contender = Contender(race, "peer", device, threads, mode, None)
+        found[mode] = statistics.median(contender.seconds(1) for _ in range(5))
+        contender.close()
+        typer.echo(
+            f"  peer {mode.precision} compile={mode.compile} channels_last={mode.channels_last}: {found[mode]:.3f} s"
+        )
+    return min(found, key=found.__getitem__)
+
+
+def interval(ratios: np.ndarray, draws: int = 10_000) -> tuple[float, float]:
+    """Bootstrap 95 % interval of the median."""
+    rows = np.random.default_rng(0).integers(0, len(ratios), (draws, len(ratios)))
+    low, high = np.percentile(np.median(ratios[rows], axis=1), (2.5, 97.5))
+    return float(low), float(high)
+
+
+def run_race(race: str, device: str, threads: int, pairs: int, mode: Numerics, compiled: bool | None) -> list[dict]:
+    """Alternate `pairs` times and return the two rows, ours with the ratio."""
+    entry, sides = RACES[race], ("ours", "peer")
+    contenders = {
+        "ours": Contender(race, "ours", device, threads, None, compiled),
+        "peer": Contender(race, "peer", device, threads, mode, compiled),
+    }
+    counts = {"ours": training_flops(entry.ours, entry.side), "peer": training_flops(entry.theirs, entry.side)}
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
+    for pair in range(pairs):
+        for side in sides if pair % 2 else reversed(sides):
+            seconds[side].append(contenders[side].seconds(1))
+    rates = {side: entry.batch * counts[side][1] / np.array(seconds[side]) for side in sides}
+    ratios = rates["ours"] / rates["peer"]
+    low, high = interval(ratios)
+    rows = []
+    for side in sides:
+        contender = contenders[side]
+        row: dict[str, Any] = {"race": race, "side": side, "network": "diffscale" if side == "ours" else entry.peer}
+        row |= {"device": torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} × {threads}"}
+        row |= {"torch": torch.__version__, "batch": entry.batch, "pairs": pairs, "parameters": counts[side][0]}
+        row |= {"train_flops_per_image": f"{counts[side][1]:.6g}", "precision": contender.numerics.precision}
+        row |= {"compile": contender.numerics.compile, "channels_last": contender.numerics.channels_last}
+        spread = np.percentile(entry.batch / np.array(seconds[side]), (25, 50, 75))
+        row |= {"images_per_s": f"{spread[1]:.4g}", "images_per_s_q1": f"{spread[0]:.4g}"}
+        row |= {"images_per_s_q3": f"{spread[2]:.4g}", "flop_per_s": f"{np.median(rates[side]):.4g}"}
+        row |= {
+            "matmul_ceiling": f"{contender.ceiling:.4g}",
+            "mfu": f"{np.median(rates[side]) / contender.ceiling:.3f}",
+        }
+        row |= {"first_step_s": f"{contender.first:.2f}"}
+        mine = side == "ours"
+        row |= {"ratio": f"{np.median(ratios):.3f}" if mine else "", "ratio_low": f"{low:.3f}" if mine else ""}
+        row |= {"ratio_high": f"{high:.3f}" if mine else ""}
+        rows.append(row)
+        contender.close()
+    return rows
+
+
+def write(rows: list[dict], path: Path) -> None:
+    """Add the rows to the CSV in the place of older ones of the same race, side, device and compile setting."""
+
+    def key(row: dict) -> tuple[str, ...]:
+        return tuple(str(row[k]) for k in ("race", "side", "device", "compile"))
+
+    kept: list[dict] = []
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            kept = [row for row in csv.DictReader(file) if key(row) not in {key(r) for r in rows}]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(sorted(kept + rows, key=lambda row: (row["race"], row["device"], row["side"])))
+
+
+def main(
+    races: Annotated[list[str], typer.Argument(help="names in contenders.RACES")],
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    threads: Annotated[int, typer.Option(help="CPU threads of each process")] = torch.get_num_threads(),
+    pairs: Annotated[int, typer.Option(help="alternating pairs of steps")] = 21,
+    peer_mode: Annotated[str, typer.Option(help="precision,compile,channels_last found before, as bf16,0,1")] = "",
+    peer_compile: Annotated[bool, typer.Option(help="also try torch.compile on the peer")] = True,
+    compiled: Annotated[bool | None, typer.Option("--compile/--eager", help="one setting for both")] = None,
+    out: Annotated[Path, typer.Option(help="CSV to add to")] = RESULTS,
+) -> None:
+    """Race our networks against their peers and write what was measured."""
+    for race in races:
+        if race not in RACES:
+            raise typer.BadParameter(f"{race}: expected one of {', '.join(RACES)}")
+        modes = [m for m in MODES if (peer_compile or not m.compile) and compiled in (None, m.compile)]
+        if peer_mode:
+            precision, compile_, last = peer_mode.split(",")
+            modes = [Numerics(precision, channels_last=last == "1", compile=compile_ == "1")]  # type: ignore[arg-type]
+        mode = modes[0] if len(modes) == 1 else best_mode(race, device, threads, modes)
+        rows = run_race(race, device, threads, pairs, mode, compiled)
+        write(rows, out)
+        for row in rows:
+            typer.echo(
+                {k: row[k] for k in ("race", "side", "precision", "compile", "channels_last", "images_per_s", "mfu")}
+            )
+        typer.echo(f"{race}: {rows[0]['ratio']} × [{rows[0]['ratio_low']}, {rows[0]['ratio_high']}]")
+
+
+if __name__ == "__main__":
+    typer.run(main)
