@@ -98,7 +98,7 @@ class JiT(nn.Module):
         self.embed_patches = nn.Conv2d(channels, bottleneck, self.patch, stride=self.patch, bias=False)
         self.widen = nn.Conv2d(bottleneck, width, 1)
         self.positions = nn.Parameter(sincos_positions(side, side, width, self.native), requires_grad=False)
-        self.context = nn.Parameter(torch.randn(context_tokens, width) * 0.02)
+        self.context = nn.Parameter(torch.randn(context_tokens, width) * 0.02) if context_tokens else None
         middle = range(depth // 4, depth // 4 * 3)
         self.blocks = nn.ModuleList(
             JiTBlock(width, num_heads, mlp_ratio, dropout if index in middle else 0.0) for index in range(depth)
@@ -134,22 +134,24 @@ class JiT(nn.Module):
         batch, device = len(logsnr), x_in.device
         with without_autocast(device):
             condition = self.embed_noise(torch.sigmoid(logsnr.float() / 2))  # its t: α of the linear interpolant
-            context = self.context.expand(batch, -1, -1)
+            context = None if self.context is None else self.context.expand(batch, -1, -1)
             if self.embed_label is not None:
                 classes = self.embed_label(label, batch)
-                condition, context = condition + classes, context + classes[:, None]
+                condition = condition + classes
+                context = None if context is None else context + classes[:, None]
             condition = F.silu(condition)
         patches = self.widen(self.embed_patches(pad_to_multiple(x_in, self.patch)))
         grid = patches.shape[2], patches.shape[3]
         x = to_tokens(patches) + self.grid_positions(*grid)
         angles = rotary_angles(*grid, self.head_width, self.native).to(device)
         for index, block in enumerate(self.blocks):
-            if index == self.context_start:
+            if index == self.context_start and context is not None:
                 x = torch.cat([context, x], dim=1)
                 angles = F.pad(angles, (0, 0, context.shape[1], 0))
             x = run_block(self.checkpointed, block, x, condition, angles.cos(), angles.sin())
         shift, scale = self.modulation(condition).chunk(2, dim=-1)
-        x = modulate(rms_normalise(x[:, context.shape[1] :], self.out_gain), shift, scale)
+        patches_only = x[:, -grid[0] * grid[1] :]
+        x = modulate(rms_normalise(patches_only, self.out_gain), shift, scale)
         return unpatchify(self.head(x), *grid, self.patch)[:, :, :height, :width].to(x_in.dtype), None
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
@@ -162,4 +164,5 @@ class JiT(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters with two dimensions or more that are not to decay: positions, context, class vectors."""
-        return {"positions", "context"} | ({"embed_label.weight"} if self.embed_label is not None else set())
+        names = {"positions", "context", "embed_label.weight"}
+        return names & {name for name, _ in self.named_parameters()}

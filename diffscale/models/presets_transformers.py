@@ -1,7 +1,7 @@
 """Published configurations of UViT, RIN and the transformers, and tiny ones for a CPU. Settings not named are defaults.
 
-`channels` and `num_classes` are not part of a preset: they come from the data (DiT's published sizes take latents of
-4 channels and 1000 classes).
+DiT, JiT, rin-cifar10, rin-imagenet64 and hdit-* are the authors' released configurations. The papers give those of
+UViT (two billion parameters, arXiv 2301.11093) and of RIN at 128 and 256 pixels (arXiv 2212.11972) without code.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ def _dit(size: str, patch_size: int) -> Preset:
         "name": "dit",
         "resolution": 32,
         "channels": 4,
+        "num_classes": 1000,
         "patch_size": patch_size,
         "width": width,
         "depth": depth,
@@ -36,6 +37,7 @@ def _jit(size: str, patch_size: int, resolution: int) -> Preset:
     return {
         "name": "jit",
         "resolution": resolution,
+        "num_classes": 1000,
         "patch_size": patch_size,
         "width": width,
         "depth": depth,
@@ -48,6 +50,7 @@ def _jit(size: str, patch_size: int, resolution: int) -> Preset:
 _HDIT = {"name": "hdit", "patch_size": 4, "augment_dim": 9}
 _RIN_IMAGENET = {
     "name": "rin",
+    "num_classes": 1000,
     "interface_width": 512,
     "interface_mlp_ratio": 4,
     "latents": 128,
@@ -59,6 +62,7 @@ _RIN_IMAGENET = {
 }
 _UVIT_2B = {
     "name": "uvit",
+    "num_classes": 1000,
     "conv_widths": (128, 256, 512),
     "width": 2048,
     "depth": 36,
@@ -92,7 +96,14 @@ TRANSFORMER_PRESETS: dict[str, Preset] = {
     },
     "dit-tiny": {"name": "dit", "resolution": 32, "patch_size": 4, "width": 192, "depth": 5, "num_heads": 6},
     "uvit-cifar10": {"name": "uvit", "resolution": 32, "dropout": 0.1},
-    "rin-cifar10": {"name": "rin", "resolution": 32, "patch_size": 2, "dropout": 0.1, "drop_path": 0.1},
+    "rin-cifar10": {
+        "name": "rin",
+        "resolution": 32,
+        "num_classes": 10,
+        "patch_size": 2,
+        "dropout": 0.1,
+        "drop_path": 0.1,
+    },
     "rin-imagenet64": _RIN_IMAGENET | {"resolution": 64, "patch_size": 8},
     "rin-imagenet128": _RIN_IMAGENET | {"resolution": 128, "patch_size": 4, "latent_width": 1024, "num_blocks": 6},
     "rin-imagenet256": _RIN_IMAGENET
@@ -123,7 +134,7 @@ TRANSFORMER_PRESETS: dict[str, Preset] = {
         "mapping_width": 128,
         "mapping_depth": 1,
     },
-    "hdit-imagenet128": _HDIT | {"resolution": 128, "widths": (384, 768), "depths": (2, 11)},
+    "hdit-imagenet128": _HDIT | {"resolution": 128, "num_classes": 1000, "widths": (384, 768), "depths": (2, 11)},
     "hdit-flowers256": _HDIT | {"resolution": 256, "widths": (128, 256, 512), "depths": (2, 2, 4)},
     "hdit-imagenet256": _HDIT | {"resolution": 256, "widths": (384, 768, 1536), "depths": (2, 2, 16)},
     **{f"dit-{size}-{patch}": _dit(size, patch) for size in _DIT for patch in (2, 4, 8)},
