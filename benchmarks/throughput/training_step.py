@@ -12,8 +12,6 @@ import csv
 import itertools
 import platform
 import statistics
-import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,8 +21,9 @@ import torch.multiprocessing as multiprocessing
 import typer
 
 from benchmarks.throughput.contenders import RACES, training_flops
+from benchmarks.throughput.stepper import Automatic, Stepper
 from diffscale.compute import matmul_rate
-from diffscale.training.numerics import Numerics, choose_numerics
+from diffscale.training.numerics import Numerics
 
 RESULTS = Path(__file__).parents[1] / "results" / "throughput" / "training_step.csv"
 _PRECISIONS: tuple[Literal["bf16", "fp32"], ...] = ("bf16", "fp32")
@@ -33,70 +32,15 @@ MODES = [
 ]
 
 
-@dataclass(frozen=True)
-class Automatic:
-    """What a run asks for by default."""
-
-    precision: Literal["bf16", "fp16", "tf32", "fp32"] = "bf16"
-    channels_last: bool | Literal["auto"] = "auto"
-    compile: bool | Literal["auto"] = "auto"
-
-
-class Stepper:
-    """A network, its optimizer and one batch on a device; `seconds(n)` is what n training steps take."""
-
-    def __init__(self, race: str, side: str, device: str, numerics: Numerics | None, compiled: bool | None) -> None:
-        torch.manual_seed(0)
-        entry, self.device = RACES[race], torch.device(device)
-        network = (entry.ours if side == "ours" else entry.theirs)().to(self.device)
-        images = torch.randn(entry.batch, 3, entry.side, entry.side, device=self.device)
-        if numerics is None:
-            asked = Automatic(compile="auto" if compiled is None else compiled)
-            numerics = choose_numerics(_Pair(network), images, self.device, asked)
-        self.numerics = numerics
-        self.network = numerics.prepare(network).train()
-        self.images = numerics.order(images)
-        self.noise = torch.linspace(0.01, 0.99, entry.batch, device=self.device)
-        self.optimizer = torch.optim.AdamW(network.parameters(), lr=1e-5, fused=True)
-
-    def step(self) -> None:
-        with self.numerics.autocast(self.device):
-            prediction = self.network(self.images, self.noise)
-        (prediction.float() - self.images).square().mean().backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def seconds(self, steps: int) -> float:
-        self._wait()
-        started = time.perf_counter()
-        for _ in range(steps):
-            self.step()
-        self._wait()
-        return time.perf_counter() - started
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-
-class _Pair(torch.nn.Module):
-    """A contender behind the call that choose_numerics makes."""
-
-    def __init__(self, network: torch.nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return self.network(images, noise), None
-
-
 def worker(pipe: Any, race: str, side: str, device: str, threads: int, mode: Numerics | None, compiled: bool | None):
     """Answer each number n on the pipe with the seconds of n steps; first send the numerics and the matmul ceiling."""
     torch.set_num_threads(threads)
     if device == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
-    stepper = Stepper(race, side, device, mode, compiled)
+    entry, asked = RACES[race], Automatic(compile="auto" if compiled is None else compiled)
+    build = entry.ours if side == "ours" else entry.theirs
+    stepper = Stepper(build, entry.side, entry.batch, device, mode, asked)
     first = stepper.seconds(1)
     stepper.seconds(2)
     pipe.send((stepper.numerics, first, matmul_rate(torch.device(device), stepper.numerics.precision)))

@@ -1,0 +1,78 @@
+"""One network, its optimizer and one batch, to be stepped and timed: what the throughput benchmarks share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from diffscale.training.numerics import Numerics, choose_numerics
+
+
+@dataclass(frozen=True)
+class Automatic:
+    """What a run asks for by default."""
+
+    precision: Literal["bf16", "fp16", "tf32", "fp32"] = "bf16"
+    channels_last: bool | Literal["auto"] = "auto"
+    compile: bool | Literal["auto"] = "auto"
+
+
+class Stepper:
+    """`seconds(n)` is what n training steps take; `numerics` how they are computed: given, or chosen as a run would.
+
+    build: gives a network (images (B, 3, S, S), noise level (B,)) → prediction.
+    """
+
+    def __init__(
+        self,
+        build: Callable[[], nn.Module],
+        side: int,
+        batch: int,
+        device: str,
+        numerics: Numerics | None = None,
+        asked: Automatic | None = None,
+    ) -> None:
+        torch.manual_seed(0)
+        self.device = torch.device(device)
+        self.network = build().to(self.device)
+        images = torch.randn(batch, 3, side, side, device=self.device)
+        self.numerics = numerics or choose_numerics(_Pair(self.network), images, self.device, asked or Automatic())
+        self.numerics.prepare(self.network).train()
+        self.images = self.numerics.order(images)
+        self.noise = torch.linspace(0.01, 0.99, batch, device=self.device)
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=1e-5, fused=True)
+
+    def step(self) -> None:
+        with self.numerics.autocast(self.device):
+            prediction = self.network(self.images, self.noise)
+        (prediction.float() - self.images).square().mean().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def seconds(self, steps: int) -> float:
+        self._wait()
+        started = time.perf_counter()
+        for _ in range(steps):
+            self.step()
+        self._wait()
+        return time.perf_counter() - started
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+class _Pair(torch.nn.Module):
+    """A contender behind the call that choose_numerics makes."""
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return self.network(images, noise), None
