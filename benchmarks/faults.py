@@ -7,6 +7,7 @@ weights are those of the calm run. Rows go to benchmarks/results/faults.csv; a f
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -20,9 +21,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import yaml
 
 from benchmarks.namespaces import Network, network, unavailable, wait_for
 from diffscale.provenance import source
@@ -40,6 +42,7 @@ SMALL = [
     f"train.log_every_images={BATCH}", f"train.checkpoint.every_images={BATCH * CHECKPOINT_STEPS}",
     "train.compile=false", "train.channels_last=false", "optim.lr=2e-4", "train.trackers=[]",
 ]  # fmt: skip
+SWEEP = ["train.workers=1", "eval.n_generated=16", "eval.points=[1.0]", "eval.grid_images=0"]
 
 
 @dataclass(frozen=True)
@@ -53,58 +56,59 @@ class Row:
     images: int  # of the whole run
     outcome: str  # weights identical, or how the loss compares
     seconds: float  # of the whole run, with the fault
+    load: float  # of the machine over five minutes; more than its cores means that others worked on it too
     machine: str
     commit: str
     date: str
 
 
-class Run:
-    """A training run as a process on the head node, watched through its metrics.jsonl."""
+class Program:
+    """`diffscale.train` or `diffscale.tune` as a process on the head node, watched through its runs' metrics.jsonl."""
 
-    def __init__(self, net: Network, storage: Path, name: str, *settings: str) -> None:
-        self.net, self.storage, self.name = net, storage, name
+    def __init__(self, net: Network, storage: Path, name: str, kind: str, workers: str = "2") -> None:
+        self.net, self.storage, self.name, self.kind = net, storage, name, kind
         self.log = net.folder / f"{name}.log"
-        self.settings = [f"storage={storage}", f"name={name}", *SMALL, *settings]
+        settings = [f"storage={storage}", *SMALL]
+        if kind == "train":
+            self.command = ["quickstart-unet", *settings, f"name={name}", f"train.workers={workers}"]
+        else:
+            file = net.folder / f"{name}.yaml"
+            overrides = dict(item.split("=", 1) for item in [*settings, *SWEEP])
+            sweep = {
+                "name": name, "base": "quickstart-unet", "space": {"optim.lr": [1e-4, 2e-4]}, "max_concurrent": 2,
+                "overrides": {key: yaml.safe_load(value) for key, value in overrides.items()},
+                "budget": {"trial": {"images": BATCH * STEPS}},
+            }  # fmt: skip
+            file.write_text(yaml.safe_dump(sweep))
+            self.command = [str(file)]
         self.started = time.time()
         self.launch()
 
     def launch(self) -> None:
-        command = [sys.executable, "-m", "diffscale.train", "quickstart-unet", *self.settings]
-        self.process = self.net.head.popen(*command, log=self.log)
+        module = "diffscale.train" if self.kind == "train" else "diffscale.tune"
+        self.process = self.net.head.popen(sys.executable, "-m", module, *self.command, log=self.log)
 
-    @property
-    def folder(self) -> Path:
-        return self.place(self.storage, self.name)
+    def folders(self) -> dict[str, Path]:
+        """run_id -> folder of each run."""
+        return {path.name[-16:]: path for path in run_folders(self.storage, self.name)}
 
-    @staticmethod
-    def place(storage: Path, name: str) -> Path:
-        """The run's folder; its name ends with the run's hash of 16 digits."""
-        found = sorted((storage / "runs").glob(f"{name}-{'[0-9a-f]' * 16}"))
-        return found[0] if found else storage / "runs" / name
+    def steps(self) -> dict[str, list[tuple[int, float]]]:
+        """run_id -> (images seen, time) of each step that is in its history."""
+        return {
+            run_id: [(r["images_seen"], r["time"]) for r in rows(folder)] for run_id, folder in self.folders().items()
+        }
 
-    def history(self) -> list[tuple[int, float]]:
-        """(images seen, time) of each step that is in the history."""
-        try:
-            lines = (self.folder / "metrics.jsonl").read_text().splitlines()
-        except OSError:
-            return []
-        rows = []
-        for line in lines:
-            try:
-                row = json.loads(line)
-                rows.append((int(row["images_seen"]), float(row["time"])))
-            except (ValueError, KeyError):
-                continue
-        return rows
-
-    def images(self) -> int:
-        return self.history()[-1][0] if self.history() else 0
+    def images(self) -> dict[str, int]:
+        return {run_id: steps[-1][0] for run_id, steps in self.steps().items() if steps}
 
     def wait_for_step(self, step: int) -> None:
+        """Until every run has come so far."""
+
         def reached() -> bool:
             if self.process.poll() is not None:
-                raise RuntimeError(f"the run ended early:\n{self.log.read_text()[-3000:]}")
-            return self.images() >= step * BATCH
+                raise RuntimeError(f"the program ended early:\n{self.log.read_text()[-3000:]}")
+            images = self.images()
+            return len(images) == (1 if self.kind == "train" else 2) and min(images.values()) >= step * BATCH
 
         wait_for(reached, LIMIT, f"step {step}", every=0.1)
 
@@ -113,15 +117,28 @@ class Run:
         if code:
             raise RuntimeError(f"exit code {code}:\n{self.log.read_text()[-3000:]}")
 
-    def weights(self) -> bytes:
-        """The final weights."""
-        last = sorted((self.folder / "checkpoints").glob("images-*"))[-1]
-        assert last.name == f"images-{BATCH * STEPS:09d}", last
-        return (last / "model.safetensors").read_bytes()
+    def weights(self) -> dict[str, bytes]:
+        """run_id -> the file of the final weights."""
+        last = f"checkpoints/images-{BATCH * STEPS:09d}/model.safetensors"
+        return {run_id: (folder / last).read_bytes() for run_id, folder in self.folders().items()}
 
-    def losses(self) -> dict[int, float]:
-        lines = (self.folder / "metrics.jsonl").read_text().splitlines()
-        return {row["images_seen"]: row["loss"] for row in map(json.loads, lines)}
+    def losses(self) -> dict[tuple[str, int], float]:
+        return {(i, row["images_seen"]): row["loss"] for i, folder in self.folders().items() for row in rows(folder)}
+
+
+def run_folders(storage: Path, name: str) -> list[Path]:
+    """A run's folder ends with its hash of 16 digits."""
+    return sorted((storage / "runs").glob(f"{name}-{'[0-9a-f]' * 16}"))
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """Whole lines of metrics.jsonl."""
+    out = []
+    with contextlib.suppress(OSError):
+        for line in (folder / "metrics.jsonl").read_text().splitlines():
+            with contextlib.suppress(ValueError):
+                out.append(json.loads(line))
+    return out
 
 
 @dataclass(frozen=True)
@@ -129,30 +146,30 @@ class Fault:
     """`do` harms the cluster while the run is going on and may wait in between; the clock starts before it."""
 
     name: str
-    do: Callable[[Network, Run], None]
+    do: Callable[[Network, Program], None]
     worker_nodes: int = 3  # one more than the run needs
     workers: str = "2"
     elastic: bool = False
 
 
-def kill_worker(net: Network, run: Run) -> None:
+def kill_worker(net: Network, run: Program) -> None:
     victim = next(n for n in net.nodes[1:] if n.find(WORKER))
     os.kill(victim.find(WORKER)[0], signal.SIGKILL)
 
 
-def kill_node(net: Network, run: Run) -> None:
+def kill_node(net: Network, run: Program) -> None:
     next(n for n in net.nodes[1:] if n.find(WORKER)).kill()
 
 
-def node_comes_back(net: Network, run: Run) -> None:
+def node_comes_back(net: Network, run: Program) -> None:
     victim = next(n for n in net.nodes[1:] if n.find(WORKER))
     victim.kill()
     time.sleep(5)
     victim.start()
 
 
-def cut(seconds: float) -> Callable[[Network, Run], None]:
-    def do(net: Network, run: Run) -> None:
+def cut(seconds: float) -> Callable[[Network, Program], None]:
+    def do(net: Network, run: Program) -> None:
         victim = next(n for n in net.nodes[1:] if n.find(WORKER))
         victim.unplug()
         time.sleep(seconds)
@@ -161,14 +178,14 @@ def cut(seconds: float) -> Callable[[Network, Run], None]:
     return do
 
 
-def slow_node(net: Network, run: Run) -> None:
+def slow_node(net: Network, run: Program) -> None:
     victim = next(n for n in net.nodes[1:] if n.find(WORKER))
     victim.slow("4mbit")
     time.sleep(20)
     victim.fast()
 
 
-def restart_cluster(net: Network, run: Run) -> None:
+def restart_cluster(net: Network, run: Program) -> None:
     """The head dies, and with it the driver; the nodes are started again and the same command is given again."""
     net.head.kill()
     run.process.wait(60)
@@ -191,48 +208,52 @@ FAULTS = [
 ]
 
 
-def measure(fault: Fault, storage: Path, calm: Run | None) -> Row:
-    """One run with its fault. Raises RuntimeError when the run does not survive."""
+def measure(fault: Fault, kind: str, storage: Path, calm: Program | None) -> Row:
+    """One program with its fault. Raises RuntimeError when it does not survive."""
+    name = kind + "-" + "".join(c if c.isalnum() else "-" for c in fault.name).strip("-")[:40]
+    for old in run_folders(storage, name):
+        shutil.rmtree(old)
     with network(1 + fault.worker_nodes, cpus=[0] + [1] * fault.worker_nodes) as net:
-        name = "".join(c if c.isalnum() else "-" for c in fault.name).strip("-")[:40]
-        shutil.rmtree(Run.place(storage, name), ignore_errors=True)
-        run = Run(net, storage, name, f"train.workers={fault.workers}")
+        run = Program(net, storage, name, kind, fault.workers)
         run.wait_for_step(FAULT_AT)
-        before = run.images()
-        at = time.time()
+        before, at = run.images(), time.time()
         fault.do(net, run)
         run.finish()
-        gap, first = longest_gap(run.history(), at)
-        lost = max(before - first + BATCH, 0)
+        pauses = {run_id: longest_pause(steps, at) for run_id, steps in run.steps().items()}
+        recovery, _ = max(pauses.values())
+        lost = sum(max(before[run_id] - first + BATCH, 0) for run_id, (_, first) in pauses.items())
         return Row(
-            fault=fault.name, program="train", workers=fault.workers, recovery_seconds=round(gap, 1), lost_images=lost,
-            checkpoint_every_images=BATCH * CHECKPOINT_STEPS, images=BATCH * STEPS, outcome=compare(run, calm),
-            seconds=round(time.time() - run.started, 1), machine=f"{os.cpu_count()} CPU cores, {platform.machine()}",
+            fault=fault.name, program=kind, workers=fault.workers if kind == "train" else "2 trials x 1",
+            recovery_seconds=round(recovery, 1), lost_images=lost, checkpoint_every_images=BATCH * CHECKPOINT_STEPS,
+            images=BATCH * STEPS, outcome=compare(run, calm), seconds=round(time.time() - run.started, 1),
+            load=round(os.getloadavg()[1], 1), machine=f"{os.cpu_count()} CPU cores, {platform.machine()}",
             commit=source().commit[:12], date=datetime.now(UTC).strftime("%Y-%m-%d"),
         )  # fmt: skip
 
 
-def longest_gap(history: list[tuple[int, float]], at: float) -> tuple[float, int]:
+def longest_pause(steps: list[tuple[int, float]], at: float) -> tuple[float, int]:
     """(seconds from the fault to the first step after the longest pause that follows it, images seen at that step)."""
-    times = [(images, t) for images, t in history if t >= at]
-    if not times:
+    after = [(images, t) for images, t in steps if t >= at]
+    if not after:
         raise RuntimeError("no step after the fault")
     pauses, previous = [], at
-    for images, t in times:
+    for images, t in after:
         pauses.append((t - previous, t - at, images))
         previous = t
     _, since, images = max(pauses)
     return since, images
 
 
-def compare(run: Run, calm: Run | None) -> str:
-    if calm is None or run is calm:
-        return "reference"
-    if run.weights() == calm.weights():
+def compare(run: Program, calm: Program | None) -> str:
+    if calm is None:
+        return "not compared"
+    ours, theirs = run.weights(), calm.weights()
+    if ours == theirs:
         return "weights identical to the calm run"
-    ours, theirs = run.losses(), calm.losses()
-    common = sorted(set(ours) & set(theirs))
-    worst = max(abs(ours[i] - theirs[i]) / max(abs(theirs[i]), 1e-12) for i in common)
+    if set(ours) != set(theirs):
+        raise RuntimeError(f"other runs than in the calm program: {set(ours) ^ set(theirs)}")
+    a, b = run.losses(), calm.losses()
+    worst = max(abs(a[i] - b[i]) / max(abs(b[i]), 1e-12) for i in set(a) & set(b))
     return f"loss within {worst:.1e} of the calm run, relative, at every step"
 
 
@@ -249,30 +270,35 @@ def save(row: Row) -> None:
         writer.writerows(rows.values())
 
 
-def calm_run(storage: Path) -> Run:
+def calm_program(kind: str, storage: Path) -> Program:
+    """The program without a fault; one that is in the storage already is used again."""
     with network(3, cpus=[0, 1, 1]) as net:
-        run = Run(net, storage, "calm", "train.workers=2")
+        run = Program(net, storage, f"calm-{kind}", kind)
         run.finish()
         return run
 
 
 def main(
     names: Annotated[list[str] | None, typer.Argument(help="parts of the names of faults; default all")] = None,
+    program: Annotated[str, typer.Option(help="train or sweep")] = "train",
+    storage: Annotated[Path | None, typer.Option(help="kept, so that a later call uses its calm run")] = None,
 ) -> None:
-    """Do each fault to a run and write what it cost."""
+    """Do each fault to a program and write what it cost."""
     if reason := unavailable():
         raise SystemExit(f"not measured: {reason}")
-    chosen = [f for f in FAULTS if not names or any(n in f.name for n in names)]
-    storage = Path(tempfile.mkdtemp(prefix="dsf-", dir="/tmp"))
+    place = storage or Path(tempfile.mkdtemp(prefix="dsf-", dir="/tmp"))
     try:
-        calm = calm_run(storage)
-        print(f"calm run: {time.time() - calm.started:.0f} s", flush=True)
-        for fault in chosen:
-            row = measure(fault, storage, calm)
+        calm = calm_program(program, place)
+        print(f"calm: {time.time() - calm.started:.0f} s", flush=True)
+        for fault in FAULTS:
+            if (names and not any(n in fault.name for n in names)) or (fault.elastic and program == "sweep"):
+                continue
+            row = measure(fault, program, place, calm)
             save(row)
             print(f"{row.fault}: {row.recovery_seconds} s, {row.lost_images} images again, {row.outcome}", flush=True)
     finally:
-        shutil.rmtree(storage, ignore_errors=True)
+        if storage is None:
+            shutil.rmtree(place, ignore_errors=True)
 
 
 if __name__ == "__main__":
