@@ -45,7 +45,8 @@ class ArraySource:
 def open_arrays(uri: str, work: Path) -> list[ArraySource]:
     """An .npz or .npy, or every one in a folder. In an .npz the images are `images`, `latents`, `x` or `arr_0`, the
     labels `labels`, `y` or `arr_1`, else the first array with 3 or 4 axes and the first with one."""
-    files = [f for f in storage.list_files(uri) if f.endswith((".npz", ".npy"))] or [uri]
+    is_file = uri.endswith((".npz", ".npy"))
+    files = [uri] if is_file else [f for f in storage.list_files(uri) if f.endswith((".npz", ".npy"))]
     found = [_open_one(file, work / f"array-{i:05d}") for i, file in enumerate(files)]
     if len({source.latents for source in found}) > 1:
         raise UserError(setting="SOURCE", value=uri, expected="arrays of one dtype and shape in all files")

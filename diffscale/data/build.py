@@ -246,7 +246,7 @@ def _run(
         return {"index": row["index"], "result": json.dumps(work(row))}
 
     data = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-        call, num_cpus=1, compute=TaskPoolStrategy(at_once)
+        call, num_cpus=1, compute=TaskPoolStrategy(min(at_once, len(rows)))
     )
     with _progress(show) as bar:
         task = bar.add_task(title, total=len(rows) + done, completed=done)

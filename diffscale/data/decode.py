@@ -157,7 +157,7 @@ def _from_print(image: Image.Image) -> Image.Image:
 
 
 def fit(image: Image.Image, resolution: int, preparation: Preparation) -> Image.Image:
-    """Crops and resizes to resolution x resolution in one resampling from the original pixels."""
+    """Cuts the middle square and resizes it to resolution x resolution."""
     width, height = image.size
     side = min(width, height)
     if width != height and preparation.crop == "none":
@@ -165,10 +165,11 @@ def fit(image: Image.Image, resolution: int, preparation: Preparation) -> Image.
     if side < resolution and not preparation.upsample:
         raise Unusable(f"it is {width} x {height}, smaller than {resolution}")
     left, top = (width - side) // 2, (height - side) // 2
-    box = (left, top, left + side, top + side)
+    if width != height:  # before resizing: the filter must not see what is cut off
+        image = image.crop((left, top, left + side, top + side))
     if side == resolution:
-        return image if width == height else image.crop(box)
-    return image.resize((resolution, resolution), FILTERS[preparation.filter], box=box, reducing_gap=None)
+        return image
+    return image.resize((resolution, resolution), FILTERS[preparation.filter], reducing_gap=None)
 
 
 def to_array(image: Image.Image) -> NDArray[np.uint8]:

@@ -1,0 +1,429 @@
+"""Builds from every kind of source, with real Ray Data on two CPUs."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from diffscale.data import open_dataset, resolve
+from diffscale.data.build import Settings, build
+from diffscale.data.decode import Preparation
+from diffscale.data.manifest import read_manifest
+from diffscale.data.verify import verify
+from diffscale.errors import UserError
+
+from .helpers import pictures
+
+IMAGES = pictures(24, side=16)
+CLASSES = ["ant", "bee", "cat"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray_on_two_cpus():
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(address="local", num_cpus=2, object_store_memory=100_000_000, include_dashboard=False)
+    yield
+    ray.shutdown()
+
+
+def png(image: np.ndarray, form="PNG", **settings) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(image).save(out, form, **settings)
+    return out.getvalue()
+
+
+def name(i: int) -> str:
+    return f"{CLASSES[i % 3]}/{i:02d}.png"
+
+
+def make_folder(root: Path) -> Path:
+    for i, image in enumerate(IMAGES):
+        (root / name(i)).parent.mkdir(parents=True, exist_ok=True)
+        (root / name(i)).write_bytes(png(image))
+    (root / "notes.txt").write_text("not an image")
+    return root
+
+
+def make_zip(root: Path) -> Path:
+    with zipfile.ZipFile(root / "images.zip", "w") as archive:
+        for i, image in enumerate(IMAGES):
+            archive.writestr(name(i), png(image))
+    return root / "images.zip"
+
+
+def make_edm_zip(root: Path) -> Path:
+    """As EDM's dataset_tool writes it: dataset.json has the labels."""
+    with zipfile.ZipFile(root / "edm.zip", "w") as archive:
+        files = [f"00000/img{i:08d}.png" for i in range(24)]
+        for file, image in zip(files, IMAGES, strict=True):
+            archive.writestr(file, png(image))
+        archive.writestr("dataset.json", json.dumps({"labels": [[file, i % 3] for i, file in enumerate(files)]}))
+    return root / "edm.zip"
+
+
+def add(archive: tarfile.TarFile, file: str, data: bytes) -> None:
+    info = tarfile.TarInfo(file)
+    info.size = len(data)
+    archive.addfile(info, io.BytesIO(data))
+
+
+def make_tar(root: Path, mode="w") -> Path:
+    target = root / ("images.tar.gz" if mode == "w:gz" else "images.tar")
+    with tarfile.open(target, mode) as archive:
+        for i, image in enumerate(IMAGES):
+            add(archive, name(i), png(image))
+    return target
+
+
+def make_webdataset(root: Path) -> Path:
+    for shard in range(2):
+        with tarfile.open(root / f"shard-{shard:03d}.tar", "w") as archive:
+            for i in range(shard * 12, shard * 12 + 12):
+                add(archive, f"{i:05d}.png", png(IMAGES[i]))
+                add(archive, f"{i:05d}.cls", str(i % 3).encode())
+    return root
+
+
+def make_csv(root: Path) -> Path:
+    for i, image in enumerate(IMAGES):
+        (root / f"{i:02d}.png").write_bytes(png(image))
+    (root / "labels.csv").write_text("file,label\n" + "".join(f"{i:02d}.png,{CLASSES[i % 3]}\n" for i in range(24)))
+    return root
+
+
+def hugging_face(kind: str):
+    def make(root: Path) -> Path:
+        from datasets import ClassLabel, Dataset, Features
+        from datasets import Image as ImageFeature
+
+        features = Features({"image": ImageFeature(), "label": ClassLabel(names=CLASSES)})
+        rows = {"image": [{"bytes": png(x), "path": None} for x in IMAGES], "label": [i % 3 for i in range(24)]}
+        data = Dataset.from_dict(rows, features=features)
+        if kind == "arrow":
+            data.save_to_disk(root / "saved", num_shards=2)
+            return root / "saved"
+        (root / "data").mkdir()
+        data.to_parquet(root / "data" / "train-00000-of-00001.parquet", batch_size=7)
+        return root
+
+    return make
+
+
+def make_npz(root: Path) -> Path:
+    np.savez_compressed(root / "images.npz", images=IMAGES, labels=np.arange(24) % 3)
+    return root / "images.npz"
+
+
+def make_npy(root: Path) -> Path:
+    np.save(root / "images.npy", IMAGES)
+    return root / "images.npy"
+
+
+SOURCES = {
+    "folder": make_folder, "zip": make_zip, "edm zip": make_edm_zip, "tar": make_tar,
+    "tar.gz": lambda root: make_tar(root, "w:gz"), "webdataset": make_webdataset, "csv": make_csv,
+    "hugging face arrow": hugging_face("arrow"), "hugging face parquet": hugging_face("parquet"), "npz": make_npz,
+    "npy": make_npy,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def small_units(monkeypatch):
+    """Units of eight images, so that every source is divided."""
+    monkeypatch.setattr("diffscale.data.build.PART", 8 * 16 * 16 * 3)
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_every_source_gives_the_same_pixels_and_classes(tmp_path, kind):
+    (tmp_path / "source").mkdir()
+    source = SOURCES[kind](tmp_path / "source")
+    labels = str(source / "labels.csv") if kind == "csv" else None
+    build(Settings(str(source), str(tmp_path / "out"), (16,), labels=labels), show=False)
+    dataset = open_dataset(str(tmp_path / "out"))
+    pixels, numbers = dataset.gather(np.arange(dataset.n))
+    found = {x.tobytes(): int(y) for x, y in zip(pixels.numpy(), numbers, strict=True)}
+    assert dataset.n == 24
+    assert dataset.lossy is False
+    if kind == "npy":
+        assert dataset.num_classes == 0
+        assert found == {x.tobytes(): 0 for x in IMAGES}
+    else:
+        assert dataset.num_classes == 3
+        assert found == {x.tobytes(): i % 3 for i, x in enumerate(IMAGES)}
+    if kind in ("folder", "zip", "tar", "csv"):
+        assert dataset.class_names == CLASSES
+    assert dataset.mean == pytest.approx(IMAGES.reshape(-1, 3).mean(0).tolist())
+    assert dataset.std == pytest.approx(IMAGES.reshape(-1, 3).std(0).tolist())
+    assert verify(str(tmp_path / "out")) == []
+    assert not [f for f in os.listdir(tmp_path) if "build" in f]
+
+
+def test_cifar10_is_read_from_its_binary_archive_and_its_pickled_one_is_refused(tmp_path):
+    """Records as its page describes them: a label, then the red, green and blue planes."""
+    random = np.random.default_rng(0)
+    records = random.integers(0, 256, (6, 4, 3073), np.uint8)
+    records[:, :, 0] %= 10
+    with tarfile.open(tmp_path / "cifar-10-binary.tar.gz", "w:gz") as archive:
+        for batch, file in zip(records, [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"], strict=True):
+            add(archive, f"cifar-10-batches-bin/{file}.bin", batch.tobytes())
+    build(Settings(str(tmp_path / "cifar-10-binary.tar.gz"), str(tmp_path / "out"), (32,)), show=False)
+    dataset = open_dataset(str(tmp_path / "out"))
+    pixels, labels = dataset.gather(np.arange(20))
+    flat = records[:5].reshape(20, 3073)
+    assert labels.tolist() == flat[:, 0].tolist()
+    assert np.array_equal(pixels.numpy(), flat[:, 1:].reshape(20, 3, 32, 32).transpose(0, 2, 3, 1))
+    assert dataset.heldout.n == 4
+    assert dataset.class_names[3] == "cat"
+    with tarfile.open(tmp_path / "cifar-10-python.tar.gz", "w:gz") as archive:
+        add(archive, "cifar-10-batches-py/test_batch", pickle.dumps({"data": 1}))
+    with pytest.raises(UserError, match=r"cifar-10-binary\.tar\.gz"):
+        build(Settings(str(tmp_path / "cifar-10-python.tar.gz"), str(tmp_path / "no"), (32,)), show=False)
+
+
+def test_several_resolutions_and_a_held_out_share_in_one_pass(tmp_path):
+    source = make_folder(tmp_path / "source")
+    folders = build(Settings(str(source), str(tmp_path / "out"), (16, 8, 4), split=0.3), show=False)
+    assert [f.rsplit("/", 1)[1] for f in folders] == ["4", "8", "16"]
+    for side in (4, 8, 16):
+        dataset = open_dataset(resolve(str(tmp_path / "out"), side, str(tmp_path)))
+        assert dataset.resolution == side
+        assert dataset.n + dataset.heldout.n == 24
+        assert 1 <= dataset.heldout.n <= 14
+    names = {side: [open_dataset(f).name(i) for i in range(3)] for side, f in zip((4, 8, 16), folders, strict=True)}
+    assert names[4] == names[8] == names[16]
+    with pytest.raises(UserError, match=r"\[4, 8, 16\]"):
+        resolve(str(tmp_path / "out"), 32, str(tmp_path))
+    assert verify(str(tmp_path / "out")) == []
+
+
+def test_unusable_images_are_listed_and_left_out_or_stop_a_strict_build(tmp_path):
+    source = make_folder(tmp_path / "source")
+    (source / "ant" / "99.png").write_bytes(png(IMAGES[0])[:60])
+    (source / "bee" / "small.png").write_bytes(png(IMAGES[0][:4, :4]))
+    (source / "bee" / "empty.jpg").write_bytes(b"")
+    build(Settings(str(source), str(tmp_path / "out"), (16,)), show=False)
+    with open(tmp_path / "out" / "rejected.csv") as file:
+        rows = {row["image"]: row["reason"] for row in csv.DictReader(file)}
+    assert set(rows) == {"ant/99.png", "bee/small.png", "bee/empty.jpg"}
+    assert "smaller than 16" in rows["bee/small.png"]
+    assert read_manifest(str(tmp_path / "out")).rejected == 3
+    assert open_dataset(str(tmp_path / "out")).n == 24
+    with pytest.raises(UserError, match="strict"):
+        build(Settings(str(source), str(tmp_path / "strict"), (16,), strict=True), show=False)
+    assert not (tmp_path / "strict").exists()
+
+
+def test_names_that_leave_the_archive_are_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "bad.zip", "w") as archive:
+        for file in ("../../outside.png", "/etc/absolute.png", "good/1.png", "a\\..\\b.png"):
+            archive.writestr(file, png(IMAGES[0]))
+    with tarfile.open(tmp_path / "bad.tar", "w") as archive:
+        for file in ("../../outside.png", "/etc/absolute.png", "good/1.png"):
+            add(archive, file, png(IMAGES[0]))
+        link = tarfile.TarInfo("link/1.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(link)
+    for source, n in (("bad.zip", 3), ("bad.tar", 3)):
+        out = tmp_path / source.replace(".", "-")
+        build(Settings(str(tmp_path / source), str(out), (16,)), show=False)
+        dataset = open_dataset(str(out))
+        assert dataset.n == 1
+        assert dataset.class_names == ["good"]
+        assert dataset.manifest.rejected == n
+    assert not (tmp_path.parent / "outside.png").exists()
+
+
+def test_no_pickle_in_an_npz_is_opened(tmp_path):
+    np.savez(tmp_path / "bad.npz", images=np.array([{"a": 1}] * 3, dtype=object))
+    with pytest.raises(UserError, match="pickled"):
+        build(Settings(str(tmp_path / "bad.npz"), str(tmp_path / "out"), (16,)), show=False)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("form", ["npz", "arrow"])
+def test_latents_pass_through_unchanged(tmp_path, dtype, form):
+    latents = np.random.default_rng(0).standard_normal((20, 5, 6, 6)).astype(dtype)
+    if form == "npz":
+        source = tmp_path / "latents.npz"
+        np.savez(source, latents=latents, labels=np.arange(20) % 4)
+    else:
+        source = tmp_path / "latents.arrow"
+        column = pa.FixedShapeTensorArray.from_numpy_ndarray(latents)
+        table = pa.table({"latents": column, "label": pa.array(np.arange(20) % 4)})
+        with pa.OSFile(str(source), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+        direct = open_dataset(resolve(str(source), None, str(tmp_path)))
+        assert np.array_equal(direct.gather(np.arange(20))[0].numpy(), latents)
+    build(Settings(str(source), str(tmp_path / "out"), ()), show=False)
+    dataset = open_dataset(str(tmp_path / "out"))
+    got, labels = dataset.gather(np.arange(20))
+    assert dataset.is_latent
+    assert (dataset.channels, dataset.resolution, dataset.dtype) == (5, 6, dtype)
+    assert np.array_equal(got.numpy(), latents)
+    assert labels.tolist() == [i % 4 for i in range(20)]
+    with pytest.raises(UserError, match="unchanged"):
+        build(Settings(str(source), str(tmp_path / "no"), (3,)), show=False)
+
+
+def test_large_images_are_kept_encoded_and_a_fitting_file_is_kept_byte_for_byte(tmp_path):
+    (tmp_path / "source").mkdir()
+    photo = np.tile(pictures(1, side=16)[0], (2, 3, 1))
+    files = {
+        "a.png": png(photo[:, :32]), "b.jpg": png(photo[:, :32], "JPEG"), "c.png": png(photo),
+        "d.webp": png(photo, "WEBP", lossless=True),
+    }  # fmt: skip
+    for file, data in files.items():
+        (tmp_path / "source" / file).write_bytes(data)
+    build(Settings(str(tmp_path / "source"), str(tmp_path / "out"), (32,), layout="encoded"), show=False)
+    dataset = open_dataset(str(tmp_path / "out"))
+    stored = [bytes(dataset.shard(0).images[i].as_buffer()) for i in range(4)]
+    assert stored[0] == files["a.png"]
+    assert stored[1] == files["b.jpg"]
+    assert dataset.lossy
+    assert dataset.manifest.lossy_images == 1
+    pixels = dataset.gather(np.array([2, 0, 1, 3]))[0].numpy()
+    assert np.array_equal(pixels[0], photo[:, 8:40])
+    assert np.array_equal(pixels[1], photo[:, :32])
+    assert np.array_equal(pixels[2], np.asarray(Image.open(io.BytesIO(files["b.jpg"]))))
+    assert np.array_equal(pixels[3], photo[:, 8:40])
+    assert verify(str(tmp_path / "out")) == []
+
+
+def test_the_result_does_not_depend_on_workers_shards_or_memory(tmp_path):
+    source = make_folder(tmp_path / "source")
+    hashes = set()
+    for i, settings in enumerate(({}, {"workers": 1}, {"shard_bytes": 4000}, {"memory": 10**9})):
+        build(Settings(str(source), str(tmp_path / f"{i}"), (16,), **settings), show=False)
+        hashes.add(open_dataset(str(tmp_path / f"{i}")).content_hash)
+    assert len(hashes) == 1
+    assert len(read_manifest(str(tmp_path / "2")).splits["train"].shards) > 2
+    with pytest.raises(UserError, match="--memory"):
+        build(Settings(str(source), str(tmp_path / "tiny"), (16,), memory=10**8), show=False)
+
+
+def test_a_finished_build_is_not_repeated_and_another_one_is_not_overwritten(tmp_path):
+    source = make_folder(tmp_path / "source")
+    build(Settings(str(source), str(tmp_path / "out"), (16,)), show=False)
+    before = {f.name: f.stat().st_mtime_ns for f in (tmp_path / "out").iterdir()}
+    build(Settings(str(source), str(tmp_path / "out"), (16,)), show=False)
+    assert {f.name: f.stat().st_mtime_ns for f in (tmp_path / "out").iterdir()} == before
+    with pytest.raises(UserError, match="another dataset"):
+        build(Settings(str(source), str(tmp_path / "out"), (16,), preparation=Preparation(filter="box")), show=False)
+
+
+@pytest.mark.parametrize("source", ["missing", "empty", "text"])
+def test_a_source_without_images_is_one_clear_error_and_leaves_nothing(tmp_path, source):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("hello")
+    with pytest.raises(UserError, match="SOURCE"):
+        build(Settings(str(tmp_path / source), str(tmp_path / "out"), (16,)), show=False)
+    assert sorted(os.listdir(tmp_path)) == ["empty", "text"]
+
+
+def test_a_killed_build_goes_on_where_it_was(tmp_path, monkeypatch):
+    """Every done marker that the first, killed build left is still the one that the second uses."""
+    from diffscale.data import build as building
+
+    source = make_folder(tmp_path / "source")
+    settings = Settings(str(source), str(tmp_path / "out"), (16,))
+    real, seen = building._run, []
+
+    def dies_after_one(rows, *rest):
+        for index, result in real(rows, *rest):
+            seen.append(index)
+            yield index, result
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(building, "_run", dies_after_one)
+    with pytest.raises(KeyboardInterrupt):
+        build(settings, show=False)
+    assert not (tmp_path / "out").exists()
+    done = tmp_path / ".out.build" / "done"
+    before = {f.name: f.stat().st_mtime_ns for f in done.iterdir()}
+    assert len(before) >= 1
+    asked = []
+    monkeypatch.setattr(
+        building, "_run", lambda rows, *rest: asked.append([r["index"] for r in rows]) or real(rows, *rest)
+    )
+    build(settings, show=False)
+    assert not {int(f[:6]) for f in before} & set(asked[0])
+    assert open_dataset(str(tmp_path / "out")).n == 24
+
+
+@pytest.mark.slow
+def test_a_build_killed_at_any_moment_gives_the_same_dataset(tmp_path):
+    """SIGKILL of the command at several moments, then the same command again."""
+    source = tmp_path / "source"
+    for i, image in enumerate(pictures(400, side=64)):
+        (source / f"{i % 5}").mkdir(parents=True, exist_ok=True)
+        (source / f"{i % 5}" / f"{i:04d}.png").write_bytes(png(image))
+    command = [
+        sys.executable,
+        "-m",
+        "diffscale.data",
+        "build",
+        str(source),
+        "--resolution",
+        "64",
+        "--shard-megabytes",
+        "1",
+    ]
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
+    for delay in (4, 8, 11):
+        process = subprocess.Popen(
+            [*command, str(tmp_path / "cut")],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        time.sleep(delay)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    subprocess.run([*command, str(tmp_path / "cut")], check=True, capture_output=True)
+    assert open_dataset(str(tmp_path / "cut")).content_hash == open_dataset(str(tmp_path / "whole")).content_hash
+
+
+def test_gzip_that_ends_early_is_a_clear_error(tmp_path):
+    whole = make_tar(tmp_path, "w:gz").read_bytes()
+    (tmp_path / "cut.tar.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="gzip"):
+        build(Settings(str(tmp_path / "cut.tar.gz"), str(tmp_path / "out"), (16,)), show=False)
+    (tmp_path / "not.tar.gz").write_bytes(gzip.compress(b"not a tar" * 1000))
+    with pytest.raises(UserError, match="tar"):
+        build(Settings(str(tmp_path / "not.tar.gz"), str(tmp_path / "out"), (16,)), show=False)
+
+
+def test_row_groups_of_parquet_are_divided_and_bad_rows_listed(tmp_path):
+    rows = [{"bytes": png(x), "path": None} for x in IMAGES]
+    rows[5] = {"bytes": None, "path": "/etc/passwd"}
+    rows[6] = {"bytes": b"bad", "path": None}
+    table = pa.table({"image": rows, "label": [CLASSES[i % 3] for i in range(24)]})
+    pq.write_table(table, tmp_path / "train.parquet", row_group_size=5)
+    build(Settings(str(tmp_path / "train.parquet"), str(tmp_path / "out"), (16,)), show=False)
+    dataset = open_dataset(str(tmp_path / "out"))
+    assert dataset.n == 22
+    assert dataset.class_names == CLASSES
+    text = (tmp_path / "out" / "rejected.csv").read_text()
+    assert "train.parquet:5,the row has no image bytes" in text
+    assert "train.parquet:6" in text
