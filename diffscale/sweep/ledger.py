@@ -50,7 +50,7 @@ class Ledger:
             )
         self.higher_is_better = higher_is_better(self.metric)
         what = sweep.model_dump(mode="json", exclude={"max_concurrent", "budget"})
-        self.sweep_id = identify(base=self.base, **what)
+        self.sweep_id = identify(base_settings=self.base, **what)
         self.folder = storage.join(storage.check_absolute(probe.storage), "sweeps", f"{sweep.name}-{self.sweep_id}")
         self.decisions = Decisions(self.folder)
 
