@@ -53,6 +53,8 @@ class Extractor:
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
             raise ValueError(f"images: expected (B,1 or 3,H,W) uint8, got {tuple(images.shape)} {images.dtype}")
+        if not len(images):
+            return {name: torch.empty(0, self.dims[name]) for name in self.outputs}
         parts: dict[str, list[Tensor]] = {name: [] for name in self.outputs}
         inner = INNER_BATCH.get(self.device.type, 16)
         for group in images.split(inner):
@@ -65,8 +67,6 @@ class Extractor:
                 out = self.forward(x)
             for name in self.outputs:
                 parts[name].append(out[name][:n].float().cpu())
-        if not len(images):
-            return {name: torch.empty(0, self.dims[name]) for name in self.outputs}
         return {name: torch.cat(part) for name, part in parts.items()}
 
     @property
@@ -113,8 +113,9 @@ def _create_inception(
     device: torch.device, filter_name: str, outputs: tuple[str, ...], precision: torch.dtype
 ) -> Extractor:
     model = inception.Inception()
+    state = load_weights(inception.PUBLISHED)
     try:
-        model.load(load_weights(inception.PUBLISHED))
+        model.load(state)
     except ValueError as error:
         raise _bad_weights("inception", error) from None
     if "logits" in outputs and not model.has_classifier:

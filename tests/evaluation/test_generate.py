@@ -1,0 +1,139 @@
+"""Sample i comes from seed i: whatever the batch's neighbours, the number of samples, the ranks or the actors."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from diffscale.diffusion import SOLVERS, Guidance
+from diffscale.errors import UserError
+from diffscale.evaluation.generate import Featuriser, chunk_ranges, in_process, on_ray, over_ranks
+from diffscale.evaluation.sources import DatasetSource, ModelSource, draw_labels, to_uint8
+
+from .conftest import write_dataset
+
+COUNTS = (10, 20, 30)
+
+
+@pytest.fixture
+def source(network, diffusion, sampling) -> ModelSource:
+    return ModelSource(network, diffusion, sampling, (3, 16, 16), 130, COUNTS)
+
+
+def test_a_sample_does_not_depend_on_how_many_are_drawn_or_from_where(source):
+    images, labels = source.images(0, 20)
+    again, labels_again = source.images(8, 19)
+    assert images.shape == (20, 3, 16, 16)
+    assert images.dtype == torch.uint8
+    assert torch.equal(images[8:19], again)
+    assert torch.equal(labels[8:19], labels_again)
+    assert images.float().std() > 10
+
+
+def test_another_batch_size_changes_rounding_alone(source):
+    images, _ = source.draw(torch.arange(16))
+    for size in (1, 5):
+        parts = torch.cat([source.draw(torch.arange(16)[i : i + size])[0] for i in range(0, 16, size)])
+        torch.testing.assert_close(parts, images, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("solver", ["ddpm", "dpmpp_2m_sde", "heun"])
+def test_stochastic_solvers_are_keyed_by_the_sample_too(source, solver):
+    s = replace(source, sampling=replace(source.sampling, solver=SOLVERS[solver](steps=3), solver_name=solver))
+    together, _ = s.draw(torch.arange(6))
+    alone, _ = s.draw(torch.tensor([4]))
+    torch.testing.assert_close(alone[0], together[4], rtol=1e-4, atol=1e-4)
+    other, _ = replace(s, sampling=replace(s.sampling, seed=1)).draw(torch.tensor([4]))
+    assert (other - alone).abs().mean() > 0.05
+
+
+def test_the_model_is_left_in_the_mode_it_was_in(source):
+    source.model.train()
+    source.images(0, 2)
+    assert source.model.training
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [("train", [1 / 6, 1 / 3, 1 / 2]), ("uniform", [1 / 3] * 3), ("balanced", [1 / 3] * 3), ("2", [0, 0, 1])],
+)
+def test_label_policies(policy, expected):
+    positions = torch.arange(3000)
+    labels = draw_labels(policy, 0, positions, COUNTS)
+    shares = torch.bincount(labels, minlength=3).double() / 3000
+    torch.testing.assert_close(shares, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=0.03)
+    assert torch.equal(labels[100:110], draw_labels(policy, 0, positions[100:110], COUNTS))
+
+
+def test_the_label_policy_none_is_the_models_null_and_others_are_refused():
+    assert draw_labels("none", 0, torch.arange(4), COUNTS).tolist() == [3] * 4
+    with pytest.raises(UserError, match="labels"):
+        draw_labels("3", 0, torch.arange(4), COUNTS)
+
+
+def test_guidance_is_in_the_cost_and_the_identity(source, diffusion):
+    plain, guided = source.sampling, replace(source.sampling, guidance=Guidance(2.0))
+    assert guided.fields(diffusion)["nfe"] == 2 * plain.fields(diffusion)["nfe"]
+    assert guided.canonical() != plain.canonical()
+    assert replace(plain, batch=64).canonical() == plain.canonical()
+
+
+def test_rounding_to_pixels():
+    x = torch.tensor([-1.2, -1.0, 0.0, 1.0, 1.01, 2 * 7 / 255 - 1])
+    assert to_uint8(x).tolist() == [0, 0, 128, 255, 255, 7]
+
+
+def test_chunks_are_whole_batches_and_only_the_missing_ones():
+    assert chunk_ranges(200, 24) == [(0, 72), (72, 144), (144, 200)]
+    assert chunk_ranges(200, 24, {72: 144, 144: 150}) == [(0, 72), (144, 200)]
+    assert chunk_ranges(0, 8) == []
+
+
+def test_ranks_share_the_chunks_in_order(tmp_path):
+    source = DatasetSource(write_dataset(tmp_path, 200, 8), np.arange(200))
+    featurise, ranges = Featuriser([]), chunk_ranges(200, 8)
+    alone = dict(in_process(source, featurise, ranges, keep_below=200))
+    slots: list[list] = []
+    for rank in range(3):  # each rank's own objects, round by round
+        slots.append([])
+        list(over_ranks(source, featurise, ranges, rank, 3, lambda mine, r=rank: slots[r].append(mine) or [], 200))
+    rounds = iter(zip(*slots, strict=True))
+    merged = dict(over_ranks(source, featurise, ranges, 0, 3, lambda mine: list(next(rounds)), 200))
+    assert list(merged) == list(alone)
+    assert all(np.array_equal(merged[k]["images"], alone[k]["images"]) for k in alone)
+
+
+def test_samples_are_identical_to_the_bit_on_one_and_two_actors_and_after_one_was_killed(ray_cluster, source):
+    def run(workers: int, kill: bool = False) -> np.ndarray:
+        parts = {}
+        chunks = on_ray(source, [], chunk_ranges(130, 8), workers=workers, keep_below=130)
+        for first, columns in chunks:
+            if kill:
+                _kill_one_actor()
+                kill = False
+            parts[first] = columns["images"]
+        return np.concatenate([parts[first] for first in sorted(parts)])
+
+    here = np.concatenate([c["images"] for _, c in in_process(source, Featuriser([]), chunk_ranges(130, 8), 130)])
+    assert np.array_equal(run(1), here)
+    assert np.array_equal(run(2), here)
+    assert np.array_equal(run(2, kill=True), here)
+
+
+def _kill_one_actor() -> None:
+    from ray.util.state import list_actors
+
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        alive = [a.pid for a in list_actors(detail=True) if a.state == "ALIVE" and a.class_name == "_Actor" and a.pid]
+        if alive:
+            os.kill(alive[0], signal.SIGKILL)
+            return
+        time.sleep(0.2)
+    raise AssertionError("no actor to kill")
