@@ -136,6 +136,7 @@ TRANSFORMER_PRESETS: dict[str, Preset] = {
     },
     "hdit-imagenet128": _HDIT | {"resolution": 128, "num_classes": 1000, "widths": (384, 768), "depths": (2, 11)},
     "hdit-flowers256": _HDIT | {"resolution": 256, "widths": (128, 256, 512), "depths": (2, 2, 4)},
-    "hdit-imagenet256": _HDIT | {"resolution": 256, "widths": (384, 768, 1536), "depths": (2, 2, 16)},
+    "hdit-imagenet256": _HDIT
+    | {"resolution": 256, "num_classes": 1000, "widths": (384, 768, 1536), "depths": (2, 2, 16)},
     **{f"dit-{size}-{patch}": _dit(size, patch) for size in _DIT for patch in (2, 4, 8)},
 }

@@ -5,8 +5,6 @@ Shapes: B batch, C channels, H × W image, h × w grid of patches, N = h·w toke
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -136,5 +134,5 @@ def rms_normalise(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) ->
 
 
 def truncated_normal_(weight: Tensor, std: float = 0.02) -> None:
-    """Normal within two standard deviations, as Keras draws it."""
-    nn.init.trunc_normal_(weight, std=std / math.sqrt(0.774), a=-2 * std, b=2 * std)
+    """Normal of that deviation before everything beyond two of them is drawn again, as Keras has it."""
+    nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
