@@ -206,7 +206,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     faster forward and backward (benchmarks/results/throughput/attention_cpu.csv), and their scores are small.
     """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-2] * k.shape[-2] <= 512**2:
-        return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1).to(v.dtype) @ v
+        batch, scale = q.shape[:2], q.shape[-1] ** -0.5
+        q, k, v = (t.flatten(0, 1) for t in (q, k, v))  # one copy each, where bmm would make several
+        weights = torch.bmm(q * scale, k.transpose(1, 2)).softmax(-1)
+        return torch.bmm(weights.to(v.dtype), v).unflatten(0, batch)
     return F.scaled_dot_product_attention(q, k, v)
 
 

@@ -84,12 +84,16 @@ class UNetBlock(nn.Module):
         else:
             h = self.norm2(h + modulation[:, :, None, None].to(h.dtype), silu=True)
         h = self.conv2(F.dropout(h, s.dropout, self.training))
-        if s.residual:
-            h = (h + self.shortcut(self.resample(x))) * s.residual_scale
+        h = self.join(self.shortcut(self.resample(x)), h) if s.residual else h
         if self.attention is not None:
             a = self.attention(h)
-            h = (h + a) * s.residual_scale if s.residual else a
+            h = self.join(h, a) if s.residual else a
         return h
+
+    def join(self, x: Tensor, branch: Tensor) -> Tensor:
+        """The residual sum; a scale of 1 costs nothing."""
+        total = x + branch
+        return total if self.settings.residual_scale == 1 else total * self.settings.residual_scale
 
 
 class ConvResample(nn.Module):
