@@ -56,7 +56,8 @@ def build_command(
     """Make a dataset. The same command goes on after an interruption."""
     colour = tuple(int(c) for c in background.split(",") if c.strip().isdigit())
     choices: tuple[tuple[str, object, tuple[object, ...]], ...] = (
-        ("--kind", kind, get_args(Kind)), ("--crop", crop, ("center", "none")), ("--filter", filter, ("lanczos", "box")),
+        ("--kind", kind, get_args(Kind)), ("--crop", crop, ("center", "none")),
+        ("--filter", filter, ("lanczos", "box")),
         ("--channels", channels, (1, 3)), ("--layout", layout, ("auto", "pixels", "encoded")),
         ("--encoding", encoding, ("webp", "png")),
     )  # fmt: skip
@@ -72,8 +73,8 @@ def build_command(
         source=_absolute(source), target=_absolute(target), resolutions=tuple(resolution or ()),
         kind=kind,  # type: ignore[arg-type]
         preparation=preparation, layout=layout, encoding=encoding, split=split, split_seed=split_seed,  # type: ignore[arg-type]
-        labels=labels and _absolute(labels), memory=int(memory * 1e9) if memory else None, workers=workers, strict=strict,
-        shard_bytes=shard_megabytes << 20,
+        labels=labels and _absolute(labels), memory=int(memory * 1e9) if memory else None, workers=workers,
+        strict=strict, shard_bytes=shard_megabytes << 20,
     )  # fmt: skip
     for folder in building.build(settings):
         _describe(folder)

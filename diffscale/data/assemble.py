@@ -75,10 +75,10 @@ def _split(work: Path, plan: Plan, side: str, split: str, results: list[dict[str
     values = sum(p[0] for p in parts) * int(side) ** 2
     channels = plan.preparation.channels
     zero = np.zeros(channels)
-    mean = np.sum([p[2] for p in parts], axis=0) / values if parts else zero
-    square = np.sum([p[3] for p in parts], axis=0) / values if parts else zero
+    mean, square = (np.sum([p[i] for p in parts], axis=0) / values if parts else zero for i in (2, 3))
     return Split(
-        rows=sum(s.rows for s in shards), content_hash=rows_hash(plan.dtype, int(side), channels, shards), shards=shards,
+        rows=sum(s.rows for s in shards), shards=shards,
+        content_hash=rows_hash(plan.dtype, int(side), channels, shards),
         mean=mean.tolist(), std=np.sqrt(np.maximum(square - mean**2, 0)).tolist(),
     )  # fmt: skip
 

@@ -45,7 +45,7 @@ def resolve(path: str, resolution: int | None, storage_uri: str) -> str:
                 fix=f"python -m diffscale.data build SOURCE DATASET --resolution {found} --resolution {resolution}",
             )  # fmt: skip
         return path
-    several = available_resolutions(path)
+    several = [] if path.endswith((".arrow", ".parquet")) else available_resolutions(path)
     if several:
         wanted = resolution if resolution is not None else several[-1]
         if wanted not in several:

@@ -200,8 +200,7 @@ def open_dataset(path: str, split: SplitName = "train", cache: ShardCache | None
             setting="split", value=split, expected=f"one of {sorted(manifest.splits)} in {path}",
             fix="build the dataset with --split 0.1 to hold out a tenth",
         )  # fmt: skip
-    if cache is None and storage.is_remote(path):
-        cache = ShardCache()
+    cache = (cache or ShardCache()) if storage.is_remote(path) else None
     dataset = Dataset(path, manifest, split, cache)
     dataset.check_files()
     return dataset

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from diffscale.data.verification import Verification
 from diffscale.errors import UserError
 
 ORDER_CHUNK = 8192  # positions whose rows are computed at a time
+
+
+Stored = tuple[NDArray[np.int64], Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -152,10 +155,10 @@ class Loader:
         try:
             stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
             with torch.cuda.stream(stream):
-                for positions, indices in self._plan():
+                for stored in self._stored(stream is not None):
                     if stop.is_set():
                         return
-                    put(self._make(positions, indices, stream))
+                    put(self._make(stored, stream))
             put(None)
         except BaseException as error:
             put(error)
@@ -177,13 +180,16 @@ class Loader:
                 yield p[:inside], i[:inside]
             base += len(starts) * self.global_batch
 
-    def _make(self, p: NDArray[np.int64], indices: NDArray[np.int64], stream: torch.cuda.Stream | None) -> Batch:
-        pinned = stream is not None
+    def _stored(self, pinned: bool) -> Iterator[Stored]:
+        """Positions, images as stored and labels of each batch; images in pinned memory where that is asked for."""
         dtype = getattr(torch, self.dataset.dtype)
-        stored = torch.empty((len(p), *self.dataset.image_shape), dtype=dtype, pin_memory=pinned)
-        stored, labels = self.dataset.gather(indices, out=stored)
-        positions = torch.from_numpy(p)
-        if pinned:  # from pageable memory the copy would wait for the device
+        for positions, indices in self._plan():
+            images = torch.empty((len(positions), *self.dataset.image_shape), dtype=dtype, pin_memory=pinned)
+            yield positions, *self.dataset.gather(indices, out=images)
+
+    def _make(self, found: Stored, stream: torch.cuda.Stream | None) -> Batch:
+        positions, stored, labels = torch.from_numpy(found[0]), found[1], found[2]
+        if stream is not None:  # from pageable memory the copy would wait for the device
             labels, positions = labels.pin_memory(), positions.pin_memory()
         images = stored.to(self.device, non_blocking=True)
         positions = positions.to(self.device, non_blocking=True)
@@ -210,6 +216,15 @@ class Loader:
         for tensor in (batch.images, batch.labels, batch.positions, batch.augment_label):
             if tensor is not None:
                 tensor.record_stream(stream)
+
+
+def create_loader(kind: Literal["arrow", "ray_data"], dataset: Dataset, **settings: Any) -> Loader:
+    """The loader of `data.loader`; both take the arguments of Loader and give the same batches."""
+    if kind == "arrow":
+        return Loader(dataset, **settings)
+    from diffscale.data.ray_loader import RayDataLoader  # the only loader that needs Ray
+
+    return RayDataLoader(dataset, **settings)
 
 
 def even_share(global_batch: int, rank: int, world_size: int) -> tuple[int, int]:

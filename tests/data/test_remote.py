@@ -1,0 +1,186 @@
+"""Datasets in an object store: a real S3 API server (moto) behind a proxy that fails, stalls and cuts answers off."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import threading
+import time
+import urllib.error
+import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+
+from diffscale import storage
+from diffscale.data import Loader, ShardCache, ShardError, open_dataset, resolve
+from diffscale.data.verify import verify
+
+from .helpers import pictures, write_dataset
+
+moto_server = pytest.importorskip("moto.server", reason="moto is not installed")
+
+
+class Faults:
+    """What the proxy does to requests for shards: the next `errors` get 503, `cut` are cut off, all wait `delay` s."""
+
+    def __init__(self) -> None:
+        self.errors = self.cut = 0
+        self.delay = 0.0
+        self.reads: list[str] = []
+
+
+@pytest.fixture(scope="module")
+def server():
+    server = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def proxy(server):
+    faults = Faults()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def forward(self) -> None:
+            length = int(self.headers.get("Content-Length") or 0)
+            body = self.rfile.read(length) if length else None
+            is_read = self.command == "GET" and ".arrow" in self.path
+            if is_read:
+                faults.reads.append(self.path)
+                time.sleep(faults.delay)
+                if faults.errors:
+                    faults.errors -= 1
+                    self.send_error(503, "Slow Down")
+                    return
+            headers = {k: v for k, v in self.headers.items() if k.lower() != "content-length"}
+            request = urllib.request.Request(server + self.path, data=body, headers=headers, method=self.command)
+            try:
+                answer = urllib.request.urlopen(request)
+            except urllib.error.HTTPError as error:
+                answer = error
+            with answer:
+                data = answer.read()
+                self.send_response(answer.status)
+                for key, value in answer.headers.items():
+                    if key.lower() not in ("transfer-encoding", "connection", "content-length"):
+                        self.send_header(key, value)
+                size = answer.headers.get("Content-Length") if self.command == "HEAD" else len(data)
+                self.send_header("Content-Length", str(size or 0))
+                self.end_headers()
+                if is_read and faults.cut:
+                    faults.cut -= 1
+                    self.wfile.write(data[: len(data) // 2])
+                    self.close_connection = True
+                    return
+                self.wfile.write(data)
+
+        do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = forward
+
+        def log_message(self, *args) -> None:
+            pass
+
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{httpd.server_port}", faults
+    httpd.shutdown()
+
+
+@pytest.fixture
+def bucket(server, proxy, monkeypatch):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy[0])
+    name = f"bucket-{time.monotonic_ns()}"
+    urllib.request.urlopen(urllib.request.Request(f"{server}/{name}", method="PUT")).close()
+    proxy[1].__init__()
+    return f"s3://{name}"
+
+
+IMAGES = pictures(60)
+
+
+@pytest.fixture
+def remote(bucket):
+    write_dataset(f"{bucket}/data", IMAGES)
+    return f"{bucket}/data"
+
+
+def test_a_remote_dataset_is_fetched_once_and_read_like_a_local_one(remote, proxy, tmp_path):
+    cache = ShardCache(str(tmp_path / "cache"))
+    dataset = open_dataset(resolve(remote, 8, "/unused"), cache=cache)
+    assert proxy[1].reads == []  # nothing before it is needed
+    assert np.array_equal(dataset.gather(np.arange(60))[0].numpy(), IMAGES)
+    reads = len(proxy[1].reads)
+    again = open_dataset(remote, cache=cache)
+    assert np.array_equal(again.gather(np.arange(60))[0].numpy(), IMAGES)
+    assert len(proxy[1].reads) == reads
+    with Loader(again, seed=0, global_batch=20, stop=60) as loader:
+        assert sum(len(batch) for batch in loader) == 60
+    assert verify(remote) == []
+
+
+def test_errors_of_the_server_and_cut_answers_are_tried_again(remote, proxy, tmp_path):
+    dataset = open_dataset(remote, cache=ShardCache(str(tmp_path / "cache")))
+    proxy[1].errors, proxy[1].cut = 2, 2
+    assert np.array_equal(dataset.gather(np.arange(60))[0].numpy(), IMAGES)
+    assert proxy[1].errors == proxy[1].cut == 0
+
+
+def test_slow_reads_only_take_longer(remote, proxy, tmp_path):
+    dataset = open_dataset(remote, cache=ShardCache(str(tmp_path / "cache")))
+    proxy[1].delay = 0.3
+    with Loader(dataset, seed=0, global_batch=20, stop=60) as loader:
+        assert sum(len(batch) for batch in loader) == 60
+
+
+def test_a_shard_that_stays_damaged_or_goes_missing_is_named(remote, tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    data = bytearray(storage.read_bytes(f"{remote}/train-00001.arrow"))
+    data[len(data) // 2] ^= 1
+    storage.write_bytes(f"{remote}/train-00001.arrow", bytes(data))
+    dataset = open_dataset(remote, cache=ShardCache(str(tmp_path / "cache")))
+    with pytest.raises(ShardError, match=r"s3://.*train-00001\.arrow.*\n.*SHA-256"):
+        dataset.gather(np.arange(60))
+    assert not list((tmp_path / "cache").glob("*.arrow*tmp"))
+    storage.write_bytes(f"{remote}/train-00001.arrow", bytes(data[:-100]))
+    with pytest.raises(ShardError, match=r"train-00001\.arrow"):
+        open_dataset(remote)
+    filesystem, path = storage.filesystem(f"{remote}/train-00001.arrow")
+    filesystem.delete_file(path)
+    with pytest.raises(ShardError, match="missing"):
+        open_dataset(remote)
+
+
+def test_the_cache_is_bounded_and_drops_what_was_used_least_recently(remote, tmp_path):
+    size = max(
+        s["bytes"] for s in json.loads(storage.read_bytes(f"{remote}/manifest.json"))["splits"]["train"]["shards"]
+    )
+    cache = ShardCache(str(tmp_path / "cache"), gigabytes=2.5 * size / 1e9)
+    dataset = open_dataset(remote, cache=cache)
+    for rows in (range(20), range(20, 40), range(40, 60), range(60)):
+        assert np.array_equal(dataset.gather(np.array(rows))[0].numpy(), IMAGES[rows])
+    files = list((tmp_path / "cache").glob("*.arrow"))
+    assert len(files) == 2
+    assert dataset.split.shards[0].sha256 not in {f.stem for f in files}
+
+
+def _read_all(remote: str, folder: str) -> bool:
+    dataset = open_dataset(remote, cache=ShardCache(folder))
+    return bool(np.array_equal(dataset.gather(np.arange(60))[0].numpy(), IMAGES))
+
+
+def test_several_workers_of_a_node_share_the_cache(remote, proxy, tmp_path):
+    os.environ["AWS_MAX_ATTEMPTS"] = "1"
+    with multiprocessing.get_context("spawn").Pool(3) as pool:
+        assert all(pool.starmap(_read_all, [(remote, str(tmp_path / "cache"))] * 3))
+    assert len(set(proxy[1].reads)) == 3
+    assert len(proxy[1].reads) == 3  # each shard once for the whole node
