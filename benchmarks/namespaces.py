@@ -20,7 +20,7 @@ from pathlib import Path
 
 PORT = 6379
 DASHBOARD_PORT = 8265
-READY = 60.0  # seconds for a node to register
+READY = 240.0  # seconds for a node to register
 
 
 def unavailable() -> str:
