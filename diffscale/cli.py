@@ -85,7 +85,8 @@ def load_tree(preset_or_file: str, kind: str = "presets") -> dict[str, Any]:
         raise UserError(setting="PRESET_OR_FILE", value=preset_or_file, expected=expected)
     tree = parse_yaml(text, preset_or_file)
     base = tree.pop("base", None) if kind == "presets" else None
-    return merge(load_tree(str(base)), tree) if base is not None else tree
+    # The preset of a model becomes its settings here, so that an override meets its name and its fields.
+    return _expand_model_preset(merge(load_tree(str(base)), tree) if base is not None else tree)
 
 
 def parse_yaml(text: str, source: str) -> dict[str, Any]:
@@ -124,7 +125,7 @@ def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
             value = {"name": value}
         if isinstance(old, dict) and isinstance(value, dict):
             renamed = "name" in value and "name" in old and value["name"] != old["name"]
-            out[key] = value if renamed else merge(old, value)
+            out[key] = value if renamed or "preset" in value else merge(old, value)
         else:
             out[key] = value
     return out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import sys
 from pathlib import Path
 
 REPORT_INTERVAL = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
@@ -23,9 +24,11 @@ def connect(address: str | None = None, num_cpus: int | None = None) -> None:
     os.environ.setdefault(START_TIMEOUT, "20")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if address == "local":
-        # Without this Ray 2.60 listens on every interface even for one node (measured); read when Ray is imported.
-        os.environ.setdefault(SEVERAL_NODES, "0")
-        _require_token()
+        # Without the first Ray 2.60 listens on every interface even for one node (measured). Both are read when Ray
+        # is imported: a program that did so before decides for itself.
+        if "ray" not in sys.modules:
+            os.environ.setdefault(SEVERAL_NODES, "0")
+            _require_token()
     import ray
 
     if ray.is_initialized():

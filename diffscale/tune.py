@@ -8,6 +8,7 @@ kill, repeats nothing and stops the same trials.
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -17,6 +18,7 @@ import yaml
 from pydantic import ValidationError
 
 from diffscale import storage
+from diffscale.build import build_diffusion, open_training_data
 from diffscale.cli import explain, load_tree, merge, parse_overrides, run_app, validate
 from diffscale.errors import UserError
 from diffscale.experiment import Experiment
@@ -91,6 +93,8 @@ def planned(ledger: Ledger) -> list[Trial]:
     if not trials and ledger.sweep.search.name != "tpe":
         raise UserError(setting="constraints", value=ledger.sweep.constraints, expected="at least one point allowed")
     check_comparable(ledger.sweep, trials)
+    for trial in trials:  # a singular combination is refused before anything is started
+        build_diffusion(trial.experiments[0], open_training_data(trial.experiments[0]))
     return trials
 
 
@@ -209,12 +213,13 @@ def _fit(
 ) -> dict[str, str]:
     """One `Tuner.fit`. A trial's driver holds no CPU (else the drivers take all and their workers wait for ever), so
     it asks for a sliver of the head node instead, and `max_concurrent` bounds them."""
+    from diffscale.ray_session import connect
+
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # our own table shows the trials
+    connect()
     from ray import tune
     from ray.tune import FailureConfig, RunConfig, TuneConfig
 
-    from diffscale.ray_session import connect
-
-    connect()
     sweep_json = ledger.sweep.model_dump_json()
 
     def trial(config: dict[str, Any]) -> None:

@@ -42,7 +42,7 @@ class Ledger:
     def __init__(self, sweep: Sweep) -> None:
         self.sweep = sweep
         self.base = load_tree(sweep.base)
-        probe = self._experiment({})
+        probe = self._experiment(sweep.overrides)
         self.metric = sweep.metric or probe.eval.metrics[0]
         if self.metric not in probe.eval.metrics:
             raise UserError(

@@ -1,0 +1,29 @@
+"""Every sweep in the package has trials that compare, and each of its settings is one that a run takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from diffscale.build import build_diffusion, build_model, open_training_data
+from diffscale.cli import preset_names
+from diffscale.sweep.ledger import Ledger
+from diffscale.tune import load_sweep, planned
+
+TRIALS = {
+    "quickstart": 4, "schedule-x-resolution": 12, "shift-x-input-scale": 16, "prediction-x-weighting": 13,
+    "backbone-x-size": 24, "unet-ablations": 6, "learning-rate": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", preset_names("sweeps"))
+def test_a_ready_sweep_is_made_of_runs_that_can_be(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    storage: Path = tmp_path_factory.getbasetemp() / "ready-sweeps"
+    trials = planned(Ledger(load_sweep(name, [f"storage={storage}"])))
+    assert len(trials) == TRIALS[name]
+    for trial in trials:
+        experiment = trial.experiments[0]
+        dataset = open_training_data(experiment)
+        build_diffusion(experiment, dataset)
+        build_model(experiment, dataset)
