@@ -23,12 +23,11 @@ def connect(address: str | None = None, num_cpus: int | None = None) -> None:
     os.environ.setdefault(REPORT_INTERVAL, "0.2")
     os.environ.setdefault(START_TIMEOUT, "20")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    if address == "local":
+    if address == "local" and "ray" not in sys.modules:
         # Without the first Ray 2.60 listens on every interface even for one node (measured). Both are read when Ray
         # is imported: a program that did so before decides for itself.
-        if "ray" not in sys.modules:
-            os.environ.setdefault(SEVERAL_NODES, "0")
-            _require_token()
+        os.environ.setdefault(SEVERAL_NODES, "0")
+        _require_token()
     import ray
 
     if ray.is_initialized():

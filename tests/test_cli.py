@@ -29,7 +29,9 @@ def test_another_name_starts_a_section_afresh_and_a_string_is_short_for_it() -> 
     assert merge(below, {"model": {"num_blocks": 1}})["model"] == {
         "name": "unet", "model_channels": 32, "num_blocks": 1
     }  # fmt: skip
-    assert load_experiment("quickstart-unet", ["diffusion.schedule=ddpm_linear"]).diffusion.schedule.name == "ddpm_linear"
+    assert (
+        load_experiment("quickstart-unet", ["diffusion.schedule=ddpm_linear"]).diffusion.schedule.name == "ddpm_linear"
+    )
 
 
 MISTAKES = [
