@@ -7,6 +7,7 @@ the report tabulates distance against compute. Called again, it takes up where i
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Annotated, Literal
@@ -68,9 +69,25 @@ def main(
 
     step(4, "the report")
     write_report(folders, out.resolve())
-    console.print(f"finished in {time.monotonic() - started:.0f} s")
+    pictures = put_pictures_on_top(folders, out.resolve())
+    console.print(f"finished in {time.monotonic() - started:.0f} s; look at:")
+    for path in [out.resolve() / "index.html", out.resolve() / "fid_vs_compute.csv", *pictures]:
+        console.print(f"  {path}", soft_wrap=True, highlight=False)
     if result.failed:
         raise typer.Exit(1)
+
+
+def put_pictures_on_top(folders: list[str], out: Path) -> list[Path]:
+    """The main plot and the newest sample grid of each run, where a first look finds them."""
+    plot = out / "fid_vs_compute.png"
+    shutil.copyfile(out / "plots" / plot.name, plot)
+    pictures = [plot]
+    for folder in map(Path, folders):
+        grids = sorted((folder / "samples").glob("*.png"))
+        if grids:
+            pictures.append(out / f"samples-{folder.name}.png")
+            shutil.copyfile(grids[-1], pictures[-1])
+    return pictures
 
 
 if __name__ == "__main__":
