@@ -91,7 +91,8 @@ class DiT(nn.Module):
         self.noise_input = noise_input
         self.checkpointed = False
         self.embed_patches = nn.Conv2d(channels, width, patch_size, stride=patch_size)
-        self.positions = nn.Parameter(sincos_positions(side, side, width, self.native), positions == "learned")
+        self.learned_positions = positions == "learned"
+        self.positions = nn.Parameter(sincos_positions(side, side, width, self.native), self.learned_positions)
         self.embed_noise = ScalarMLP(width)
         self.embed_label = LabelTable(num_classes, width) if num_classes else None
         self.blocks = nn.ModuleList(DiTBlock(width, num_heads, mlp_ratio, dropout) for _ in range(depth))
@@ -115,7 +116,7 @@ class DiT(nn.Module):
         """(h·w, D) for a grid of h × w patches."""
         if (height, width) == self.native:
             return self.positions
-        if self.positions.requires_grad:
+        if self.learned_positions:
             return resize_positions(self.positions, self.native, height, width)
         stretched = sincos_positions(height, width, self.positions.shape[1], self.native)
         return stretched.to(self.positions.device)

@@ -77,6 +77,17 @@ def test_the_position_table_is_frozen_or_learned_and_starts_the_same():
     assert torch.equal(frozen.positions, learned.positions)
 
 
+def test_a_copy_that_is_not_trained_keeps_its_learned_positions_at_other_sizes():
+    torch.manual_seed(0)
+    model = DiT(16, width=32, depth=1, num_heads=2, positions="learned")
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    x, logsnr = torch.randn(1, 3, 24, 8), torch.zeros(1)
+    with torch.no_grad():
+        trained = model(x, logsnr)[0]
+        assert torch.equal(model.requires_grad_(False)(x, logsnr)[0], trained)
+
+
 def test_positions_stretch_over_other_grids():
     native = sincos_positions(4, 4, 16, native=(4, 4))
     doubled = sincos_positions(8, 8, 16, native=(4, 4)).view(8, 8, 16)
