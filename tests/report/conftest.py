@@ -1,9 +1,21 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from report_records import benchmark_records, write_runs
+
+from diffscale.report import write_report
 
 
 @pytest.fixture(scope="session")
 def storage(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_runs(tmp_path_factory.mktemp("storage"), benchmark_records())
+
+
+@pytest.fixture(scope="session")
+def report(storage: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The whole report of `storage`, made once."""
+    out = tmp_path_factory.mktemp("report")
+    write_report([storage], out, title="A & B <report>")
+    return out

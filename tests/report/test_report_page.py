@@ -31,10 +31,8 @@ def browser() -> Iterator[Page]:
 
 
 @pytest.fixture(scope="module")
-def page_file(storage: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("page")
-    write_report([storage], out, title="A & B <report>")
-    return out / "index.html"
+def page_file(report: Path) -> Path:
+    return report / "index.html"
 
 
 @pytest.fixture
