@@ -1,8 +1,8 @@
 """`python -m diffscale.ema RUN --std 0.07`: averages of any length from a finished run (EDM2's post-hoc EMA).
 
 RUN is a run's folder that was trained with `train.ema.power` (two widths, 0.05 and 0.10, are enough). The result
-goes beside the checkpoint, where `sample` and `evaluate` find it: `eval.ema=0.07`. `--sweep` makes one average for each width
-of a range, evaluates them all and tells the best.
+goes beside the checkpoint, where `sample` and `evaluate` find it: `eval.ema=0.07`. `--sweep` makes one average for
+each width of a range, evaluates them all and tells the best.
 """
 
 from __future__ import annotations

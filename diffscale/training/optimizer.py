@@ -18,7 +18,7 @@ def create_optimizer(model: nn.Module, optim: OptimSettings) -> torch.optim.Opti
     check_name(optim.name)
     info = get_optimizer_info(optim.name)
     extra: dict[str, Any] = {"eps": optim.eps} if info.has_eps else {}
-    if info.has_betas:
+    if info.has_betas and info.num_betas == 2:
         extra["betas"] = optim.betas
     if optim.name in ("adam", "adamw") and _plain(model):
         extra["fused"] = True

@@ -190,7 +190,7 @@ def shard(model: nn.Module, world: World, precision: str) -> nn.Module:
     fully_shard(model, mesh=mesh, mp_policy=policy)
     for module in model.modules():
         if hasattr(module, "set_gradient_divide_factor"):
-            module.set_gradient_divide_factor(1.0)
+            module.set_gradient_divide_factor(1.0)  # type: ignore[operator]
             if world.device.type != "cuda":
-                module.set_force_sum_reduction_for_comms(True)
+                module.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
     return model

@@ -1,0 +1,64 @@
+"""The small real run that these tests train: 8-pixel emoji, a UNet of 50 thousand weights."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from diffscale.cli import merge, validate
+from diffscale.experiment import Experiment
+from diffscale.training import checkpoint as ck
+
+BATCH = 12
+SETTINGS: dict[str, Any] = {
+    "name": "small",
+    "data": {"resolution": 8},
+    "model": {"name": "unet", "model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4]},
+    "optim": {"lr": 2e-4, "weight_decay": 0.01},
+    "train": {
+        "images": 120 * BATCH, "global_batch": BATCH, "precision": "fp32", "compile": False, "channels_last": False,
+        "ema": {"power": [0.05, 0.1]}, "checkpoint": {"every_images": 10 * BATCH}, "trackers": [], "gpu": False,
+        "log_every_images": 10 * BATCH,
+    },
+    "eval": {"n_generated": 0},
+}  # fmt: skip
+
+
+def settings(storage: Path | str, **changes: Any) -> dict[str, Any]:
+    """`changes` are sections laid over the settings above; what one of them sets to None stays None."""
+    return merge(SETTINGS | {"storage": str(storage)}, changes)
+
+
+def experiment(storage: Path | str, **changes: Any) -> Experiment:
+    return validate(settings(storage, **changes))
+
+
+def settings_file(storage: Path, **changes: Any) -> Path:
+    path = storage / "small.yaml"
+    path.write_text(yaml.safe_dump(settings(storage, **changes)))
+    return path
+
+
+def final_state(run_folder: str) -> dict[str, str]:
+    """SHA-256 of every tensor file of the newest checkpoint: equal where weights, averages and optimizer are equal
+    to the bit."""
+    newest = ck.list_checkpoints(run_folder)[-1]
+    ck.verify(newest)
+    return {name: info.sha256 for name, info in ck.files_of(newest).items() if name.endswith(".safetensors")}
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", **more}
+
+
+def wait_for(condition: Any, seconds: float = 120) -> Any:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if value := condition():
+            return value
+        time.sleep(0.05)
+    raise AssertionError(f"not within {seconds:.0f} s")

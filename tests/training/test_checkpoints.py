@@ -1,0 +1,229 @@
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from diffscale import storage
+from diffscale.data import Dataset
+from diffscale.errors import UserError
+from diffscale.training import checkpoint as ck
+from diffscale.training import saving
+from diffscale.training.tensor_files import Damaged, read_group, write_group
+
+from .small import BATCH, experiment
+from .test_learner import batches, learner, steps, weights
+
+STATE: dict[str, Any] = {"record": {}, "data": {"resolution": 8, "channels": 3, "num_classes": 10}}
+
+
+def save(of: Any, folder: Path, finished: Any = lambda _: None) -> str:
+    settings = ck.save_settings(of.experiment)
+    saver = saving.Saver(str(folder), 0, 1, "test", settings, finished)
+    saver.save(saving.take(of, STATE, 0))
+    saver.wait()
+    return ck.folder_of(str(folder), of.images_seen)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb", "muon", "adan", "sgd"])
+def test_resume_is_bit_identical(shared_storage: Path, dataset: Dataset, tmp_path: Path, name: str) -> None:
+    data = batches(dataset, 6)
+    optim = {"name": name, "lr": 1e-3}
+    straight, first = (learner(shared_storage, dataset, optim=optim) for _ in range(2))
+    steps(straight, data)
+    steps(first, data[:3])
+    place = save(first, tmp_path)
+    second = learner(shared_storage, dataset, optim=optim, train={"seed": 1})
+    second.experiment = first.experiment
+    saving.load(second, place)
+    assert second.images_seen == 3 * BATCH
+    steps(second, data[3:])
+    assert torch.equal(weights(second), weights(straight))
+    for key, average in straight.ema.averages.items():
+        assert all(torch.equal(average[n], second.ema.averages[key][n]) for n in average), key
+
+
+def test_a_damaged_newest_checkpoint_falls_back_and_says_so(
+    shared_storage: Path, dataset: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    of = learner(shared_storage, dataset)
+    places = []
+    for batch in batches(dataset, 3):
+        of.step(batch)
+        places.append(save(of, tmp_path))
+    file = Path(places[2]) / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    (Path(places[1]) / "ema" / "halflife.safetensors").unlink()
+    assert ck.newest_good(str(tmp_path)) == places[0]
+    assert places[2] in caplog.text
+    assert places[1] in caplog.text
+
+
+@pytest.mark.parametrize("cut", ["state.json", "model.safetensors", "COMPLETE", "optimizer/state.safetensors"])
+def test_any_truncated_file_is_noticed(shared_storage: Path, dataset: Dataset, tmp_path: Path, cut: str) -> None:
+    place = Path(save(learner(shared_storage, dataset), tmp_path))
+    with open(place / cut, "r+b") as file:
+        file.truncate((place / cut).stat().st_size // 2)
+    with pytest.raises(Damaged, match=cut):
+        ck.verify(str(place))
+
+
+def test_a_folder_without_the_mark_does_not_exist(shared_storage: Path, dataset: Dataset, tmp_path: Path) -> None:
+    place = Path(save(learner(shared_storage, dataset), tmp_path))
+    (place / ck.COMPLETE).unlink()
+    assert ck.list_checkpoints(str(tmp_path)) == []
+    save(learner(shared_storage, dataset), tmp_path)
+    assert len(ck.list_checkpoints(str(tmp_path))) == 1
+
+
+def test_a_full_disk_is_retried_then_stops_without_touching_earlier_checkpoints(
+    shared_storage: Path, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real full file system where this machine allows a mount; else a file-size limit gives the same OSError."""
+    import resource
+    import signal
+
+    monkeypatch.setattr(saving, "RETRY_SECONDS", (0.01, 0.01))
+    of = learner(shared_storage, dataset)
+    first = save(of, tmp_path)
+    of.step(batches(dataset, 1)[0])
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(saving.StorageFailed, match=f"{errno.EFBIG}|large"):
+            save(of, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert ck.list_checkpoints(str(tmp_path)) == [first]
+    ck.verify(first)
+    assert not os.path.exists(ck.folder_of(str(tmp_path), of.images_seen))
+
+
+def test_rotation_keeps_the_newest_whole_and_the_points_weights(
+    shared_storage: Path, dataset: Dataset, tmp_path: Path
+) -> None:
+    of = learner(shared_storage, dataset)
+    for batch in batches(dataset, 4):
+        of.step(batch)
+        save(of, tmp_path)
+    ck.rotate(str(tmp_path), ck.Keep(whole={4 * BATCH}, weights={2 * BATCH}, averages=False))
+    assert [ck.images_of(c) for c in ck.list_checkpoints(str(tmp_path))] == [2 * BATCH, 4 * BATCH]
+    thin = ck.folder_of(str(tmp_path), 2 * BATCH)
+    ck.verify(thin)
+    assert not any(n.startswith("optimizer") for n in ck.files_of(thin))
+    assert ck.newest_good(str(tmp_path), until=3 * BATCH) is None
+    assert ck.newest_good(str(tmp_path), for_resuming=False, until=3 * BATCH) == thin
+
+
+def test_post_hoc_averages_come_from_thinned_checkpoints(
+    shared_storage: Path, dataset: Dataset, tmp_path: Path
+) -> None:
+    from diffscale.ema import make
+
+    of = learner(shared_storage, dataset)
+    for batch in batches(dataset, 4):
+        of.step(batch)
+        save(of, tmp_path)
+    ck.rotate(str(tmp_path), ck.Keep(whole={4 * BATCH}, weights=set(), averages=True))
+    assert len(ck.list_checkpoints(str(tmp_path))) == 4
+    place, residuals = make(str(tmp_path), [0.07, 0.1])
+    ck.verify(place)
+    assert residuals[0.1] == pytest.approx(0, abs=1e-6)
+    assert residuals[0.07] < 0.1
+    made = read_group(place, "ema/std0.070")
+    for name, low in of.ema.averages["std0.050"].items():
+        high = of.ema.averages["std0.100"][name]
+        assert made[name].shape == low.shape == high.shape
+    with pytest.raises(UserError, match="above 0"):
+        make(str(tmp_path), [0.5])
+
+
+def test_weights_for_sampling(shared_storage: Path, dataset: Dataset, tmp_path: Path) -> None:
+    of = learner(shared_storage, dataset)
+    steps(of, batches(dataset, 2))
+    place = save(of, tmp_path)
+    classes = STATE | {"data": {"resolution": 8, "channels": 3, "num_classes": dataset.num_classes}}
+    assert classes
+    tensors = ck.read_weights(place, "0.05")
+    average = of.ema.averages["std0.050"]
+    assert all(torch.equal(tensors[n], average[n]) for n in average)
+    with pytest.raises(UserError, match="halflife"):
+        ck.read_weights(place, "0.2")
+
+
+def test_slices_of_any_world_size_are_one_tensor(tmp_path: Path) -> None:
+    from diffscale.training.sharding import Slice
+
+    whole = {"w": torch.randn(7, 3), "b": torch.randn(2), "n": torch.tensor(5, dtype=torch.int64)}
+    for rank in range(3):
+        rows = whole["w"][rank * 3 : rank * 3 + 3]
+        mine = {"w": rows, "b": whole["b"], "n": whole["n"]}
+        write_group(str(tmp_path), "optimizer/state", mine, {"w": Slice(rank * 3, 7)}, rank, 3)
+    assert len(list((tmp_path / "optimizer").iterdir())) == 3
+    found = read_group(str(tmp_path), "optimizer/state")
+    assert all(torch.equal(found[n], whole[n]) for n in whole)
+
+
+def test_files_are_what_safetensors_reads_and_writes(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    tensors = {
+        "bf16": torch.randn(3, 2).bfloat16(), "f64": torch.randn(2).double(), "bool": torch.tensor([True, False]),
+        "scalar": torch.tensor(1.5), "empty": torch.zeros(0, 4), "strided": torch.randn(4, 3).t(),
+    }  # fmt: skip
+    write_group(str(tmp_path), "model", tensors, {}, 0, 1)
+    found = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(found[n], tensors[n]) for n in tensors)
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Any:
+    """A real S3 server on this machine."""
+    boto3 = pytest.importorskip("boto3")
+    server_module = pytest.importorskip("moto.server")
+    server = server_module.ThreadedMotoServer(port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in {**keys, "AWS_ENDPOINT_URL": f"http://{host}:{port}"}.items():
+            patch.setenv(key, value)
+        boto3.client("s3").create_bucket(Bucket="runs")
+        yield "s3://runs/storage"
+    server.stop()
+
+
+def test_checkpoints_on_s3_are_saved_verified_rotated_and_resumed(
+    shared_storage: Path, dataset: Dataset, bucket: str
+) -> None:
+    data = batches(dataset, 4)
+    of = learner(shared_storage, dataset)
+    places = []
+    for batch in data[:2]:
+        of.step(batch)
+        places.append(save(of, bucket))  # type: ignore[arg-type]
+    assert ck.list_checkpoints(bucket) == places
+    uri = storage.join(places[1], "model.safetensors")
+    good = storage.read_bytes(uri)
+    storage.write_bytes(uri, good[:-1] + b"x")
+    assert ck.newest_good(bucket) == places[0]
+    storage.write_bytes(uri, good)
+    other = learner(shared_storage, dataset)
+    saving.load(other, str(ck.newest_good(bucket)))
+    steps(of, data[2:])
+    steps(other, data[2:])
+    assert torch.equal(weights(of), weights(other))
+    ck.rotate(bucket, ck.Keep(whole={2 * BATCH}, weights=set(), averages=False))
+    assert ck.list_checkpoints(bucket) == places[1:]
+
+
+def test_settings_are_saved_beside_every_checkpoint(shared_storage: Path, dataset: Dataset, tmp_path: Path) -> None:
+    place = save(learner(shared_storage, dataset), tmp_path)
+    assert ck.read_experiment(place) == experiment(shared_storage)

@@ -1,0 +1,212 @@
+"""Real runs through Ray Train, interrupted for real: what is left at the end must be what was without interruption."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from ray.cluster_utils import Cluster
+
+from diffscale import train
+from diffscale.training import checkpoint as ck
+from diffscale.training.history import read_history
+
+from .small import BATCH, environment, experiment, final_state, settings_file, wait_for
+
+WORKERS = {"workers": 2}
+RESUMABLE = 143
+
+
+@pytest.fixture(scope="module")
+def private_ray(dataset: object) -> Iterator[None]:
+    import ray
+
+    from diffscale.ray_session import connect
+
+    connect(num_cpus=2)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(shared_storage: Path, private_ray: None) -> dict[str, str]:
+    result = train.run(experiment(shared_storage, name="whole", train=WORKERS), show=False)
+    assert result.finished
+    return final_state(result.run_folder)
+
+
+def seen(run_folder: str) -> int:
+    rows = read_history(run_folder)
+    return rows[-1]["images_seen"] if rows else 0
+
+
+def workers_of(process: psutil.Process) -> list[psutil.Process]:
+    """The Ray Train workers below a process."""
+    found = []
+    for child in process.children(recursive=True):
+        try:
+            if "RayTrainWorker" in child.name() or "RayTrainWorker" in " ".join(child.cmdline()):
+                found.append(child)
+        except psutil.Error:
+            continue
+    return found
+
+
+def kill_a_worker(run_folder: str, after_images: int, choice: random.Random) -> None:
+    wait_for(lambda: seen(run_folder) >= after_images)
+    time.sleep(choice.random() * 0.3)
+    choice.choice(workers_of(psutil.Process())).send_signal(signal.SIGKILL)
+
+
+def run_killing_workers(storage: Path, name: str, moments: list[int], seed: int) -> str:
+    from diffscale.build import open_training_data
+
+    e = experiment(storage, name=name, train=WORKERS)
+    folder = e.run_folder(open_training_data(e).content_hash)
+    choice = random.Random(seed)
+
+    def killer() -> None:
+        for images in moments:
+            kill_a_worker(folder, images, choice)
+
+    thread = threading.Thread(target=killer, daemon=True)
+    thread.start()
+    result = train.run(e, show=False)
+    thread.join(timeout=5)
+    assert result.finished
+    assert not thread.is_alive()
+    return folder
+
+
+def test_a_killed_worker_leaves_the_same_weights(shared_storage: Path, uninterrupted: dict[str, str]) -> None:
+    folder = run_killing_workers(shared_storage, "worker", [30 * BATCH], seed=0)
+    assert final_state(folder) == uninterrupted
+
+
+def start(storage: Path, *overrides: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "diffscale.train", str(storage / "small.yaml"), *overrides]
+    return subprocess.Popen(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def test_sigterm_and_a_killed_command_leave_the_same_weights(
+    shared_storage: Path, uninterrupted: dict[str, str]
+) -> None:
+    settings_file(shared_storage, name="command", train=WORKERS)
+
+    def folders() -> list[Path]:
+        return sorted((shared_storage / "runs").glob("command-*"))
+
+    process = start(shared_storage)
+    folder = str(wait_for(folders)[0])
+    wait_for(lambda: seen(folder) >= 20 * BATCH)
+    process.send_signal(signal.SIGTERM)
+    asked = time.time()
+    wait_for(lambda: "stopped" in ((process.poll() is not None and "stopped") or ""), 60)
+    assert process.returncode == RESUMABLE
+    output = process.communicate()[0]
+    assert "the same command resumes" in output
+    newest = ck.list_checkpoints(folder)[-1]
+    written = os.stat(Path(newest) / ck.COMPLETE).st_mtime - (time.time() - (time.monotonic() - asked))
+    assert written < 10
+
+    process = start(shared_storage)
+    before = ck.images_of(newest)
+    wait_for(lambda: seen(folder) >= before + 25 * BATCH)
+    kill_all(process)
+
+    process = start(shared_storage)
+    output = process.communicate(timeout=200)[0]
+    assert process.returncode == 0, output
+    assert final_state(folder) == uninterrupted
+    images = [row["images_seen"] for row in read_history(folder)]
+    assert images == sorted(set(images))
+
+    again = start(shared_storage)
+    output = again.communicate(timeout=60)[0]
+    assert again.returncode == 0
+    assert "already finished" in output
+
+
+def kill_all(process: subprocess.Popen[str]) -> None:
+    """SIGKILL to the command; its private Ray ends with it, and what remains of it is killed too."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    psutil.wait_procs(children, timeout=5)
+    for child in children:
+        if child.is_running():
+            child.kill()
+    psutil.wait_procs(children, timeout=10)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_twenty_kills_at_random_moments_leave_the_same_weights(
+    shared_storage: Path, uninterrupted: dict[str, str]
+) -> None:
+    choice = random.Random(20)
+    for repeat in range(5):
+        moments = sorted(choice.sample(range(1, 110), 4))
+        folder = run_killing_workers(shared_storage, f"many{repeat}", [m * BATCH for m in moments], seed=repeat)
+        assert final_state(folder) == uninterrupted, moments
+
+
+@pytest.mark.slow
+def test_a_lost_node_leaves_the_same_weights(shared_storage: Path, uninterrupted: dict[str, str]) -> None:
+    import ray
+
+    from diffscale.build import open_training_data
+
+    ray.shutdown()
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(3)]
+    try:
+        ray.init(address=cluster.address)
+        e = experiment(shared_storage, name="node", train=WORKERS | {"max_failures": 3})
+        folder = e.run_folder(open_training_data(e).content_hash)
+        done: list[train.RunResult] = []
+        thread = threading.Thread(target=lambda: done.append(train.run(e, show=False)))
+        thread.start()
+        wait_for(lambda: seen(folder) >= 30 * BATCH)
+        busy = {p.ppid() for p in workers_of(psutil.Process())}
+        lost = next(n for n in nodes if any(info.process.pid in busy for info in n.all_processes["raylet"]))
+        cluster.remove_node(lost, allow_graceful=False)
+        thread.join(timeout=240)
+        assert [result.finished for result in done] == [True]
+        assert final_state(folder) == uninterrupted
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def test_a_hung_rank_is_noticed_and_the_run_goes_on(
+    shared_storage: Path, uninterrupted: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffscale.build import open_training_data
+
+    e = experiment(shared_storage, name="hung", train=WORKERS)
+    folder = e.run_folder(open_training_data(e).content_hash)
+    monkeypatch.setenv("DIFFSCALE_HANG_SECONDS", "3")
+
+    def stop_one() -> None:
+        wait_for(lambda: seen(folder) >= 30 * BATCH)
+        workers_of(psutil.Process())[0].send_signal(signal.SIGSTOP)
+
+    thread = threading.Thread(target=stop_one, daemon=True)
+    thread.start()
+    result = train.run(e, show=False)
+    thread.join(timeout=5)
+    assert result.finished
+    assert final_state(folder) == uninterrupted
+    assert os.listdir(Path(folder) / "hangs")

@@ -1,0 +1,147 @@
+"""Several real processes, without Ray: who computes what must not change what is computed."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from diffscale.build import build_diffusion, build_model
+from diffscale.data import Dataset, Loader
+from diffscale.training import checkpoint as ck
+from diffscale.training import saving
+from diffscale.training.learner import Learner
+from diffscale.training.parallel import World, shard
+from diffscale.training.sharding import whole
+
+from .small import BATCH, experiment
+
+STEPS = 10
+
+
+def make(storage: str, dataset: Dataset, world: World, **train: Any) -> Learner:
+    e = experiment(storage, train=train)
+    torch.manual_seed(0)
+    model = build_model(e, dataset)
+    if e.train.parallel == "fsdp2" and world.size > 1:
+        model = shard(model, world, "fp32")
+    return Learner(model, build_diffusion(e, dataset), e, world, num_classes=dataset.num_classes)
+
+
+def train(of: Learner, dataset: Dataset, count: int) -> list[float]:
+    share = of.world.share(BATCH)
+    with Loader(
+        dataset, seed=0, global_batch=BATCH, start=of.images_seen, shard=share, flip=True, verify=False
+    ) as loader:
+        return [of.step(batch).loss for batch, _ in zip(loader, range(count), strict=False)]
+
+
+def full(of: Learner) -> list[torch.Tensor]:
+    weights = [whole(p.detach()).clone() for p in of.model.parameters()]
+    return weights + [a for average in of.ema.averages.values() for a in average.values()]
+
+
+def resumed_midway(storage: str, dataset: Dataset, world: World, place: Path, **train_settings: Any) -> Learner:
+    """Half of the steps, a checkpoint, and the other half by a learner that knows nothing but it."""
+    first = make(storage, dataset, world, **train_settings)
+    train(first, dataset, STEPS // 2)
+    saver = saving.Saver(str(place), world.rank, world.size, "a", ck.save_settings(first.experiment), lambda _: None)
+    state = {"record": {}, "data": {}}
+    saver.save(saving.take(first, state, world.rank))
+    saver.wait()
+    world.barrier()
+    second = make(storage, dataset, world, seed=0, **train_settings)
+    for p in second.model.parameters():
+        p.data.zero_()
+    saving.load(second, str(ck.newest_good(str(place))))
+    train(second, dataset, STEPS - STEPS // 2)
+    return second
+
+
+def rank_main(rank: int, size: int, folder: str, storage: str, dataset: Dataset, count: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store{size}", rank=rank, world_size=size)
+    world, out = World(rank, size), {}
+    straight = make(storage, dataset, world)
+    out["losses"] = train(straight, dataset, count)
+    if count == STEPS:
+        other = resumed_midway(storage, dataset, world, Path(folder) / f"ddp{size}")
+        out["identical"] = all(torch.equal(a, b) for a, b in zip(full(straight), full(other), strict=True))
+        sharded = make(storage, dataset, world, parallel="fsdp2")
+        out["fsdp2"] = train(sharded, dataset, STEPS)
+        accumulated = make(storage, dataset, world, parallel="fsdp2", micro_batch=BATCH // size - 1)
+        out["fsdp2_accumulated"] = train(accumulated, dataset, 3)
+        other = resumed_midway(storage, dataset, world, Path(folder) / f"fsdp{size}", parallel="fsdp2")
+        pairs = zip(full(sharded), full(other), strict=True)
+        out["fsdp2_identical"] = all(torch.equal(a, b) for a, b in pairs)
+    every = world.gather(out)
+    assert all(one == every[0] for one in every)
+    if rank == 0:
+        torch.save(out, f"{folder}/out{size}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ranks")
+
+
+def run(size: int, places: Path, storage: Path, dataset: Dataset, count: int = STEPS) -> dict[str, Any]:
+    args = (size, str(places), str(storage), dataset, count)
+    mp.spawn(functools.partial(rank_main), args=args, nprocs=size)
+    return torch.load(places / f"out{size}.pt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def alone(shared_storage: Path, dataset: Dataset) -> list[float]:
+    return train(make(str(shared_storage), dataset, World()), dataset, STEPS)
+
+
+@pytest.fixture(scope="module")
+def of_ranks(places: Path, shared_storage: Path, dataset: Dataset) -> dict[int, dict[str, Any]]:
+    return {size: run(size, places, shared_storage, dataset) for size in (2, 4)}
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_world_sizes_agree(of_ranks: dict[int, dict[str, Any]], alone: list[float], size: int) -> None:
+    assert of_ranks[size]["losses"] == pytest.approx(alone, rel=1e-6)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_resume_is_bit_identical(of_ranks: dict[int, dict[str, Any]], size: int) -> None:
+    assert of_ranks[size]["identical"]
+    assert of_ranks[size]["fsdp2_identical"]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_sharded_is_replicated(of_ranks: dict[int, dict[str, Any]], size: int) -> None:
+    assert of_ranks[size]["fsdp2"] == pytest.approx(of_ranks[size]["losses"], rel=1e-6)
+    assert of_ranks[size]["fsdp2_accumulated"] == pytest.approx(of_ranks[size]["losses"][:3], rel=1e-6)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_sharded_checkpoint_loads_on_one_worker(
+    of_ranks: dict[int, dict[str, Any]], places: Path, shared_storage: Path, dataset: Dataset, size: int
+) -> None:
+    place = ck.newest_good(str(places / f"fsdp{size}"))
+    assert place is not None
+    assert len(list(Path(place).glob("model.*-of-*.safetensors"))) == size
+    of = make(str(shared_storage), dataset, World())
+    saving.load(of, place)
+    losses = train(of, dataset, STEPS - STEPS // 2)
+    assert losses == pytest.approx(of_ranks[size]["fsdp2"][STEPS // 2 :], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_two_hundred_steps_agree(places: Path, shared_storage: Path, dataset: Dataset) -> None:
+    """DECISIONS 9: 1.5e-6 was measured at this rate without dropout; 1e-4 is asked for. 5 workers: unequal shares."""
+    alone = train(make(str(shared_storage), dataset, World()), dataset, 200)
+    for size in (2, 5):
+        losses = run(size, places, shared_storage, dataset, 200)["losses"]
+        assert losses[:10] == pytest.approx(alone[:10], rel=1e-6)
+        assert losses == pytest.approx(alone, rel=1e-4)
