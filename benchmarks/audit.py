@@ -32,12 +32,19 @@ def audit() -> dict[str, object]:
             "status": "not run",
             "reason": _without_addresses(lines[-1] if lines else f"exit code {done.returncode}"),
         }
+    skipped = [d["skip_reason"] for d in found if "skip_reason" in d]
+    if len(skipped) == len(found):
+        return {
+            "status": "not run",
+            "reason": f"the database knows none of the {len(found)} packages (a mirror without it)",
+        }
     bad = [
         {"name": d["name"], "version": d["version"], "ids": [v["id"] for v in d["vulns"]]}
         for d in found
         if d.get("vulns")
     ]
-    return {"status": "found" if bad else "none found", "checked": len(found), "vulnerabilities": bad}
+    status = "found" if bad else "none found"
+    return {"status": status, "checked": len(found) - len(skipped), "skipped": len(skipped), "vulnerabilities": bad}
 
 
 def _without_addresses(line: str) -> str:

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 PORT = 6379
-DASHBOARD_PORT = 8265
 READY = 240.0  # seconds for a node to register
 
 
@@ -75,7 +74,7 @@ class Node:
     def start(self) -> None:
         """Starts Ray; the first node is the head."""
         head = self.network.nodes[0]
-        role = ["--head", f"--port={PORT}", f"--dashboard-port={DASHBOARD_PORT}", f"--dashboard-host={self.address}"]
+        role = ["--head", f"--port={PORT}", "--include-dashboard=false"]
         command = ["ray", "start", *(role if self is head else [f"--address={head.address}:{PORT}"])]
         command += [f"--node-ip-address={self.address}", f"--num-cpus={self.network.cpus[self.index]}"]
         command += [
@@ -145,7 +144,6 @@ class Network:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_ADDRESS": f"10.77.0.10:{PORT}",
-            "RAY_API_SERVER_ADDRESS": f"http://10.77.0.10:{DASHBOARD_PORT}",
             "OMP_NUM_THREADS": "1",
             "PYTHONUNBUFFERED": "1",
             "GLOO_SOCKET_IFNAME": "eth0",
