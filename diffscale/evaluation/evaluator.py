@@ -19,7 +19,7 @@ from diffscale.diffusion.solver_settings import SolverSettings
 from diffscale.errors import UserError
 from diffscale.evaluation import generate, pictures, spool
 from diffscale.evaluation.generate import Columns, Featuriser, Gather, View
-from diffscale.evaluation.metrics import Measurement, Metric, measure, memorised, parse_metric, views_of
+from diffscale.evaluation.metrics import LEAST, Measurement, Metric, measure, memorised, parse_metric, views_of
 from diffscale.evaluation.neighbours import nearest
 from diffscale.evaluation.reference import (
     Reference,
@@ -81,6 +81,10 @@ class Evaluator:
     def __post_init__(self) -> None:
         resolution = self.settings.eval_resolution or self.dataset.resolution
         self.metrics: list[Metric] = [parse_metric(name) for name in self.settings.metrics]
+        for metric in self.metrics:
+            if 0 < self.settings.n_generated < LEAST[metric.kind]:
+                expected = f"at least {LEAST[metric.kind]} for {metric.name}"
+                raise UserError(setting="eval.n_generated", value=self.settings.n_generated, expected=expected)
         self.views = views_of(self.metrics, resolution, self.settings.resize)
         if self.metrics and self.dataset.is_latent:
             raise UserError(
@@ -221,7 +225,7 @@ class Evaluator:
                 value = measure(metric, native, generated, self._references[native])[0].value
                 rows = [replace(rows[0], value_native=value)]
             out += [replace(row, memorisation=copied[metric.network]) for row in rows]
-            if classes and metric.kind != "is":
+            if classes and metric.kind not in ("is", "fd_inf"):
                 out += self._per_class(metric, view, generated, reference)
         return out
 

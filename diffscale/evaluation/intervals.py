@@ -50,7 +50,7 @@ def frechet_at_infinity(
     """(intercept, its standard error) of distance against 1/n, by least squares over random subsets.
 
     Chung and Forsyth 2020 (FID∞): the bias is linear in 1/n to first order. `points` sizes lie evenly between
-    `fewest` (5000 as in the paper, or n/10 where that is more than n/2) and n. Raises ValueError for n < 2·points.
+    `fewest` (5000 as in the paper; n/10 below n = 10,000) and n. Raises ValueError for n < 2·points.
     """
     n = len(features)
     if n < 2 * points:

@@ -21,7 +21,8 @@ from diffscale.evaluation.statistics import Moments
 
 KINDS = ("fd", "fd_inf", "kid", "precision", "recall", "density", "coverage", "sfid", "is")
 INCEPTION_NAMES = {"fid": "fd", "fid_inf": "fd_inf", "inception_score": "is"}
-NEIGHBOUR_KINDS = ("precision", "recall", "density", "coverage")
+LEAST = {"fd": 2, "sfid": 2, "fd_inf": 30, "kid": 2, "is": 10, "precision": 6, "recall": 6, "density": 6, "coverage": 6}
+"""The fewest samples of which each kind says anything at all."""
 
 
 @dataclass(frozen=True)
