@@ -176,7 +176,8 @@ def columns_table() -> str:
 
 
 def _plain(value: object) -> object:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """JSON has no nan and inf: they are written as words, which are read back as the numbers."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _first_line(error: Exception) -> str:
