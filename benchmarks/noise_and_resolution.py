@@ -116,9 +116,10 @@ def shown(diffusion: Diffusion, image: Tensor) -> np.ndarray:
 def plot(table: pd.DataFrame, images: dict[int, Tensor], picture: int, path: Path) -> None:
     """Above: one picture at t = 0.25 at every side. Below: what is left of the images at 8 pixels, against t."""
     figure = plt.figure(figsize=(15, 8), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=(1.25, 1.4))
+    halves: Any = figure.subfigures(2, 1, height_ratios=(1.25, 1.4))
+    above, below = halves
     panels = below.subplots(1, len(TREATMENTS), sharey=True)
-    groups: Any = above.subfigures(1, len(TREATMENTS))
+    groups = above.subfigures(1, len(TREATMENTS))
     colours = dict(zip(SIDES, plt.get_cmap("viridis")(np.linspace(0.85, 0.1, len(SIDES))), strict=True))
     for (treatment, title), group, panel in zip(TREATMENTS.items(), groups, panels, strict=True):
         for axis, side in zip(group.subplots(2, 2).flat, SIDES, strict=True):

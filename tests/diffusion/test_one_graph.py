@@ -1,0 +1,40 @@
+"""Loss and denoiser compile as one graph with every backbone: `fullgraph=True` raises at a graph break."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from diffscale.diffusion import create_diffusion, denoise, training_loss
+from diffscale.keyed_random import Stream, normal, stratified_uniform
+from diffscale.models import MODELS, create_model
+
+FAST = ("unet", "rin")  # the others trace for as long again; rin is the one that carries state
+
+
+@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in MODELS])
+def test_the_loss_and_the_denoiser_are_one_graph_with_every_backbone(name):
+    model = create_model(f"{name}-tiny", resolution=32, num_classes=3)
+    diffusion = create_diffusion(
+        prediction="F" if name == "edm2" else "v",
+        weighting={"name": "learned_uncertainty" if name == "edm2" else "sigmoid"},
+    )
+    positions = torch.arange(2)
+    x, noise = (normal(seed, Stream.NOISE, positions, (3, 32, 32)) for seed in (0, 1))
+    u, label, keep = stratified_uniform(0, positions, 2), torch.tensor([0, 3]), torch.tensor([True, False])
+
+    def loss(x, u, noise, label, keep):
+        return training_loss(diffusion, model, x, u=u, noise=noise, label=label, self_cond_keep=keep)
+
+    def estimate(z, logsnr, label):
+        return denoise(diffusion, model, z, logsnr, label)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="eager")(x, u, noise, label, keep)
+    compiled.loss.sum().backward()
+    assert bool(compiled.loss.isfinite().all())
+    model.eval()
+    with torch.no_grad():
+        arguments = (noise, diffusion.schedule.logsnr(u), label)
+        got, _ = torch.compile(estimate, fullgraph=True, backend="eager")(*arguments)
+        torch.testing.assert_close(got, estimate(*arguments)[0])
