@@ -76,7 +76,7 @@ def build(settings: Settings, show: bool = True) -> list[str]:
     if not 0 <= settings.split < 1:
         raise UserError(setting="--split", value=settings.split, expected="a share from 0 to below 1")
     work = _work_folder(target)
-    with locked(work.parent / f"{work.name}.lock"):
+    with locked(cache_root() / "locks" / identify(target=target)):  # one build of a folder at a time on this node
         folders = [target if len(sides) < 2 else storage.join(target, str(side)) for side in sides] or [target]
         wanted = _plan(settings, source, sides)
         identity = identify(plan=wanted.to_json())
@@ -88,7 +88,6 @@ def build(settings: Settings, show: bool = True) -> list[str]:
         built = dict(zip(map(str, plan.resolutions), folders, strict=True))
         _finish(work, plan, identity, built, results, settings, show)
         shutil.rmtree(work)
-    (work.parent / f"{work.name}.lock").unlink(missing_ok=True)
     return folders
 
 

@@ -23,6 +23,9 @@ from .helpers import pictures, write_dataset
 moto_server = pytest.importorskip("moto.server", reason="moto is not installed")
 
 
+DROPPED = {"content-length", "transfer-encoding", "expect"}
+
+
 class Faults:
     """What the proxy does to requests for shards: the next `errors` get 503, `cut` are cut off, all wait `delay` s."""
 
@@ -48,9 +51,19 @@ def proxy(server):
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
+        def body(self) -> bytes | None:
+            if self.headers.get("Transfer-Encoding") != "chunked":
+                length = int(self.headers.get("Content-Length") or 0)
+                return self.rfile.read(length) if length else None
+            data = b""
+            while size := int(self.rfile.readline().split(b";")[0], 16):
+                data += self.rfile.read(size)
+                self.rfile.readline()
+            self.rfile.readline()
+            return data
+
         def forward(self) -> None:
-            length = int(self.headers.get("Content-Length") or 0)
-            body = self.rfile.read(length) if length else None
+            body = self.body()
             is_read = self.command == "GET" and ".arrow" in self.path
             if is_read:
                 faults.reads.append(self.path)
@@ -59,7 +72,7 @@ def proxy(server):
                     faults.errors -= 1
                     self.send_error(503, "Slow Down")
                     return
-            headers = {k: v for k, v in self.headers.items() if k.lower() != "content-length"}
+            headers = {k: v for k, v in self.headers.items() if k.lower() not in DROPPED}
             request = urllib.request.Request(server + self.path, data=body, headers=headers, method=self.command)
             try:
                 answer = urllib.request.urlopen(request)
