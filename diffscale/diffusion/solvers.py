@@ -104,7 +104,7 @@ class Heun(SolverSettings):
     clip: Clip = "none"  # of the estimated clean image; EDM does not
     s_churn: float = 0.0  # amount of noise added and removed again over the whole run; 0 is deterministic
     s_tmin: float = 0.0  # lowest sigma with churn
-    s_tmax: float = math.inf  # highest sigma with churn
+    s_tmax: float | None = None  # highest sigma with churn; None does not limit
     s_noise: float = 1.0  # standard deviation of the added noise
 
     @property
@@ -118,7 +118,8 @@ class Heun(SolverSettings):
     def solve(self, denoise: Denoiser, y: Tensor, sigmas: list[float], noise: StepNoise) -> Tensor:
         gain = min(self.s_churn / self.steps, math.sqrt(2) - 1)
         for i, (sigma, following) in enumerate(pairwise(sigmas)):
-            if gain > 0 and self.s_tmin <= sigma <= self.s_tmax:
+            below = self.s_tmax is None or sigma <= self.s_tmax
+            if gain > 0 and self.s_tmin <= sigma and below:
                 raised = sigma * (1 + gain)
                 y = y + math.sqrt(raised**2 - sigma**2) * self.s_noise * noise(i)
                 sigma = raised

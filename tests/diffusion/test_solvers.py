@@ -126,6 +126,30 @@ def test_stochastic_solvers_reach_the_datas_variance(name, settings):
     assert float(image.std()) == pytest.approx(0.5, rel=0.05)
 
 
+def test_churn_adds_noise_between_its_limits_alone():
+    diffusion, net = gaussian(0.5, **EDM)
+    asked: list[int] = []
+
+    def noise_fn(step):
+        asked.append(step)
+        return unit_noise(1, *SHAPE, seed=step)
+
+    solver = SOLVERS["heun"](steps=18, s_churn=10.0, s_tmin=0.05, s_tmax=50.0)
+    levels: list[float] = []
+    sample(
+        diffusion,
+        net,
+        unit_noise(1, *SHAPE),
+        solver=solver,
+        noise_fn=noise_fn,
+        callback=lambda e: levels.append(math.exp(-e.logsnr / 2)),
+    )
+    sigmas = [math.exp(-level / 2) for level in solver.logsnr_grid(diffusion.schedule)]
+    assert asked == [i for i, sigma in enumerate(sigmas) if 0.05 <= sigma <= 50]
+    first = asked[0]  # EDM, algorithm 2: raised by min(S_churn/N, √2−1)
+    assert levels[2 * first] == pytest.approx(sigmas[first] * (1 + min(10 / 18, math.sqrt(2) - 1)))
+
+
 def test_the_samplers_limits_are_one_another():
     diffusion, net = gaussian(0.4)
     noise, noise_fn = unit_noise(4, *SHAPE), keyed_noise(0, torch.arange(4), SHAPE)
