@@ -25,6 +25,11 @@ def is_remote(uri: str) -> bool:
 def check_absolute(uri: str, setting: str = "storage") -> str:
     """The same place without `file://`; a relative path is refused (a Ray job's working directory is temporary)."""
     path = uri.removeprefix("file://")
+    if is_remote(uri) and "@" in uri.split("://", 1)[1].split("/", 1)[0]:
+        raise UserError(
+            setting=setting, value="a URI with a user and a password in it", expected="a URI without credentials",
+            fix="give them in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, or the machine's role",
+        )  # fmt: skip
     if is_remote(uri) or os.path.isabs(path):
         return path.rstrip("/") or "/"
     raise UserError(

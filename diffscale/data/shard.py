@@ -61,17 +61,24 @@ def open_shard(path: str, shard: Shard, manifest: Manifest, is_cached: bool = Fa
         if reader.num_record_batches != 1:
             raise ValueError(f"it has {reader.num_record_batches} record batches instead of 1")
         batch = reader.get_batch(0)
-        if batch.schema.names != ["image", "label", "name"] or batch.schema.field("label").type != pa.int64():
-            raise ValueError(f"its columns are {batch.schema.names}")
+        types = [batch.schema.field(name).type for name in ("label", "name") if name in batch.schema.names]
+        if batch.schema.names != ["image", "label", "name"] or types != [pa.int64(), pa.string()]:
+            raise ValueError(f"its columns are {batch.schema}")
         if batch.num_rows != shard.rows:
             raise ValueError(f"it has {batch.num_rows} rows, the manifest says {shard.rows}")
         expected = image_type(manifest)
         if batch.schema.field("image").type != expected:
             raise ValueError(f"its images are {batch.schema.field('image').type}, the manifest says {expected}")
+        batch.validate()
+        if any(column.null_count for column in batch.columns):
+            raise ValueError("it has missing values")
+        for column in batch.columns:  # Arrow trusts the offsets in a file: a wrong one would crash the process
+            if not isinstance(column, pa.ExtensionArray):
+                column.validate(full=True)
         column = batch.column("image")
         images = column if manifest.layout == "encoded" else column.to_numpy_ndarray()
         labels = batch.column("label").to_numpy()
-    except (pa.ArrowException, ValueError, OSError) as error:
+    except (pa.ArrowException, ValueError, OSError, TypeError, AttributeError, KeyError) as error:  # Ray's types too
         raise ShardError(path, f"it cannot be read ({_first_line(error)})") from None
     return MappedShard(path, images, labels, batch.column("name"), before, is_cached)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 COMPLETE = "COMPLETE"
+_NAME = re.compile(r"/checkpoints/images-(\d{1,18})/?$")
+_FILE = re.compile(r"([A-Za-z0-9_-][A-Za-z0-9._-]*/)?[A-Za-z0-9_-][A-Za-z0-9._-]*")  # inside the checkpoint's folder
 FORMAT = 1
 FOR_RESUMING = ("model", "optimizer/state")
 
@@ -40,13 +43,18 @@ def folder_of(run_folder: str, images_seen: int) -> str:
 
 
 def images_of(checkpoint: str) -> int:
-    return int(checkpoint.rstrip("/").rpartition("images-")[2])
+    """Raises ValueError for a folder of another name."""
+    found = _NAME.search(checkpoint)
+    if found is None:
+        raise ValueError(f"{checkpoint} is not named as a checkpoint")
+    return int(found[1])
 
 
 def list_checkpoints(run_folder: str) -> list[str]:
     """Complete ones, oldest first. Their files are not read: `verify` does that."""
     marks = storage.list_files(storage.join(run_folder, "checkpoints"), COMPLETE, recursive=True)
-    return sorted((mark.removesuffix("/" + COMPLETE) for mark in marks), key=images_of)
+    found = (mark.removesuffix("/" + COMPLETE) for mark in marks)
+    return sorted((folder for folder in found if _NAME.search(folder)), key=images_of)
 
 
 def complete(checkpoint: str, files: dict[str, FileInfo]) -> None:
@@ -61,9 +69,12 @@ def files_of(checkpoint: str) -> dict[str, FileInfo]:
         data = json.loads(storage.read_bytes(storage.join(checkpoint, COMPLETE)))
         if data["format"] != FORMAT:
             raise Damaged(f"{checkpoint}: format {data['format']}, this diffscale reads {FORMAT}")
-        return {name: FileInfo(str(sha), int(count)) for name, (sha, count) in data["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        files = {name: FileInfo(str(sha), int(count)) for name, (sha, count) in data["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise Damaged(f"{checkpoint}/{COMPLETE}: {error}") from None
+    if strange := [name for name in files if not _FILE.fullmatch(name)]:  # `rotate` deletes what is listed
+        raise Damaged(f"{checkpoint}/{COMPLETE}: it lists {strange[0]!r}, which is no file of a checkpoint")
+    return files
 
 
 def verify(checkpoint: str) -> None:
@@ -107,8 +118,11 @@ def distrust(run_folder: str, position: int) -> None:
 def read_state(checkpoint: str) -> dict[str, Any]:
     """state.json. Raises Damaged."""
     try:
-        return json.loads(storage.read_bytes(storage.join(checkpoint, "state.json")))
-    except (OSError, ValueError) as error:
+        state = json.loads(storage.read_bytes(storage.join(checkpoint, "state.json")))
+        if not isinstance(state, dict):
+            raise ValueError("not a mapping")
+        return state
+    except (OSError, ValueError, RecursionError) as error:
         raise Damaged(f"{checkpoint}/state.json: {error}") from None
 
 
@@ -142,18 +156,20 @@ def load_for_sampling(checkpoint: str, ema: str) -> tuple[Experiment, nn.Module,
 
     try:
         verify(checkpoint)
-        state = read_state(checkpoint)
-        experiment = read_experiment(checkpoint)
+        state, experiment = read_state(checkpoint), read_experiment(checkpoint)
         tensors = read_weights(checkpoint, ema)
-    except Damaged as error:
+        try:
+            shape = {name: int(state["data"][name]) for name in ("resolution", "channels", "num_classes")}
+            model = create_model(experiment.model.name, **shape, **experiment.model.arguments())
+            model.load_state_dict(tensors)
+            return experiment, model.eval(), int(state["images_seen"]), dict(state["record"])
+        except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+            raise Damaged(f"{checkpoint}: {' '.join(str(error).split())[:300]}") from None
+    except (Damaged, FileNotFoundError) as error:
         raise UserError(
             setting="CHECKPOINT", value=checkpoint, expected=f"an undamaged checkpoint ({error})",
             fix="use an earlier one of the run",
         ) from None  # fmt: skip
-    shape = state["data"]
-    model = create_model(experiment.model.name, **shape, **experiment.model.arguments())
-    model.load_state_dict(tensors)
-    return experiment, model.eval(), int(state["images_seen"]), state["record"]
 
 
 def save_settings(experiment: Experiment) -> bytes:

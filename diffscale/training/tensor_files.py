@@ -66,12 +66,15 @@ def read_group(folder: str, group: str) -> dict[str, Tensor]:
     for file in files:
         tensors, places = _read(file)
         for name, tensor in tensors.items():
-            start = places[name][0] if name in places else 0
+            start = places.get(name, 0)
             parts.setdefault(name, []).append((start, tensor))
     out = {}
     for name, pieces in parts.items():
         pieces.sort(key=lambda piece: piece[0])
-        out[name] = pieces[0][1] if len(pieces) == 1 else torch.cat([t for _, t in pieces])
+        try:
+            out[name] = pieces[0][1] if len(pieces) == 1 else torch.cat([t for _, t in pieces])
+        except RuntimeError as error:
+            raise Damaged(f"{folder}: slices of {name} do not fit: {error}") from None
     return out
 
 
@@ -99,17 +102,24 @@ def checksum(uri: str) -> FileInfo:
     return FileInfo(digest.hexdigest(), count)
 
 
-def _read(uri: str) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
+def _read(uri: str) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """The file's tensors, and the first row of those that are slices."""
     try:
         if storage.is_remote(uri):
             data = storage.read_bytes(uri)
             length = struct.unpack("<Q", data[:8])[0]
             metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
-            return load(data), json.loads(metadata.get(SLICES, "{}"))
-        with safe_open(uri.removeprefix("file://"), framework="pt") as file:
-            metadata = file.metadata() or {}
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata.get(SLICES, "{}"))  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, struct.error) as error:
+            tensors = load(data)
+        else:
+            with safe_open(uri.removeprefix("file://"), framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        places = json.loads(metadata.get(SLICES, "{}"))
+        return tensors, {str(name): int(place[0]) for name, place in places.items()}
+    except (
+        SafetensorError, OSError, ValueError, struct.error, TypeError, AttributeError, LookupError, RecursionError,
+        RuntimeError, OverflowError,
+    ) as error:  # fmt: skip
         raise Damaged(f"{uri}: {error}") from None
 
 
