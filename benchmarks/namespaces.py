@@ -144,6 +144,7 @@ class Network:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_ADDRESS": f"10.77.0.10:{PORT}",
+            "RAY_worker_niceness": "0",
             "OMP_NUM_THREADS": "1",
             "PYTHONUNBUFFERED": "1",
             "GLOO_SOCKET_IFNAME": "eth0",
