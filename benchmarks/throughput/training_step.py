@@ -13,7 +13,7 @@ import itertools
 import platform
 import statistics
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -32,18 +32,27 @@ MODES = [
 ]
 
 
-def worker(pipe: Any, race: str, side: str, device: str, threads: int, mode: Numerics | None, compiled: bool | None):
+class Setup(NamedTuple):
+    """Where and how both contenders run."""
+
+    device: str  # cpu or cuda
+    threads: int  # of each process
+    clock: Literal["wall", "cpu"]
+    compiled: bool | None  # one setting for both; None: each its best
+
+
+def worker(pipe: Any, race: str, side: str, setup: Setup, mode: Numerics | None) -> None:
     """Answer each number n on the pipe with the seconds of n steps; first send the numerics and the matmul ceiling."""
-    torch.set_num_threads(threads)
-    if device == "cuda":
+    torch.set_num_threads(setup.threads)
+    if setup.device == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
-    entry, asked = RACES[race], Automatic(compile="auto" if compiled is None else compiled)
+    entry, asked = RACES[race], Automatic(compile="auto" if setup.compiled is None else setup.compiled)
     build = entry.ours if side == "ours" else entry.theirs
-    stepper = Stepper(build, entry.side, entry.batch, device, mode, asked)
+    stepper = Stepper(build, entry.side, entry.batch, setup.device, mode, asked, setup.clock)
     first = stepper.seconds(1)
-    stepper.seconds(2)
-    pipe.send((stepper.numerics, first, matmul_rate(torch.device(device), stepper.numerics.precision)))
+    stepper.seconds(1)
+    pipe.send((stepper.numerics, first, matmul_rate(torch.device(setup.device), stepper.numerics.precision)))
     while (steps := pipe.recv()) is not None:
         pipe.send(stepper.seconds(steps))
 
@@ -51,11 +60,10 @@ def worker(pipe: Any, race: str, side: str, device: str, threads: int, mode: Num
 class Contender:
     """A worker process, asleep but for when it is asked to step."""
 
-    def __init__(self, race: str, side: str, device: str, threads: int, mode: Numerics | None, compiled: bool | None):
+    def __init__(self, race: str, side: str, setup: Setup, mode: Numerics | None) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        arguments = (theirs, race, side, device, threads, mode, compiled)
-        self.process = context.Process(target=worker, args=arguments, daemon=True)
+        self.process = context.Process(target=worker, args=(theirs, race, side, setup, mode), daemon=True)
         self.process.start()
         theirs.close()
         self.numerics, self.first, self.ceiling = self.pipe.recv()
@@ -69,11 +77,11 @@ class Contender:
         self.process.join()
 
 
-def best_mode(race: str, device: str, threads: int, modes: list[Numerics]) -> Numerics:
+def best_mode(race: str, setup: Setup, modes: list[Numerics]) -> Numerics:
     """The peer's fastest mode: median of five steps, each mode in a process of its own."""
     found: dict[Numerics, float] = {}
     for mode in modes:
-        contender = Contender(race, "peer", device, threads, mode, None)
+        contender = Contender(race, "peer", setup, mode)
         found[mode] = statistics.median(contender.seconds(1) for _ in range(5))
         contender.close()
         typer.echo(
@@ -89,13 +97,10 @@ def interval(ratios: np.ndarray, draws: int = 10_000) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def run_race(race: str, device: str, threads: int, pairs: int, mode: Numerics, compiled: bool | None) -> list[dict]:
+def run_race(race: str, setup: Setup, pairs: int, mode: Numerics, ours: Numerics | None = None) -> list[dict]:
     """Alternate `pairs` times and return the two rows, ours with the ratio."""
     entry, sides = RACES[race], ("ours", "peer")
-    contenders = {
-        "ours": Contender(race, "ours", device, threads, None, compiled),
-        "peer": Contender(race, "peer", device, threads, mode, compiled),
-    }
+    contenders = {"ours": Contender(race, "ours", setup, ours), "peer": Contender(race, "peer", setup, mode)}
     counts = {"ours": training_flops(entry.ours, entry.side), "peer": training_flops(entry.theirs, entry.side)}
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     for pair in range(pairs):
@@ -108,7 +113,8 @@ def run_race(race: str, device: str, threads: int, pairs: int, mode: Numerics, c
     for side in sides:
         contender = contenders[side]
         row: dict[str, Any] = {"race": race, "side": side, "network": "diffscale" if side == "ours" else entry.peer}
-        row |= {"device": torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} × {threads}"}
+        row |= {"device": torch.cuda.get_device_name() if setup.device == "cuda" else f"{cpu_name()} × {setup.threads}"}
+        row |= {"clock": setup.clock}
         row |= {"torch": torch.__version__, "batch": entry.batch, "pairs": pairs, "parameters": counts[side][0]}
         row |= {"train_flops_per_image": f"{counts[side][1]:.6g}", "precision": contender.numerics.precision}
         row |= {"compile": contender.numerics.compile, "channels_last": contender.numerics.channels_last}
@@ -126,6 +132,13 @@ def run_race(race: str, device: str, threads: int, pairs: int, mode: Numerics, c
         rows.append(row)
         contender.close()
     return rows
+
+
+def cpu_name() -> str:
+    """The processor as Linux names it."""
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return names[0].split(":", 1)[1].strip() if names else platform.machine()
 
 
 def write(rows: list[dict], path: Path) -> None:
@@ -150,27 +163,36 @@ def main(
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     threads: Annotated[int, typer.Option(help="CPU threads of each process")] = torch.get_num_threads(),
     pairs: Annotated[int, typer.Option(help="alternating pairs of steps")] = 21,
-    peer_mode: Annotated[str, typer.Option(help="precision,compile,channels_last found before, as bf16,0,1")] = "",
+    clock: Annotated[str, typer.Option(help="wall, or cpu where the machine is busy (one thread)")] = "wall",
+    peer_mode: Annotated[str, typer.Option(help="precision,channels_last,compile found before, as bf16,0,1")] = "",
+    our_mode: Annotated[str, typer.Option(help="likewise, in place of the automatic choice")] = "",
     peer_compile: Annotated[bool, typer.Option(help="also try torch.compile on the peer")] = True,
     compiled: Annotated[bool | None, typer.Option("--compile/--eager", help="one setting for both")] = None,
     out: Annotated[Path, typer.Option(help="CSV to add to")] = RESULTS,
 ) -> None:
     """Race our networks against their peers and write what was measured."""
+    if clock not in ("wall", "cpu") or (clock == "cpu" and (device != "cpu" or threads != 1)):
+        raise typer.BadParameter(f"clock = {clock}: expected wall, or cpu with --device cpu --threads 1")
+    setup = Setup(device, threads, "cpu" if clock == "cpu" else "wall", compiled)
     for race in races:
         if race not in RACES:
             raise typer.BadParameter(f"{race}: expected one of {', '.join(RACES)}")
         modes = [m for m in MODES if (peer_compile or not m.compile) and compiled in (None, m.compile)]
-        if peer_mode:
-            precision, compile_, last = peer_mode.split(",")
-            modes = [Numerics(precision, channels_last=last == "1", compile=compile_ == "1")]  # type: ignore[arg-type]
-        mode = modes[0] if len(modes) == 1 else best_mode(race, device, threads, modes)
-        rows = run_race(race, device, threads, pairs, mode, compiled)
+        modes = [parse(peer_mode)] if peer_mode else modes
+        mode = modes[0] if len(modes) == 1 else best_mode(race, setup, modes)
+        rows = run_race(race, setup, pairs, mode, parse(our_mode) if our_mode else None)
         write(rows, out)
         for row in rows:
-            typer.echo(
-                {k: row[k] for k in ("race", "side", "precision", "compile", "channels_last", "images_per_s", "mfu")}
-            )
+            typer.echo({k: row[k] for k in ("side", "precision", "compile", "channels_last", "images_per_s", "mfu")})
         typer.echo(f"{race}: {rows[0]['ratio']} × [{rows[0]['ratio_low']}, {rows[0]['ratio_high']}]")
+
+
+def parse(mode: str) -> Numerics:
+    """bf16,1,0 → Numerics("bf16", channels_last=True, compile=False)."""
+    precision, last, compiled = mode.split(",")
+    if precision not in ("bf16", "fp32") or {last, compiled} - {"0", "1"}:
+        raise typer.BadParameter(f"{mode}: expected bf16 or fp32, then 0 or 1 for channels_last and for compile")
+    return Numerics("bf16" if precision == "bf16" else "fp32", last == "1", compiled == "1")
 
 
 if __name__ == "__main__":
