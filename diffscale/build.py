@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from diffscale.data import open_dataset, resolve
+from diffscale.data import ShardCache, open_dataset, resolve
 from diffscale.diffusion import SOLVERS, Diffusion, create_diffusion
 from diffscale.errors import UserError
 from diffscale.models import create_model
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 def open_training_data(experiment: Experiment) -> Dataset:
     """The dataset of `data.path` at `data.resolution`; builtin:emoji is built under the storage the first time."""
     data = experiment.data
-    return open_dataset(resolve(data.path, data.resolution, experiment.storage))
+    cache = ShardCache(data.cache, data.cache_gigabytes)
+    return open_dataset(resolve(data.path, data.resolution, experiment.storage), cache=cache)
 
 
 def build_model(experiment: Experiment, dataset: Dataset) -> nn.Module:

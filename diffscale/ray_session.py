@@ -23,6 +23,7 @@ def connect(address: str | None = None, num_cpus: int | None = None) -> None:
     os.environ.setdefault(REPORT_INTERVAL, "0.2")
     os.environ.setdefault(START_TIMEOUT, "20")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves the workers beside any other program
     if address == "local" and "ray" not in sys.modules:
         # Without the first Ray 2.60 listens on every interface even for one node (measured). Both are read when Ray
         # is imported: a program that did so before decides for itself.
