@@ -243,3 +243,19 @@ def test_the_ddpm_condition_is_close_to_ddpms_own_step_number():
     steps = torch.tensor([0, 10, 100, 499, 900, 999])
     condition = noise_condition(torch.logit(alpha_bar[steps]).float(), "ddpm")
     assert (condition - (steps + 1)).abs().max() < 4.0  # of 1000: the continuous process is not quite the chain
+
+
+@pytest.mark.parametrize("name", ["unet", "edm2"])
+def test_it_traces_into_one_graph_and_gives_the_same(name):
+    settings = {} if name == "unet" else {"noise_mult": 1}
+    model = awake(name, num_classes=4, **settings)
+    if name == "edm2":
+        model.project_weights()
+    x, logsnr = inputs()
+    label = torch.tensor([0, 3, 4])
+    model.train()
+    expected = model(x, logsnr, label)[0]
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)(x, logsnr, label)[0]
+    assert torch.allclose(compiled, expected, rtol=1e-4, atol=1e-5)
+    compiled.square().mean().backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if "uncertainty" not in n)
