@@ -29,6 +29,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 RUNTIME_ENV = Path("cluster/runtime_env.yaml")
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 POLL = 1.0  # seconds
+AGENT_SECONDS = 120.0
 STOPPED = 143  # 128 + SIGTERM, as a shell reports a program that was stopped
 
 
@@ -44,7 +45,7 @@ def main(
     entrypoint = ["python", "-m", module_of(command[0]), *command[1:]]
     client = connect(address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS)
     environment = load_runtime_env(runtime_env) | {"working_dir": str(working_dir.resolve())}
-    job = client.submit_job(entrypoint=shlex.join(entrypoint), runtime_env=environment)
+    job = submit(client, shlex.join(entrypoint), environment)
     print(f"job {job}: {shlex.join(entrypoint)}", flush=True)
     raise typer.Exit(Follower(client, job).run() if wait else 0)
 
@@ -74,6 +75,23 @@ def connect(address: str) -> Any:
         expected = "the dashboard of a Ray cluster that accepts this user: " + text
         raise UserError(setting="address", value=address, expected=expected, fix=fix) from None
     return client
+
+
+def submit(client: Any, entrypoint: str, environment: dict[str, Any]) -> str:
+    """The job's id. A cluster that has just started has no agent for a while: asked again until AGENT_SECONDS.
+
+    Raises UserError with Ray's reason.
+    """
+    end = time.monotonic() + AGENT_SECONDS
+    while True:
+        try:
+            return client.submit_job(entrypoint=entrypoint, runtime_env=environment)
+        except (RuntimeError, ValueError) as error:
+            text = " ".join(str(error).split())[:300]
+            if "No available agent" in text and time.monotonic() < end:
+                time.sleep(POLL)
+                continue
+            raise UserError(setting="submit", value=entrypoint, expected=f"a job that Ray accepts: {text}") from None
 
 
 def load_runtime_env(path: Path) -> dict[str, Any]:
