@@ -1,8 +1,8 @@
 """How a run computes: precision, memory format, compilation. Chosen once per run, stored, and reused on resume.
 
 "auto" for the memory format is measured on the real model and batch. "auto" for torch.compile weighs what it costs
-against what it saves: on a CPU compiling a UNet takes minutes and the kernels are no faster than ours
-(benchmarks/results/throughput), so it is off; on a GPU it is on where the run is long enough to earn it back.
+against what it saves: on a CPU compiling a small UNet took two minutes for less than a tenth of a step, so it is off
+there; on a GPU it is on where the run is long enough to earn it back.
 """
 
 from __future__ import annotations
