@@ -1,7 +1,7 @@
 """Data loading against a bare gather and against peers: `python -m benchmarks.throughput.loading [PART ...]`.
 
 gather      batches of 32x32 uint8 delivered, to a numpy gather from RAM with the same order ready-made (target >= 0.5)
-peers       the same rows through Ray Data iter_torch_batches (>= 10 x), Hugging Face datasets with DataLoader, WebDataset
+peers       the same rows through Ray Data iter_torch_batches (>= 10 x), Hugging Face datasets, WebDataset
 decode      256x256 encoded images delivered, to the decoder alone on the same number of cores (>= 0.9)
 step        seconds that a training step waits for the loader, of the step's seconds (<= 1 %, measured directly)
 memory      anonymous memory (RssAnon) after reading a dataset and one of ten times its size
@@ -56,7 +56,7 @@ def write_dataset(folder: str, parts: Iterator[np.ndarray | list[bytes]], side: 
     content = rows_hash("uint8", side, 3, shards)
     split = Split(rows=start, content_hash=content, mean=[0.0] * 3, std=[1.0] * 3, shards=shards)
     manifest = Manifest(
-        layout=layout, dtype="uint8", resolution=side, channels=3, class_names=[*"0123456789"],  # type: ignore[arg-type]
+        layout=layout, dtype="uint8", resolution=side, channels=3, class_names=[*"0123456789"],
         content_hash=content, lossy=False, resize={}, source={}, made_with={}, splits={"train": split},
     )  # fmt: skip
     write_manifest(folder, manifest)
