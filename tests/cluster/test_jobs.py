@@ -33,6 +33,7 @@ def checkpoints(storage: Path) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_job_is_stopped_with_a_checkpoint_and_submitting_it_again_finishes_it(local_cluster, tmp_path):
     images = BATCH * 200
     command = [
@@ -57,22 +58,22 @@ def test_a_job_is_stopped_with_a_checkpoint_and_submitting_it_again_finishes_it(
             start_new_session=True,
         )
     try:
-        end = time.monotonic() + 180
+        end = time.monotonic() + 400
         while images_seen(tmp_path) < 10 * BATCH and watching.poll() is None and time.monotonic() < end:
             time.sleep(0.5)
         watching.send_signal(signal.SIGINT)  # as Ctrl-C in the terminal that watches
-        code = watching.wait(150)
+        code = watching.wait(300)
     finally:
         watching.kill()
     text = log.read_text()
     assert code == 143, text
     assert "stopping the job" in text
-    assert "the same command goes on" in text
+    assert "same command" in text
     stopped_at = images_seen(tmp_path)
     assert 0 < stopped_at < images
     assert checkpoints(tmp_path)[-1] == f"images-{stopped_at:09d}", "nothing that was trained is lost"
 
-    again = local_cluster.run(*command, timeout=280)
+    again = local_cluster.run(*command, timeout=500)
     assert again.returncode == 0, again.stdout + again.stderr
     assert f"finished: {images:,} images" in again.stdout
     assert checkpoints(tmp_path)[-1] == f"images-{images:09d}"
