@@ -4,7 +4,8 @@ import csv
 import sys
 from collections import defaultdict
 
-rows = list(csv.DictReader(open(sys.argv[1], newline="")))
+with open(sys.argv[1], newline="") as file:
+    rows = list(csv.DictReader(file))
 points = defaultdict(set)
 for row in rows:
     points[row["run_name"]].add(row["images_seen"])

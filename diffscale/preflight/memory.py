@@ -17,7 +17,7 @@ OVERHEAD = 1.15  # workspaces and fragmentation
 
 
 def needed_bytes(experiment: Experiment, dataset: Dataset) -> int:
-    """Estimated peak of one worker: weights, gradients, two moments, averages, and what backward needs of activations."""
+    """Estimated peak of one worker: weights, gradients, moments, averages, and what the backward pass needs."""
     train = experiment.train
     workers = train.workers if isinstance(train.workers, int) else train.workers[0]
     images = min(train.micro_batch or train.global_batch, -(-train.global_batch // workers))
