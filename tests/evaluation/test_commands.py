@@ -1,0 +1,180 @@
+"""`evaluate` and `sample` on a real run: a network of fifty thousand weights after two steps on 8-pixel emoji."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from diffscale import evaluate, sample
+from diffscale.build import build_diffusion, build_model, open_training_data
+from diffscale.cli import validate
+from diffscale.compute import count_cost
+from diffscale.data import Loader, open_dataset
+from diffscale.errors import UserError
+from diffscale.evaluation.folder import evaluate_folder
+from diffscale.records import read_records
+from diffscale.trained import find_checkpoints, settings_of_run
+from diffscale.training import checkpoint as ck
+from diffscale.training import saving
+from diffscale.training.columns import run_columns
+from diffscale.training.learner import Learner
+from diffscale.training.numerics import Numerics
+from diffscale.training.parallel import World
+
+from .conftest import pictures, write_dataset
+
+FD = "fd_efficientnet_lite0"
+SETTINGS = {
+    "name": "small", "data": {"resolution": 8},
+    "model": {"name": "unet", "model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4]},
+    "train": {"images": 24, "global_batch": 12, "precision": "fp32", "compile": False, "channels_last": False},
+    "eval": {
+        "metrics": [FD], "n_generated": 20, "n_reference": 64, "batch": 10, "solver": {"name": "ddim", "steps": 2},
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A run's folder with one checkpoint, as training writes it."""
+    torch.set_num_threads(1)
+    place = tmp_path_factory.mktemp("storage")
+    experiment = validate(SETTINGS | {"storage": str(place)})
+    dataset = open_training_data(experiment)
+    torch.manual_seed(0)
+    diffusion = build_diffusion(experiment, dataset)
+    learner = Learner(
+        build_model(experiment, dataset), diffusion, experiment, World(), Numerics(), dataset.num_classes, None
+    )
+    with Loader(dataset, seed=0, global_batch=12, verify=False) as loader:
+        for batch, _ in zip(loader, range(2), strict=False):
+            learner.step(batch)
+    cost = count_cost(lambda: build_model(experiment, dataset), 8, 3, dataset.num_classes)
+    columns = run_columns(experiment, dataset, cost, World(), learner.images_seen, 1.0, None, 0.5)
+    shape = {"resolution": 8, "channels": 3, "num_classes": dataset.num_classes}
+    folder = Path(experiment.run_folder(dataset.content_hash))
+    saver = saving.Saver(str(folder), 0, 1, "test", ck.save_settings(experiment), lambda _: None)
+    saver.save(saving.take(learner, {"record": columns, "data": shape}, 0))
+    saver.wait()
+    return folder
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("DIFFSCALE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def call(app, *arguments: str):
+    result = CliRunner().invoke(app, list(arguments))
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.output
+
+
+def test_evaluate_writes_records_once_with_several_solvers_and_averages(ray_cluster, run, own_cache, tmp_path):
+    arguments = [str(run), "--solver", "ddim,steps=2", "--solver", "heun,steps=2", "--ema", "none", "--ema", "halflife"]
+    output = call(evaluate.app, *arguments, "--workers", "1", "--out", str(tmp_path / "rows.json"))
+    assert FD in output
+    records = read_records([str(run)])
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert {(r.solver, r.ema, r.nfe) for r in records} == {
+        ("ddim", "none", 2), ("ddim", "halflife", 2), ("heun", "none", 3), ("heun", "halflife", 3),
+    }  # fmt: skip
+    assert {r["record_id"] for r in rows} == {r.record_id for r in records}
+    # Not the weights of training under the name of their average: the two differ.
+    values = {(r.solver, r.ema): r.value for r in records}
+    assert values["ddim", "none"] != values["ddim", "halflife"]
+    first = records[0]
+    assert (first.images_seen, first.n_generated, first.n_reference, first.evaluated_on) == (24, 20, 64, "own workers")
+    assert (first.memorisation is not None, first.value_heldout is not None) == (True, True)
+    assert list((own_cache / "evaluations").iterdir()) == []
+    assert list((run / "samples").glob("*.png"))
+
+
+def test_sample_keeps_images_and_compares_runs_at_the_same_seeds(ray_cluster, run, tmp_path):
+    call(sample.app, str(run), str(run), "--n", "12", "--out", str(tmp_path), "--trajectory", "2", "--workers", "1")
+    (folder,) = (p for p in tmp_path.iterdir() if p.is_dir())
+    assert len(list(folder.glob("*.png"))) == 12
+    assert {p.name.removeprefix(folder.name) for p in tmp_path.glob("*.png")} == {
+        "-grid.png", "-trajectory.png", "comparison.png",
+    }  # fmt: skip
+    comparison = np.asarray(Image.open(tmp_path / "comparison.png").convert("L"))[:, -600:]
+    half = comparison.shape[0] // 2
+    np.testing.assert_array_equal(comparison[2 : half - 1], comparison[half + 1 : -2][: half - 3])
+    call(sample.app, str(run), "--n", "12", "--out", str(tmp_path / "arrow"), "--format", "arrow", "--workers", "1")
+    dataset = open_dataset(str(next(p for p in (tmp_path / "arrow").iterdir() if p.is_dir())))
+    images, _ = dataset.gather(np.arange(12))
+    first = np.asarray(Image.open(folder / "000000.png"))
+    np.testing.assert_array_equal(images[0].numpy(), first)
+
+
+def test_settings_that_were_fixed_in_training_are_refused(run):
+    (uri,) = find_checkpoints(str(run))
+    assert settings_of_run(uri, ["eval.n_generated=7"], "heun,steps=5").eval.solver.steps == 5
+    with pytest.raises(UserError, match="OVERRIDE"):
+        settings_of_run(uri, ["model.model_channels=32"])
+    with pytest.raises(UserError, match="has: 24"):
+        find_checkpoints(str(run), "48")
+
+
+def test_a_metric_without_weights_stops_before_sampling(ray_cluster, run, own_cache, monkeypatch, tmp_path):
+    monkeypatch.setenv("DIFFSCALE_OFFLINE", "1")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("diffscale.evaluation.weights.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(sample.ModelSource, "images", lambda *a: pytest.fail("sampled"))
+    with pytest.raises(UserError, match=r"\(3\)"):
+        evaluate.evaluate_run(str(run), ["eval.metrics=[fid]"])
+
+
+@pytest.fixture
+def folders(tmp_path) -> tuple[Path, Path]:
+    dataset = tmp_path / "data"
+    write_dataset(dataset, 40, 16)
+    images = tmp_path / "images"
+    images.mkdir()
+    for i, image in enumerate(pictures(30, 16, seed=3)[0]):
+        Image.fromarray(image).save(images / f"{i}.png")
+    return images, dataset
+
+
+def test_a_folder_an_npz_and_a_dataset_of_the_same_images_have_the_same_distance(folders, own_cache, tmp_path):
+    images, reference = folders
+    np.savez(tmp_path / "samples.npz", arr_0=pictures(30, 16, seed=3)[0])
+    write_dataset(tmp_path / "as_arrow", 30, 16, seed=3)
+    places = [images, tmp_path / "samples.npz", tmp_path / "as_arrow"]
+    values = [evaluate_folder(str(p), str(reference), [FD])[0].value for p in places]
+    assert values == pytest.approx([values[0]] * 3, rel=1e-6)
+    output = call(
+        evaluate.app, str(images), "--reference", str(reference), "--metrics", f"{FD},recall_efficientnet_lite0"
+    )
+    assert FD in output
+    assert evaluate_folder(str(images), str(images), [FD])[0].value == pytest.approx(0, abs=1e-3)
+
+
+def test_jpeg_on_one_side_is_said(folders, own_cache, tmp_path):
+    images, reference = folders
+    lossy = tmp_path / "lossy"
+    lossy.mkdir()
+    for file in images.glob("*.png"):
+        Image.open(file).save(lossy / f"{file.stem}.jpg", quality=75)
+    assert "only one" in evaluate_folder(str(lossy), str(reference), [FD])[0].warning
+    assert "only one" not in evaluate_folder(str(images), str(reference), [FD])[0].warning
+
+
+def test_folders_that_cannot_be_compared_are_refused(folders, own_cache, tmp_path):
+    images, reference = folders
+    Image.new("RGB", (9, 9)).save(images / "odd.png")
+    with pytest.raises(UserError, match="one size"):
+        evaluate_folder(str(images), str(reference), [FD])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="a folder with images"):
+        evaluate_folder(str(tmp_path / "empty"), str(reference), [FD])
+    with pytest.raises(UserError, match="reference"):
+        call(evaluate.app, str(reference))
