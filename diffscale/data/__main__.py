@@ -46,10 +46,13 @@ def build_command(
     split: Annotated[float, typer.Option(help="share of images to hold out")] = 0.0,
     split_seed: Annotated[int, typer.Option(help="another choice of held-out images")] = 0,
     labels: Annotated[str | None, typer.Option(help="CSV of file,label instead of subfolders")] = None,
+    max_pixels: Annotated[int, typer.Option(help="larger images are rejected as decompression bombs")] = 50_000_000,
     memory: Annotated[
         float | None, typer.Option(help="GB that all tasks may take; default: half of what is free")
     ] = None,
-    workers: Annotated[int | None, typer.Option(help="most tasks at once; default: all CPUs")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="most tasks at once; 0: in this process, without Ray; default: all CPUs")
+    ] = None,
     strict: Annotated[bool, typer.Option(help="stop at the first image that cannot be used")] = False,
     shard_megabytes: Annotated[int, typer.Option(help="size of a shard")] = 256,
 ) -> None:
@@ -68,7 +71,7 @@ def build_command(
         raise UserError(
             setting="--background", value=background, expected="R,G,B with 0 to 255 each, such as 255,255,255"
         )
-    preparation = Preparation(crop, filter, colour, channels, upsample)  # type: ignore[arg-type]
+    preparation = Preparation(crop, filter, colour, channels, upsample, max_pixels)  # type: ignore[arg-type]
     settings = building.Settings(
         source=_absolute(source), target=_absolute(target), resolutions=tuple(resolution or ()),
         kind=kind,  # type: ignore[arg-type]

@@ -33,7 +33,7 @@ from diffscale.records import identify
 MEGABYTE = 1 << 20
 PROCESS = 400 * MEGABYTE  # a Ray worker with numpy, pyarrow and Pillow loaded
 PART = 32 * MEGABYTE  # pixels that one task holds
-IMAGE = 300 * MEGABYTE  # decoding one large image (50 megapixels, RGB and a copy)
+PIXEL = 16  # bytes that decoding takes for each pixel of the largest image
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Settings:
 
     layout: `pixels`, `encoded`, or `auto` (pixels up to 128). encoding: lossless form of resized large images. split:
     share held out, where the source has no split of its own. labels: CSV of file, label. memory: bytes that all tasks
-    together may take; None is half of what is free. workers: most tasks at once. strict: stop at the first image that
-    cannot be used.
+    together may take; None is half of what is free. workers: most tasks at once; 0 works in this process, without Ray.
+    strict: stop at the first image that cannot be used.
     """
 
     source: str
@@ -199,8 +199,9 @@ def _do_units(work: Path, units: list[int], settings: Settings, show: bool) -> l
     def call(row: dict[str, Any]) -> dict[str, Any]:
         return do_unit(str(work), row["index"])
 
+    memory = PART * 5 + PIXEL * settings.preparation.max_pixels
     done = len(units) - len(todo)
-    for index, result in _run(tasks, call, PART * 5 + IMAGE, settings, "units", done, show):
+    for index, result in _run(tasks, call, memory, settings, "units", done, show):
         found[index] = result
         if settings.strict and result["rejected"]:
             raise _not_usable(*result["rejected"][0])
@@ -226,16 +227,24 @@ def _run(
         return
     limit = settings.memory or psutil.virtual_memory().available // 2
     each = PROCESS + memory
+    fitting = limit // each
+    if not fitting:
+        raise UserError(
+            setting="--memory", value=f"{limit / 1e9:.2f} GB", expected=f"at least {each / 1e9:.2f} GB for one task"
+        )
+    if settings.workers == 0:
+        with _progress(show) as bar:
+            task = bar.add_task(title, total=len(rows) + done, completed=done)
+            for row in rows:
+                yield row["index"], work(row)
+                bar.advance(task)
+        return
     ray_session.connect()
     import ray  # Ray reads its settings when it is imported, so connect() comes first
     from ray.data import DataContext, TaskPoolStrategy
 
     cpus = int(ray.cluster_resources().get("CPU", 1))
-    at_once = max(0, min(settings.workers or cpus, cpus, limit // each))
-    if not at_once:
-        raise UserError(
-            setting="--memory", value=f"{limit / 1e9:.2f} GB", expected=f"at least {each / 1e9:.2f} GB for one task"
-        )
+    at_once = max(1, min(settings.workers or cpus, cpus, fitting, len(rows)))
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -245,7 +254,7 @@ def _run(
         return {"index": row["index"], "result": json.dumps(work(row))}
 
     data = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-        call, num_cpus=1, compute=TaskPoolStrategy(min(at_once, len(rows)))
+        call, num_cpus=1, compute=TaskPoolStrategy(at_once)
     )
     with _progress(show) as bar:
         task = bar.add_task(title, total=len(rows) + done, completed=done)

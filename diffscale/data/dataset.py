@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pyarrow import fs as pafs
 from torch import Tensor
 
 from diffscale import storage
@@ -208,5 +209,6 @@ def open_dataset(path: str, split: SplitName = "train", cache: ShardCache | None
 
 def available_resolutions(folder: str) -> Sequence[int]:
     """Resolutions of a folder that was built at several: its subfolders with a manifest."""
-    names = {uri.split("/")[-2] for uri in storage.list_files(folder, "manifest.json", recursive=True)}
-    return sorted(int(name) for name in names if name.isdigit())
+    fs, path = storage.filesystem(folder)
+    names = [info.base_name for info in fs.get_file_info(pafs.FileSelector(path, allow_not_found=True))]
+    return sorted(int(n) for n in names if n.isdigit() and storage.exists(storage.join(folder, n, FILE)))

@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
-MOST_PIXELS = 178_956_970  # Pillow's own threshold for a decompression bomb: 0.5 GB of RGB
 MOST_BYTES = 1 << 30  # of one compressed file
 LOSSY_FORMATS = {"JPEG", "MPO", "JPEG2000", "AVIF", "HEIF"}
 ORIENTATION = 0x0112
@@ -36,7 +35,8 @@ class Preparation:
 
     crop: `center` cuts the longer side; `none` refuses images that are not square. filter: antialiased, `lanczos` or
     `box`. background: the colour under transparent pixels. channels: 3 is RGB, 1 is luminance (ITU-R 601).
-    upsample: accept images smaller than the resolution, enlarging them.
+    upsample: accept images smaller than the resolution, enlarging them. max_pixels: larger images are refused before
+    they are decoded (decompression bombs); decoding takes up to 16 bytes for each pixel.
     """
 
     crop: Literal["center", "none"] = "center"
@@ -44,6 +44,7 @@ class Preparation:
     background: tuple[int, int, int] = (255, 255, 255)
     channels: Literal[1, 3] = 3
     upsample: bool = False
+    max_pixels: int = 50_000_000
 
     def recorded(self) -> dict[str, Any]:
         return {**asdict(self), "background": list(self.background), "reducing_gap": None, "exif": "applied"}
@@ -73,8 +74,8 @@ def open_image(data: bytes, preparation: Preparation) -> Decoded:
             width, height = image.size
             if width < 1 or height < 1:
                 raise Unusable(f"its size is {width} x {height}")
-            if width * height > MOST_PIXELS:
-                raise Unusable(f"decompression bomb: {width} x {height} pixels")
+            if width * height > preparation.max_pixels:
+                raise Unusable(f"decompression bomb: {width} x {height}, more than {preparation.max_pixels:,} pixels")
             lossy = is_lossy(image, data)
             orientation = image.getexif().get(ORIENTATION, 1)
             image.load()
@@ -135,11 +136,11 @@ def to_mode(image: Image.Image, preparation: Preparation) -> Image.Image:
 
 
 def _from_deep(image: Image.Image) -> Image.Image:
-    """16-bit grey to 8 bits by rounding v * 255 / 65535; 32-bit integers in that range are the same thing."""
-    values = np.asarray(image).astype(np.float64)
+    """16-bit grey to 8 bits: v * 255 / 65535, which is v / 257, rounded; also 32-bit integers in that range."""
+    values = np.asarray(image)
     if image.mode == "F" or values.min() < 0 or values.max() > 65535:
         raise Unusable(f"mode {image.mode} has values outside of 0 to 65535")
-    return Image.fromarray(np.rint(values * (255 / 65535)).astype(np.uint8), "L")
+    return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
 
 
 def _from_print(image: Image.Image) -> Image.Image:

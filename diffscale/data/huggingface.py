@@ -73,6 +73,7 @@ class TableDataset(Dataset):
         self.threads = max(1, min(16, len(os.sched_getaffinity(0))))
         self._signatures = [signature(part.uri) if not storage.is_remote(part.uri) else None for part in self.parts]
         self._kept: OrderedDict[int, tuple[Any, NDArray[np.int64], int]] = OrderedDict()
+        self._kept_bytes = 0
         self.class_names, self.num_classes = list(self.tables.class_names), len(self.tables.class_names)
         self.dtype = self.tables.latents[0] if self.tables.latents else "uint8"  # type: ignore[assignment]
         self._look_at_samples()
@@ -156,9 +157,10 @@ class TableDataset(Dataset):
             numbers = self._numbers(table[columns.label].to_pylist() if columns.label else [0] * len(images))
             size = images.nbytes if uri.endswith(".parquet") or storage.is_remote(uri) else 0  # else it is mapped
             found = self._kept[group] = (images, numbers, size)
+            self._kept_bytes += size
         self._kept.move_to_end(group)
-        while sum(size for _, _, size in self._kept.values()) > KEPT_BYTES and len(self._kept) > 1:
-            self._kept.popitem(last=False)
+        while self._kept_bytes > KEPT_BYTES and len(self._kept) > 1:
+            self._kept_bytes -= self._kept.popitem(last=False)[1][2]
         return found[0], found[1]
 
     def _numbers(self, labels: list[Any]) -> NDArray[np.int64]:

@@ -11,6 +11,8 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ import pyarrow.parquet as pq
 
 from diffscale import storage
 from diffscale.data.manifest import FILE
+from diffscale.data.shard import Signature, signature
 from diffscale.errors import UserError
 
 SPLIT_WORDS = re.compile(r"(?:^|[/._-])(train|validation|valid|val|dev|test)(?=$|[/._-])")
@@ -91,7 +94,7 @@ def open_tables(uri: str) -> Tables:
     features = _features(schema)
     image = _image_column(schema, features, files[0])
     label = _label_column(schema, features, image)
-    parts = [TablePart(f, _groups(f), _split_of(f, uri)) for f in files]
+    parts = [TablePart(f, group_rows(f), _split_of(f, uri)) for f in files]
     if not any(part.split == "train" for part in parts):  # a lone test split is what there is to train on
         parts = [TablePart(p.uri, p.groups, "train") for p in parts]
     names, strings = _classes(parts, label, features)
@@ -173,7 +176,8 @@ def _schema(uri: str) -> pa.Schema:
         raise _damaged(uri, error) from None
 
 
-def _groups(uri: str) -> tuple[int, ...]:
+def group_rows(uri: str) -> tuple[int, ...]:
+    """Rows of each row group or record batch. Raises UserError for a file that cannot be read."""
     try:
         if uri.endswith(".parquet"):
             meta = pq.read_metadata(_input(uri))
@@ -189,6 +193,12 @@ def open_arrow(uri: str) -> pa.ipc.RecordBatchStreamReader | pa.ipc.RecordBatchF
         return pa.ipc.open_stream(_input(uri))
     except pa.ArrowInvalid:
         return pa.ipc.open_file(_input(uri))
+
+
+@lru_cache(maxsize=256)
+def _mapped(uri: str, state: Signature) -> list[pa.RecordBatch]:
+    """All batches of a local file in this state: views of its memory map, found once."""
+    return list(arrow_batches(uri))
 
 
 def arrow_batches(uri: str) -> Iterator[pa.RecordBatch]:
@@ -215,10 +225,12 @@ def read_group(uri: str, group: int, columns: list[str]) -> pa.Table:
     """One group of the file, these columns only, as a table of one chunk."""
     if uri.endswith(".parquet"):
         return pq.ParquetFile(_input(uri)).read_row_group(group, columns=columns)
-    for i, batch in enumerate(arrow_batches(uri)):
-        if i == group:
-            return pa.Table.from_batches([batch.select(columns)])
-    raise IndexError(f"{uri} has no group {group}")
+    batch = (
+        _mapped(uri, signature(uri))[group]
+        if not storage.is_remote(uri)
+        else next(islice(arrow_batches(uri), group, None))
+    )
+    return pa.Table.from_batches([batch.select(columns)])
 
 
 def image_bytes(column: Any, row: int) -> Any:

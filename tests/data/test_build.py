@@ -1,4 +1,4 @@
-"""Builds from every kind of source, with real Ray Data on two CPUs."""
+"""Builds from every kind of source; those about the cluster with real Ray Data on two CPUs, the others in-process."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from diffscale.data import build as building
 from diffscale.data import open_dataset, resolve
-from diffscale.data.build import Settings, build
+from diffscale.data.build import build
 from diffscale.data.decode import Preparation
 from diffscale.data.manifest import read_manifest
 from diffscale.data.verify import verify
@@ -35,7 +36,7 @@ IMAGES = pictures(24, side=16)
 CLASSES = ["ant", "bee", "cat"]
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def ray_on_two_cpus():
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     import ray
@@ -44,6 +45,10 @@ def ray_on_two_cpus():
         ray.init(address="local", num_cpus=2, object_store_memory=100_000_000, include_dashboard=False)
     yield
     ray.shutdown()
+
+
+def Settings(*arguments, workers=0, **settings):
+    return building.Settings(*arguments, workers=workers, **settings)
 
 
 def png(image: np.ndarray, form="PNG", **settings) -> bytes:
@@ -309,10 +314,10 @@ def test_large_images_are_kept_encoded_and_a_fitting_file_is_kept_byte_for_byte(
     assert verify(str(tmp_path / "out")) == []
 
 
-def test_the_result_does_not_depend_on_workers_shards_or_memory(tmp_path):
+def test_the_result_does_not_depend_on_workers_shards_or_memory(tmp_path, ray_on_two_cpus):
     source = make_folder(tmp_path / "source")
     hashes = set()
-    for i, settings in enumerate(({}, {"workers": 1}, {"shard_bytes": 4000}, {"memory": 10**9})):
+    for i, settings in enumerate(({}, {"workers": 2}, {"shard_bytes": 4000}, {"workers": None, "memory": 2 * 10**9})):
         build(Settings(str(source), str(tmp_path / f"{i}"), (16,), **settings), show=False)
         hashes.add(open_dataset(str(tmp_path / f"{i}")).content_hash)
     assert len(hashes) == 1
@@ -341,12 +346,10 @@ def test_a_source_without_images_is_one_clear_error_and_leaves_nothing(tmp_path,
     assert sorted(os.listdir(tmp_path)) == ["empty", "text"]
 
 
-def test_a_killed_build_goes_on_where_it_was(tmp_path, monkeypatch):
+def test_a_killed_build_goes_on_where_it_was(tmp_path, monkeypatch, ray_on_two_cpus):
     """Every done marker that the first, killed build left is still the one that the second uses."""
-    from diffscale.data import build as building
-
     source = make_folder(tmp_path / "source")
-    settings = Settings(str(source), str(tmp_path / "out"), (16,))
+    settings = Settings(str(source), str(tmp_path / "out"), (16,), workers=2)
     real, seen = building._run, []
 
     def dies_after_one(rows, *rest):
