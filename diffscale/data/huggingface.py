@@ -118,6 +118,8 @@ class TableDataset(Dataset):
 
             list(self._pool.map(one, places.tolist(), rows))
             labels[places] = numbers[rows]
+        if len(labels) and not 0 <= labels.min() <= labels.max() < max(1, self.num_classes):
+            raise ShardError(self.place, f"a row has a label outside of its {self.num_classes} classes, or none")
         self._check_unchanged(np.unique(which).tolist())
         return out, torch.from_numpy(labels)
 
@@ -148,10 +150,7 @@ class TableDataset(Dataset):
             part, number = self.groups[group]
             uri, columns = self.parts[part].uri, self.tables.columns
             names = [columns.image] + ([columns.label] if columns.label else [])
-            try:
-                table = tables.read_group(uri, number, names)
-            except (pa.ArrowException, OSError) as error:
-                raise ShardError(uri, f"it cannot be read ({str(error).splitlines()[0][:160]})") from None
+            table = tables.read_group(uri, number, names)
             images = table[columns.image].combine_chunks()
             images = images.chunk(0) if isinstance(images, pa.ChunkedArray) else images
             numbers = self._numbers(table[columns.label].to_pylist() if columns.label else [0] * len(images))

@@ -78,6 +78,8 @@ def open_shard(path: str, shard: Shard, manifest: Manifest, is_cached: bool = Fa
         column = batch.column("image")
         images = column if manifest.layout == "encoded" else column.to_numpy_ndarray()
         labels = batch.column("label").to_numpy()
+        if not 0 <= labels.min() <= labels.max() < max(1, len(manifest.class_names)):
+            raise ValueError(f"it has labels outside of its {len(manifest.class_names)} classes")
     except (pa.ArrowException, ValueError, OSError, TypeError, AttributeError, KeyError) as error:  # Ray's types too
         raise ShardError(path, f"it cannot be read ({_first_line(error)})") from None
     return MappedShard(path, images, labels, batch.column("name"), before, is_cached)

@@ -119,13 +119,9 @@ def _image_column(schema: pa.Schema, features: dict[str, Any], file: str) -> str
     usual = [c for c in ("image", "img", "latent", "latents", "pixels", "png", "jpg", "webp") if c in schema.names]
     for column in [*named, *usual, *schema.names]:
         kind = schema.field(column).type
-        is_struct = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
-        if (
-            is_struct
-            or pa.types.is_binary(kind)
-            or pa.types.is_large_binary(kind)
-            or isinstance(kind, pa.FixedShapeTensorType)
-        ):
+        if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+            kind = kind.field("bytes").type
+        if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or isinstance(kind, pa.FixedShapeTensorType):
             return column
     raise UserError(setting="data.path", value=file, expected=f"a column of images; its columns are {schema.names}")
 
@@ -222,7 +218,19 @@ def read_columns(uri: str, columns: list[str]) -> Iterator[pa.RecordBatch | pa.T
 
 
 def read_group(uri: str, group: int, columns: list[str]) -> pa.Table:
-    """One group of the file, these columns only, as a table of one chunk."""
+    """One group of the file, these columns only, as a table of one chunk whose offsets are proven.
+
+    Raises UserError for a damaged file.
+    """
+    try:
+        table = _read_group(uri, group, columns)
+        table.validate(full=True)  # Arrow trusts the offsets in a file: a wrong one would crash the process
+    except (pa.ArrowException, OSError) as error:
+        raise _damaged(uri, error) from None
+    return table
+
+
+def _read_group(uri: str, group: int, columns: list[str]) -> pa.Table:
     if uri.endswith(".parquet"):
         return pq.ParquetFile(_input(uri)).read_row_group(group, columns=columns)
     batch = (
