@@ -47,8 +47,8 @@ class RayDataLoader(Loader):
             fetch = self._fetch(reference, base)
             pipeline = ray.data.range(steps, override_num_blocks=-(-steps // BLOCK)).map_batches(fetch, batch_size=1)
             for batch in pipeline.streaming_split(1)[0].iter_batches(batch_size=share, batch_format="numpy"):
-                images = torch.from_numpy(np.ascontiguousarray(batch["image"]))
-                labels = torch.from_numpy(np.ascontiguousarray(batch["label"]))
+                images = torch.from_numpy(np.array(batch["image"]))  # a copy: Ray's is read-only
+                labels = torch.from_numpy(np.array(batch["label"]))
                 positions = np.array(batch["position"], np.int64)
                 yield positions, images.pin_memory() if pinned else images, labels
             base += steps * self.global_batch
