@@ -99,6 +99,7 @@ def start(storage: Path, *overrides: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.timeout(900)
 def test_sigterm_and_a_killed_command_leave_the_same_weights(
     shared_storage: Path, uninterrupted: dict[str, str]
 ) -> None:
@@ -126,14 +127,14 @@ def test_sigterm_and_a_killed_command_leave_the_same_weights(
     kill_all(process)
 
     process = start(shared_storage)
-    output = process.communicate(timeout=200)[0]
+    output = process.communicate(timeout=280)[0]
     assert process.returncode == 0, output
     assert final_state(folder) == uninterrupted
     images = [row["images_seen"] for row in read_history(folder)]
     assert images == sorted(set(images))
 
     again = start(shared_storage)
-    output = again.communicate(timeout=60)[0]
+    output = again.communicate(timeout=120)[0]
     assert again.returncode == 0
     assert "already finished" in output
 

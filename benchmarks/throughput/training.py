@@ -1,0 +1,263 @@
+"""What diffscale adds to a bare training loop: `python -m benchmarks.throughput.training CASE`.
+
+    ray       the loop inside Ray Train, with its clock, history and progress, against a bare loop over the learner
+    overhead  seconds that averages, history and checkpoints take, as shares of a step, at their defaults
+    workers   two workers of one thread against one worker of two threads
+    start     command to first step, and what it goes into
+
+Ratios are of alternating pairs with bootstrap 95 % intervals (DECISIONS 20). The peers' training steps are in
+training_step.py. Results: benchmarks/results/throughput/training_CASE.csv.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+import typer
+
+from benchmarks.throughput.pairs import race, write
+from diffscale.build import build_diffusion, build_model, open_training_data
+from diffscale.cli import load_experiment, run_app
+from diffscale.data import Loader
+from diffscale.experiment import Experiment
+from diffscale.training.learner import Learner
+from diffscale.training.parallel import World
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+PRESET = "quickstart-unet"
+
+
+@app.command()
+def main(
+    case: Annotated[Literal["ray", "overhead", "workers", "start"], typer.Argument()],
+    pairs: int = 15,
+    steps: Annotated[int, typer.Option(help="steps in one turn")] = 3,
+    preset: str = PRESET,
+) -> None:
+    with tempfile.TemporaryDirectory(prefix="diffscale-bench-") as storage:
+        place = os.environ.get("DIFFSCALE_STORAGE", storage)
+        settings = [f"storage={place}", f"name=bench-{uuid.uuid4().hex[:8]}", "eval.n_generated=0", "train.trackers=[]"]
+        settings += ["train.flops=null", "train.images=100000000", "train.compile=false", "train.channels_last=true"]
+        experiment = load_experiment(preset, settings)
+        run = {"ray": against_ray, "overhead": overheads, "workers": against_workers, "start": cold_start}[case]
+        row = {"preset": preset, "batch": experiment.train.global_batch, **run(experiment, pairs, steps)}
+        print(json.dumps(row, indent=1))
+        print(write(f"training_{case}", [row]))
+
+
+def bare(experiment: Experiment, threads: int, world: World | None = None) -> Callable[[int], None]:
+    """A loop over the learner and nothing else; a call runs so many steps."""
+    world = world or World()
+    torch.set_num_threads(threads)
+    dataset = open_training_data(experiment)
+    torch.manual_seed(0)
+    model = build_model(experiment, dataset).to(memory_format=torch.channels_last)
+    from diffscale.training.numerics import Numerics
+
+    numerics = Numerics(experiment.train.precision, channels_last=True)
+    learner = Learner(model, build_diffusion(experiment, dataset), experiment, world, numerics, dataset.num_classes)
+    batch = experiment.train.global_batch
+    batches = iter(Loader(dataset, seed=0, global_batch=batch, shard=world.share(batch), flip=True))
+
+    def steps(count: int) -> None:
+        for _ in range(count):
+            learner.step(next(batches))
+
+    return steps
+
+
+# ---- Ray against a bare loop
+
+
+def ray_side(config: dict[str, Any]) -> None:
+    """In a Ray Train worker: answers each turn with nothing but having done it."""
+    from diffscale.compute import Cost
+    from diffscale.training.channel import Channel
+    from diffscale.training.session import Session
+
+    channel = Channel(config["launch"])
+    experiment = Experiment.model_validate_json(config["experiment"])
+    session = Session(experiment, config["folder"], World(), Cost(1, 1.0, 1e9), channel)
+    turn = 0
+    with session.loader():
+        channel.put("done", {"turn": 0})
+        while (asked := channel.get("turn")) is None or asked["steps"]:
+            if asked is None or asked["turn"] == turn:
+                time.sleep(0.001)
+                continue
+            started = time.perf_counter()
+            for _ in range(asked["steps"]):
+                session.advance()
+            turn = asked["turn"]
+            channel.put("done", {"turn": turn, "seconds": time.perf_counter() - started})
+
+
+def against_ray(experiment: Experiment, pairs: int, steps: int) -> dict[str, Any]:
+    import threading
+
+    from diffscale.ray_session import connect
+
+    connect(num_cpus=2)
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from diffscale.training.channel import Channel
+
+    channel = Channel(uuid.uuid4().hex)
+    folder = f"{experiment.storage}/runs/{experiment.name}"
+    config = {"launch": channel.launch, "experiment": experiment.model_dump_json(), "folder": folder}
+    trainer = TorchTrainer(
+        ray_side, train_loop_config=config, torch_config=TorchConfig(backend="gloo"),
+        scaling_config=ScalingConfig(num_workers=1),
+        run_config=RunConfig(name="bench", storage_path=f"{experiment.storage}/ray"),
+    )  # fmt: skip
+    thread = threading.Thread(target=trainer.fit, daemon=True)
+    thread.start()
+    loop = bare(experiment, threads=1)
+    turn = 0
+    while channel.get("done") is None:
+        time.sleep(0.1)
+
+    def ours() -> None:
+        nonlocal turn
+        turn += 1
+        channel.put("turn", {"turn": turn, "steps": steps})
+        while (channel.get("done") or {})["turn"] != turn:
+            time.sleep(0.001)
+
+    row = race(ours, lambda: loop(steps), steps, pairs)
+    channel.put("turn", {"turn": -1, "steps": 0})
+    thread.join(timeout=30)
+    return row
+
+
+# ---- overheads, measured directly
+
+
+def overheads(experiment: Experiment, pairs: int, steps: int) -> dict[str, Any]:
+    """Seconds blocked, as shares of the seconds of a step; a checkpoint is spread over the ten minutes between two."""
+    from diffscale.training import saving
+    from diffscale.training.history import History
+    from diffscale.training.monitor import Monitor
+    from diffscale.training.plan import CHECKPOINT_SECONDS, EVERY_STEPS
+
+    torch.set_num_threads(1)
+    dataset = open_training_data(experiment)
+    batch = experiment.train.global_batch
+    from diffscale.training.numerics import Numerics
+
+    model = build_model(experiment, dataset).to(memory_format=torch.channels_last)
+    numerics = Numerics(experiment.train.precision, channels_last=True)
+    learner = Learner(model, build_diffusion(experiment, dataset), experiment, World(), numerics, dataset.num_classes)
+    monitor = Monitor(
+        History(f"{experiment.storage}/bench", 0), [], None, World(), "fp32", 1e9, None, EVERY_STEPS * batch, None
+    )
+    step_seconds, ema_seconds, log_seconds, save_seconds = [], [], [], []
+    for i, data in zip(range(pairs), Loader(dataset, seed=0, global_batch=batch, flip=True), strict=False):
+        started = time.perf_counter()
+        step = learner.step(data)
+        step_seconds.append(time.perf_counter() - started)
+        started = time.perf_counter()
+        learner.ema.update(learner.images_seen, batch)
+        ema_seconds.append(time.perf_counter() - started)
+        started = time.perf_counter()
+        for _ in range(EVERY_STEPS):
+            monitor.step(step, batch, 1.0, 0.0, 1.0, 0)
+        log_seconds.append((time.perf_counter() - started) / EVERY_STEPS)
+        if i % 5 == 0:
+            started = time.perf_counter()
+            saving.take(learner, {}, 0)
+            save_seconds.append(time.perf_counter() - started)
+    whole, ema, logging, save = (float(np.median(s)) for s in (step_seconds, ema_seconds, log_seconds, save_seconds))
+    shares = {"ema": ema / whole, "history": logging / whole, "checkpoint": save / CHECKPOINT_SECONDS}
+    return {
+        "step_seconds": round(whole, 4), **{f"{k}_share": round(v, 6) for k, v in shares.items()},
+        "sum_share": round(sum(shares.values()), 5), "checkpoint_blocks_seconds": round(save, 4), "steps": pairs,
+    }  # fmt: skip
+
+
+# ---- two workers against one
+
+
+def group_side(rank: int, folder: str, text: str, pipes: list[Any]) -> None:
+    experiment, world = Experiment.model_validate_json(text), World(rank, 2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    loop = bare(experiment, threads=1, world=world)
+    while steps := pipes[rank].recv():
+        loop(steps)
+        pipes[rank].send(True)
+    dist.destroy_process_group()
+
+
+def against_workers(experiment: Experiment, pairs: int, steps: int) -> dict[str, Any]:
+    context = multiprocessing.get_context("spawn")
+    ends = [context.Pipe() for _ in range(2)]
+    with tempfile.TemporaryDirectory() as folder:
+        text, theirs = experiment.model_dump_json(), [end for _, end in ends]
+        ranks = [context.Process(target=group_side, args=(r, folder, text, theirs), daemon=True) for r in range(2)]
+        for process in ranks:
+            process.start()
+        loop = bare(experiment, threads=2)
+
+        def ours() -> None:
+            for pipe, _ in ends:
+                pipe.send(steps)
+            for pipe, _ in ends:
+                pipe.recv()
+
+        row = race(ours, lambda: loop(steps), steps, pairs)
+        for pipe, _ in ends:
+            pipe.send(0)
+        for process in ranks:
+            process.join(timeout=20)
+    return row
+
+
+# ---- cold start
+
+
+def cold_start(experiment: Experiment, pairs: int, steps: int) -> dict[str, Any]:
+    """Three starts of the real command in the foreground; medians of the moments when its files appear."""
+    rows = []
+    for repeat in range(3):
+        name = f"{experiment.name}-{repeat}"
+        batch = experiment.train.global_batch
+        command = [
+            sys.executable, "-m", "diffscale.train", PRESET, f"storage={experiment.storage}", f"name={name}",
+            "eval.n_generated=0", "train.trackers=[]", "train.flops=null", f"train.images={batch}", "train.workers=1",
+            "train.compile=false", f"train.log_every_images={batch}", "train.channels_last=true",
+        ]  # fmt: skip
+        started = time.time()
+        subprocess.run(command, check=True, capture_output=True)
+        ended = time.time()
+        folder = next(Path(experiment.storage, "runs").glob(f"{name}-*"))
+        first = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])["time"]
+        marks = [
+            started, os.stat(folder / "provenance.json").st_mtime, os.stat(folder / "numerics.json").st_mtime, first,
+            ended,
+        ]  # fmt: skip
+        rows.append(np.diff(marks))
+    driver, workers, first_step, rest = np.median(rows, axis=0)
+    return {
+        "driver_ready_seconds": round(float(driver), 2), "ray_and_worker_ready_seconds": round(float(workers), 2),
+        "first_step_seconds": round(float(first_step), 2), "save_and_end_seconds": round(float(rest), 2),
+        "command_to_first_step_seconds": round(float(driver + workers + first_step), 2), "starts": len(rows),
+        "load_average": round(os.getloadavg()[0], 1),
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    run_app(app)

@@ -1,0 +1,326 @@
+"""One launch of a run on one rank: takes it up where its newest good checkpoint left it, trains, evaluates, saves.
+
+Nothing here is kept between two launches but the run's folder. All decisions (evaluate, save, stop) are made from
+numbers that every rank has alike, so that all ranks make the same calls in the same order.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from diffscale import storage
+from diffscale.build import build_diffusion, build_model, open_training_data
+from diffscale.compute import EnergyMeter
+from diffscale.data import Loader, ShardError
+from diffscale.experiment import Experiment
+from diffscale.records import Record
+from diffscale.training import checkpoint as ck
+from diffscale.training import saving
+from diffscale.training.columns import run_columns
+from diffscale.training.health import Watchdog
+from diffscale.training.history import History, make_trackers
+from diffscale.training.judging import Judge
+from diffscale.training.learner import Learner, Step
+from diffscale.training.monitor import PHASE, Listener, Monitor
+from diffscale.training.numerics import Numerics, set_memory_format
+from diffscale.training.parallel import World, shard
+from diffscale.training.plan import make_plan
+from diffscale.training.setting_up import Cost, settle_numerics, use_threads
+
+log = logging.getLogger(__name__)
+
+ShouldStop = Callable[[Record], bool]
+SIGNAL, WALL = 1, 2  # what rank 0 may ask all to stop for
+
+
+class Session:
+    """One launch of the workers of one run. `run` returns the outcome, plain JSON, on every rank."""
+
+    def __init__(
+        self, experiment: Experiment, run_folder: str, world: World, cost: Cost, listener: Listener | None = None,
+        should_stop: ShouldStop | None = None, asked: Callable[[], bool] = lambda: False,
+    ) -> None:  # fmt: skip
+        self.experiment, self.run_folder, self.world, self.cost = experiment, run_folder, world, cost
+        self.listener, self.should_stop, self.asked = listener, should_stop, asked
+        self.started, self._wish = time.monotonic(), 0
+        self.phase("loading")
+        use_threads(experiment.train.cpus_per_worker, world.device)
+        self.watchdog = Watchdog(run_folder, world.rank)
+        self.plan = make_plan(experiment, cost.flops_per_image)
+        self.dataset = open_training_data(experiment)
+        self.diffusion = build_diffusion(experiment, self.dataset)
+        self.meter = EnergyMeter(world.device)
+        self.device_seconds, self.energy_before, self.skipped, self.in_row = 0.0, 0.0, 0, 0
+        self.loss_sum, self.loss_steps, self.bit_identical = 0.0, 0, True
+        self.values: dict[int, float] = {}
+        self.learner = self._learner()
+        self._resume()
+        self.saver = saving.Saver(
+            run_folder, world.rank, world.size, world.from_first(uuid.uuid4().hex), ck.save_settings(experiment),
+            self._rotate,
+        )  # fmt: skip
+        self.judge = None
+        if experiment.eval.n_generated and experiment.eval.workers != "own":
+            self.judge = Judge(experiment, self.dataset, self.diffusion, world, self.numerics)
+        self.monitor = self._monitor() if world.rank == 0 else None
+        self._saved_at, self._saved_clock, self._saved_any = self.learner.images_seen, self.device_seconds, False
+
+    # ---- making
+
+    def _learner(self) -> Learner:
+        """The learner at the run's beginning: the same weights on every rank, from the run's seed."""
+        e, world = self.experiment, self.world
+        torch.manual_seed(e.train.seed)
+        model = build_model(e, self.dataset).to(world.device)
+        if e.train.activation_checkpointing:
+            model.set_activation_checkpointing(True)  # type: ignore[operator]
+        self.numerics = self._settled(model)
+        if e.train.parallel == "fsdp2" and world.size > 1:
+            set_memory_format(model, self.numerics.channels_last)
+            model = shard(model, world, self.numerics.precision)
+        self.numerics.prepare(model)
+        classes = self.dataset.num_classes if e.data.class_conditional else 0
+        return Learner(model, self.diffusion, e, world, self.numerics, classes, self.plan.end)
+
+    def _settled(self, model: torch.nn.Module) -> Numerics:
+        """The run's stored choices, else new ones by rank 0, stored before the first step."""
+        stored = None
+        if self.world.rank == 0:
+            stored = settle_numerics(self.experiment, self.run_folder, model, self.dataset, self.world, self.plan)
+        stored = self.world.from_first(stored)
+        self.bit_identical = bool(stored["bit_identical"])
+        return Numerics(**stored["numerics"])
+
+    def _resume(self) -> None:
+        found = ck.newest_good(self.run_folder) if self.world.rank == 0 else None
+        checkpoint = self.world.from_first(found)
+        if checkpoint is None:
+            return
+        state = saving.load(self.learner, checkpoint)
+        self.device_seconds, self.energy_before = state["device_seconds"], state["energy_joules"] or 0.0
+        self.skipped, self.in_row = state["skipped"], state["skipped_in_row"]
+        self.loss_sum, self.loss_steps = state["loss_sum"], state["loss_steps"]
+        self.values = {int(k): v for k, v in state["values"].items()}
+        self.bit_identical &= state["bit_identical"] and state["world_size"] == self.world.size
+        log.info("resumed from %s", checkpoint)
+
+    def _monitor(self) -> Monitor:
+        e, images = self.experiment, self.learner.images_seen
+        run_id = e.run_id(self.dataset.content_hash)
+        return Monitor(
+            History(self.run_folder, images),
+            make_trackers(e.train.trackers, self.run_folder, e.name, run_id, e.dotted(), images),
+            self.listener, self.world, self.numerics.precision, self.cost.flops_per_image,
+            e.train.price_per_device_hour, self.plan.log_images, self.plan.end,
+        )  # fmt: skip
+
+    # ---- the loop
+
+    def run(self) -> dict[str, Any]:
+        """Until the budget is used, or something asks to stop; a checkpoint is complete then.
+
+        Raises StorageFailed and ShardError, maybe on one rank alone.
+        """
+        try:
+            return self._run()
+        except ShardError as error:
+            if error.position is not None:
+                ck.distrust(self.run_folder, error.position)
+            raise
+        finally:
+            self.watchdog.close()
+            if self.monitor is not None:
+                self.monitor.close()
+
+    def _run(self) -> dict[str, Any]:
+        plan = self.plan
+        with self.loader():
+            if self._missed_evaluation() and self._evaluate():
+                return self._end("early")
+            self._flag()
+            self.phase("training")
+            self._mark = time.monotonic()
+            while not plan.finished(self.learner.images_seen, self.device_seconds):
+                before = self.device_seconds
+                step = self.advance()
+                if self.in_row >= self.experiment.train.nonfinite_limit:
+                    return self._nonfinite()
+                images = self.learner.images_seen
+                due = plan.evaluates(images, before, self.device_seconds, plan.finished(images, self.device_seconds))
+                if due or plan.checkpoints(images, self.device_seconds - self._saved_clock):
+                    self._save()
+                if due and self._evaluate():
+                    return self._end("early")
+                if step.stop:
+                    return self._end("signal" if step.stop == SIGNAL else "wall")
+            return self._end("finished")
+
+    def loader(self) -> Loader:
+        """Of this rank's share, from where the run is."""
+        train, data = self.experiment.train, self.experiment.data
+        self._loader = Loader(
+            self.dataset, seed=train.seed, global_batch=train.global_batch, start=self.learner.images_seen,
+            shard=self.world.share(train.global_batch), device=self.world.device, flip=data.flip,
+            augment=data.augment, order=data.order,
+        )  # fmt: skip
+        self._batches, self._mark = iter(self._loader), time.monotonic()
+        return self._loader
+
+    def advance(self) -> Step:
+        """One step with all that belongs to it: waiting for data, the clock, history and progress."""
+        waited = time.monotonic()
+        batch = next(self._batches)
+        stalled = time.monotonic() - waited
+        extra = {} if batch.augment_label is None else {"augment_label": batch.augment_label}
+        step = self.learner.step(batch, extra=extra, clock=self._clock, stop=self._wish)
+        self.watchdog.beat()
+        self._count(step, stalled)
+        self.saver.check()
+        return step
+
+    def _flag(self) -> None:
+        """Keeps rank 0's wish to stop up to date. A thread asks, so that no step waits for the answer."""
+        limit = self.experiment.train.wall_seconds
+
+        def watch() -> None:
+            while not self._wish:
+                if self.asked():
+                    self._wish = SIGNAL
+                elif limit is not None and time.monotonic() - self.started >= limit:
+                    self._wish = WALL
+                time.sleep(0.25)
+
+        if self.world.rank == 0:
+            threading.Thread(target=watch, daemon=True, name="stop").start()
+
+    def _clock(self) -> float:
+        """Rank 0's device-seconds now; evaluation, saving's wait and start-up are left out of it."""
+        before, self._mark = self._mark, time.monotonic()
+        return self.device_seconds + (self._mark - before) * self.world.size
+
+    def _count(self, step: Step, stalled: float) -> None:
+        seconds = (step.clock - self.device_seconds) / self.world.size
+        self.device_seconds = step.clock
+        self.skipped += step.skipped
+        self.in_row = self.in_row + 1 if step.skipped else 0
+        if not (step.skipped or step.overflow):
+            self.loss_sum, self.loss_steps = self.loss_sum + step.loss, self.loss_steps + 1
+        if self.monitor is not None:
+            batch = self.experiment.train.global_batch
+            self.monitor.step(step, batch, seconds, stalled, self.device_seconds, self.skipped)
+
+    # ---- saving and evaluating
+
+    def _state(self) -> dict[str, Any]:
+        data = self.dataset
+        classes = data.num_classes if self.experiment.data.class_conditional else 0
+        return {
+            "device_seconds": self.device_seconds, "energy_joules": self._energy(), "skipped": self.skipped,
+            "skipped_in_row": self.in_row, "loss_sum": self.loss_sum, "loss_steps": self.loss_steps,
+            "values": {str(k): v for k, v in self.values.items()}, "world_size": self.world.size,
+            "bit_identical": self.bit_identical, "record": self._columns(),
+            "data": {"resolution": data.resolution, "channels": data.channels, "num_classes": classes},
+        }  # fmt: skip
+
+    def _columns(self) -> dict[str, Any]:
+        return run_columns(
+            self.experiment, self.dataset, self.cost, self.world, self.learner.images_seen, self.device_seconds,
+            self._energy(), self.loss_sum / self.loss_steps if self.loss_steps else None,
+        )  # fmt: skip
+
+    def _energy(self) -> float | None:
+        """Joules of all devices since the run began, None where one cannot tell. Every rank calls it."""
+        mine = self.meter.joules()
+        values = torch.tensor([mine or 0.0, float(mine is None)], dtype=torch.float64, device=self.world.device)
+        joules, unknown = self.world.sum(values).tolist()
+        return None if unknown else self.energy_before + joules
+
+    def _save(self) -> None:
+        if not self._saved_any:
+            with self.watchdog.slow():
+                self._loader.wait_verified()  # before a checkpoint counts as good (DECISIONS 16)
+        self.saver.save(saving.take(self.learner, self._state(), self.world.rank))
+        self._saved_any, self._saved_at = True, self.learner.images_seen
+        self._saved_clock = self.device_seconds
+
+    def _rotate(self, _: int) -> None:
+        keep, settings = self.experiment.train.checkpoint, self.experiment.train
+        have = [ck.images_of(c) for c in ck.list_checkpoints(self.run_folder)]
+        best = sorted((i for i in self.values if i in have), key=lambda i: self.values[i])[: keep.keep_best]
+        points = {i for i in have if keep.keep_points and i in (*self.plan.points, *self.values)}
+        ck.rotate(
+            self.run_folder,
+            ck.Keep(whole=set(have[-keep.keep_last :]), weights={*best, *points}, averages=bool(settings.ema.power)),
+        )
+
+    def _missed_evaluation(self) -> bool:
+        """Whether the run was ended between a compute point and its records."""
+        images = self.learner.images_seen
+        if self.judge is None or images not in self.plan.points:
+            return False
+        return not self.world.from_first(images in self.values or self._recorded(images))
+
+    def _recorded(self, images: int) -> bool:
+        uris = storage.list_files(storage.join(self.run_folder, "records"), ".json")
+        return any(json.loads(storage.read_bytes(uri)).get("images_seen") == images for uri in uris)
+
+    def _evaluate(self) -> bool:
+        """Every rank's part of an evaluation; whether `should_stop` wants the run to end."""
+        if self.judge is None:
+            return False
+        self.phase("evaluating")
+        with self.watchdog.slow():
+            records = self.judge.judge(self.learner, self.run_folder, self._columns())
+            stop = False
+            if self.world.rank == 0:
+                if records:
+                    self.values[self.learner.images_seen] = records[0].value
+                if self.monitor is not None:
+                    self.monitor.evaluated(self.learner.images_seen, records)
+                stop = self.should_stop is not None and True in [self.should_stop(record) for record in records]
+            stop = self.world.from_first(stop)
+        self.loss_sum, self.loss_steps = 0.0, 0
+        self._mark = time.monotonic()
+        self.phase("training")
+        return stop
+
+    # ---- ending
+
+    def _end(self, reason: str) -> dict[str, Any]:
+        if self._saved_at != self.learner.images_seen or not self._saved_any:
+            self._save()
+        self.phase("saving")
+        self.saver.wait()
+        self.world.barrier()
+        return self._outcome(reason)
+
+    def _nonfinite(self) -> dict[str, Any]:
+        batch = self.experiment.train.global_batch
+        first = self.learner.images_seen - self.in_row * batch
+        self.saver.wait()
+        text = json.dumps({"first": first, "last": self.learner.images_seen, "global_batch": batch})
+        if self.world.rank == 0:
+            storage.write_bytes(storage.join(self.run_folder, "nonfinite.json"), text.encode())
+        message = (
+            f"{self.in_row} steps in a row had a loss or gradient that is not finite: "
+            f"positions {first} to {self.learner.images_seen - 1}"
+        )
+        return self._outcome("nonfinite", message=message)
+
+    def _outcome(self, reason: str, message: str = "") -> dict[str, Any]:
+        return {
+            "reason": reason, "message": message, "images_seen": self.learner.images_seen,
+            "device_seconds": self.device_seconds, "checkpoint_images": self._saved_at,
+        }  # fmt: skip
+
+    def phase(self, name: str) -> None:
+        if self.world.rank == 0 and self.listener is not None:
+            self.listener.put(PHASE, {"phase": name})

@@ -1,0 +1,135 @@
+"""Whole launches of a run in this process: everything of a worker but Ray."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from diffscale import storage, train
+from diffscale.compute import Cost
+from diffscale.data import Dataset
+from diffscale.experiment import Experiment
+from diffscale.training import checkpoint as ck
+from diffscale.training.history import read_history
+from diffscale.training.parallel import World
+from diffscale.training.replay import replay
+from diffscale.training.session import Session
+
+from .small import BATCH, experiment, final_state
+
+COST = Cost(1, 1.0, 100.0)
+
+
+def launch(e: Experiment, dataset: Dataset, **more: Any) -> tuple[dict[str, Any], str]:
+    folder = e.run_folder(dataset.content_hash)
+    return Session(e, folder, World(), COST, **more).run(), folder
+
+
+def short(storage_folder: Path, name: str, **changes: Any) -> Experiment:
+    settings = {"images": 30 * BATCH, **changes.pop("train", {})}
+    return experiment(storage_folder, name=name, train=settings, **changes)
+
+
+def test_a_run_ends_at_its_budget_with_a_checkpoint_and_a_history(shared_storage: Path, dataset: Dataset) -> None:
+    outcome, folder = launch(short(shared_storage, "ends"), dataset)
+    assert outcome["reason"] == "finished"
+    assert outcome["images_seen"] == 30 * BATCH
+    assert ck.images_of(ck.list_checkpoints(folder)[-1]) == 30 * BATCH
+    rows = read_history(folder)
+    assert [row["images_seen"] for row in rows] == [10 * BATCH, 20 * BATCH, 30 * BATCH]
+    assert {"loss", "grad_norm", "mfu", "data_stall", "images_per_second", "loss_logsnr_q1"} <= set(rows[0])
+
+
+def test_a_wish_to_stop_and_a_second_launch_leave_the_same_weights(shared_storage: Path, dataset: Dataset) -> None:
+    _, whole = launch(short(shared_storage, "whole1"), dataset)
+    e, seen = short(shared_storage, "parts1"), 0
+
+    def asked() -> bool:
+        nonlocal seen
+        rows = read_history(e.run_folder(dataset.content_hash))
+        seen = rows[-1]["images_seen"] if rows else 0
+        return seen >= 10 * BATCH
+
+    outcome, folder = launch(e, dataset, asked=asked)
+    if outcome["reason"] == "signal":  # a fast machine may be through before the thread asks
+        assert outcome["images_seen"] < 30 * BATCH
+        outcome, folder = launch(e, dataset)
+    assert outcome["reason"] == "finished"
+    assert final_state(folder) == final_state(whole)
+
+
+def test_a_budget_that_is_raised_goes_on(shared_storage: Path, dataset: Dataset) -> None:
+    launch(short(shared_storage, "raised", train={"images": 12 * BATCH}), dataset)
+    outcome, folder = launch(short(shared_storage, "raised"), dataset)
+    _, whole = launch(short(shared_storage, "raised2"), dataset)
+    assert outcome["reason"] == "finished"
+    assert final_state(folder) == final_state(whole)
+
+
+def test_wall_seconds_stop_at_a_checkpoint(shared_storage: Path, dataset: Dataset) -> None:
+    outcome, folder = launch(short(shared_storage, "wall", train={"images": 10**6, "wall_seconds": 1.0}), dataset)
+    assert outcome["reason"] == "wall"
+    assert ck.images_of(ck.list_checkpoints(folder)[-1]) == outcome["images_seen"]
+
+
+def test_device_seconds_end_a_run(shared_storage: Path, dataset: Dataset) -> None:
+    outcome, _ = launch(short(shared_storage, "seconds", train={"images": None, "device_seconds": 1.0}), dataset)
+    assert outcome["reason"] == "finished"
+    assert 1.0 <= outcome["device_seconds"] < 10
+
+
+def test_losses_that_are_not_finite_stop_the_run_and_can_be_replayed(
+    shared_storage: Path, dataset: Dataset, tmp_path: Path
+) -> None:
+    """An absurd learning rate without clipping makes the weights overflow."""
+    e = short(
+        shared_storage, "diverges", optim={"name": "sgd", "lr": 1e30, "clip_grad_norm": None},
+        train={"images": 100 * BATCH, "nonfinite_limit": 3, "checkpoint": {"every_images": 100 * BATCH}},
+    )  # fmt: skip
+    outcome, folder = launch(e, dataset)
+    assert outcome["reason"] == "nonfinite"
+    assert "3 steps in a row" in outcome["message"]
+    assert storage.exists(storage.join(folder, "nonfinite.json"))
+    report = replay(e)
+    assert "replaying positions" in report
+    assert "not finite" in report
+
+
+def test_averages_are_the_same_after_a_damaged_newest_checkpoint(shared_storage: Path, dataset: Dataset) -> None:
+    e = short(shared_storage, "damaged")
+    _, folder = launch(e, dataset)
+    before = final_state(folder)
+    newest = Path(ck.list_checkpoints(folder)[-1])
+    (newest / "model.safetensors").write_bytes(b"garbage")
+    outcome, _ = launch(e, dataset)
+    assert outcome["reason"] == "finished"
+    assert final_state(folder) == before
+
+
+def test_a_dry_run_prints_the_cost_and_starts_nothing(shared_storage: Path) -> None:
+    from diffscale.training.dry_run import describe
+
+    e = experiment(shared_storage, name="dry")
+    text = describe(e)
+    assert "# parameters" in text
+    assert "GFLOP per image" in text
+    assert not list((shared_storage / "runs").glob("dry-*"))
+
+
+def test_more_workers_than_images_are_refused(shared_storage: Path) -> None:
+    with pytest.raises(ValueError, match=r"train\.workers"):
+        train.prepare(experiment(shared_storage, train={"workers": BATCH + 1}))
+
+
+def test_counted_flops_do_not_depend_on_how_the_run_computes(shared_storage: Path) -> None:
+    costs = {
+        train.prepare(experiment(shared_storage, train=settings))[1]
+        for settings in ({}, {"activation_checkpointing": True}, {"precision": "bf16", "channels_last": True})
+    }
+    assert len(costs) == 1
+    cost = costs.pop()
+    assert 2.8 < cost.flops_per_image / (2 * cost.forward_macs) < 3.1  # 3 x forward, less the first layer's input
+    assert torch.get_default_device().type == "cpu"
