@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from diffscale.experiment import EvalSettings
 
 Ranges = Sequence[tuple[int, int]]
+FEW_CHUNKS = 16
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,9 @@ class Evaluator:
         if resolution != self.dataset.resolution:
             fd = [m for m in self.metrics if m.kind == "fd"]
             self.native = views_of(fd, self.dataset.resolution, self.settings.resize)
-        self._featurise = Featuriser([*self.views.values(), *self.native.values()], self.device)
+        # With actors this process may be a driver without the GPU that they have.
+        here = "cpu" if self.actors and not torch.cuda.is_available() else self.device
+        self._featurise = Featuriser([*self.views.values(), *self.native.values()], here)
 
     def sampling(self, solver: SolverSettings, *, precision: str = "fp32") -> Sampling:
         """The settings' sampler: solver's name, seed, batch and guidance as in `eval`."""
@@ -133,6 +136,8 @@ class Evaluator:
         )  # fmt: skip
 
     def _compute_one(self, source: Source, view: View, todo: Ranges) -> Iterator[tuple[int, Columns]]:
+        if self.actors and len(todo) <= FEW_CHUNKS:  # done here before actors would have loaded the network
+            return generate.in_process(source, self._featurise.only(view), todo)
         return self._compute(source, self._featurise.only(view), todo, 0)
 
     def _compute(self, source: Source, featurise: Featuriser, todo: Ranges, keep: int) -> Iterator[tuple[int, Columns]]:
