@@ -107,7 +107,7 @@ def newest_good(run_folder: str, for_resuming: bool = True, until: int | None = 
 
 
 def distrust(run_folder: str, position: int) -> None:
-    """Takes back every checkpoint that has seen position `position`, whose image was damaged. Its files stay."""
+    """Takes back every checkpoint that has seen `position`: its image, or the checkpoint, was damaged. Files stay."""
     for checkpoint in list_checkpoints(run_folder):
         if images_of(checkpoint) > position:
             mark = storage.join(checkpoint, COMPLETE)

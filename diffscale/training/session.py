@@ -100,7 +100,10 @@ class Session:
         return Numerics(**stored["numerics"])
 
     def _resume(self) -> None:
-        found = ck.newest_good(self.run_folder) if self.world.rank == 0 else None
+        found = None
+        if self.world.rank == 0:
+            found = ck.newest_good(self.run_folder)
+            ck.distrust(self.run_folder, ck.images_of(found) if found else -1)  # damaged ones will be written again
         checkpoint = self.world.from_first(found)
         if checkpoint is None:
             return
