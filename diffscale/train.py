@@ -147,6 +147,7 @@ def prepare(experiment: Experiment) -> tuple[Dataset, Cost]:
     dataset = open_training_data(experiment)
     build_diffusion(experiment, dataset)
     build_solver(experiment)
+    _refuse_unsupported(experiment)
     check_name(experiment.optim.name)
     for metric in experiment.eval.metrics:
         parse_metric(metric)
@@ -157,6 +158,21 @@ def prepare(experiment: Experiment) -> tuple[Dataset, Cost]:
     classes = dataset.num_classes if experiment.data.class_conditional else 0
     cost = count_cost(lambda: build_model(experiment, dataset), dataset.resolution, dataset.channels, classes)
     return dataset, cost
+
+
+def _refuse_unsupported(experiment: Experiment) -> None:
+    """Raises UserError for settings that would otherwise be ignored or fail in the middle."""
+    if experiment.eval.workers == "own" and experiment.eval.n_generated:
+        raise UserError(
+            setting="eval.workers", value="own", expected="auto or training: the training workers evaluate",
+            fix="eval.n_generated=0 and `python -m diffscale.evaluate RUN` beside the run",
+        )  # fmt: skip
+    if experiment.data.augment and getattr(experiment.model, "augment_dim", 0) != 9:
+        raise UserError(
+            setting="data.augment", value=experiment.data.augment,
+            expected="0, or a model that is told what was done to its images, so that they do not leak into samples",
+            fix="model.augment_dim=9 (unet and edm2 have it)",
+        )  # fmt: skip
 
 
 def uses_gpu(experiment: Experiment) -> bool:
