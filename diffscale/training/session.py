@@ -19,7 +19,7 @@ import torch
 from diffscale import storage
 from diffscale.build import build_diffusion, build_model, open_training_data
 from diffscale.compute import EnergyMeter
-from diffscale.data import Loader, ShardError
+from diffscale.data import Loader, ShardError, create_loader
 from diffscale.experiment import Experiment
 from diffscale.records import Record
 from diffscale.training import checkpoint as ck
@@ -169,8 +169,8 @@ class Session:
     def loader(self) -> Loader:
         """Of this rank's share, from where the run is."""
         train, data = self.experiment.train, self.experiment.data
-        self._loader = Loader(
-            self.dataset, seed=train.seed, global_batch=train.global_batch, start=self.learner.images_seen,
+        self._loader = create_loader(
+            data.loader, self.dataset, seed=train.seed, global_batch=train.global_batch, start=self.learner.images_seen,
             shard=self.world.share(train.global_batch), device=self.world.device, flip=data.flip,
             augment=data.augment, order=data.order,
         )  # fmt: skip
