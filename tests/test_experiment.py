@@ -12,8 +12,8 @@ SAME = [
     "train.checkpoint.keep_last=9", "train.max_failures=0",
 ]  # fmt: skip
 DIFFERENT = [
-    "train.seed=1", "train.global_batch=32", "optim.lr=1e-5", "diffusion.prediction=eps", "train.precision=fp32",
-    "data.flip=false", "data.resolution=16", "model.name=rin", "train.ema.halflife_fraction=0.2", "train.compile=false",
+    "train.seed=1", "train.global_batch=48", "optim.lr=1e-5", "diffusion.prediction=eps", "train.precision=fp32",
+    "data.flip=false", "data.resolution=24", "model.name=rin", "train.ema.halflife_fraction=0.2", "train.compile=false",
     "diffusion.schedule=ddpm_linear", "data.class_conditional=false",
 ]  # fmt: skip
 
