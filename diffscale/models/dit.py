@@ -94,6 +94,7 @@ class DiT(nn.Module):
         self.learned_positions = positions == "learned"
         self.positions = nn.Parameter(sincos_positions(side, side, width, self.native), self.learned_positions)
         self.embed_noise = ScalarMLP(width)
+        self.num_classes = num_classes
         self.embed_label = LabelTable(num_classes, width) if num_classes else None
         self.blocks = nn.ModuleList(DiTBlock(width, num_heads, mlp_ratio, dropout) for _ in range(depth))
         self.modulation = nn.Linear(width, 2 * width)

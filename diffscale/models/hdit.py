@@ -187,6 +187,7 @@ class HDiT(nn.Module):
         if augment_dim:
             self.register_buffer("augment_frequencies", torch.randn(mapping_width // 2, augment_dim))
         self.augment_in = nn.Linear(mapping_width, mapping_width, bias=False) if augment_dim else None
+        self.num_classes = num_classes
         self.embed_label = LabelEmbedding(num_classes, mapping_width) if num_classes else None
         self.mapping = Mapping(mapping_width, mapping_depth, 3 * mapping_width)
 

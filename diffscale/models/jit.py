@@ -94,6 +94,7 @@ class JiT(nn.Module):
         self.context_start = context_start
         self.checkpointed = False
         self.embed_noise = ScalarMLP(width)
+        self.num_classes = num_classes
         self.embed_label = LabelTable(num_classes, width) if num_classes else None
         self.embed_patches = nn.Conv2d(channels, bottleneck, self.patch, stride=self.patch, bias=False)
         self.widen = nn.Conv2d(bottleneck, width, 1)

@@ -154,6 +154,7 @@ class UViT(nn.Module):
         self.native = (side, side)
 
         self.embed_noise = ScalarMLP(embedding_width)
+        self.num_classes = num_classes
         self.embed_label = LabelEmbedding(num_classes, embedding_width) if num_classes else None
         widths = [*conv_widths, width]
         fold = 2**patch_levels
