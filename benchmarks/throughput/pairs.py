@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from diffscale.provenance import source
 
 RESULTS = Path(__file__).parents[1] / "results" / "throughput"
 
@@ -39,16 +43,37 @@ def race(ours: Callable[[], Any], theirs: Callable[[], Any], work: int, pairs: i
         "theirs_per_s": round(work / statistics.median(b for _, b in seconds), 4),
         "ratio": round(float(np.median(ratios)), 4), "ratio_low": round(float(low), 4),
         "ratio_high": round(float(high), 4), "pairs": pairs, "threads": torch.get_num_threads(),
-        "machine": platform.processor() or platform.machine(), "torch": torch.__version__,
+        "torch": torch.__version__,
     }  # fmt: skip
 
 
 def write(name: str, rows: list[dict[str, Any]]) -> Path:
-    """results/throughput/NAME.csv, whole."""
+    """results/throughput/NAME.csv, whole, each row with what made it."""
     path = RESULTS / f"{name}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
+    made = made_by()
     with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, [*rows[0], *made])
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(row | made for row in rows)
     return path
+
+
+def made_by() -> dict[str, Any]:
+    """Machine, date, commit and command of a measurement."""
+    commit, dirty = source()
+    module = getattr(sys.modules["__main__"].__spec__, "name", sys.argv[0]).removesuffix(".__main__")
+    return {
+        "machine": f"{os.cpu_count()} cores of {_cpu()}", "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "commit": f"{commit[:12]}{'+' if dirty else ''}", "command": " ".join(["python -m", module, *sys.argv[1:]]),
+    }  # fmt: skip
+
+
+def _cpu() -> str:
+    """The processor's name where Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
