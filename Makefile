@@ -35,7 +35,7 @@ lint: install-dev
 	$(BIN)/mypy
 
 test: lint  ## ruff, mypy and the fast tests
-	$(BIN)/python -m pytest --durations=15 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=15 $(ARGS)
 
 test-slow: install-dev  ## the tests that take minutes: kill tests, overfit tests, whole sweeps
 	$(BIN)/python -m pytest -m slow --durations=15 $(ARGS)

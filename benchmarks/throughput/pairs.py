@@ -36,15 +36,21 @@ def race(ours: Callable[[], Any], theirs: Callable[[], Any], work: int, pairs: i
             took[side] = time.perf_counter() - started
         seconds.append((took[0], took[1]))
     ratios = np.array([b / a for a, b in seconds])
-    draws = np.random.default_rng(0).choice(ratios, (10_000, pairs))
-    low, high = np.quantile(np.median(draws, axis=1), [0.025, 0.975])
+    low, high = interval(ratios)
     return {
         "ours_per_s": round(work / statistics.median(a for a, _ in seconds), 4),
         "theirs_per_s": round(work / statistics.median(b for _, b in seconds), 4),
-        "ratio": round(float(np.median(ratios)), 4), "ratio_low": round(float(low), 4),
-        "ratio_high": round(float(high), 4), "pairs": pairs, "threads": torch.get_num_threads(),
+        "ratio": round(float(np.median(ratios)), 4), "ratio_low": round(low, 4),
+        "ratio_high": round(high, 4), "pairs": pairs, "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }  # fmt: skip
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """Bootstrap 95 % interval of the median of values (n,)."""
+    draws = np.random.default_rng(0).choice(values, (10_000, len(values)))
+    low, high = np.quantile(np.median(draws, axis=1), [0.025, 0.975])
+    return float(low), float(high)
 
 
 def write(name: str, rows: list[dict[str, Any]]) -> Path:

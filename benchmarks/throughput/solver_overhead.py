@@ -8,11 +8,8 @@ for one thread on a machine that does other things too. Target: at most 3 % at b
 
 from __future__ import annotations
 
-import csv
-import platform
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -20,11 +17,11 @@ import torch
 import typer
 from torch import nn
 
+from benchmarks.throughput.pairs import interval, write
 from diffscale.diffusion import SOLVERS, create_diffusion, keyed_noise, sample
 from diffscale.keyed_random import Stream, normal
 from diffscale.models import create_model
 
-RESULTS = Path(__file__).parent.parent / "results" / "throughput" / "solver_overhead.csv"
 TARGET = 0.03
 
 
@@ -59,13 +56,6 @@ def run_once(network: Timed, solver: Any, batch: int, resolution: int, run: int)
     return total - network.seconds, network.seconds
 
 
-def interval(ratios: np.ndarray) -> tuple[float, float]:
-    """Bootstrap 95 % interval of the median."""
-    draws = np.random.default_rng(0).choice(ratios, (10_000, len(ratios)))
-    low, high = np.quantile(np.median(draws, axis=1), (0.025, 0.975))
-    return float(low), float(high)
-
-
 def main(
     model: Annotated[str, typer.Option(help="a name that create_model takes")] = "unet-tiny",
     resolution: Annotated[int, typer.Option()] = 32,
@@ -75,7 +65,6 @@ def main(
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     threads: Annotated[int, typer.Option(help="CPU threads")] = torch.get_num_threads(),
     clock: Annotated[str, typer.Option(help="wall, or cpu: the process's CPU time, for one thread")] = "wall",
-    out: Annotated[Path, typer.Option(help="CSV")] = RESULTS,
 ) -> None:
     """Measure every solver, write the CSV and say which reach the target."""
     torch.set_num_threads(threads)
@@ -95,7 +84,7 @@ def main(
         rows.append(
             {
                 "solver": name,
-                "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "cpu",
+                "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
                 "threads": threads,
                 "clock": clock,
                 "torch": torch.__version__,
@@ -116,11 +105,7 @@ def main(
         )
         verdict = "met" if low <= TARGET else "not met"
         typer.echo(f"{name}: {rows[-1]['overhead']:.2%} [{low:.2%}, {high:.2%}] {verdict}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write("solver_overhead", rows)
 
 
 if __name__ == "__main__":
