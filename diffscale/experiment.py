@@ -106,7 +106,7 @@ class TrainSettings(Section):
     flops: float | None = Field(None, gt=0, description="stop after so many training FLOPs")
     device_seconds: float | None = Field(None, gt=0, description="stop after so many seconds x devices")
     wall_seconds: float | None = Field(None, gt=0, description="checkpoint and exit (resumable) after so long")
-    precision: Literal["bf16", "fp16", "tf32", "fp32"] = "bf16"
+    precision: Literal["auto", "bf16", "fp16", "tf32", "fp32"] = Field("auto", description="bf16 where it is faster")
     compile: bool | Literal["auto"] = Field("auto", description="torch.compile, where it pays")
     channels_last: bool | Literal["auto"] = Field("auto", description="memory format, where it pays")
     activation_checkpointing: bool = Field(False, description="recompute activations of each block")

@@ -10,14 +10,14 @@ from typing import Literal
 import torch
 from torch import nn
 
-from diffscale.training.numerics import Numerics, choose_numerics
+from diffscale.training.numerics import Numerics, Precision, choose_numerics
 
 
 @dataclass(frozen=True)
 class Automatic:
     """What a run asks for by default."""
 
-    precision: Literal["bf16", "fp16", "tf32", "fp32"] = "bf16"
+    precision: Precision | Literal["auto"] = "auto"
     channels_last: bool | Literal["auto"] = "auto"
     compile: bool | Literal["auto"] = "auto"
 

@@ -65,9 +65,9 @@ def bare(experiment: Experiment, threads: int, world: World | None = None) -> Ca
     dataset = open_training_data(experiment)
     torch.manual_seed(0)
     model = build_model(experiment, dataset).to(memory_format=torch.channels_last)
-    from diffscale.training.numerics import Numerics
+    from diffscale.training.numerics import Numerics, settle_precision
 
-    numerics = Numerics(experiment.train.precision, channels_last=True)
+    numerics = Numerics(settle_precision(experiment.train.precision, "cpu"), channels_last=True)
     learner = Learner(model, build_diffusion(experiment, dataset), experiment, world, numerics, dataset.num_classes)
     batch = experiment.train.global_batch
     batches = iter(Loader(dataset, seed=0, global_batch=batch, shard=world.share(batch), flip=True))
@@ -157,10 +157,10 @@ def overheads(experiment: Experiment, pairs: int, steps: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     dataset = open_training_data(experiment)
     batch = experiment.train.global_batch
-    from diffscale.training.numerics import Numerics
+    from diffscale.training.numerics import Numerics, settle_precision
 
     model = build_model(experiment, dataset).to(memory_format=torch.channels_last)
-    numerics = Numerics(experiment.train.precision, channels_last=True)
+    numerics = Numerics(settle_precision(experiment.train.precision, "cpu"), channels_last=True)
     learner = Learner(model, build_diffusion(experiment, dataset), experiment, World(), numerics, dataset.num_classes)
     monitor = Monitor(
         History(f"{experiment.storage}/bench", 0), [], None, World(), "fp32", 1e9, None, EVERY_STEPS * batch, None

@@ -26,6 +26,7 @@ from diffscale.models.layers import (
     to_tokens,
     without_autocast,
 )
+from diffscale.models.winograd import conv3x3
 
 _EPS = 1e-4
 
@@ -75,6 +76,8 @@ class MPWeight(nn.Module):
     kernel 0 is a linear layer on (B, Cin); 1 and 3 convolve (B, Cin, H, W) with zero padding.
     """
 
+    winograd = False  # see winograd.use_winograd
+
     def __init__(self, channels_in: int, channels_out: int, kernel: int = 0) -> None:
         super().__init__()
         shape = (channels_out, channels_in) + ((kernel, kernel) if kernel else ())
@@ -87,7 +90,9 @@ class MPWeight(nn.Module):
 
     def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
         weight = (self.normalised() * (gain / math.sqrt(self.weight[0].numel()))).to(x.dtype)
-        return F.linear(x, weight) if weight.ndim == 2 else F.conv2d(x, weight, padding=self.padding)
+        if weight.ndim == 2:
+            return F.linear(x, weight)
+        return conv3x3(x, weight, None, self.winograd) if self.padding else F.conv2d(x, weight)
 
 
 class EDM2Block(nn.Module):

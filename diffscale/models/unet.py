@@ -28,6 +28,7 @@ from diffscale.models.layers import (
     run_block,
     without_autocast,
 )
+from diffscale.models.winograd import Conv3x3
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,10 @@ class UNetBlock(nn.Module):
         self.settings = s = settings
         self.resample = Resample(resample, s.resample_filter)
         self.norm1 = make_norm(s.norm, channels_in, s.norm_eps)
-        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.conv1 = Conv3x3(channels_in, channels_out)
         self.embed = nn.Linear(s.embedding_width, channels_out * (2 if s.adaptive_scale else 1))
         self.norm2 = make_norm(s.norm, channels_out, s.norm_eps)
-        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
+        self.conv2 = Conv3x3(channels_out, channels_out)
         projected = channels_in != channels_out or (resample != "keep" and s.resample_projection)
         self.shortcut = nn.Conv2d(channels_in, channels_out, 1) if s.residual and projected else nn.Identity()
         self.attention = (
@@ -102,7 +103,7 @@ class ConvResample(nn.Module):
     def __init__(self, channels: int, mode: Literal["down", "up"]) -> None:
         super().__init__()
         self.up = mode == "up"
-        self.conv = nn.Conv2d(channels, channels, 3, stride=1 if self.up else 2, padding=1)
+        self.conv = Conv3x3(channels, channels) if self.up else nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest") if self.up else x)
@@ -136,7 +137,7 @@ class OutputHead(nn.Module):
     def __init__(self, channels: int, channels_out: int, norm: Literal["group", "layer", "none"], eps: float) -> None:
         super().__init__()
         self.norm = make_norm(norm, channels, eps)
-        self.conv = nn.Conv2d(channels, channels_out, 3, padding=1)
+        self.conv = Conv3x3(channels, channels_out)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(self.norm(x, silu=True))
@@ -230,7 +231,7 @@ class UNet(nn.Module):
         self.embed_label = LabelEmbedding(num_classes, noise_width if early else width, early) if num_classes else None
 
         c, pyramid = stem_channels or widths[0], channels + image_channels
-        self.conv_in = nn.Conv2d(pyramid, c, 3, padding=1)
+        self.conv_in = Conv3x3(pyramid, c)
         self.encoder, self.pyramid_in = nn.ModuleList(), nn.ModuleDict()
         skip_widths = [c]
         for level, out in enumerate(widths):

@@ -38,6 +38,7 @@ from diffscale.models.tokens import (
     zero_,
 )
 from diffscale.models.wavelet import dwt, idwt
+from diffscale.models.winograd import Conv3x3
 
 
 class ConvBlock(nn.Module):
@@ -49,10 +50,10 @@ class ConvBlock(nn.Module):
     def __init__(self, channels_in: int, channels: int, embedding: int, dropout: float) -> None:
         super().__init__()
         self.norm1, self.norm2 = GroupNorm(channels_in), GroupNorm(channels)
-        self.conv1 = nn.Conv2d(channels_in, channels, 3, padding=1)
+        self.conv1 = Conv3x3(channels_in, channels)
         self.modulation = nn.Linear(embedding, 2 * channels)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = Conv3x3(channels, channels)
         self.shortcut = nn.Identity() if channels_in == channels else nn.Conv2d(channels_in, channels, 1)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
@@ -161,7 +162,7 @@ class UViT(nn.Module):
         self.conv_in: nn.Conv2d = (
             nn.Conv2d(channels, widths[0], fold, stride=fold)
             if patching == "conv" and patch_levels
-            else nn.Conv2d(channels * fold**2, widths[0], 3, padding=1)
+            else Conv3x3(channels * fold**2, widths[0])
         )
         sides = [resolution / fold / 2**index for index in range(len(conv_widths))]
         self.levels = nn.ModuleList(
@@ -173,7 +174,7 @@ class UViT(nn.Module):
             TransformerBlock(width, num_heads, mlp_ratio, embedding_width, dropout) for _ in range(depth)
         )
         self.out_norm = GroupNorm(widths[0])
-        self.conv_out = nn.Conv2d(widths[0], channels * fold**2, 3, padding=1)
+        self.conv_out = Conv3x3(widths[0], channels * fold**2)
         self.initialise()
 
     @torch.no_grad()

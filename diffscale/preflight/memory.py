@@ -36,6 +36,7 @@ def count(experiment: Experiment, dataset: Dataset, images: int) -> tuple[int, i
     """
     from diffscale.build import build_model
 
+    # "auto" is counted as float32, the larger: it is settled on the device, which may be another machine's
     low = {"bf16": torch.bfloat16, "fp16": torch.bfloat16}.get(experiment.train.precision)
     side, channels = dataset.resolution, dataset.channels
     kept: dict[int, int] = {}

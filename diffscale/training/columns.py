@@ -13,9 +13,9 @@ from diffscale.training.parallel import World
 
 def run_columns(
     experiment: Experiment, dataset: Dataset, cost: Cost, world: World, images_seen: int, device_seconds: float,
-    energy_joules: float | None, train_loss: float | None,
+    energy_joules: float | None, train_loss: float | None, precision: str,
 ) -> dict[str, Any]:  # fmt: skip
-    """By column name, plain JSON values. Training is one device per worker."""
+    """By column name, plain JSON values. Training is one device per worker; precision: what "auto" came to."""
     d, train = experiment.diffusion, experiment.train
     commit, dirty = source()
     path = experiment.data.path
@@ -25,7 +25,7 @@ def run_columns(
         "prediction": d.prediction, "weighting": d.weighting.name, "input_scale": d.input_scale,
         "dataset": path if ":" in path and "/" not in path else path.rstrip("/").rpartition("/")[2],
         "dataset_hash": dataset.content_hash, "dataset_lossy": dataset.lossy, "train_resolution": dataset.resolution,
-        "seed": train.seed, "global_batch": train.global_batch, "precision": train.precision,
+        "seed": train.seed, "global_batch": train.global_batch, "precision": precision,
         "images_seen": images_seen, "epochs": images_seen / dataset.n, "endpoint": experiment.endpoint(images_seen),
         "forward_macs": cost.forward_macs, "flops_per_image": cost.flops_per_image,
         "train_flops": cost.flops_per_image * images_seen, "device_seconds": device_seconds,

@@ -1,8 +1,9 @@
 """How a run computes: precision, memory format, compilation. Chosen once per run, stored, and reused on resume.
 
-"auto" for the memory format is measured on the real model and batch. "auto" for torch.compile weighs what it costs
-against what it saves: on a CPU compiling a small UNet took two minutes for less than a tenth of a step, so it is off
-there; on a GPU it is on where the run is long enough to earn it back.
+"auto" for the precision is bf16 where a matrix product is faster in it: processors without bf16 instructions emulate it
+at a fiftieth of their float32 speed. "auto" for the memory format is measured on the real model and batch. "auto" for
+torch.compile weighs what it costs against what it saves: on a CPU compiling a small UNet took two minutes for less than
+a tenth of a step, so it is off there; on a GPU it is on where the run is long enough to earn it back.
 """
 
 from __future__ import annotations
@@ -18,17 +19,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffscale.models.winograd import use_winograd
+
 log = logging.getLogger(__name__)
 
 _COMPILE_SECONDS = 150.0  # what compiling a large UNet, forward and backward, takes on an H100's host
 _COMPILE_SAVES = 0.2  # of an eager step on a GPU, at least
+
+Precision = Literal["bf16", "fp16", "tf32", "fp32"]
 
 
 class Requested(Protocol):
     """What a run's settings ask for: `experiment.train` has these fields."""
 
     @property
-    def precision(self) -> Literal["bf16", "fp16", "tf32", "fp32"]: ...
+    def precision(self) -> Precision | Literal["auto"]: ...
     @property
     def channels_last(self) -> bool | Literal["auto"]: ...
     @property
@@ -39,9 +44,10 @@ class Requested(Protocol):
 class Numerics:
     """The choices of one run; `dataclasses.asdict` gives what is stored, `Numerics(**stored)` gives it back."""
 
-    precision: Literal["bf16", "fp16", "tf32", "fp32"] = "fp32"  # of matrix products; weights stay float32
+    precision: Precision = "fp32"  # of matrix products; weights stay float32
     channels_last: bool = False  # memory order of images and convolution weights
     compile: bool = False  # torch.compile of the model
+    winograd: bool = False  # 3 × 3 convolutions in float32 on a CPU with fewer multiplications (models/winograd.py)
 
     def autocast(self, device: torch.device | str) -> AbstractContextManager[Any]:
         """The context that a forward pass runs in."""
@@ -51,8 +57,9 @@ class Numerics:
         return torch.autocast(torch.device(device).type, dtype=low)
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """The model in this memory format (in place) and compiled in place if asked for; the same object."""
+        """The model set to compute so, and compiled if asked for, in place; the same object."""
         set_memory_format(model, self.channels_last)
+        use_winograd(model, self.winograd)
         if self.compile:
             model.compile()
         return model
@@ -65,6 +72,26 @@ class Numerics:
 def set_memory_format(model: nn.Module, channels_last: bool) -> None:
     """Put the convolution weights of a model in that order, in place."""
     model.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def settle_precision(requested: Precision | Literal["auto"], device: torch.device | str) -> Precision:
+    """What "auto" means on a device: bf16 if a matrix product there is 1.3 times as fast in it as in float32."""
+    if requested != "auto":
+        return requested
+    device = torch.device(device)
+    side = 4096 if device.type == "cuda" else 256  # of a product that takes 40 ms where bf16 is emulated
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, times = torch.ones(side, side, device=device, dtype=dtype), []
+        for _ in range(4):
+            _wait(device)
+            start = time.perf_counter()
+            torch.mm(a, a)
+            _wait(device)
+            times.append(time.perf_counter() - start)
+        seconds[dtype] = min(times[1:])
+    log.info("precision=auto, seconds of a matrix product of side %d: %s", side, seconds)
+    return "bf16" if 1.3 * seconds[torch.bfloat16] < seconds[torch.float32] else "fp32"
 
 
 def choose_numerics(
@@ -81,30 +108,36 @@ def choose_numerics(
     for the question whether compiling pays; None: many. In a group of workers rank 0 chooses and the others are told.
     """
     device = torch.device(device)
-    channels_last = requested.channels_last
-    seconds: dict[bool, float] = {}
-    if channels_last == "auto":
-        if any(isinstance(module, nn.Conv2d) for module in model.modules()):
-            for candidate in (False, True):
-                numerics = Numerics(requested.precision, channels_last=candidate)
-                seconds[candidate] = _step_seconds(model, example_batch, device, numerics)
-        channels_last = seconds[True] < seconds[False] if seconds else False
-        log.info("channels_last=%s, seconds per step %s", channels_last, seconds)
+    precision = settle_precision(requested.precision, device)
+    candidates = [Numerics(precision, channels_last) for channels_last in _memory_formats(model, requested)]
+    if candidates[-1].channels_last and device.type == "cpu" and precision == "fp32" and use_winograd(model, False):
+        candidates.append(Numerics(precision, channels_last=True, winograd=True))
+    seconds: dict[Numerics, float] = {}
+    if len(candidates) > 1:
+        seconds = {candidate: _step_seconds(model, example_batch, device, candidate) for candidate in candidates}
+        log.info("seconds per step: %s", seconds)
+    chosen = min(candidates, key=lambda candidate: seconds.get(candidate, 0.0))
     compiled = requested.compile
     if compiled == "auto":
         compiled = False
         if device.type == "cuda":
-            eager = seconds.get(channels_last) or _step_seconds(
-                model, example_batch, device, Numerics(requested.precision, channels_last)
-            )
+            eager = seconds.get(chosen) or _step_seconds(model, example_batch, device, chosen)
             compiled = steps is None or steps * eager * _COMPILE_SAVES > _COMPILE_SECONDS
             log.info("compile=%s: %s steps of %.3f s", compiled, steps, eager)
-    return Numerics(requested.precision, channels_last=bool(channels_last), compile=bool(compiled))
+    return dataclasses.replace(chosen, compile=bool(compiled))
+
+
+def _memory_formats(model: nn.Module, requested: Requested) -> tuple[bool, ...]:
+    """Values of channels_last to choose from; it matters to convolutions alone."""
+    if requested.channels_last != "auto":
+        return (requested.channels_last,)
+    convolves = any(isinstance(module, nn.Conv2d) or hasattr(module, "winograd") for module in model.modules())
+    return (False, True) if convolves else (False,)
 
 
 def _step_seconds(model: nn.Module, images: Tensor, device: torch.device, numerics: Numerics) -> float:
     """Median seconds of a forward and backward pass, without any lasting effect on the model or the generators."""
-    set_memory_format(model, numerics.channels_last)
+    dataclasses.replace(numerics, compile=False).prepare(model)
     images = numerics.order(images.to(device))
     logsnr = torch.zeros(len(images), device=device)
     kept = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}

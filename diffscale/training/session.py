@@ -236,7 +236,7 @@ class Session:
     def _columns(self) -> dict[str, Any]:
         return run_columns(
             self.experiment, self.dataset, self.cost, self.world, self.learner.images_seen, self.device_seconds,
-            self._energy(), self.loss_sum / self.loss_steps if self.loss_steps else None,
+            self._energy(), self.loss_sum / self.loss_steps if self.loss_steps else None, self.numerics.precision,
         )  # fmt: skip
 
     def _energy(self) -> float | None:

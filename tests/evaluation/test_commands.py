@@ -56,7 +56,7 @@ def run(tmp_path_factory) -> Path:
         for batch, _ in zip(loader, range(2), strict=False):
             learner.step(batch)
     cost = count_cost(lambda: build_model(experiment, dataset), 8, 3, dataset.num_classes)
-    columns = run_columns(experiment, dataset, cost, World(), learner.images_seen, 1.0, None, 0.5)
+    columns = run_columns(experiment, dataset, cost, World(), learner.images_seen, 1.0, None, 0.5, "fp32")
     shape = {"resolution": 8, "channels": 3, "num_classes": dataset.num_classes}
     folder = Path(experiment.run_folder(dataset.content_hash))
     saver = saving.Saver(str(folder), 0, 1, "test", ck.save_settings(experiment), lambda _: None)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from dataclasses import dataclass
 
 import pytest
 import torch
 
 from diffscale.models import create_model
-from diffscale.training.numerics import Numerics, choose_numerics
+from diffscale.training.numerics import Numerics, choose_numerics, settle_precision
 
 
 @dataclass(frozen=True)
 class Wanted:
-    precision: str = "bf16"
+    precision: str = "auto"
     channels_last: bool | str = "auto"
     compile: bool | str = "auto"
 
@@ -38,6 +39,22 @@ def test_auto_settles_every_choice_and_survives_storage(model):
     assert isinstance(chosen.channels_last, bool)
     assert chosen.compile is False  # on a CPU it does not pay
     assert Numerics(**json.loads(json.dumps(dataclasses.asdict(chosen)))) == chosen
+
+
+def test_automatic_precision_is_the_faster_one_and_a_given_one_stays():
+    assert settle_precision("fp16", "cpu") == "fp16"
+    chosen = settle_precision("auto", "cpu")
+    layer, x = torch.nn.Linear(512, 512), torch.randn(256, 512)
+    seconds = {}
+    for precision in ("fp32", "bf16"):
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            with Numerics(precision).autocast("cpu"), torch.no_grad():
+                layer(x)
+            times.append(time.perf_counter() - start)
+        seconds[precision] = min(times)
+    assert seconds[chosen] < 1.5 * min(seconds.values())  # another product than the one that decided
 
 
 def test_choosing_leaves_weights_gradients_mode_and_random_state_alone(model):

@@ -1,0 +1,89 @@
+"""Winograd's convolution is the direct one up to rounding, forward and backward, at any size and in any slices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from diffscale.models import create_model, winograd
+from diffscale.models.native import library
+from diffscale.models.winograd import Conv3x3, Winograd, suits
+
+needs_kernel = pytest.mark.skipif(library("winograd") is None, reason="no C++ compiler on this machine")
+SHAPES = [(2, 16, 24, 8, 8), (3, 32, 8, 13, 6), (1, 40, 72, 4, 5), (5, 8, 8, 7, 16)]  # B, C, K, H, W
+
+
+def data(b: int, c: int, k: int, h: int, w: int) -> list[torch.Tensor]:
+    """Images, filters of unit gain, biases and an upstream gradient, float64."""
+    generator = torch.Generator().manual_seed(b * c + h)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    return [draw(b, c, h, w), draw(k, c, 3, 3) / (9 * c) ** 0.5, draw(k), draw(b, k, h, w)]
+
+
+def results(convolve, inputs: list[torch.Tensor], upstream: torch.Tensor) -> list[torch.Tensor]:
+    """The output and the gradients of all inputs."""
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    y = convolve(*leaves)
+    y.backward(upstream)
+    return [y.detach(), *(leaf.grad for leaf in leaves)]
+
+
+@needs_kernel
+@pytest.mark.parametrize("shape", SHAPES)
+def test_output_and_gradients_are_those_of_the_direct_convolution(shape):
+    *inputs, upstream = data(*shape)
+    exact = results(lambda x, w, b: F.conv2d(x, w, b, padding=1), inputs, upstream)
+    fast = results(Winograd.apply, [t.float() for t in inputs], upstream.float())
+    for a, b in zip(fast, exact, strict=True):
+        assert (a - b).abs().max() < 1e-5 * b.abs().max()  # measured: 6e-6 at most
+
+
+@needs_kernel
+def test_slices_and_threads_change_no_bit_of_the_output(monkeypatch):
+    x, weight, bias, _ = (t.float() for t in data(5, 32, 32, 12, 12))
+    threads, outputs = torch.get_num_threads(), []
+    try:
+        for count, chunk in ((1, 2**21), (2, 2**21), (2, 1)):
+            torch.set_num_threads(count)
+            monkeypatch.setattr(winograd, "_CHUNK", chunk)
+            outputs.append(Winograd.apply(x, weight, bias))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.allclose(outputs[0], outputs[2], atol=1e-6)  # the products are summed in another order
+
+
+@needs_kernel
+def test_only_what_the_kernels_take_goes_to_them():
+    layer = Conv3x3(16, 16)
+    image = torch.randn(2, 16, 8, 8)
+    assert suits(image, layer.weight)
+    assert not suits(image.bfloat16(), layer.weight)
+    assert not suits(image.double(), layer.weight.double())
+    assert not suits(torch.randn(2, 12, 8, 8), torch.randn(16, 12, 3, 3))
+    assert not suits(torch.randn(2, 16, 2, 2), layer.weight)
+    assert not suits(image.to("meta"), layer.weight.to("meta"))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not suits(image, layer.weight)
+
+
+@needs_kernel
+@pytest.mark.parametrize("name", ["unet-tiny", "uvit-tiny", "edm2-tiny"])
+def test_a_network_gives_the_same_with_it_and_keeps_its_names(name):
+    torch.manual_seed(0)
+    model = create_model(name, resolution=16)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    x, logsnr, outputs, gradients = torch.randn(2, 3, 16, 16), torch.zeros(2), [], []
+    model.eval()
+    for enabled in (False, True):
+        winograd.use_winograd(model, enabled)
+        model.zero_grad()
+        outputs.append(model(x, logsnr)[0])
+        outputs[-1].square().mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert not torch.equal(*outputs)
+    assert (outputs[0] - outputs[1]).abs().max() < 1e-4 * outputs[0].abs().max()
+    assert (gradients[0] - gradients[1]).norm() < 1e-4 * gradients[0].norm()
