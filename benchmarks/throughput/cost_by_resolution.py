@@ -7,7 +7,6 @@ cost_by_resolution.csv and .png, and activation_checkpointing.csv, under benchma
 
 from __future__ import annotations
 
-import csv
 import platform
 import resource
 import statistics
@@ -21,6 +20,7 @@ import torch.multiprocessing as multiprocessing
 import typer
 
 from benchmarks.throughput.contenders import Wrapped
+from benchmarks.throughput.pairs import RESULTS, write
 from benchmarks.throughput.stepper import Automatic, Stepper
 from diffscale.compute import count_cost
 from diffscale.models import PRESETS, create_model
@@ -28,7 +28,6 @@ from diffscale.models import PRESETS, create_model
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-FOLDER = Path(__file__).parents[1] / "results" / "throughput"
 SIDES = (16, 32, 64, 128, 256)
 PANELS = {
     "training_gflop_per_image": "training GFLOP per image",
@@ -106,32 +105,23 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def save(rows: list[dict[str, Any]], path: Path) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def main(
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     threads: Annotated[int, typer.Option(help="CPU threads")] = torch.get_num_threads(),
     batch: Annotated[int, typer.Option(help="images in a step")] = 4,
     checkpointing_side: Annotated[int, typer.Option(help="resolution of the checkpointing comparison")] = 64,
-    out: Annotated[Path, typer.Option(help="folder for the CSVs and the plot")] = FOLDER,
 ) -> None:
     """Measure every backbone at every resolution, then activation checkpointing at one."""
-    out.mkdir(parents=True, exist_ok=True)
     backbones = [name.removesuffix("-tiny") for name in PRESETS if name.endswith("-tiny")]
     rows = []
     for backbone in backbones:
         for side in SIDES:
             rows.append(case(backbone, side, batch, device, threads, False))
             typer.echo(rows[-1])
-    save(rows, out / "cost_by_resolution.csv")
-    draw(rows, out / "cost_by_resolution.png")
+    write("cost_by_resolution", rows)
+    draw(rows, RESULTS / "cost_by_resolution.png")
     pairs = [case(b, checkpointing_side, batch, device, threads, on) for b in backbones for on in (False, True)]
-    save(pairs, out / "activation_checkpointing.csv")
+    write("activation_checkpointing", pairs)
 
 
 if __name__ == "__main__":

@@ -1,26 +1,27 @@
 """Which operations a training step spends its time in: `python -m benchmarks.throughput.where_time_goes`.
 
-Self time of torch.profiler's events over a few eager steps of each contender of a race, as shares by kind of operation.
+Self time of torch.profiler's events over a few eager steps, as shares by kind of operation: of both contenders of a
+race (ours computed as a run would choose, the peer in the same precision and contiguous), and of the tiny presets of
+all backbones. What no event covers (Python, and gaps between operations) is "outside".
 Writes benchmarks/results/throughput/where_time_goes.csv.
 """
 
 from __future__ import annotations
 
-import csv
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks.throughput.contenders import RACES
+from benchmarks.throughput.contenders import RACES, Build, ours
+from benchmarks.throughput.pairs import write
 from benchmarks.throughput.stepper import Stepper
-from diffscale.training.numerics import Numerics
+from diffscale.models import PRESETS, norm_act, winograd
+from diffscale.training.numerics import Numerics, settle_precision
 
-RESULTS = Path(__file__).parents[1] / "results" / "throughput" / "where_time_goes.csv"
 KINDS = {  # the first kind one of whose words is in the operation's name
-    "convolution": ("conv", "cudnn"),
+    "convolution": ("conv", "cudnn", "winograd"),
     "attention": ("attention", "softmax", "bmm", "flash"),
     "matrix product": ("mm", "linear", "gemm"),
     "norm and activation": ("norm", "silu", "gelu"),
@@ -34,21 +35,34 @@ def kind_of(operation: str) -> str:
     return next((kind for kind, words in KINDS.items() if any(word in name for word in words)), "other")
 
 
-def shares(race: str, side: str, device: str, steps: int) -> dict[str, Any]:
-    """One row: milliseconds of a step and the share of each kind of operation, which sum to 1."""
-    entry = RACES[race]
-    build, ours = (entry.ours, True) if side == "ours" else (entry.theirs, False)
-    stepper = Stepper(build, entry.side, entry.batch, device, Numerics("bf16", channels_last=ours and race[0] == "u"))
+def seen(module: Any) -> None:
+    """Let the profiler see the calls of a module's C++ kernels."""
+    call = module.run
+
+    def run(name: str, *arguments: Any, **settings: Any) -> None:
+        with record_function(name):
+            call(name, *arguments, **settings)
+
+    module.run = run
+
+
+def shares(build: Build, side: int, batch: int, device: str, steps: int, numerics: Numerics | None) -> dict[str, Any]:
+    """Milliseconds of a step and the share of each kind of operation, which sum to 1."""
+    stepper = Stepper(build, side, batch, device, numerics)
     stepper.seconds(2)
+    wall = stepper.seconds(steps)
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
     with profile(activities=activities) as profiler:
         stepper.seconds(steps)
-    spent = dict.fromkeys([*KINDS, "other"], 0.0)
+    spent = dict.fromkeys([*KINDS, "other", "outside"], 0.0)
     for event in profiler.key_averages():
         spent[kind_of(event.key)] += event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
+    spent["outside"] = max(0.0, wall * 1e6 - sum(spent.values()))
     total = sum(spent.values())
-    row = {"race": race, "side": side, "network": "diffscale" if ours else entry.peer, "device": device}
-    row |= {"ms_per_step": f"{total / steps / 1e3:.1f}"}
+    chosen = stepper.numerics
+    row: dict[str, Any] = {"batch": batch, "resolution": side, "device": device, "threads": torch.get_num_threads()}
+    row |= {"precision": chosen.precision, "channels_last": chosen.channels_last, "winograd": chosen.winograd}
+    row |= {"ms_per_step": f"{wall / steps * 1e3:.1f}"}
     return row | {kind: f"{value / total:.3f}" for kind, value in spent.items()}
 
 
@@ -57,17 +71,24 @@ def main(
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     threads: Annotated[int, typer.Option(help="CPU threads")] = torch.get_num_threads(),
     steps: Annotated[int, typer.Option(help="profiled steps")] = 3,
-    out: Annotated[Path, typer.Option(help="CSV to write")] = RESULTS,
 ) -> None:
-    """Profile both contenders of each race."""
+    """Profile both contenders of each race, and the tiny presets unless races are named."""
     torch.set_num_threads(threads)
-    chosen = races or ["unet-small", "unet-lucidrains", "uvit-lucidrains", "rin-lucidrains"]
-    rows = [shares(race, side, device, steps) for race in chosen for side in ("ours", "peer")]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    seen(norm_act)
+    seen(winograd)
+    theirs = Numerics(settle_precision("auto", device))
+    rows = []
+    for race in races or ["unet-small", "unet-lucidrains", "uvit-lucidrains", "rin-lucidrains"]:
+        entry = RACES[race]
+        for network, build, numerics in (("diffscale", entry.ours, None), (entry.peer, entry.theirs, theirs)):
+            row = shares(build, entry.side, entry.batch, device, steps, numerics)
+            rows.append({"case": race, "network": network} | row)
+    rows += [
+        {"case": preset, "network": "diffscale"} | shares(ours(preset), 32, 16, device, steps, None)
+        for preset in ([] if races else PRESETS)
+        if preset.endswith("-tiny")
+    ]
+    write("where_time_goes", rows)
     for row in rows:
         typer.echo(row)
 
