@@ -70,12 +70,12 @@ def made_by() -> dict[str, Any]:
     commit, dirty = source()
     module = getattr(sys.modules["__main__"].__spec__, "name", sys.argv[0]).removesuffix(".__main__")
     return {
-        "machine": f"{os.cpu_count()} cores of {_cpu()}", "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "machine": f"{os.cpu_count()} cores of {cpu_name()}", "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "commit": f"{commit[:12]}{'+' if dirty else ''}", "command": " ".join(["python -m", module, *sys.argv[1:]]),
     }  # fmt: skip
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
     """The processor's name where Linux tells it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -2,7 +2,8 @@
 
 Two processes on one machine, ours and the peer's, take turns: forward, backward and optimizer on a batch of the same
 shape with the same AdamW. Ours runs as a run would choose by itself (diffscale.training.numerics); the peer runs in the
-best of {fp32, bf16} × {eager, compile} × {contiguous, channels-last}, measured first. The ratio of achieved FLOP/s is
+best of {fp32, bf16} × {eager, compile} × {contiguous, channels-last}, measured first (bf16 only where the processor has
+it: emulated it is ten times slower). The ratio of achieved FLOP/s is
 the median over the pairs with a bootstrap 95 % interval. Rows go to benchmarks/results/throughput/training_step.csv.
 """
 
@@ -10,7 +11,6 @@ from __future__ import annotations
 
 import csv
 import itertools
-import platform
 import statistics
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -21,9 +21,10 @@ import torch.multiprocessing as multiprocessing
 import typer
 
 from benchmarks.throughput.contenders import RACES, training_flops
+from benchmarks.throughput.pairs import cpu_name, made_by
 from benchmarks.throughput.stepper import Automatic, Stepper
 from diffscale.compute import matmul_rate
-from diffscale.training.numerics import Numerics
+from diffscale.training.numerics import Numerics, settle_precision
 
 RESULTS = Path(__file__).parents[1] / "results" / "throughput" / "training_step.csv"
 _PRECISIONS: tuple[Literal["bf16", "fp32"], ...] = ("bf16", "fp32")
@@ -120,6 +121,7 @@ def run_race(race: str, setup: Setup, pairs: int, mode: Numerics, ours: Numerics
         row |= {"torch": torch.__version__, "batch": entry.batch, "pairs": pairs, "parameters": counts[side][0]}
         row |= {"train_flops_per_image": f"{counts[side][1]:.6g}", "precision": contender.numerics.precision}
         row |= {"compile": contender.numerics.compile, "channels_last": contender.numerics.channels_last}
+        row |= {"winograd": contender.numerics.winograd}
         spread = np.percentile(entry.batch / np.array(seconds[side]), (25, 50, 75))
         row |= {"images_per_s": f"{spread[1]:.4g}", "images_per_s_q1": f"{spread[0]:.4g}"}
         row |= {"images_per_s_q3": f"{spread[2]:.4g}", "flop_per_s": f"{np.median(rates[side]):.4g}"}
@@ -131,16 +133,9 @@ def run_race(race: str, setup: Setup, pairs: int, mode: Numerics, ours: Numerics
         mine = side == "ours"
         row |= {"ratio": f"{np.median(ratios):.3f}" if mine else "", "ratio_low": f"{low:.3f}" if mine else ""}
         row |= {"ratio_high": f"{high:.3f}" if mine else ""}
-        rows.append(row)
+        rows.append(row | made_by())
         contender.close()
     return rows
-
-
-def cpu_name() -> str:
-    """The processor as Linux names it."""
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0].split(":", 1)[1].strip() if names else platform.machine()
 
 
 def write(rows: list[dict], path: Path) -> None:
@@ -179,13 +174,20 @@ def main(
     for race in races:
         if race not in RACES:
             raise typer.BadParameter(f"{race}: expected one of {', '.join(RACES)}")
+        emulated = settle_precision("auto", device) == "fp32"
         modes = [m for m in MODES if (peer_compile or not m.compile) and compiled in (None, m.compile)]
+        modes = [m for m in modes if not (emulated and m.precision == "bf16")]
         modes = [parse(peer_mode)] if peer_mode else modes
         mode = modes[0] if len(modes) == 1 else best_mode(race, setup, modes)
         rows = run_race(race, setup, pairs, mode, parse(our_mode) if our_mode else None)
         write(rows, out)
         for row in rows:
-            typer.echo({k: row[k] for k in ("side", "precision", "compile", "channels_last", "images_per_s", "mfu")})
+            typer.echo(
+                {
+                    k: row[k]
+                    for k in ("side", "precision", "compile", "channels_last", "winograd", "images_per_s", "mfu")
+                }
+            )
         typer.echo(f"{race}: {rows[0]['ratio']} × [{rows[0]['ratio_low']}, {rows[0]['ratio_high']}]")
 
 
