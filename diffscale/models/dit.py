@@ -8,31 +8,30 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from timm.layers import GELUTanh, Mlp
 from torch import Tensor, nn
 
 from diffscale.models.layers import (
+    Backbone,
     NoiseInput,
     multi_head_attention,
     noise_condition,
     pad_to_multiple,
-    run_block,
     to_tokens,
     without_autocast,
 )
 from diffscale.models.tokens import (
     LabelTable,
     ScalarMLP,
+    fixed_positions,
     head_width,
     modulate,
     patch_side,
     resize_positions,
     sincos_positions,
+    start_adaln_zero,
     unpatchify,
-    xavier,
-    zero_,
 )
 
 
@@ -57,15 +56,13 @@ class DiTBlock(nn.Module):
         return x + gate2[:, None] * self.mlp(h)
 
 
-class DiT(nn.Module):
+class DiT(Backbone):
     """forward(x_in (B, C, H, W), logsnr (B,), label (B,) int64 | None, state) → (prediction (B, out, H, W), None).
 
     Any H and W: the input is padded inside to whole patches and the output cropped; a grid other than the native one
     gets the positions of that stretched over it. The label `num_classes` and label=None mean "no label", which has a
     vector of its own. As initialised the output is exactly zero.
     """
-
-    carries_state = False
 
     def __init__(
         self,
@@ -89,7 +86,6 @@ class DiT(nn.Module):
         side = -(-resolution // patch_size)
         self.native = (side, side)
         self.noise_input = noise_input
-        self.checkpointed = False
         self.embed_patches = nn.Conv2d(channels, width, patch_size, stride=patch_size)
         self.learned_positions = positions == "learned"
         self.positions = nn.Parameter(sincos_positions(side, side, width, self.native), self.learned_positions)
@@ -99,28 +95,12 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(DiTBlock(width, num_heads, mlp_ratio, dropout) for _ in range(depth))
         self.modulation = nn.Linear(width, 2 * width)
         self.head = nn.Linear(width, patch_size**2 * (out_channels or channels))
-        self.initialise()
-
-    @torch.no_grad()
-    def initialise(self) -> None:
-        """Xavier for all layers, N(0, 0.02²) for the noise-level MLP, zero for modulations and the head."""
-        self.apply(xavier)
-        for layer in (self.embed_noise.linear1, self.embed_noise.linear2):
-            nn.init.normal_(layer.weight, std=0.02)
-        zero_(self.modulation)
-        zero_(self.head)
-        for module in self.modules():
-            if isinstance(module, DiTBlock):
-                zero_(module.modulation)
+        start_adaln_zero(self, self.embed_noise)
 
     def grid_positions(self, height: int, width: int) -> Tensor:
         """(h·w, D) for a grid of h × w patches."""
-        if (height, width) == self.native:
-            return self.positions
-        if self.learned_positions:
-            return resize_positions(self.positions, self.native, height, width)
-        stretched = sincos_positions(height, width, self.positions.shape[1], self.native)
-        return stretched.to(self.positions.device)
+        resized = resize_positions if self.learned_positions else fixed_positions
+        return resized(self.positions, self.native, height, width)
 
     def forward(
         self, x_in: Tensor, logsnr: Tensor, label: Tensor | None = None, state: Tensor | None = None
@@ -135,14 +115,10 @@ class DiT(nn.Module):
         grid = patches.shape[2], patches.shape[3]
         x = to_tokens(patches) + self.grid_positions(*grid)
         for block in self.blocks:
-            x = run_block(self.checkpointed, block, x, condition)
+            x = self.run_block(block, x, condition)
         shift, scale = self.modulation(condition).chunk(2, dim=-1)
         x = self.head(modulate(F.layer_norm(x, x.shape[-1:], eps=1e-6), shift, scale))
         return unpatchify(x, *grid, self.patch)[:, :, :height, :width].to(x_in.dtype), None
-
-    def set_activation_checkpointing(self, enabled: bool) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations."""
-        self.checkpointed = enabled
 
     def blocks_for_fsdp(self) -> list[nn.Module]:
         """The units that FSDP2 shards one by one."""

@@ -15,13 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffscale.models.layers import (
+    Backbone,
     Resample,
     attend,
     attention_at,
+    check_levels,
     noise_condition,
     one_hot_or_null,
     pad_to_multiple,
-    run_block,
     to_image,
     to_tokens,
     without_autocast,
@@ -164,7 +165,7 @@ class Uncertainty(nn.Module):
         return self.linear(self.fourier(noise_condition(logsnr, "edm")))[:, 0]
 
 
-class EDM2(nn.Module):
+class EDM2(Backbone):
     """The magnitude-preserving UNet, and beside it `uncertainty`, its head for the loss weighting.
 
     forward(x_in (B, C, H, W), logsnr (B,), label (B,) int64 | None, state) → (prediction (B, C, H, W), None) for any H
@@ -175,8 +176,6 @@ class EDM2(nn.Module):
     In training mode each forward pass first rescales the weights in place (eq. 66), once for all layers. Where the
     parameters are sharded (FSDP2), call `project_weights` before each step: there a forward pass sees copies.
     """
-
-    carries_state = False
 
     def __init__(
         self,
@@ -199,14 +198,9 @@ class EDM2(nn.Module):
         embedding_mult: int = 0,  # width of the embedding, in model_channels; 0: as the widest level
     ) -> None:
         super().__init__()
-        if resolution < 1 or not channel_mult or num_blocks < 1:
-            raise ValueError(
-                f"resolution = {resolution}, channel_mult = {channel_mult}, num_blocks = {num_blocks}: "
-                "expected a positive side, at least one level and at least one block per level"
-            )
+        check_levels(resolution, channel_mult, num_blocks)
         self.num_classes, self.label_balance, self.concat_balance = num_classes, label_balance, concat_balance
         self.multiple = 2 ** (len(channel_mult) - 1)
-        self.checkpointed = False
         widths = [model_channels * m for m in channel_mult]
         noise_width = model_channels * noise_mult if noise_mult else widths[0]
         width = model_channels * embedding_mult if embedding_mult else max(widths)
@@ -273,11 +267,11 @@ class EDM2(nn.Module):
         x = self.conv_in(x)
         kept = [x]
         for block in self.encoder:
-            x = run_block(self.checkpointed, block, x, embedding)
+            x = self.run_block(block, x, embedding)
             kept.append(x)
         for block, takes_skip in zip(self.decoder, self.takes_skip, strict=True):
             x = mp_concat(x, kept.pop(), self.concat_balance) if takes_skip else x
-            x = run_block(self.checkpointed, block, x, embedding)
+            x = self.run_block(block, x, embedding)
         return self.conv_out(x, self.out_gain)[:, :, :height, :width].to(x_in.dtype), None
 
     @torch.no_grad()
@@ -286,10 +280,6 @@ class EDM2(nn.Module):
         for module in self.modules():
             if isinstance(module, MPWeight):
                 module.weight.data.copy_(module.normalised())  # .data: a second pass before backward is no error
-
-    def set_activation_checkpointing(self, enabled: bool) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations."""
-        self.checkpointed = enabled
 
     def blocks_for_fsdp(self) -> list[nn.Module]:
         """The units that FSDP2 shards one by one."""

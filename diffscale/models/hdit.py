@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffscale.models.layers import (
+    Backbone,
     FourierEmbedding,
     LabelEmbedding,
     attend,
     noise_condition,
     pad_to_multiple,
-    run_block,
     without_autocast,
 )
 from diffscale.models.neighbourhood import Windows, neighbourhood_attention, windows
@@ -136,15 +136,13 @@ def axial_positions(height: int, width: int, device: torch.device) -> Tensor:
     return torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1)
 
 
-class HDiT(nn.Module):
+class HDiT(Backbone):
     """forward(x_in (B, C, H, W), logsnr (B,), label | None, state) → (prediction (B, C, H, W), None).
 
     Optional keyword: augment_label (B, augment_dim) of non-leaking augmentation, None for zeros. Any H and W: the input
     is padded inside to a multiple of patch_size · 2^(levels − 1) and the output cropped. The label `num_classes` and
     label=None mean "no label". As initialised the output is exactly zero.
     """
-
-    carries_state = False
 
     def __init__(
         self,
@@ -178,7 +176,6 @@ class HDiT(nn.Module):
         self.multiple = patch_side("patch_size · 2^(levels − 1)", patch_size * 2 ** (len(widths) - 1), resolution)
         self.patch, self.kernel, self.augment_dim = patch_size, kernel, augment_dim
         self.local_levels = len(widths) - global_levels
-        self.checkpointed = False
 
         self.patch_in = nn.Linear(channels * patch_size**2, widths[0], bias=False)
         self.embed_noise = FourierEmbedding(mapping_width, bandwidth=1.0)
@@ -224,7 +221,7 @@ class HDiT(nn.Module):
         positions = axial_positions(height, width, x.device)
         around = windows(height, width, self.kernel, x.device) if level < self.local_levels else None
         for layer in layers.children():
-            x = run_block(self.checkpointed, layer, x, condition, positions, around)
+            x = self.run_block(layer, x, condition, positions, around)
         return x
 
     def forward(
@@ -252,10 +249,6 @@ class HDiT(nn.Module):
             x = self.run(layers, x, condition, len(skips))
         x = spread(self.patch_out(rms_normalise(x, self.out_gain)), self.patch).permute(0, 3, 1, 2)
         return x[:, :, :height, :width].to(x_in.dtype), None
-
-    def set_activation_checkpointing(self, enabled: bool) -> None:
-        """Recompute each layer in the backward pass instead of keeping its activations."""
-        self.checkpointed = enabled
 
     def blocks_for_fsdp(self) -> list[nn.Module]:
         """The units that FSDP2 shards one by one."""

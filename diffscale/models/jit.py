@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffscale.models.layers import attend, pad_to_multiple, run_block, to_tokens, without_autocast
+from diffscale.models.layers import Backbone, attend, pad_to_multiple, to_tokens, without_autocast
 from diffscale.models.tokens import (
     LabelTable,
     ScalarMLP,
+    fixed_positions,
     head_width,
     modulate,
     patch_side,
@@ -21,9 +22,8 @@ from diffscale.models.tokens import (
     rotary_angles,
     rotate,
     sincos_positions,
+    start_adaln_zero,
     unpatchify,
-    xavier,
-    zero_,
 )
 
 
@@ -58,15 +58,13 @@ class JiTBlock(nn.Module):
         return x + gate2[:, None] * self.down(self.dropout(F.silu(gate) * value))
 
 
-class JiT(nn.Module):
+class JiT(Backbone):
     """forward(x_in (B, C, H, W), logsnr (B,), label (B,) int64 | None, state) → (prediction (B, C, H, W), None).
 
     Any H and W: the input is padded inside to whole patches and the output cropped; a grid other than the native one
     gets the positions of that stretched over it. The label `num_classes` and label=None mean "no label", which has a
     vector of its own. As initialised the output is exactly zero.
     """
-
-    carries_state = False
 
     def __init__(
         self,
@@ -92,7 +90,6 @@ class JiT(nn.Module):
         side = -(-resolution // self.patch)
         self.native = (side, side)
         self.context_start = context_start
-        self.checkpointed = False
         self.embed_noise = ScalarMLP(width)
         self.num_classes = num_classes
         self.embed_label = LabelTable(num_classes, width) if num_classes else None
@@ -107,26 +104,7 @@ class JiT(nn.Module):
         self.out_gain = nn.Parameter(torch.ones(width))
         self.modulation = nn.Linear(width, 2 * width)
         self.head = nn.Linear(width, self.patch**2 * channels)
-        self.initialise()
-
-    @torch.no_grad()
-    def initialise(self) -> None:
-        """Xavier for all layers, N(0, 0.02²) for the noise-level MLP, zero for modulations and the head."""
-        self.apply(xavier)
-        for layer in (self.embed_noise.linear1, self.embed_noise.linear2):
-            nn.init.normal_(layer.weight, std=0.02)
-        zero_(self.modulation)
-        zero_(self.head)
-        for module in self.modules():
-            if isinstance(module, JiTBlock):
-                zero_(module.modulation)
-
-    def grid_positions(self, height: int, width: int) -> Tensor:
-        """(h·w, D) for a grid of h × w patches."""
-        if (height, width) == self.native:
-            return self.positions
-        stretched = sincos_positions(height, width, self.positions.shape[1], self.native)
-        return stretched.to(self.positions.device)
+        start_adaln_zero(self, self.embed_noise)
 
     def forward(
         self, x_in: Tensor, logsnr: Tensor, label: Tensor | None = None, state: Tensor | None = None
@@ -143,21 +121,17 @@ class JiT(nn.Module):
             condition = F.silu(condition)
         patches = self.widen(self.embed_patches(pad_to_multiple(x_in, self.patch)))
         grid = patches.shape[2], patches.shape[3]
-        x = to_tokens(patches) + self.grid_positions(*grid)
+        x = to_tokens(patches) + fixed_positions(self.positions, self.native, *grid)
         angles = rotary_angles(*grid, self.head_width, self.native).to(device)
         for index, block in enumerate(self.blocks):
             if index == self.context_start and context is not None:
                 x = torch.cat([context, x], dim=1)
                 angles = F.pad(angles, (0, 0, context.shape[1], 0))
-            x = run_block(self.checkpointed, block, x, condition, angles.cos(), angles.sin())
+            x = self.run_block(block, x, condition, angles.cos(), angles.sin())
         shift, scale = self.modulation(condition).chunk(2, dim=-1)
         patches_only = x[:, -grid[0] * grid[1] :]
         x = modulate(rms_normalise(patches_only, self.out_gain), shift, scale)
         return unpatchify(self.head(x), *grid, self.patch)[:, :, :height, :width].to(x_in.dtype), None
-
-    def set_activation_checkpointing(self, enabled: bool) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations."""
-        self.checkpointed = enabled
 
     def blocks_for_fsdp(self) -> list[nn.Module]:
         """The units that FSDP2 shards one by one."""

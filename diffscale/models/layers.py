@@ -246,8 +246,27 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     return F.pad(x, (0, right, 0, down), mode="replicate") if down or right else x
 
 
-def run_block(checkpointed: bool, block: Callable[..., Any], *inputs: Any) -> Any:
-    """Call a block, or, when `checkpointed` and gradients are wanted, forget its activations and recompute them."""
-    if checkpointed and torch.is_grad_enabled():
-        return checkpoint(block, *inputs, use_reentrant=False)
-    return block(*inputs)
+class Backbone(nn.Module):
+    """What every architecture has beside its layers and its forward pass."""
+
+    carries_state = False  # whether forward returns a state for the next call
+    checkpointed = False
+
+    def set_activation_checkpointing(self, enabled: bool) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        self.checkpointed = enabled
+
+    def run_block(self, block: Callable[..., Any], *inputs: Any) -> Any:
+        """Call a block; where it is checkpointed and gradients are wanted, its activations are forgotten."""
+        if self.checkpointed and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+
+def check_levels(resolution: int, channel_mult: tuple[float, ...], num_blocks: int) -> None:
+    """Raises ValueError for a UNet that cannot be."""
+    if resolution < 1 or not channel_mult or num_blocks < 1:
+        raise ValueError(
+            f"resolution = {resolution}, channel_mult = {channel_mult}, num_blocks = {num_blocks}: "
+            "expected a positive side, at least one level and at least one block per level"
+        )

@@ -84,9 +84,10 @@ UNET_PRESETS: dict[str, Preset] = {
     "unet-tiny": {
         "name": "unet",
         "resolution": 32,
-        "model_channels": 32,
-        "channel_mult": (1, 2, 2),
+        "model_channels": 16,
+        "channel_mult": (1, 2, 4, 6),
         "num_blocks": 1,
+        "attn_resolutions": (8,),
         "channels_per_head": 32,
     },
     "unet-cifar10-small": {
@@ -101,9 +102,10 @@ UNET_PRESETS: dict[str, Preset] = {
     "edm2-tiny": {
         "name": "edm2",
         "resolution": 32,
-        "model_channels": 32,
-        "channel_mult": (1, 2, 2),
+        "model_channels": 16,
+        "channel_mult": (1, 2, 4, 6),
         "num_blocks": 1,
+        "attn_resolutions": (8,),
         "channels_per_head": 32,
     },
     "ddpm-cifar10": _DDPM | {"resolution": 32, "dropout": 0.1},

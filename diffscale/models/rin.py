@@ -15,12 +15,12 @@ from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
 from diffscale.models.layers import (
+    Backbone,
     SinusoidalEmbedding,
     multi_head_attention,
     noise_condition,
     one_hot_or_null,
     pad_to_multiple,
-    run_block,
     to_tokens,
     without_autocast,
 )
@@ -101,7 +101,7 @@ class RINBlock(nn.Module):
         return latents, self.write(interface, latents)
 
 
-class RIN(nn.Module):
+class RIN(Backbone):
     """forward(x_in (B, C, H, W), logsnr (B,), label | None, state | None) → (prediction (B, C, H, W), state).
 
     The state is the latents after the last block, (B, latents, latent_width): give it to the next sampling step, or to
@@ -144,7 +144,6 @@ class RIN(nn.Module):
         head_width("latent_heads", latent_heads, latent_width)
         side = -(-resolution // self.patch)
         self.native, self.num_classes = (side, side), num_classes
-        self.checkpointed = False
 
         self.stem = nn.Conv2d(channels, interface_width, self.patch, stride=self.patch)
         self.stem_norm = nn.LayerNorm(interface_width, eps=1e-6)
@@ -219,13 +218,9 @@ class RIN(nn.Module):
         grid = patches.shape[2], patches.shape[3]
         interface = self.stem_norm(to_tokens(patches)) + resize_positions(self.positions, self.native, *grid)
         for block in self.blocks:
-            latents, interface = run_block(self.checkpointed, block, latents, interface)
+            latents, interface = self.run_block(block, latents, interface)
         out = unpatchify(self.head(self.out_norm(interface)), *grid, self.patch)
         return out[:, :, :height, :width].to(x_in.dtype), latents
-
-    def set_activation_checkpointing(self, enabled: bool) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations."""
-        self.checkpointed = enabled
 
     def blocks_for_fsdp(self) -> list[nn.Module]:
         """The units that FSDP2 shards one by one."""

@@ -50,6 +50,13 @@ def sincos_positions(height: int, width: int, dim: int, native: tuple[int, int],
     return table.flatten(0, 1).float()
 
 
+def fixed_positions(table: Tensor, native: tuple[int, int], height: int, width: int) -> Tensor:
+    """The sine-cosine table of the native grid, or the one of another grid stretched over it. (h·w, D)."""
+    if (height, width) == native:
+        return table
+    return sincos_positions(height, width, table.shape[1], native).to(table.device)
+
+
 def resize_positions(table: Tensor, native: tuple[int, int], height: int, width: int) -> Tensor:
     """Learned positions (h₀·w₀, D) of the native grid → (h·w, D), bilinearly where the grid is another."""
     if (height, width) == native:
@@ -96,6 +103,16 @@ def xavier(module: nn.Module) -> None:
         nn.init.xavier_uniform_(module.weight.flatten(1))
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def start_adaln_zero(model: nn.Module, embed_noise: ScalarMLP) -> None:
+    """DiT's start: Xavier everywhere, N(0, 0.02²) for the noise-level MLP, zero for `modulation` layers and `head`."""
+    model.apply(xavier)
+    for layer in (embed_noise.linear1, embed_noise.linear2):
+        nn.init.normal_(layer.weight, std=0.02)
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in ("modulation", "head") and isinstance(module, nn.Linear):
+            zero_(module)
 
 
 def zero_(layer: nn.Linear | nn.Conv2d) -> None:

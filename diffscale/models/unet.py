@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffscale.models.layers import (
+    Backbone,
     FourierEmbedding,
     LabelEmbedding,
     NoiseInput,
@@ -22,10 +23,10 @@ from diffscale.models.layers import (
     SelfAttention2d,
     SinusoidalEmbedding,
     attention_at,
+    check_levels,
     make_norm,
     noise_condition,
     pad_to_multiple,
-    run_block,
     without_autocast,
 )
 from diffscale.models.winograd import Conv3x3
@@ -143,7 +144,7 @@ class OutputHead(nn.Module):
         return self.conv(self.norm(x, silu=True))
 
 
-class UNet(nn.Module):
+class UNet(Backbone):
     """Encoder, middle, decoder with skips between equal resolutions.
 
     forward(x_in (B, C, H, W), logsnr (B,), label (B,) int64 | None, state) → (prediction (B, out_channels, H, W), None)
@@ -155,8 +156,6 @@ class UNet(nn.Module):
     As initialised the output is exactly zero (init="torch") or below 1e-3 (init="xavier"): the last convolution of
     each block, of each attention and of the output starts at zero_gain times its ordinary values.
     """
-
-    carries_state = False
 
     def __init__(
         self,
@@ -197,15 +196,10 @@ class UNet(nn.Module):
         zero_gain: float = 0.0,  # of the layers that start small; Song's recipe has 1e-5
     ) -> None:
         super().__init__()
-        if resolution < 1 or not channel_mult or num_blocks < 1:
-            raise ValueError(
-                f"resolution = {resolution}, channel_mult = {channel_mult}, num_blocks = {num_blocks}: "
-                "expected a positive side, at least one level and at least one block per level"
-            )
+        check_levels(resolution, channel_mult, num_blocks)
         self.num_classes, self.augment_dim, self.image_channels = num_classes, augment_dim, image_channels
         self.noise_input, self.label_joins, self.skips = noise_input, label_joins, skips
         self.multiple = 2 ** (len(channel_mult) - 1)
-        self.checkpointed = False
         out_channels = out_channels or channels
         widths = [int(model_channels * m) for m in channel_mult]
         noise_width, width = model_channels * noise_mult, model_channels * embedding_mult
@@ -328,27 +322,23 @@ class UNet(nn.Module):
         x = self.conv_in(pyramid)
         kept = [x]
         for index, block in enumerate(self.encoder):
-            x = run_block(self.checkpointed, block, x, embedding)
+            x = self.run_block(block, x, embedding)
             if str(index) in self.pyramid_in:
                 x, pyramid = self.pyramid_in[str(index)](x, pyramid)
             kept.append(x)
         for block in self.middle:
-            x = run_block(self.checkpointed, block, x, embedding)
+            x = self.run_block(block, x, embedding)
         total: Tensor | None = None
         for index, (block, takes_skip) in enumerate(zip(self.decoder, self.takes_skip, strict=True)):
             if takes_skip:
                 x = torch.cat([x, kept.pop()], dim=1)
-            x = run_block(self.checkpointed, block, x, embedding)
+            x = self.run_block(block, x, embedding)
             if str(index) in self.pyramid_out:
                 part = self.pyramid_out[str(index)](x)
                 total = self.raise_output(part if total is None else part + total)
         out = self.head(x)
         out = out if total is None else out + total
         return out[:, :, :height, :width].to(x_in.dtype), None
-
-    def set_activation_checkpointing(self, enabled: bool) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations."""
-        self.checkpointed = enabled
 
     def blocks_for_fsdp(self) -> list[nn.Module]:
         """The units that FSDP2 shards one by one."""

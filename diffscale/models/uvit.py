@@ -15,13 +15,13 @@ from timm.layers import GELUTanh, Mlp
 from torch import Tensor, nn
 
 from diffscale.models.layers import (
+    Backbone,
     GroupNorm,
     LabelEmbedding,
     NoiseInput,
     multi_head_attention,
     noise_condition,
     pad_to_multiple,
-    run_block,
     to_image,
     to_tokens,
     without_autocast,
@@ -110,15 +110,13 @@ class Level(nn.Module):
         return F.interpolate(self.widen(x), scale_factor=2, mode="nearest")
 
 
-class UViT(nn.Module):
+class UViT(Backbone):
     """forward(x_in (B, C, H, W), logsnr (B,), label (B,) int64 | None, state) → (prediction (B, C, H, W), None).
 
     Any H and W: the input is padded inside to a multiple of 2^(patch_levels + conv levels) and the output cropped; the
     learned positions are interpolated for a grid other than the native one. The label `num_classes` and label=None
     mean "no label". As initialised the output is exactly zero.
     """
-
-    carries_state = False
 
     def __init__(
         self,
@@ -150,7 +148,6 @@ class UViT(nn.Module):
         self.patching: Literal["haar", "5/3", "conv"] = patching
         self.patch_levels, self.residual = patch_levels, skips == "residual"
         self.noise_input = noise_input
-        self.checkpointed = False
         side = -(-resolution // self.multiple)
         self.native = (side, side)
 
@@ -202,7 +199,7 @@ class UViT(nn.Module):
         grid = x.shape[2], x.shape[3]
         tokens = to_tokens(x) + resize_positions(self.positions, self.native, *grid)
         for block in self.blocks:
-            tokens = run_block(self.checkpointed, block, tokens, embedding)
+            tokens = self.run_block(block, tokens, embedding)
         return to_image(tokens, *grid)
 
     def descend(self, x: Tensor, embedding: Tensor, index: int) -> Tensor:
@@ -213,14 +210,14 @@ class UViT(nn.Module):
         assert isinstance(level, Level)
         kept = []
         for block in level.down:
-            x = run_block(self.checkpointed, block, x, embedding)
+            x = self.run_block(block, x, embedding)
             kept.append(x)
         low = level.lower(x)
         below = self.descend(low, embedding, index + 1)
         x = level.raise_(below - low) + x if self.residual else level.raise_(below)
         for block in level.up:
             joined = x if self.residual else torch.cat([x, kept.pop()], dim=1)
-            x = run_block(self.checkpointed, block, joined, embedding)
+            x = self.run_block(block, joined, embedding)
         return x
 
     def forward(
@@ -238,10 +235,6 @@ class UViT(nn.Module):
         else:
             x = idwt(x, self.patching, self.patch_levels)
         return x[:, :, :height, :width].to(x_in.dtype), None
-
-    def set_activation_checkpointing(self, enabled: bool) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations."""
-        self.checkpointed = enabled
 
     def blocks_for_fsdp(self) -> list[nn.Module]:
         """The units that FSDP2 shards one by one."""
