@@ -109,9 +109,7 @@ def choose_numerics(
     """
     device = torch.device(device)
     precision = settle_precision(requested.precision, device)
-    candidates = [Numerics(precision, channels_last) for channels_last in _memory_formats(model, requested)]
-    if candidates[-1].channels_last and device.type == "cpu" and precision == "fp32" and use_winograd(model, False):
-        candidates.append(Numerics(precision, channels_last=True, winograd=True))
+    candidates = _candidates(model, precision, device, requested)
     seconds: dict[Numerics, float] = {}
     if len(candidates) > 1:
         seconds = {candidate: _step_seconds(model, example_batch, device, candidate) for candidate in candidates}
@@ -127,12 +125,17 @@ def choose_numerics(
     return dataclasses.replace(chosen, compile=bool(compiled))
 
 
-def _memory_formats(model: nn.Module, requested: Requested) -> tuple[bool, ...]:
-    """Values of channels_last to choose from; it matters to convolutions alone."""
+def _candidates(model: nn.Module, precision: Precision, device: torch.device, requested: Requested) -> list[Numerics]:
+    """What to choose from: memory formats and convolution algorithms, which matter to convolutions alone."""
     if requested.channels_last != "auto":
-        return (requested.channels_last,)
-    convolves = any(isinstance(module, nn.Conv2d) or hasattr(module, "winograd") for module in model.modules())
-    return (False, True) if convolves else (False,)
+        return [Numerics(precision, requested.channels_last)]
+    found = [Numerics(precision)]
+    has_winograd = use_winograd(model, False)
+    if has_winograd or any(isinstance(module, nn.Conv2d) for module in model.modules()):
+        found.append(Numerics(precision, channels_last=True))
+    if has_winograd and device.type == "cpu" and precision == "fp32":
+        found.append(Numerics(precision, channels_last=True, winograd=True))
+    return found
 
 
 def _step_seconds(model: nn.Module, images: Tensor, device: torch.device, numerics: Numerics) -> float:
