@@ -64,3 +64,11 @@ def load(train: bool = True) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         pixels = [np.asarray(Image.open(io.BytesIO(read(n)))).reshape(10_000, 32, 32, 3) for n in names]
         labels = json.loads(read("train_lables.json" if train else "test_lables.json"))
     return np.concatenate(pixels), np.asarray(labels, np.int64)
+
+
+def build(folder: str) -> None:
+    """The dataset of the suites: 50,000 training images, the 10,000 test images held out. A no-op when it is there."""
+    from diffscale.data.build import Settings
+    from diffscale.data.build import build as build_dataset
+
+    build_dataset(Settings(source=str(fetch()), target=folder, resolutions=(32,), workers=0))

@@ -1,130 +1,182 @@
 """`python -m benchmarks.run SUITE ...`: the runs of a suite, one after the other; cut it off and call it again.
 
 The unit of resumption is one run: a run whose records are committed under benchmarks/results/SUITE/records is
-skipped, one that was cut off resumes from its checkpoint. At the end of each run its records are copied there, and
-the suite's report is made again from all of them.
+skipped, one that was cut off resumes from its checkpoint, and an evaluation from the samples it had. Records are
+copied there whenever a run ends or is stopped, and the suite's report is made again from all of them.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
+import pandas as pd
 import typer
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import peer_run
+from benchmarks.against_peers import against_peers
+from benchmarks.budget import budget
+from benchmarks.peer_run import PeerRun
+from benchmarks.suite import RESULTS, Suite, load_suite, suite_names
 from diffscale import storage
-from diffscale.cli import explain, load_experiment, run_app, valid
-from diffscale.errors import UserError
+from diffscale.cli import parse_overrides, run_app
 from diffscale.experiment import Experiment
-from diffscale.records import read_records
+from diffscale.records import Record, read_records
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-HERE = Path(__file__).parent
+STOPPED = 143
 
 
-class SuiteRun(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    preset: str
-    overrides: list[str] = []
-    seeds: list[int] = Field([0], min_length=1)
-
-
-class Suite(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+@dataclass(frozen=True)
+class Unit:
+    """A part of a suite that is done or not: `go` does it and says whether it got to its end."""
 
     name: str
-    about: str = Field(description="what the suite is to show")
-    overrides: list[str] = Field([], description="dotted settings of every run")
-    runs: list[SuiteRun] = Field(min_length=1)
-
-    def experiments(self, extra: list[str]) -> list[Experiment]:
-        return [
-            load_experiment(run.preset, [*self.overrides, *run.overrides, f"train.seed={seed}", *extra])
-            for run in self.runs
-            for seed in run.seeds
-        ]
+    run_folder: str
+    done: Callable[[list[Record]], bool]
+    go: Callable[[], bool]
 
 
-def load_suite(name: str) -> Suite:
-    files = {f.stem: f for f in sorted((HERE / "suites").glob("*.yaml"))}
-    if name not in files:
-        raise UserError(setting="SUITE", value=name, expected=valid(name, files))
-    tree: dict[str, Any] = yaml.safe_load(files[name].read_text())
-    try:
-        return Suite.model_validate(tree)
-    except ValidationError as error:
-        raise explain(error, Suite, tree) from None
+@app.command()
+def main(
+    suites: Annotated[list[str] | None, typer.Argument(help="suites to run; none: all of them")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the budget table and start nothing")] = False,
+    gpu: Annotated[bool, typer.Option("--gpu", help="the suite at its GPU size: 50 times the compute")] = False,
+    override: Annotated[list[str] | None, typer.Option("--set", help="key=value for every run")] = None,
+    results: Annotated[Path, typer.Option(help="where records are committed")] = RESULTS,
+) -> None:
+    """Run suites of the benchmark, or go on with them. Exit code 143: stopped by SIGTERM, to be resumed."""
+    for suite in map(load_suite, suites or suite_names()):
+        run_suite(suite, gpu, parse_overrides(override or []), results.resolve(), dry_run)
 
 
-def results_folder(suite: Suite) -> Path:
-    return HERE / "results" / suite.name
+def run_suite(suite: Suite, gpu: bool, extra: dict, results: Path, dry_run: bool) -> None:
+    from diffscale import train
+    from diffscale.report import write_report
+
+    console = Console()
+    experiments = suite.experiments(gpu, extra)
+    suite.make_data(experiments[0])
+    hashes = [train.prepare(experiment)[0].content_hash for experiment in experiments]
+    units = units_of(suite, experiments, hashes)
+    out = results / (f"{suite.name}-gpu" if gpu else suite.name)
+    for unit in units:
+        keep_records(unit.run_folder, out)  # of a run that was killed before it could
+    show(console, suite, budget(suite, experiments), {u.name: u.done(committed(out)) for u in units})
+    if dry_run:
+        return
+    for unit in units:
+        if unit.done(committed(out)):
+            continue
+        console.rule(unit.name, align="left")
+        try:
+            finished = unit.go()
+        finally:
+            keep_records(unit.run_folder, out)
+        if not finished:
+            console.print("stopped; the same command resumes")
+            raise typer.Exit(STOPPED)
+        write_report([str(out)], out, title=f"diffscale: {suite.name}")
+        if suite.peers:
+            against_peers(committed(out)).to_csv(out / "peers.csv", index=False, lineterminator="\n")
 
 
-def is_committed(folder: Path, experiment: Experiment, content_hash: str) -> bool:
-    """Whether the run's last evaluation is among the committed records."""
+def units_of(suite: Suite, experiments: list[Experiment], hashes: list[str]) -> list[Unit]:
+    """Every run in order, then the peers, then one more evaluation of each run's end where the suite asks for one."""
+    runs = [_run_unit(e, h) for e, h in zip(experiments, hashes, strict=True)]
+    peers = [
+        _peer_unit(PeerRun(suite.name, peer.name, width, experiments[0]), hashes[0])
+        for peer in suite.peers
+        for width in peer.widths
+    ]
+    ends = [_end_unit(e, h, suite.ends) for e, h in zip(experiments, hashes, strict=True) if suite.ends]
+    return runs + peers + ends
+
+
+def _run_unit(experiment: Experiment, content_hash: str) -> Unit:
+    from diffscale import train
+
+    def go() -> bool:
+        return train.run(experiment, handle_signals=True).finished
+
     run_id = experiment.run_id(content_hash)
-    rows = [r for r in read_records([str(folder)]) if r.run_id == run_id] if folder.exists() else []
-    reached = max((r.images_seen for r in rows), default=0)
-    flops = max((r.train_flops for r in rows), default=0.0)
-    goal_images, goal_flops = experiment.train.images, experiment.train.flops
-    return bool(rows) and (
-        (goal_images is not None and reached >= goal_images) or (goal_flops is not None and flops >= goal_flops)
-    )
+
+    def done(records: list[Record]) -> bool:
+        return any(r.run_id == run_id and reached(r, experiment) for r in records)
+
+    return Unit(f"{experiment.name} seed {experiment.train.seed}", experiment.run_folder(content_hash), done, go)
 
 
-def keep_records(run_folder: str, folder: Path) -> None:
-    """Copies the run's record files and sample grids to the suite's results."""
-    target = folder / "records"
-    target.mkdir(parents=True, exist_ok=True)
+def reached(record: Record, experiment: Experiment) -> bool:
+    """Whether a record is of the end of its run's budget."""
+    images, flops = experiment.train.images, experiment.train.flops
+    enough = [images is not None and record.images_seen >= images]
+    enough += [flops is not None and record.train_flops >= flops * (1 - 1e-9)]
+    return any(enough)
+
+
+def _peer_unit(peer: PeerRun, content_hash: str) -> Unit:
+    def go() -> bool:
+        peer_run.run(peer)
+        return True
+
+    def done(records: list[Record]) -> bool:
+        return any(r.run_id == peer.run_id(content_hash) for r in records)
+
+    return Unit(peer.name, peer.run_folder(content_hash), done, go)
+
+
+def _end_unit(experiment: Experiment, content_hash: str, ends: dict) -> Unit:
+    from diffscale.evaluate import evaluate_run
+
+    unit = _run_unit(experiment, content_hash)
+    run_id, n = experiment.run_id(content_hash), int(ends["n_generated"])
+
+    def go() -> bool:
+        evaluate_run(unit.run_folder, [f"eval.{key}={value}" for key, value in ends.items()])
+        return True
+
+    def done(records: list[Record]) -> bool:
+        return any(r.run_id == run_id and reached(r, experiment) and r.n_generated == n for r in records)
+
+    return Unit(f"{unit.name}, n = {n:,}", unit.run_folder, done, go)
+
+
+# ---- results
+
+
+def committed(out: Path) -> list[Record]:
+    return read_records([str(out)]) if (out / "records").exists() else []
+
+
+def keep_records(run_folder: str, out: Path) -> None:
+    """Copies the run's record files and its newest sample grid to the suite's results."""
+    target = out / "records"
     for uri in storage.list_files(storage.join(run_folder, "records"), ".json"):
+        target.mkdir(parents=True, exist_ok=True)
         (target / Path(uri).name).write_bytes(storage.read_bytes(uri))
     grids = storage.list_files(storage.join(run_folder, "samples"), ".png")
     if grids:
-        samples = folder / "samples" / Path(run_folder).name
+        samples = out / "samples" / Path(run_folder).name
         shutil.rmtree(samples, ignore_errors=True)
         samples.mkdir(parents=True)
         (samples / Path(grids[-1]).name).write_bytes(storage.read_bytes(grids[-1]))
 
 
-@app.command()
-def main(
-    suites: Annotated[list[str] | None, typer.Argument(help="suites to run; none lists them")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the budget table and start nothing")] = False,
-    override: Annotated[list[str] | None, typer.Option("--set", help="key=value for every run")] = None,
-) -> None:
-    """Run suites of the benchmark, or go on with them."""
-    from diffscale import train
-    from diffscale.build import open_training_data
-    from diffscale.report import write_report
-
-    console = Console()
-    for suite in map(load_suite, suites or sorted(f.stem for f in (HERE / "suites").glob("*.yaml"))):
-        folder = results_folder(suite)
-        experiments = suite.experiments(override or [])
-        table = Table(title=f"{suite.name}: {suite.about}")
-        for name in ("run", "seed", "train FLOPs", "images", "state"):
-            table.add_column(name)
-        todo = []
-        for experiment in experiments:
-            done = is_committed(folder, experiment, open_training_data(experiment).content_hash)
-            todo += [] if done else [experiment]
-            t = experiment.train
-            flops = "" if t.flops is None else f"{t.flops:.3g}"
-            images = "" if t.images is None else f"{t.images:,}"
-            table.add_row(experiment.name, str(t.seed), flops, images, "done" if done else "to do")
-        console.print(table)
-        if dry_run:
-            continue
-        for experiment in todo:
-            result = train.run(experiment)
-            keep_records(result.run_folder, folder)
-            write_report([str(folder)], folder)
+def show(console: Console, suite: Suite, table: pd.DataFrame, done: dict[str, bool]) -> None:
+    console.print(f"[bold]{suite.name}[/]: {suite.about}", highlight=False)
+    columns = ["run", "seed", "forward_gflop", "train_flops", "points", "n", "training_seconds", "evaluation_seconds"]
+    shown = Table("run", "seed", "forward\nGFLOP", "train\nFLOPs", "points", "n", "train\ns", "evaluate\ns", box=None)
+    for row in table[columns].itertuples(index=False):
+        shown.add_row(*[f"{v:.3g}" if isinstance(v, float) else str(v) for v in row])
+    console.print(shown)
+    left = [name for name, is_done in done.items() if not is_done]
+    console.print(f"{len(done) - len(left)} of {len(done)} units done; to do: {', '.join(left) or 'nothing'}")
 
 
 if __name__ == "__main__":

@@ -127,6 +127,7 @@ class EvalSettings(Section):
     metrics: tuple[str, ...] = Field(("fd_efficientnet_lite0",), description="fid, kid, fd_<network>, precision, ...")
     n_generated: int = Field(1024, ge=0, description="generated images for each evaluation; 0 does not evaluate")
     n_reference: int | None = Field(None, ge=2, description="reference images; null: all of the training set")
+    n_heldout: int | None = Field(None, ge=0, description="held-out images to compare with too; null: all, 0: none")
     points: tuple[Fraction, ...] = Field((0.0625, 0.125, 0.25, 0.5, 1.0), description="when, as shares of the budget")
     points_flops: tuple[float, ...] = Field((), description="when, in training FLOPs, besides the points")
     eval_resolution: int | None = Field(None, ge=4, description="common side for comparison; null: data.resolution")

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 EXIT_STOPPED, EXIT_RESUMABLE = 3, 143
 ShouldStop = Callable[[Record], bool]
-_received: list[int] = []  # signals that asked this command to stop
+received: list[int] = []  # signals that asked this command to stop
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def main(
     if result.reason in ("signal", "wall"):
         text = f"stopped at {result.images_seen:,} images; the same command resumes: {result.run_folder}"
         console.print(text, highlight=False, soft_wrap=True)
-        raise typer.Exit(130 if signal.SIGINT in _received else EXIT_RESUMABLE)
+        raise typer.Exit(130 if signal.SIGINT in received else EXIT_RESUMABLE)
     console.print(f"stopped ({result.reason}): {result.message}", highlight=False, soft_wrap=True)
     if result.reason == "nonfinite":
         console.print("the same command with --replay repeats those batches and says what was not finite")
@@ -89,13 +89,14 @@ def main(
 
 
 def run(
-    experiment: Experiment, *, should_stop: ShouldStop | None = None, show: bool = True, handle_signals: bool = False
-) -> RunResult:
+    experiment: Experiment, *, should_stop: ShouldStop | None = None, show: bool = True, handle_signals: bool = False,
+    stop_with: str | None = None,
+) -> RunResult:  # fmt: skip
     """Trains to the budget and evaluates at its points; resumes what is in the run's folder. Callable in a Tune trial.
 
     should_stop: asked on rank 0 about each record when it is written (it travels to the worker); True ends the run
     early at a checkpoint. show: progress on the console. handle_signals: SIGTERM and SIGINT end the run at a
-    checkpoint (main thread only).
+    checkpoint (main thread only). stop_with: the launch of a channel (training/channel.py) whose STOP does the same.
     Raises UserError for what cannot work, before anything is started where that can be known.
     """
     dataset, cost = prepare(experiment)
@@ -116,7 +117,7 @@ def run(
     stop = (lambda: channel.put(STOP, {})) if handle_signals else None
     config = {
         "experiment": experiment.model_dump_json(), "run_folder": folder, "cost": list(cost), "launch": channel.launch,
-        "should_stop": should_stop, "gpu": uses_gpu(experiment),
+        "should_stop": should_stop, "gpu": uses_gpu(experiment), "stop_with": stop_with,
     }  # fmt: skip
     try:
         with Display(channel, experiment.name, show):
@@ -284,7 +285,7 @@ def _in_thread(fit: Callable[[], Any], stop: Callable[[], None] | None) -> Excep
             failed.append(error)
 
     thread = threading.Thread(target=target, daemon=True, name="fit")
-    with _signals(stop):
+    with on_signals(stop):
         thread.start()
         while thread.is_alive():
             thread.join(0.2)
@@ -294,7 +295,7 @@ def _in_thread(fit: Callable[[], Any], stop: Callable[[], None] | None) -> Excep
 
 
 @contextmanager
-def _signals(stop: Callable[[], None] | None) -> Iterator[None]:
+def on_signals(stop: Callable[[], None] | None) -> Iterator[None]:
     """While inside, SIGTERM and the first SIGINT call `stop`."""
     if stop is None or threading.current_thread() is not threading.main_thread():
         yield
@@ -304,7 +305,7 @@ def _signals(stop: Callable[[], None] | None) -> Iterator[None]:
     def handler(number: int, _: object) -> None:
         signal.signal(signal.SIGINT, before[signal.SIGINT])
         print(f"{signal.Signals(number).name}: saving a checkpoint", flush=True)
-        _received.append(number)
+        received.append(number)
         stop()
 
     for number in before:

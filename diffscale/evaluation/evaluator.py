@@ -123,8 +123,8 @@ class Evaluator:
                 self._references[view] = reference_from_npz(self.reference_file, view)
             else:
                 self._references[view] = self._reference(self.compared, view, self.settings.n_reference)
-            if self.heldout is not None:
-                self._heldout[view] = self._reference(self.heldout, view, None)
+            if self.heldout is not None and self.settings.n_heldout != 0:
+                self._heldout[view] = self._reference(self.heldout, view, self.settings.n_heldout)
         for view in self.native.values():
             self._references[view] = self._reference(self.dataset, view, self.settings.n_reference)
 

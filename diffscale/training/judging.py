@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime as dt
+import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from diffscale.evaluation.metrics import Measurement
 from diffscale.evaluation.sources import Sampling
 from diffscale.experiment import Experiment
 from diffscale.keyed_random import Stream, normal
-from diffscale.records import Record, record_id, write_record
+from diffscale.records import Record, identify, record_id, write_record
 from diffscale.training.ema import ema_name
 from diffscale.training.learner import QUARTILES, Learner
 from diffscale.training.numerics import Numerics
@@ -56,7 +58,8 @@ class Judge:
         val_loss, by_logsnr = self.validation_loss(model)
         precision = "bf16" if self.numerics.precision == "bf16" else "fp32"
         sampling = self.evaluator.sampling(build_solver(self.experiment), precision=precision)
-        evaluation = self.evaluator.evaluate(model, self.diffusion, sampling)
+        place = self._place(run_folder, learner.images_seen, sampling)
+        evaluation = self.evaluator.evaluate(model, self.diffusion, sampling, folder=place)
         if self.world.rank:
             return []
         if evaluation.grid_png is not None:
@@ -69,7 +72,21 @@ class Judge:
         ]
         for record in records:
             write_record(run_folder, record)
+        if place is not None:
+            shutil.rmtree(place, ignore_errors=True)
         return records
+
+    def _place(self, run_folder: str, images_seen: int, sampling: Sampling) -> Path | None:
+        """Where the features of this evaluation go, so that one that is cut off goes on: in the run's folder. Samples
+        are a function of the checkpoint and the sampler. A remote run's go to a temporary folder."""
+        if storage.is_remote(run_folder):
+            return None
+        views = [str(view) for view in (*self.evaluator.views.values(), *self.evaluator.native.values())]
+        identity = identify(
+            images=images_seen, ema=self.ema, sampler=sampling.canonical(), seed=sampling.seed, batch=sampling.batch,
+            views=views,
+        )  # fmt: skip
+        return Path(run_folder) / "evaluating" / f"{images_seen:09d}-{identity}"
 
     def averaged(self, learner: Learner) -> nn.Module:
         """The network with the averaged weights (a collective call where they are sharded)."""

@@ -27,6 +27,7 @@ def train_worker(config: dict[str, Any]) -> None:
         device = torch.device("cuda", torch.cuda.current_device())
     world = World(context.get_world_rank(), context.get_world_size(), device)
     channel = Channel(config["launch"])
+    stops = [channel] if config["stop_with"] is None else [channel, Channel(config["stop_with"])]
     experiment = Experiment.model_validate_json(config["experiment"])
     if world.rank == 0:
         logging.getLogger("diffscale").addHandler(Notices(channel))
@@ -35,7 +36,7 @@ def train_worker(config: dict[str, Any]) -> None:
     try:
         session = Session(
             experiment, config["run_folder"], world, Cost(*config["cost"]), channel, config["should_stop"],
-            lambda: channel.get(STOP) is not None,
+            lambda: any(c.get(STOP) is not None for c in stops),
         )  # fmt: skip
         outcome = session.run()
     except (UserError, StorageFailed) as error:

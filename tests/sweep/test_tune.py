@@ -1,49 +1,16 @@
-"""A real sweep on a real Ray cluster: cut off by SIGKILL at any moment, it ends as if it had not been."""
+"""Sweeps on a real Ray cluster, from the file to the preset of the best."""
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-import pandas as pd
 import pytest
-import yaml
 
 from diffscale.cli import load_experiment
 from diffscale.errors import UserError
 from diffscale.sweep.ledger import Ledger, check_comparable
 from diffscale.tune import load_sweep, planned
-
-TINY = {
-    "data.resolution": 16, "train.global_batch": 8, "train.workers": 1, "train.precision": "fp32",
-    "train.compile": False, "train.trackers": [], "eval.n_generated": 16, "eval.n_reference": 32, "eval.batch": 16,
-    "eval.solver.steps": 2, "eval.grid_images": 4,
-    "model": {"name": "unet", "model_channels": 32, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []},
-}  # fmt: skip
-
-
-def write_sweep(tmp_path: Path, **changes) -> Path:
-    tree = {
-        "name": "tiny", "base": "quickstart-unet", "overrides": TINY | {"storage": str(tmp_path / "storage")},
-        "space": {"optim.lr": [1e-4, 1e-3, 3e-1], "diffusion.prediction": ["v"]},
-        "scheduler": {"name": "halving", "rungs_flops": [2.0e9, 4.0e9], "reduction": 3},
-    } | changes  # fmt: skip
-    file = tmp_path / "sweep.yaml"
-    file.write_text(yaml.safe_dump(tree))
-    return file
-
-
-def ends(folder: Path) -> dict[str, str]:
-    table = pd.read_csv(next(folder.glob("storage/sweeps/tiny-*")) / "trials.csv")
-    return dict(zip(table["optim.lr"].astype(str), table["end"], strict=True))
-
-
-def tune(sweep: Path, *overrides: str) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-m", "diffscale.tune", str(sweep), *overrides], start_new_session=True)
+from tests.sweep.small import ends, tune, write_sweep
 
 
 def test_a_sweep_over_resolution_needs_a_common_one(tmp_path: Path) -> None:
@@ -70,19 +37,37 @@ def test_halving_ends_with_a_preset_that_train_takes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_a_killed_sweep_stops_the_same_trials(tmp_path: Path) -> None:
-    calm, rough = tmp_path / "calm", tmp_path / "rough"
-    calm.mkdir()
-    rough.mkdir()
-    assert tune(write_sweep(calm)).wait(timeout=280) == 0
-    sweep, begun, code = write_sweep(rough), time.monotonic(), None
-    for patience in (15, 30, 45, 280):
-        process = tune(sweep)
-        try:
-            code = process.wait(timeout=patience)
-            break
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-    assert code == 0, f"after {time.monotonic() - begun:.0f} s"
-    assert ends(rough) == ends(calm)
+def test_asha_stops_a_trial_that_is_worse_than_those_before_it(tmp_path: Path) -> None:
+    scheduler = {"name": "asha", "rungs_flops": [2.0e9, 4.0e9], "reduction": 3}
+    assert tune(write_sweep(tmp_path, scheduler=scheduler, max_concurrent=1)).wait(timeout=280) == 0
+    ledger = Ledger(load_sweep(str(tmp_path / "sweep.yaml")))
+    trials = planned(ledger)
+    values = {t.id: ledger.value(t, 2.0e9) for t in trials}
+    goes_on = {t.id: ledger.decisions.get(0, t.id) for t in trials}
+    assert None not in values.values()
+    assert None not in goes_on.values()
+    best = min(values, key=lambda name: values[name])
+    assert goes_on[best]  # the best was among the best third of those that had reached the rung, whenever it came
+    for trial in trials:
+        reached = ledger.records(trial)[-1].train_flops
+        assert (ledger.ended(trial.id), reached >= 4.0e9) == (
+            ("finished", True) if goes_on[trial.id] else ("stopped", False)
+        )
+
+
+@pytest.mark.slow
+def test_tpe_suggests_as_many_trials_as_asked_for_within_their_bounds(tmp_path: Path) -> None:
+    changes = {
+        "space": {"optim.lr": {"loguniform": [1e-4, 1e-2]}, "diffusion.prediction": {"choice": ["v", "eps"]}},
+        "search": {"name": "tpe", "samples": 3}, "scheduler": {"name": "none"}, "max_concurrent": 1,
+        "budget": {"trial": {"flops": 2.0e9}},
+    }  # fmt: skip
+    sweep = write_sweep(tmp_path, **changes)
+    assert tune(sweep).wait(timeout=280) == 0
+    ledger = Ledger(load_sweep(str(sweep)))
+    trials = planned(ledger)
+    assert len(trials) == 3
+    assert all(1e-4 <= t.point["optim.lr"] <= 1e-2 and ledger.ended(t.id) == "finished" for t in trials)
+    assert load_experiment(f"{ledger.folder}/best.yaml").optim.lr in [t.point["optim.lr"] for t in trials]
+    assert tune(sweep).wait(timeout=60) == 0  # nothing is left to suggest
+    assert len(planned(ledger)) == 3

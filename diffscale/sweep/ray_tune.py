@@ -1,0 +1,168 @@
+"""Ray Tune's part of a sweep: it places the trials, restarts those that die, and ends when a signal asks for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import threading
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from diffscale.sweep.encoding import encode, point_of
+from diffscale.sweep.ledger import Ledger, Trial
+from diffscale.sweep.settings import Sweep
+from diffscale.sweep.space import VARIANT, point_id
+from diffscale.sweep.trials import run_trial
+from diffscale.train import on_signals
+
+RESTARTS = 2  # of a trial whose process or node died
+
+
+class Stopped(Exception):
+    """SIGTERM or Ctrl-C: every trial that was running has a checkpoint, and the same command goes on."""
+
+
+def run_trials(
+    ledger: Ledger, trials: list[Trial], flops: float | None = None, handle_signals: bool = False
+) -> dict[str, str]:
+    """Runs each trial to its end, or to `flops`. Returns the ones that failed, with the reason.
+
+    handle_signals: SIGTERM and SIGINT end the trials at a checkpoint and raise Stopped (main thread only).
+    """
+    if not trials:
+        return {}
+    for trial in trials:
+        ledger.note_begun(trial.point)
+    from ray import tune
+
+    space = {"point": tune.grid_search([json.dumps(t.point) for t in trials])}
+    return _fit(ledger, space, len(trials), flops, None, handle_signals)
+
+
+def run_suggested(ledger: Ledger, done: list[Trial], handle_signals: bool = False) -> dict[str, str]:
+    """The rest of a TPE sweep: Optuna suggests, told of every finished trial so far. See `run_trials`."""
+    left = ledger.sweep.search.samples - len(done)
+    if left <= 0:
+        return {}
+    from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+    from ray.tune.search import ConcurrencyLimiter
+    from ray.tune.search.optuna import OptunaSearch
+
+    distributions: dict[str, BaseDistribution] = {}
+    if ledger.sweep.variants:
+        distributions[VARIANT] = CategoricalDistribution(list(ledger.sweep.variants))
+    for key, d in ledger.sweep.space.items():
+        values = d.grid or d.choice
+        if values is not None:
+            distributions[key] = CategoricalDistribution([json.dumps(v) for v in values])
+        else:
+            low, high = d.uniform or d.loguniform or (0.0, 1.0)
+            distributions[key] = FloatDistribution(low, high, log=d.loguniform is not None)
+    told = [(t, ledger.value(t)) for t in done]
+    known = [(encode(ledger.sweep, t.point), v) for t, v in told if v is not None]
+    search = OptunaSearch(
+        space=distributions,
+        metric="value",
+        mode="max" if ledger.higher_is_better else "min",
+        seed=ledger.sweep.search.seed + len(done),
+        points_to_evaluate=[p for p, _ in known] or None,
+        evaluated_rewards=[v for _, v in known] or None,
+    )
+    limited = ConcurrencyLimiter(search, max_concurrent=ledger.sweep.max_concurrent)
+    return _fit(ledger, {}, left, None, limited, handle_signals)
+
+
+def _fit(
+    ledger: Ledger, space: dict[str, Any], samples: int, flops: float | None, search: Any, handle_signals: bool
+) -> dict[str, str]:
+    """One `Tuner.fit`. A trial's driver holds no CPU (else the drivers take all and their workers wait for ever), so
+    it asks for a sliver of the head node instead, and `max_concurrent` bounds them."""
+    from diffscale.ray_session import connect
+
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # our own table shows the trials
+    connect()
+    from ray import tune
+    from ray.tune import Callback, FailureConfig, RunConfig, TuneConfig
+
+    from diffscale.training.channel import STOP, Channel
+
+    running: set[str] = set()
+
+    class Running(Callback):
+        """Keeps `running` at the trials whose process is alive."""
+
+        def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+            running.add(trial.trial_id)
+
+        def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+            running.discard(trial.trial_id)
+
+        def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+            running.discard(trial.trial_id)
+
+    channel = Channel(uuid.uuid4().hex)
+    sweep_json, stop_with = ledger.sweep.model_dump_json(), channel.launch
+
+    def trial(config: dict[str, Any]) -> None:
+        run_trial(Sweep.model_validate_json(sweep_json), config, flops, stop_with)
+
+    tuner = tune.Tuner(
+        tune.with_resources(trial, {"node:__internal_head__": 0.001}),
+        param_space=space,
+        tune_config=TuneConfig(
+            metric="value",
+            mode="max" if ledger.higher_is_better else "min",
+            num_samples=1 if search is None else samples,
+            search_alg=search,
+            max_concurrent_trials=ledger.sweep.max_concurrent if search is None else None,
+        ),
+        run_config=RunConfig(
+            name="trials",
+            storage_path=tempfile.mkdtemp(prefix="diffscale-tune-"),
+            failure_config=FailureConfig(max_failures=RESTARTS),
+            callbacks=[Running()],
+            verbose=0,
+        ),
+    )
+    try:
+        results = _until_done(tuner.fit, running, lambda: channel.put(STOP, {})) if handle_signals else tuner.fit()
+    finally:
+        channel.close()
+    failed = {}
+    for index in range(len(results)):
+        result = results[index]
+        if result.error is not None:
+            point = point_of(ledger.sweep, result.config or {})
+            failed[point_id(point)] = str(result.error).strip().splitlines()[-1]
+    return failed
+
+
+def _until_done(fit: Callable[[], Any], running: set[str], stop: Callable[[], None]) -> Any:
+    """`fit` in a thread, where Ray Tune takes no signals for itself. After one, waits until the trials that were
+    running have stopped at a checkpoint, and raises Stopped."""
+    done: list[Any] = []
+    failed: list[BaseException] = []
+    waiting_for: list[set[str]] = []
+
+    def target() -> None:
+        try:
+            done.append(fit())
+        except BaseException as error:
+            failed.append(error)
+
+    def on_signal() -> None:
+        waiting_for.append(set(running))
+        stop()
+
+    thread = threading.Thread(target=target, daemon=True, name="tune")
+    with on_signals(on_signal):
+        thread.start()
+        while thread.is_alive() and not (waiting_for and not waiting_for[0] & running):
+            thread.join(0.2)
+    if waiting_for:
+        raise Stopped
+    if failed:
+        raise failed[0]
+    return done[0]

@@ -1,0 +1,43 @@
+"""What a sweep leaves behind: trials.csv, importance.csv and best.yaml."""
+
+from __future__ import annotations
+
+import pandas as pd
+import yaml
+
+from diffscale import storage
+from diffscale.cli import validate
+from diffscale.sweep.importance import importance
+from diffscale.sweep.ledger import Ledger, Trial
+from diffscale.sweep.space import overrides_of
+
+
+def write_results(ledger: Ledger, trials: list[Trial], best: Trial | None) -> None:
+    """trials.csv, importance.csv and, as a preset that `diffscale.train` takes, best.yaml."""
+    rows = []
+    for trial in trials:
+        records = ledger.records(trial)
+        last = records[-1] if records else None
+        rows.append(
+            {
+                "trial": trial.id,
+                **trial.point,
+                "end": ledger.ended(trial.id) or "",
+                ledger.metric: ledger.value(trial),
+                "train_flops": last.train_flops if last else None,
+                "device_seconds": last.device_seconds if last else None,
+                "runs": " ".join(trial.folders),
+            }
+        )
+    storage.write_bytes(storage.join(ledger.folder, "trials.csv"), pd.DataFrame(rows).to_csv(index=False).encode())
+    # Trials that were stopped early are compared where all of them were evaluated: at the first rung.
+    rung = ledger.sweep.scheduler.rungs_flops[0] if ledger.sweep.scheduler.name != "none" else None
+    valued = [(overrides_of(ledger.sweep, t.point), ledger.value(t, rung)) for t in trials]
+    known = [(p, v) for p, v in valued if v is not None]
+    table = importance([p for p, _ in known], [v for _, v in known])
+    storage.write_bytes(storage.join(ledger.folder, "importance.csv"), table.to_csv(index=False).encode())
+    if best is not None:
+        settings = best.experiments[0].model_dump(mode="json", exclude={"storage"})
+        text = f"# Best of sweep {ledger.sweep.name} by {ledger.metric}: {ledger.value(best):.6g}\n"
+        text += yaml.safe_dump(validate(settings).model_dump(mode="json", exclude={"storage"}), sort_keys=False)
+        storage.write_bytes(storage.join(ledger.folder, "best.yaml"), text.encode())

@@ -1,0 +1,84 @@
+"""One trial of a sweep, in its own process: its runs one after the other, and whether it goes on from a rung."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from diffscale.experiment import Experiment
+from diffscale.records import Record
+from diffscale.sweep.encoding import point_of
+from diffscale.sweep.halving import promoted
+from diffscale.sweep.ledger import Ledger
+from diffscale.sweep.settings import Sweep
+
+
+def run_trial(sweep: Sweep, config: dict[str, Any], flops: float | None, stop_with: str) -> None:
+    """Every replicate in turn, to its end or to `flops`, then the metric to Ray Tune. stop_with: the channel on which
+    the sweep may ask its trials to stop at a checkpoint."""
+    from ray import tune
+
+    from diffscale import train
+    from diffscale.training.channel import STOP, Channel
+
+    ledger = Ledger(sweep)
+    point = point_of(sweep, config)
+    trial = ledger.trial(point)
+    worst = float("-inf") if ledger.higher_is_better else float("inf")
+    if trial is None:
+        tune.report({"value": worst, "note": "ruled out by a constraint"})
+        return
+    if Channel(stop_with).get(STOP) is not None:
+        tune.report({"value": worst, "note": "the sweep is stopping"})
+        return
+    over = ledger.over_budget([t for t in map(ledger.trial, ledger.begun()) if t is not None])
+    if over and not ledger.records(trial):
+        tune.report({"value": worst, "note": over})
+        return
+    ledger.note_begun(point)
+    stopped = False
+    for experiment in trial.experiments:
+        if flops is not None:
+            experiment = with_budget(experiment, flops)
+        should_stop = AshaRule(sweep, trial.id) if sweep.scheduler.name == "asha" else None
+        result = train.run(experiment, should_stop=should_stop, show=False, stop_with=stop_with)
+        if result.reason == "signal":
+            tune.report({"value": worst, "note": "the sweep is stopping"})
+            return
+        stopped |= result.stopped
+    if flops is None:
+        ledger.note_ended(trial.id, "stopped" if stopped else "finished")
+    value = ledger.value(trial, flops)
+    tune.report({"value": worst if value is None else value, "trial": trial.id})
+
+
+def with_budget(experiment: Experiment, flops: float) -> Experiment:
+    train_settings = experiment.train.model_copy(update={"flops": flops})
+    return experiment.model_copy(update={"train": train_settings})
+
+
+@dataclass(frozen=True)
+class AshaRule:
+    """`should_stop` of a trial under ASHA: at each rung, go on only among the best of those that have reached it.
+
+    The decision is written when it is made, so a resumed sweep keeps it.
+    """
+
+    sweep: Sweep
+    trial_id: str
+
+    def __call__(self, record: Record) -> bool:
+        ledger = Ledger(self.sweep)
+        rungs = self.sweep.scheduler.rungs_flops
+        reached = [i for i, flops in enumerate(rungs[:-1]) if record.train_flops >= flops * (1 - 1e-9)]
+        if record.metric != ledger.metric or not reached:
+            return False
+        rung = reached[-1]
+        earlier = ledger.decisions.get(rung, self.trial_id)
+        if earlier is None:
+            trials = [t for t in map(ledger.trial, ledger.begun()) if t is not None]
+            values = {t.id: ledger.value(t, rungs[rung]) for t in trials} | {self.trial_id: record.value}
+            known = {name: value for name, value in values.items() if value is not None}
+            keep = promoted(known, self.sweep.scheduler.reduction, ledger.higher_is_better)
+            earlier = ledger.decisions.put(rung, self.trial_id, self.trial_id in keep, record.value)
+        return not earlier

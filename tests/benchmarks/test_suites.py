@@ -1,0 +1,88 @@
+"""The benchmark's suites: made of runs that can be, within their budgets, and taken up where they were cut off."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from benchmarks import budget, peer_run
+from benchmarks.against_peers import against_peers
+from benchmarks.peers import RECIPES
+from benchmarks.suite import load_suite, suite_names
+from diffscale.errors import UserError
+from diffscale.records import read_records
+from tests.report.report_records import make_record
+
+
+@pytest.mark.parametrize("name", suite_names())
+def test_a_suite_has_the_budget_that_is_committed_for_it(name: str) -> None:
+    """Sizes and FLOPs are counted, so the committed table is what the suite is (DECISIONS 22)."""
+    suite = load_suite(name)
+    table = budget.budget(suite, suite.experiments())
+    kept = pd.read_csv(budget.FILE).query("suite == @name").reset_index(drop=True)
+    pd.testing.assert_frame_equal(table, kept, check_dtype=False)
+    assert (table["nfe"] <= 20).all()
+    ours = ~table["run"].str.startswith(tuple(RECIPES))
+    if suite.data == "cifar10":
+        assert (table["forward_gflop"][ours] <= 0.3).all()
+
+
+def test_the_cifar10_suite_asks_for_the_samples_that_were_decided() -> None:
+    suite = load_suite("cifar10")
+    experiment = suite.experiments()[0]
+    assert (experiment.eval.n_generated, suite.ends["n_generated"]) == (2048, 5000)
+    assert experiment.eval.metrics[0] == "fid"
+    assert len(experiment.eval.points) == 5
+    grown = suite.experiments(gpu=True)[0]
+    assert grown.train.flops == 50 * experiment.train.flops
+    assert grown.eval.n_generated == 50_000
+
+
+def test_an_unknown_suite_names_the_nearest() -> None:
+    with pytest.raises(UserError, match="cifar10 "):
+        load_suite("cifar")
+
+
+def test_the_compute_to_reach_a_peer_is_read_from_its_best_width() -> None:
+    def peer(width: int, value: float):
+        settings = {"peer.peer": "diffusers", "peer.width": width}
+        return make_record(model="diffusers", settings=settings, images_seen=10**6, value=value)
+
+    ours = [make_record(images_seen=n, value=v) for n, v in ((10**5, 200.0), (2 * 10**5, 100.0), (4 * 10**5, 50.0))]
+    table = against_peers([*ours, peer(16, 100.0), peer(32, 150.0)])
+    (row,) = table.to_dict("records")
+    assert (row["width"], row["peer_value"], row["backbone"]) == (16, 100.0, "unet")
+    assert row["flops_to_reach"] == pytest.approx(ours[1].train_flops)
+    assert row["share_of_peer_flops"] == pytest.approx(ours[1].train_flops / peer(16, 1).train_flops)
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_a_peer_that_was_killed_goes_on_to_the_same_weights(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("denoising_diffusion_pytorch")
+    calm, rough = _peer(name, tmp_path / "calm"), _peer(name, tmp_path / "rough")
+    values = [r.value for r in peer_run.run(calm)]
+    images = peer_run.open_training_data(rough.like)
+    recipe = RECIPES[name](rough.width, images.resolution, rough.flops)
+    short = peer_run.PeerRun(rough.suite, name, rough.width, _with_flops(rough.like, rough.flops / 2))
+    file = Path(rough.run_folder(images.content_hash)) / "peer.pt"
+    peer_run.torch.manual_seed(0)
+    recipe = RECIPES[name](rough.width, images.resolution, rough.flops)
+    peer_run.train(short, recipe, images, file)
+    assert [r.value for r in peer_run.run(rough)] == values
+    assert len(read_records([rough.run_folder(images.content_hash)])) == len(values)
+
+
+def _peer(name: str, storage: Path) -> peer_run.PeerRun:
+    suite = load_suite("unet-ablations")
+    changes = {
+        "storage": str(storage), "data": {"resolution": 32, "class_conditional": False},
+        "train": {"flops": 3e10},
+        "eval": {"n_generated": 4, "n_reference": 8, "n_heldout": 0, "grid_images": 0, "solver": {"steps": 1}},
+    }  # fmt: skip
+    return peer_run.PeerRun("test", name, 16 if name == "diffusers" else 8, suite.experiments(extra=changes)[0])
+
+
+def _with_flops(experiment, flops: float):
+    return experiment.model_copy(update={"train": experiment.train.model_copy(update={"flops": flops})})
