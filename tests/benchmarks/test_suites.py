@@ -8,12 +8,10 @@ import pandas as pd
 import pytest
 
 from benchmarks import budget, peer_run
-from benchmarks.against_peers import against_peers
 from benchmarks.peers import RECIPES
 from benchmarks.suite import load_suite, suite_names
 from diffscale.errors import UserError
 from diffscale.records import read_records
-from tests.report.report_records import make_record
 
 
 @pytest.mark.parametrize("name", suite_names())
@@ -43,19 +41,6 @@ def test_the_cifar10_suite_asks_for_the_samples_that_were_decided() -> None:
 def test_an_unknown_suite_names_the_nearest() -> None:
     with pytest.raises(UserError, match="cifar10 "):
         load_suite("cifar")
-
-
-def test_the_compute_to_reach_a_peer_is_read_from_its_best_width() -> None:
-    def peer(width: int, value: float):
-        settings = {"peer.peer": "diffusers", "peer.width": width}
-        return make_record(model="diffusers", settings=settings, images_seen=10**6, value=value)
-
-    ours = [make_record(images_seen=n, value=v) for n, v in ((10**5, 200.0), (2 * 10**5, 100.0), (4 * 10**5, 50.0))]
-    table = against_peers([*ours, peer(16, 100.0), peer(32, 150.0)])
-    (row,) = table.to_dict("records")
-    assert (row["width"], row["peer_value"], row["backbone"]) == (16, 100.0, "unet")
-    assert row["flops_to_reach"] == pytest.approx(ours[1].train_flops)
-    assert row["share_of_peer_flops"] == pytest.approx(ours[1].train_flops / peer(16, 1).train_flops)
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))

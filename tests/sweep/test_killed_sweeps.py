@@ -14,7 +14,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from tests.sweep.small import ends, tune, write_sweep
+from .small import ends, tune, write_sweep
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 LONGER = {"scheduler": {"name": "halving", "rungs_flops": [3.0e10, 6.0e10], "reduction": 3}}

@@ -10,7 +10,8 @@ from diffscale.cli import load_experiment
 from diffscale.errors import UserError
 from diffscale.sweep.ledger import Ledger, check_comparable
 from diffscale.tune import load_sweep, planned
-from tests.sweep.small import ends, tune, write_sweep
+
+from .small import ends, tune, write_sweep
 
 
 def test_a_sweep_over_resolution_needs_a_common_one(tmp_path: Path) -> None:
