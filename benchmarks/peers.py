@@ -106,7 +106,7 @@ def diffusers_recipe(width: int, side: int, flops: float) -> Recipe:
         rate.step()
         optimizer.zero_grad()
         ema.step(network.parameters())
-        return float(loss)
+        return loss.item()
 
     def averaged() -> nn.Module:
         other = diffusers_network(width, side).eval()
@@ -146,7 +146,7 @@ def lucidrains_recipe(width: int, side: int, flops: float) -> Recipe:
         optimizer.step()
         optimizer.zero_grad()
         ema.update()
-        return float(loss)
+        return loss.item()
 
     def averaged() -> nn.Module:
         other = lucidrains_network(width).eval()

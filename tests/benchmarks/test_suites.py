@@ -43,6 +43,7 @@ def test_an_unknown_suite_names_the_nearest() -> None:
         load_suite("cifar")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(RECIPES))
 def test_a_peer_that_was_killed_goes_on_to_the_same_weights(name: str, tmp_path: Path) -> None:
     pytest.importorskip("denoising_diffusion_pytorch")
