@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from yaml import YAMLError
 
 from diffscale.errors import EXIT_USER_ERROR, UserError
+from diffscale.storage import unreachable
 
 if TYPE_CHECKING:
     from typer import Typer
@@ -40,11 +41,16 @@ def main() -> None:
 
 
 def run_app(app: Typer) -> None:
-    """Runs a typer application; a UserError prints itself without a traceback and exits with code 2."""
+    """Runs a typer application; a UserError, or an object store that cannot be reached, prints itself without a
+    traceback and exits with code 2."""
     try:
         app()
     except UserError as error:
         sys.exit(_show(error))
+    except OSError as error:
+        if (explained := unreachable(error)) is None:
+            raise
+        sys.exit(_show(explained))
 
 
 def _show(error: UserError) -> int:

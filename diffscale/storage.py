@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
+from datetime import timedelta
 from pathlib import Path
 
 from pyarrow import fs as pafs
@@ -11,6 +12,8 @@ from pyarrow import fs as pafs
 from diffscale.errors import UserError
 
 ENVIRONMENT = "DIFFSCALE_STORAGE"
+SCHEMES = ("s3", "gs", "gcs", "file")
+GCS_PATIENCE = timedelta(seconds=60)  # of one call; Google's own 15 minutes look like a hang
 
 
 def default_storage() -> str:
@@ -30,6 +33,10 @@ def check_absolute(uri: str, setting: str = "storage") -> str:
             setting=setting, value="a URI with a user and a password in it", expected="a URI without credentials",
             fix="give them in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, or the machine's role",
         )  # fmt: skip
+    if "://" in uri and uri.split("://", 1)[0] not in SCHEMES:
+        raise UserError(
+            setting=setting, value=uri, expected="an absolute path, s3://bucket/folder or gs://bucket/folder"
+        )
     if is_remote(uri) or os.path.isabs(path):
         return path.rstrip("/") or "/"
     raise UserError(
@@ -43,14 +50,37 @@ def check_absolute(uri: str, setting: str = "storage") -> str:
 def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     """The pyarrow filesystem of `uri` and the path inside it.
 
-    `$AWS_ENDPOINT_URL` points s3:// at another server (MinIO, moto), as it does for AWS's own tools.
+    `$AWS_ENDPOINT_URL` points s3:// at another server (MinIO, moto), as it does for AWS's own tools, and
+    `$STORAGE_EMULATOR_HOST` gs:// at an emulator, as it does for Google's.
     """
     if uri.startswith("s3://"):
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
         return pafs.S3FileSystem(endpoint_override=endpoint, allow_bucket_creation=False), uri[len("s3://") :]
+    if uri.startswith(("gs://", "gcs://")):
+        inside = uri.split("://", 1)[1]
+        if emulator := os.environ.get("STORAGE_EMULATOR_HOST"):
+            scheme, _, host = emulator.rpartition("://")
+            return pafs.GcsFileSystem(
+                endpoint_override=host, scheme=scheme or "http", anonymous=True, retry_time_limit=GCS_PATIENCE
+            ), inside
+        return pafs.GcsFileSystem(retry_time_limit=GCS_PATIENCE), inside
     if is_remote(uri):
         return pafs.FileSystem.from_uri(uri)
     return pafs.LocalFileSystem(), uri.removeprefix("file://")
+
+
+def unreachable(error: OSError) -> UserError | None:
+    """What to tell a person when an object store refuses or does not answer; None for any other error."""
+    text = str(error).splitlines()[0][:400] if str(error) else ""
+    if "AWS Error" in text:
+        fix = "check the bucket's name, AWS_ACCESS_KEY_ID or the machine's role, AWS_DEFAULT_REGION, AWS_ENDPOINT_URL"
+    elif "google::cloud::Status" in text:
+        fix = (
+            "check the bucket's name and the credentials (gcloud auth application-default login, or the machine's role)"
+        )
+    else:
+        return None
+    return UserError(setting="storage", value=text, expected="an object store that answers", fix=fix)
 
 
 def join(uri: str, *parts: str) -> str:

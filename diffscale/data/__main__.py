@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
@@ -12,13 +11,14 @@ from rich.console import Console
 from rich.table import Table
 
 from diffscale import storage
+from diffscale.cli import run_app
 from diffscale.data import build as building
 from diffscale.data.decode import Preparation
 from diffscale.data.manifest import read_manifest
 from diffscale.data.picture import write_grid
 from diffscale.data.sources import Kind
 from diffscale.data.verify import verify
-from diffscale.errors import EXIT_USER_ERROR, UserError
+from diffscale.errors import UserError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Arrow datasets of images.", rich_markup_mode=None)
 console = Console(stderr=False)
@@ -45,6 +45,12 @@ def build_command(
     encoding: Annotated[str, typer.Option(help="webp or png, both lossless, for large resized images")] = "webp",
     split: Annotated[float, typer.Option(help="share of images to hold out")] = 0.0,
     split_seed: Annotated[int, typer.Option(help="another choice of held-out images")] = 0,
+    shuffle: Annotated[
+        bool | None,
+        typer.Option(
+            help="store the rows in a random order; default: of folders and archives, not of tables and arrays"
+        ),
+    ] = None,
     labels: Annotated[str | None, typer.Option(help="CSV of file,label instead of subfolders")] = None,
     max_pixels: Annotated[int, typer.Option(help="larger images are rejected as decompression bombs")] = 50_000_000,
     memory: Annotated[
@@ -76,6 +82,7 @@ def build_command(
         source=_absolute(source), target=_absolute(target), resolutions=tuple(resolution or ()),
         kind=kind,  # type: ignore[arg-type]
         preparation=preparation, layout=layout, encoding=encoding, split=split, split_seed=split_seed,  # type: ignore[arg-type]
+        shuffle=shuffle,
         labels=labels and _absolute(labels), memory=int(memory * 1e9) if memory else None, workers=workers,
         strict=strict, shard_bytes=shard_megabytes << 20,
     )  # fmt: skip
@@ -140,13 +147,5 @@ def _absolute(path: str) -> str:
     return path if storage.is_remote(path) else str(Path(path.removeprefix("file://")).expanduser().absolute())
 
 
-def main() -> None:
-    try:
-        app()
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
-
-
 if __name__ == "__main__":
-    main()
+    run_app(app)

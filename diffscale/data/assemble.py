@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,34 +20,32 @@ SPLITS: tuple[SplitName, ...] = ("train", "heldout")
 
 
 def merge_jobs(work: Path, plan: Plan, folders: dict[str, str], results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Arguments of `merge` for every shard: neighbouring parts up to the size of a shard."""
+    """What `merge` needs for every shard. Shards of a split have the same number of rows, the last one maybe fewer."""
     jobs = []
     for side, folder in folders.items():
         for split in SPLITS:
-            sizes = [
-                (i, r["parts"][f"{side}/{split}"][1]) for i, r in enumerate(results) if f"{side}/{split}" in r["parts"]
-            ]
-            for number, group in enumerate(_group(sizes, plan.shard_bytes)):
-                files = [f"{side}-{split}-{i:06d}.arrow" for i in group]
+            parts = [r["parts"][f"{side}-{split}"] for r in results if f"{side}-{split}" in r["parts"]]
+            if not parts:
+                continue
+            listed = work / "shards" / f"{side}-{split}.parts"
+            listed.write_text(json.dumps([file for part in parts for file in part["files"]]))
+            n, size = sum(part["rows"] for part in parts), sum(part["bytes"] for part in parts)
+            count = min(n, -(-size // plan.shard_bytes))
+            each = -(-n // count)
+            for number, first in enumerate(range(0, n, each)):
                 entry = work / "shards" / f"{side}-{split}-{number:05d}.json"
                 jobs.append(
-                    {"target": folder, "files": files, "shard": f"{split}-{number:05d}.arrow", "done": str(entry)}
+                    {
+                        "target": folder,
+                        "shard": f"{split}-{number:05d}.arrow",
+                        "done": str(entry),
+                        "parts": str(listed),
+                        "first": first,
+                        "last": min(first + each, n),
+                        "shuffle": plan.shuffle,
+                    }
                 )
     return jobs
-
-
-def _group(sizes: list[tuple[int, int]], most: int) -> Iterator[list[int]]:
-    """Runs of neighbours of at most so many bytes together."""
-    group: list[int] = []
-    total = 0
-    for index, size in sizes:
-        if group and total + size > most:
-            yield group
-            group, total = [], 0
-        group.append(index)
-        total += size
-    if group:
-        yield group
 
 
 def write_manifests(
@@ -71,11 +68,11 @@ def write_manifests(
 def _split(work: Path, plan: Plan, side: str, split: str, results: list[dict[str, Any]]) -> Split:
     entries = sorted((work / "shards").glob(f"{side}-{split}-*.json"))
     shards = [Shard.model_validate_json(entry.read_text()) for entry in entries]
-    parts = [r["parts"][f"{side}/{split}"] for r in results if f"{side}/{split}" in r["parts"]]
-    values = sum(p[0] for p in parts) * int(side) ** 2
+    parts = [r["parts"][f"{side}-{split}"] for r in results if f"{side}-{split}" in r["parts"]]
+    values = sum(part["rows"] for part in parts) * int(side) ** 2
     channels = plan.preparation.channels
     zero = np.zeros(channels)
-    mean, square = (np.sum([p[i] for p in parts], axis=0) / values if parts else zero for i in (2, 3))
+    mean, square = (np.sum([p[key] for p in parts], axis=0) / values if parts else zero for key in ("sums", "squares"))
     return Split(
         rows=sum(s.rows for s in shards), shards=shards,
         content_hash=rows_hash(plan.dtype, int(side), channels, shards),
@@ -99,8 +96,8 @@ def _manifest(
         class_names=json.loads((work / "classes.json").read_text()), content_hash=splits["train"].content_hash,
         lossy=lossy > 0, lossy_images=lossy, rejected=rejected, resize=resize, made_with=made_with(),
         source={"path": plan.source, "kind": plan.kind, "split": plan.split, "split_seed": plan.split_seed,
-                "labels": plan.labels, "encoding": plan.encoding, "images": sum(r["seen"] for r in results),
-                "plan": identity},
+                "shuffled": plan.shuffle, "labels": plan.labels, "encoding": plan.encoding,
+                "images": sum(r["seen"] for r in results), "plan": identity},
         splits={name: split for name, split in splits.items() if split.rows or name == "train"},
     )  # fmt: skip
 

@@ -26,13 +26,13 @@ from diffscale.data.assemble import merge_jobs, write_manifests
 from diffscale.data.cache import cache_root, locked
 from diffscale.data.decode import Preparation
 from diffscale.data.manifest import FILE, Layout, read_manifest
-from diffscale.data.work import PIXELS_UP_TO, Plan, do_unit, load_json, merge, save_unit
+from diffscale.data.work import PART, PIXELS_UP_TO, Plan, do_unit, load_json, merge, save_unit
 from diffscale.errors import UserError
 from diffscale.records import identify
 
 MEGABYTE = 1 << 20
 PROCESS = 400 * MEGABYTE  # a Ray worker with numpy, pyarrow and Pillow loaded
-PART = 32 * MEGABYTE  # pixels that one task holds
+GROUP = 3  # times its own bytes that a row group takes while it is unpacked
 PIXEL = 16  # bytes that decoding takes for each pixel of the largest image
 
 
@@ -41,9 +41,11 @@ class Settings:
     """source, target: paths or URIs. resolutions: one dataset folder each when there are several (TARGET/64, ...).
 
     layout: `pixels`, `encoded`, or `auto` (pixels up to 128). encoding: lossless form of resized large images. split:
-    share held out, where the source has no split of its own. labels: CSV of file, label. memory: bytes that all tasks
-    together may take; None is half of what is free. workers: most tasks at once; 0 works in this process, without Ray.
-    strict: stop at the first image that cannot be used.
+    share held out, where the source has no split of its own. shuffle: store the rows in a pseudo-random order, so that
+    `data.order=blocks` shuffles well; None does for folders and archives, which come sorted by class, not for tables
+    and arrays. labels: CSV of file, label. memory: bytes that all tasks together may take; None is half of what is
+    free. workers: most tasks at once; 0 works in this process, without Ray. strict: stop at the first image that cannot
+    be used.
     """
 
     source: str
@@ -55,6 +57,7 @@ class Settings:
     encoding: Literal["webp", "png"] = "webp"
     split: float = 0.0
     split_seed: int = 0
+    shuffle: bool | None = None
     labels: str | None = None
     memory: int | None = None
     workers: int | None = None
@@ -84,7 +87,7 @@ def build(settings: Settings, show: bool = True) -> list[str]:
             return folders
         plan = _prepare(settings, wanted, identity, work, show)
         units = sorted(int(f.stem) for f in (work / "units").glob("*.json"))
-        results = _do_units(work, units, settings, show)
+        results = _do_units(work, plan, units, settings, show)
         built = dict(zip(map(str, plan.resolutions), folders, strict=True))
         _finish(work, plan, identity, built, results, settings, show)
         shutil.rmtree(work)
@@ -110,7 +113,8 @@ def _plan(settings: Settings, source: str, sides: list[int]) -> Plan:
     return Plan(
         source=source, kind=settings.kind, resolutions=sides, layouts={str(side): layout(side) for side in sides},
         preparation=settings.preparation, encoding=settings.encoding, split=settings.split,
-        split_seed=settings.split_seed, labels=settings.labels, shard_bytes=settings.shard_bytes,
+        split_seed=settings.split_seed, shuffle=settings.shuffle, labels=settings.labels,
+        shard_bytes=settings.shard_bytes,
         unit_rows=max(1, min(20_000, PART // (most * most * settings.preparation.channels))),
     )  # fmt: skip
 
@@ -130,7 +134,7 @@ def _prepare(settings: Settings, plan: Plan, identity: str, work: Path, show: bo
         (work / name).mkdir(parents=True)
     try:
         listing = sources.list_source(plan.source, plan.unit_rows, work / "spool", settings.kind, settings.labels)
-        plan = _fit_latents(plan, listing)
+        plan = _fitted(plan, listing)
         _write_units(work, plan, listing, show)
     except UserError:
         shutil.rmtree(work, ignore_errors=True)
@@ -139,7 +143,11 @@ def _prepare(settings: Settings, plan: Plan, identity: str, work: Path, show: bo
     return plan
 
 
-def _fit_latents(plan: Plan, listing: sources.Listing) -> Plan:
+def _fitted(plan: Plan, listing: sources.Listing) -> Plan:
+    """The plan with what only the source tells: its kind, whether to shuffle, and the shape of latents."""
+    by_name = listing.kind in ("folder", "zip", "tar")
+    plan = replace(plan, kind=listing.kind, shuffle=by_name if plan.shuffle is None else plan.shuffle,
+                   group_bytes=listing.group_bytes)  # fmt: skip
     if listing.latents is None:
         if not plan.resolutions:
             raise UserError(setting="--resolution", value=None, expected="at least one resolution in pixels")
@@ -186,7 +194,7 @@ def class_names(labels: set[Any]) -> list[str]:
     return sorted(map(str, known))
 
 
-def _do_units(work: Path, units: list[int], settings: Settings, show: bool) -> list[dict[str, Any]]:
+def _do_units(work: Path, plan: Plan, units: list[int], settings: Settings, show: bool) -> list[dict[str, Any]]:
     """The results of all units in order; only those without one are done now."""
     results = {index: load_json(work / "done" / f"{index:06d}.json") for index in units}
     found = {index: result for index, result in results.items() if result is not None}
@@ -199,7 +207,7 @@ def _do_units(work: Path, units: list[int], settings: Settings, show: bool) -> l
     def call(row: dict[str, Any]) -> dict[str, Any]:
         return do_unit(str(work), row["index"])
 
-    memory = PART * 5 + PIXEL * settings.preparation.max_pixels
+    memory = PART * 5 + PIXEL * plan.preparation.max_pixels + GROUP * plan.group_bytes
     done = len(units) - len(todo)
     for index, result in _run(tasks, call, memory, settings, "units", done, show):
         found[index] = result
@@ -272,7 +280,7 @@ def _finish(
     todo = [{**job, "index": i} for i, job in enumerate(jobs) if load_json(Path(str(job["done"]))) is None]
 
     def call(row: dict[str, Any]) -> dict[str, Any]:
-        return merge(str(work), row["target"], list(row["files"]), row["shard"], row["done"])
+        return merge(str(work), row)
 
     memory = plan.shard_bytes * 2 + PART
     for _ in _run(todo, call, memory, settings, "shards", len(jobs) - len(todo), show):

@@ -54,7 +54,6 @@ class ShardCache:
         target = self.root / f"{shard.sha256}.arrow"
         with locked(self.root / "locks" / shard.sha256):  # one worker fetches, the others wait for it
             if not self._is_good(target, shard):
-                self._make_room(shard.bytes)
                 self._download(uri, shard, target)
             os.utime(self._used(target))
         return str(target)
@@ -68,7 +67,10 @@ class ShardCache:
 
     def _download(self, uri: str, shard: Shard, target: Path) -> None:
         """Streams to a temporary file, hashing; tries again after a failure, with growing pauses."""
-        temporary = target.with_suffix(f".{os.getpid()}.tmp")
+        temporary = target.with_suffix(
+            ".tmp"
+        )  # of this shard alone, whose lock is held: a killed worker's is taken over
+        self._make_room(shard.bytes, temporary)
         problem = ""
         try:
             for attempt in range(ATTEMPTS):
@@ -92,17 +94,42 @@ class ShardCache:
     def _copy(self, uri: str, temporary: Path) -> str:
         fs, path = storage.filesystem(uri)
         digest = hashlib.sha256()
-        with fs.open_input_stream(path) as source, open(temporary, "wb") as sink:
+        with fs.open_input_stream(path) as source, open(temporary, "r+b") as sink:
             while data := source.read(CHUNK):
                 digest.update(data)
                 sink.write(data)
+            sink.truncate()
+            sink.flush()
+            os.fsync(sink.fileno())  # a file of the right size is taken for a good one, also after a power failure
         return digest.hexdigest()
 
-    def _make_room(self, needed: int) -> None:
+    def _make_room(self, needed: int, temporary: Path) -> None:
+        """Removes the least recently opened shards until `needed` bytes fit, and reserves them under that name."""
         with locked(self.root / "locks" / "evict"):
+            temporary.unlink(missing_ok=True)
             files = sorted(self.root.glob("*.arrow"), key=lambda f: self._used(f).stat().st_mtime)
-            held = sum(f.stat().st_size for f in files)
+            held = sum(map(_size, [*files, *self._being_fetched()]))
             while files and held + needed > self.gigabytes * 1e9:
                 oldest = files.pop(0)
-                held -= oldest.stat().st_size
+                held -= _size(oldest)
                 oldest.unlink(missing_ok=True)
+            with open(temporary, "wb") as file:
+                file.truncate(needed)
+
+    def _being_fetched(self) -> Iterator[Path]:
+        """Temporary files of living workers; those that a killed one left are removed."""
+        for temporary in self.root.glob("*.tmp"):
+            with open(self._used(temporary), "a") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    yield temporary
+                else:
+                    temporary.unlink(missing_ok=True)
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:  # another worker has just renamed it
+        return 0

@@ -10,18 +10,14 @@ from __future__ import annotations
 import bisect
 import hashlib
 import json
-import os
 from collections import OrderedDict
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from diffscale import storage
 from diffscale.data import decode, tables
@@ -29,7 +25,7 @@ from diffscale.data.dataset import Dataset
 from diffscale.data.decode import Preparation, Unusable
 from diffscale.data.errors import ShardError
 from diffscale.data.manifest import Manifest, Split, SplitName
-from diffscale.data.shard import signature
+from diffscale.data.shard import check_signature, signature
 from diffscale.errors import UserError
 
 MARK = "#resolution="
@@ -70,7 +66,8 @@ class TableDataset(Dataset):
         self.starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         self.n = int(self.starts[-1])
         self.block_rows = int(np.median(counts))
-        self.threads = max(1, min(16, len(os.sched_getaffinity(0))))
+        largest = max(part.largest for part in self.parts)
+        self.window = max(1, KEPT_BYTES // (2 * largest))  # a block lies in two groups: they do not begin at multiples
         self._signatures = [signature(part.uri) if not storage.is_remote(part.uri) else None for part in self.parts]
         self._kept: OrderedDict[int, tuple[Any, NDArray[np.int64], int]] = OrderedDict()
         self._kept_bytes = 0
@@ -99,15 +96,9 @@ class TableDataset(Dataset):
     def is_latent(self) -> bool:
         return self.tables.latents is not None
 
-    def gather(self, indices: NDArray[np.int64], out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """As Dataset.gather. An image that does not decode is a ShardError naming its file and row."""
-        indices = np.asarray(indices, np.int64)
-        if len(indices) and (indices.min() < 0 or indices.max() >= self.n):
-            raise IndexError(f"rows are 0 to {self.n - 1}")
-        if out is None:
-            out = torch.empty((len(indices), *self.image_shape), dtype=getattr(torch, self.dtype))
-        pixels, labels = out.numpy(), np.empty(len(indices), np.int64)
-        which = np.searchsorted(self.starts, indices, side="right") - 1
+    def _fill(
+        self, indices: NDArray[np.int64], which: NDArray[np.int64], pixels: NDArray[Any], labels: NDArray[np.int64]
+    ) -> None:
         for group in np.unique(which).tolist():  # one row group at a time is in memory
             images, numbers = self._group(group)
             places = np.flatnonzero(which == group)
@@ -116,16 +107,10 @@ class TableDataset(Dataset):
             def one(place: int, row: int, group: int = group, images: Any = images) -> None:
                 self._decode(tables.image_bytes(images, row), pixels[place], group, row)
 
-            list(self._pool.map(one, places.tolist(), rows))
+            self._in_threads(one, places.tolist(), rows)
             labels[places] = numbers[rows]
         if len(labels) and not 0 <= labels.min() <= labels.max() < max(1, self.num_classes):
             raise ShardError(self.place, f"a row has a label outside of its {self.num_classes} classes, or none")
-        self._check_unchanged(np.unique(which).tolist())
-        return out, torch.from_numpy(labels)
-
-    @cached_property
-    def _pool(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(self.threads, thread_name_prefix="diffscale-decode")
 
     def _decode(self, data: Any, out: NDArray[Any], group: int, row: int) -> None:
         try:
@@ -154,7 +139,7 @@ class TableDataset(Dataset):
             images = table[columns.image].combine_chunks()
             images = images.chunk(0) if isinstance(images, pa.ChunkedArray) else images
             numbers = self._numbers(table[columns.label].to_pylist() if columns.label else [0] * len(images))
-            size = images.nbytes if uri.endswith(".parquet") or storage.is_remote(uri) else 0  # else it is mapped
+            size = 0 if tables.is_mapped(uri) else images.nbytes
             found = self._kept[group] = (images, numbers, size)
             self._kept_bytes += size
         self._kept.move_to_end(group)
@@ -168,11 +153,14 @@ class TableDataset(Dataset):
             return np.array([bisect.bisect_left(strings, str(label)) for label in labels], np.int64)
         return np.array([-1 if label is None else label for label in labels], np.int64)
 
-    def _check_unchanged(self, groups: list[int]) -> None:
-        for part in {self.groups[g][0] for g in groups}:
-            uri = self.parts[part].uri
-            if self._signatures[part] is not None and signature(uri) != self._signatures[part]:
-                raise ShardError(uri, "it was altered or replaced while in use")
+    def fetch(self, pieces: Sequence[int]) -> None:
+        """Nothing to do: a group is read when rows of it are asked for."""
+
+    def _check_unchanged(self, pieces: list[int]) -> None:
+        for part in {self.groups[g][0] for g in pieces}:
+            uri, opened = self.parts[part].uri, self._signatures[part]
+            if opened is not None:
+                check_signature(uri, opened)
 
     def _look_at_samples(self) -> None:
         """Channels, resolution, lossiness, mean and std from images spread over the dataset."""

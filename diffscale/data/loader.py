@@ -17,6 +17,7 @@ from torch import Tensor
 from diffscale.data.augment import augment_images, flip_images
 from diffscale.data.dataset import Dataset
 from diffscale.data.errors import ShardError
+from diffscale.data.fetch_ahead import FetchAhead, check_cache
 from diffscale.data.order import first_use, positions_to_indices
 from diffscale.data.verification import Verification
 from diffscale.errors import UserError
@@ -60,8 +61,9 @@ class Loader:
     given, cut to the positions below `stop`.
     flip: mirror each image with probability 1/2. augment: probability of each of EDM's non-leaking augmentations
     (0 is off); then `augment_label` is set, and the mirroring is part of it. Both are keyed by (seed, position).
-    order, block_rows, window: the form of the permutation (diffscale.data.order). raw: leave the images as stored.
-    prefetch: batches prepared ahead. verify: check the shards' checksums in the background, once per node.
+    order, block_rows, window: the form of the permutation (diffscale.data.order), the dataset's own by default. raw:
+    leave the images as stored. prefetch: batches prepared ahead. verify: check the shards' checksums in the background,
+    once per node.
 
     One thread gathers, moves and transforms ahead of the reader; what goes wrong there is raised from the iteration.
     `close()` (or leaving `with loader:`) ends the thread. Iterating again starts from `start` again.
@@ -71,7 +73,7 @@ class Loader:
         self, dataset: Dataset, *, seed: int, global_batch: int, start: int = 0, stop: int | None = None,
         shard: tuple[int, int] | None = None, device: str | torch.device = "cpu", flip: bool = False,
         augment: float = 0.0, order: Literal["rows", "blocks"] = "rows", block_rows: int | None = None,
-        window: int = 64, raw: bool = False, prefetch: int = 3, verify: bool = True,
+        window: int | None = None, raw: bool = False, prefetch: int = 3, verify: bool = True,
     ) -> None:  # fmt: skip
         first, last = shard if shard is not None else (0, global_batch)
         if global_batch < 1 or start < 0 or prefetch < 1:
@@ -87,12 +89,13 @@ class Loader:
         self.dataset, self.seed, self.global_batch, self.start, self.stop = dataset, seed, global_batch, start, stop
         self.first, self.last, self.device = first, last, torch.device(device)
         self.flip, self.augment, self.raw, self.prefetch = flip, augment, raw, prefetch
-        self.form: dict[str, object] = {
+        self.form: dict[str, Any] = {
             "order": order,
             "block_rows": block_rows or dataset.block_rows,
-            "window": window,
+            "window": window or dataset.window,
         }
         self.verification = Verification(dataset) if verify else None
+        check_cache(dataset, self.form)
         self._threads: list[tuple[threading.Thread, threading.Event]] = []
 
     def __enter__(self) -> Loader:
@@ -174,7 +177,7 @@ class Loader:
             if self.stop is not None:
                 starts = starts[starts < self.stop]
             positions = starts[:, None] + share
-            indices = positions_to_indices(positions, self.dataset.n, self.seed, **self.form)  # type: ignore[arg-type]
+            indices = positions_to_indices(positions, self.dataset.n, self.seed, **self.form)
             for p, i in zip(positions, indices, strict=True):
                 inside = len(p) if self.stop is None else int(np.searchsorted(p, self.stop))
                 yield p[:inside], i[:inside]
@@ -183,9 +186,17 @@ class Loader:
     def _stored(self, pinned: bool) -> Iterator[Stored]:
         """Positions, images as stored and labels of each batch; images in pinned memory where that is asked for."""
         dtype = getattr(torch, self.dataset.dtype)
-        for positions, indices in self._plan():
-            images = torch.empty((len(positions), *self.dataset.image_shape), dtype=dtype, pin_memory=pinned)
-            yield positions, *self.dataset.gather(indices, out=images)
+        remote = self.dataset.cache is not None
+        ahead = FetchAhead(self.dataset, self.seed, self.start, self.form) if remote else None
+        try:
+            for positions, indices in self._plan():
+                if ahead is not None and len(positions):
+                    ahead.reach(int(positions[0]))
+                images = torch.empty((len(positions), *self.dataset.image_shape), dtype=dtype, pin_memory=pinned)
+                yield positions, *self.dataset.gather(indices, out=images)
+        finally:
+            if ahead is not None:
+                ahead.close()
 
     def _make(self, found: Stored, stream: torch.cuda.Stream | None) -> Batch:
         positions, stored, labels = torch.from_numpy(found[0]), found[1], found[2]
@@ -202,13 +213,13 @@ class Loader:
     def _transform(self, images: Tensor, labels: Tensor, positions: Tensor) -> Batch:
         if self.dataset.is_latent:
             return Batch(images.float(), labels, positions)
-        x = images.permute(0, 3, 1, 2).float().mul_(1 / 127.5).sub_(1)
-        label = None
-        if self.augment:
-            x, label = augment_images(x, self.seed, positions, self.augment, flip=self.flip)
-        elif self.flip:
-            x = flip_images(x, self.seed, positions)
-        return Batch(x.contiguous(), labels, positions, label)
+        if self.flip and not self.augment:  # while it is one byte for each value
+            images = flip_images(images, self.seed, positions, dim=2)
+        x = images.permute(0, 3, 1, 2).contiguous().float().mul_(1 / 127.5).sub_(1)
+        if not self.augment:
+            return Batch(x, labels, positions)
+        x, label = augment_images(x, self.seed, positions, self.augment, flip=self.flip)
+        return Batch(x, labels, positions, label)
 
     def _take_over(self, batch: Batch) -> None:
         """Tells the allocator that the reader's stream uses these tensors, made on the loader's."""

@@ -6,7 +6,9 @@ walking, whose round keys come from (seed, epoch). Nothing of the size of the da
 gives the same row on every machine, worker and restart.
 
 `rows` permutes all rows. `blocks` permutes blocks of neighbouring rows and then the rows inside a window of blocks, so
-that only `window` blocks need to be near at any time: for object stores and compressed columns.
+that only `window` blocks need to be near at any time: for object stores and compressed columns. A batch then holds rows
+of `window` blocks: where neighbouring rows are alike (sorted by class) that shuffles only as well as `window` is large,
+where they are not (a build with `--shuffle`) a few blocks are enough.
 """
 
 from __future__ import annotations
@@ -165,16 +167,22 @@ def _blocked(places: Int64, n: int, seed: int, epoch: int, block_rows: int, wind
         full = np.where(place >= short_slot * block_rows + short, place + block_rows - short, place)
         return full // block_rows
 
+    count = -(-blocks // window)
+    least, larger = divmod(blocks, count)  # windows are as equal as can be, the first `larger` have one slot more
+
+    def first_slot(w: int) -> int:
+        return w * least + min(w, larger)
+
     out = np.empty_like(places)
-    windows = slot_of(places) // window
+    slots = slot_of(places)
+    windows = np.where(slots < larger * (least + 1), slots // (least + 1), (slots - larger) // least)
     for w in np.unique(windows).tolist():
         chosen = windows == w
-        low = start_of(w * window)
-        high = start_of(blocks) if (w + 1) * window >= blocks else start_of((w + 1) * window)
+        low, high = start_of(first_slot(w)), start_of(first_slot(w + 1))
         shuffled = low + permutation(high - low, seed, epoch, ROWS, w).forward(places[chosen] - low)
-        slots = slot_of(shuffled)
-        within = shuffled - slots * block_rows + np.where(slots > short_slot, block_rows - short, 0)
-        out[chosen] = order.forward(slots) * block_rows + within
+        slot = slot_of(shuffled)
+        within = shuffled - slot * block_rows + np.where(slot > short_slot, block_rows - short, 0)
+        out[chosen] = order.forward(slot) * block_rows + within
     return out
 
 

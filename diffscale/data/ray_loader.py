@@ -65,7 +65,7 @@ class RayDataLoader(Loader):
             positions = base + int(step["id"][0]) * batch + np.arange(first, last, dtype=np.int64)
             if stop is not None:
                 positions = positions[positions < stop]
-            indices = positions_to_indices(positions, dataset.n, seed, **form)  # type: ignore[arg-type]
+            indices = positions_to_indices(positions, dataset.n, seed, **form)
             images, labels = dataset.gather(indices)
             return {"image": images.numpy(), "label": labels.numpy(), "position": positions}
 

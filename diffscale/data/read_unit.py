@@ -79,7 +79,7 @@ def _read_table(unit: Unit) -> Iterator[Sample | tuple[str, Unusable, None]]:
     numbers = {s: i for i, s in enumerate(columns.strings or ())}
     wanted = [columns.image] + ([columns.label] if columns.label else [])
     file, row = unit.uri.split("/")[-1], 0
-    for group, count in enumerate(tables.group_rows(unit.uri)):
+    for group, (count, _) in enumerate(tables.group_sizes(unit.uri)):
         if row + count > unit.rows[0] and row < unit.rows[1]:
             table = tables.read_group(unit.uri, group, wanted).combine_chunks()
             images = table[columns.image].combine_chunks()

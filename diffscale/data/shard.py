@@ -35,21 +35,25 @@ class MappedShard:
 
     def check_unchanged(self) -> None:
         """Raises ShardError when the file was altered, replaced or removed since it was opened."""
-        try:
-            now = signature(self.path)
-        except FileNotFoundError:
-            if self.is_cached:
-                return
-            raise ShardError(self.path, "it was removed while in use") from None
-        if now != self.signature:
-            what = "truncated" if now[1] < self.signature[1] else "altered or replaced"
-            raise ShardError(self.path, f"it was {what} while in use")
+        if not (self.is_cached and not os.path.exists(self.path)):
+            check_signature(self.path, self.signature)
 
 
 def signature(path: str) -> Signature:
     """(inode, size, mtime in ns): changes whenever the file is written or replaced."""
     status = os.stat(path)
     return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def check_signature(path: str, opened: Signature) -> None:
+    """Raises ShardError when the file was altered, replaced or removed since it had that signature."""
+    try:
+        now = signature(path)
+    except FileNotFoundError:
+        raise ShardError(path, "it was removed while in use") from None
+    if now != opened:
+        what = "truncated" if now[0] == opened[0] and now[1] < opened[1] else "altered or replaced"
+        raise ShardError(path, f"it was {what} while in use")
 
 
 def open_shard(path: str, shard: Shard, manifest: Manifest, is_cached: bool = False) -> MappedShard:

@@ -54,7 +54,8 @@ class Unit:
 @dataclass
 class Listing:
     """units: may be consumed once. class_names: known before, or filled from the labels while listing. refused: names
-    in the source that are unsafe or unreadable, with the reason. latents: (dtype, channels, resolution) of floats."""
+    in the source that are unsafe or unreadable, with the reason. latents: (dtype, channels, resolution) of floats.
+    group_bytes: of the largest row group that has to be read as a whole."""
 
     kind: str
     units: Iterator[Unit]
@@ -62,6 +63,7 @@ class Listing:
     refused: list[tuple[str, str]] = field(default_factory=list)
     latents: tuple[str, int, int] | None = None
     work: Path = Path()
+    group_bytes: int = 0
 
 
 def list_source(uri: str, rows: int, work: Path, kind: Kind = "auto", labels: str | None = None) -> Listing:
@@ -90,6 +92,7 @@ def list_source(uri: str, rows: int, work: Path, kind: Kind = "auto", labels: st
             for first, last in part.units(rows)
         )
         listing.class_names, listing.latents = table.class_names, table.latents
+        listing.group_bytes = max((p.largest for p in table.parts if not tables.is_mapped(p.uri)), default=0)
     else:
         readers: dict[str, tuple[Any, Reader]]
         readers = {"folder": (folder_items, "files"), "zip": (zip_items, "zip"), "tar": (tar_items, "tar")}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import islice
 from typing import Any
@@ -39,11 +39,12 @@ class Columns:
 
 @dataclass(frozen=True)
 class TablePart:
-    """One file. groups: rows of each row group (Parquet) or record batch (Arrow)."""
+    """One file. groups: rows of each row group (Parquet) or record batch (Arrow). largest: bytes of the largest one."""
 
     uri: str
     groups: tuple[int, ...]
     split: str
+    largest: int
 
     @property
     def rows(self) -> int:
@@ -94,9 +95,9 @@ def open_tables(uri: str) -> Tables:
     features = _features(schema)
     image = _image_column(schema, features, files[0])
     label = _label_column(schema, features, image)
-    parts = [TablePart(f, group_rows(f), _split_of(f, uri)) for f in files]
+    parts = [_part(f, _split_of(f, uri)) for f in files]
     if not any(part.split == "train" for part in parts):  # a lone test split is what there is to train on
-        parts = [TablePart(p.uri, p.groups, "train") for p in parts]
+        parts = [replace(part, split="train") for part in parts]
     names, strings = _classes(parts, label, features)
     return Tables(parts, Columns(image, label, strings), names, _latents(schema.field(image).type))
 
@@ -172,13 +173,19 @@ def _schema(uri: str) -> pa.Schema:
         raise _damaged(uri, error) from None
 
 
-def group_rows(uri: str) -> tuple[int, ...]:
-    """Rows of each row group or record batch. Raises UserError for a file that cannot be read."""
+def _part(uri: str, split: str) -> TablePart:
+    sizes = group_sizes(uri)
+    return TablePart(uri, tuple(rows for rows, _ in sizes), split, max((size for _, size in sizes), default=1))
+
+
+def group_sizes(uri: str) -> list[tuple[int, int]]:
+    """(rows, bytes in memory) of each row group or record batch. Raises UserError for a file that cannot be read."""
     try:
         if uri.endswith(".parquet"):
             meta = pq.read_metadata(_input(uri))
-            return tuple(meta.row_group(i).num_rows for i in range(meta.num_row_groups))
-        return tuple(batch.num_rows for batch in arrow_batches(uri))
+            groups = [meta.row_group(i) for i in range(meta.num_row_groups)]
+            return [(group.num_rows, group.total_byte_size) for group in groups]
+        return [(batch.num_rows, batch.nbytes) for batch in arrow_batches(uri)]
     except (pa.ArrowException, OSError, ValueError) as error:
         raise _damaged(uri, error) from None
 
@@ -249,6 +256,11 @@ def image_bytes(column: Any, row: int) -> Any:
     if pa.types.is_struct(column.type):
         value = value["bytes"] if value.is_valid else None
     return value.as_buffer() if value is not None and value.is_valid else None
+
+
+def is_mapped(uri: str) -> bool:
+    """Whether rows are read through a memory map: local Arrow. Else a whole group is held in memory."""
+    return uri.endswith(".arrow") and not storage.is_remote(uri)
 
 
 def _input(uri: str) -> Any:

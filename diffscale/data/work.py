@@ -12,16 +12,20 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from diffscale import storage
 from diffscale.data import decode
 from diffscale.data.decode import Decoded, Preparation, Unusable
 from diffscale.data.manifest import Layout
+from diffscale.data.order import permutation
 from diffscale.data.read_unit import read_unit
 from diffscale.data.shard import make_batch, write_shard
 from diffscale.data.sources import Item, Unit
 from diffscale.data.split import is_held_out
 
+SHUFFLE = (0, 5)  # key of the stored order
+PART = 32 << 20  # bytes of the images of one file that a task writes
 PIXELS_UP_TO = 128  # side; larger images are stored encoded
 RAW = ("PNG", "WEBP", "JPEG")
 
@@ -30,7 +34,8 @@ RAW = ("PNG", "WEBP", "JPEG")
 class Plan:
     """The choices of a build that decide what the dataset holds. A build that is taken up again must have the same.
 
-    layouts: of each resolution, as text keys (JSON). split: share of images held out.
+    layouts: of each resolution, as text keys (JSON). split: share of images held out. shuffle: store the rows in a
+    pseudo-random order instead of the source's.
     """
 
     source: str
@@ -44,7 +49,9 @@ class Plan:
     labels: str | None
     unit_rows: int
     shard_bytes: int
+    shuffle: bool | None  # None until the kind of the source is known
     dtype: Literal["uint8", "float16", "float32"] = "uint8"
+    group_bytes: int = 0  # of the largest compressed row group that a task reads
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
@@ -58,27 +65,54 @@ class Plan:
 
 @dataclass
 class Part:
-    """Rows of one resolution and split while they are collected."""
+    """Rows of one resolution and split, collected up to about PART bytes and then written to a file of their own.
 
+    sums, squares: of all pixel values, per channel.
+    """
+
+    stem: Path
+    channel_axis: int
     images: list[Any] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
+    held: int = 0
+    files: list[tuple[str, int]] = field(default_factory=list)
+    size: int = 0
     sums: Any = 0
     squares: Any = 0
 
-    def add(self, stored: Any, pixels: Any, label: int, name: str, channel_axis: int) -> None:
+    def add(self, stored: Any, pixels: NDArray[Any], label: int, name: str) -> None:
         self.images.append(stored)
         self.labels.append(label)
         self.names.append(name)
-        axes = tuple(a for a in range(3) if a != channel_axis)
-        values = pixels.astype(np.float64)
-        self.sums = self.sums + values.sum(axes)
-        self.squares = self.squares + np.square(values).sum(axes)
+        values = np.moveaxis(pixels, self.channel_axis, -1).reshape(-1, pixels.shape[self.channel_axis])
+        self.sums = self.sums + values.sum(0, dtype=np.float64)
+        self.squares = self.squares + np.einsum("ic,ic->c", values, values, dtype=np.float64)
+        self.held += len(stored) if isinstance(stored, bytes) else stored.nbytes
+        if self.held >= PART:
+            self.write()
+
+    def write(self) -> None:
+        if not self.images:
+            return
+        images = self.images if isinstance(self.images[0], bytes) else np.stack(self.images)
+        batch = make_batch(images, self.labels, self.names)
+        file = self.stem.with_name(f"{self.stem.name}-{len(self.files):03d}.arrow")
+        with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+            writer.write_batch(batch)
+        self.files.append((file.name, len(self.names)))
+        self.size += file.stat().st_size
+        self.images, self.labels, self.names, self.held = [], [], [], 0
+
+    def summary(self) -> dict[str, Any]:
+        rows = sum(rows for _, rows in self.files)
+        return {"files": self.files, "rows": rows, "bytes": self.size,
+                "sums": self.sums.tolist(), "squares": self.squares.tolist()}  # fmt: skip
 
 
 def do_unit(work: str, index: int) -> dict[str, Any]:
     """Reads unit `index` of the work folder and writes its parts. Returns, and stores, what was done:
-    {"parts": {"64/train": [rows, bytes, [sums], [squares]]}, "rejected": [[name, reason]], "lossy", "seen"}."""
+    {"parts": {"64-train": Part.summary()}, "rejected": [[name, reason]], "lossy", "seen"}."""
     folder = Path(work)
     plan = Plan.from_json((folder / "plan.json").read_text())
     classes = json.loads((folder / "classes.json").read_text())
@@ -102,16 +136,14 @@ def do_unit(work: str, index: int) -> dict[str, Any]:
             if isinstance(stored, Unusable):
                 rejected.append([name, f"{stored} (resolution {resolution})"])
                 continue
-            part = parts.setdefault(f"{resolution}/{split}", Part())
-            part.add(stored, pixels, number, name, 0 if plan.dtype != "uint8" else 2)
-    result: dict[str, Any] = {"parts": {}, "rejected": rejected, "lossy": lossy, "seen": seen}
-    for key, part in parts.items():
-        images = part.images if isinstance(part.images[0], bytes) else np.stack(part.images)
-        batch = make_batch(images, part.labels, part.names)
-        file = folder / "parts" / f"{key.replace('/', '-')}-{index:06d}.arrow"
-        with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
-            writer.write_batch(batch)
-        result["parts"][key] = [len(part.names), file.stat().st_size, part.sums.tolist(), part.squares.tolist()]
+            key = f"{resolution}-{split}"
+            if key not in parts:
+                parts[key] = Part(folder / "parts" / f"{key}-{index:06d}", 2 if plan.dtype == "uint8" else 0)
+            parts[key].add(stored, pixels, number, name)
+    for part in parts.values():
+        part.write()
+    summaries = {key: part.summary() for key, part in parts.items()}
+    result: dict[str, Any] = {"parts": summaries, "rejected": rejected, "lossy": lossy, "seen": seen}
     storage.write_bytes(str(folder / "done" / f"{index:06d}.json"), json.dumps(result).encode())
     return result
 
@@ -182,12 +214,38 @@ def _places(classes: tuple[str, ...]) -> dict[str, int]:
     return _PLACES[classes]
 
 
-def merge(work: str, target: str, files: list[str], shard_file: str, done: str) -> dict[str, Any]:
-    """Joins parts into one final shard of the dataset at `target`; returns, and stores, its manifest entry."""
-    batches = [pa.ipc.open_file(pa.memory_map(str(Path(work) / "parts" / file))).get_batch(0) for file in files]
-    batch = batches[0] if len(batches) == 1 else pa.concat_batches(batches)
-    entry = write_shard(target, shard_file, batch).model_dump()
-    storage.write_bytes(done, json.dumps(entry).encode())
+def merge(work: str, job: dict[str, Any]) -> dict[str, Any]:
+    """Writes one final shard of a dataset, as `merge_jobs` describes it, from the parts that hold its rows.
+
+    Returns, and stores, its manifest entry.
+    """
+    files = json.loads(Path(job["parts"]).read_text())
+    starts = np.cumsum([0, *(rows for _, rows in files)])
+    rows = np.arange(job["first"], job["last"])
+    if job["shuffle"]:
+        rows = permutation(int(starts[-1]), *SHUFFLE).forward(rows)
+    which = np.searchsorted(starts, rows, side="right") - 1
+    labels, names = np.empty(len(rows), np.int64), np.empty(len(rows), object)
+    images: Any = None
+    for p in np.unique(which).tolist():  # one part at a time is open
+        part = pa.ipc.open_file(pa.memory_map(str(Path(work) / "parts" / files[p][0]))).get_batch(0)
+        places = np.flatnonzero(which == p)
+        chosen = pa.array(rows[places] - starts[p])
+        labels[places] = part.column("label").take(chosen).to_numpy()
+        names[places] = part.column("name").take(chosen).to_numpy(zero_copy_only=False)
+        column = part.column("image")
+        if isinstance(column, pa.ExtensionArray):
+            pixels = column.to_numpy_ndarray()
+            images = np.empty((len(rows), *pixels.shape[1:]), pixels.dtype) if images is None else images
+            images[places] = pixels[chosen.to_numpy()]
+        else:
+            images = [b""] * len(rows) if images is None else images
+            for place, row in zip(places.tolist(), chosen.to_pylist(), strict=True):
+                images[place] = column[row].as_py()
+    batch = make_batch(images, labels, names.tolist())
+    del images  # Arrow has its own copy of encoded images
+    entry = write_shard(job["target"], job["shard"], batch).model_dump()
+    storage.write_bytes(job["done"], json.dumps(entry).encode())
     return entry
 
 

@@ -299,7 +299,8 @@ def test_large_images_are_kept_encoded_and_a_fitting_file_is_kept_byte_for_byte(
     }  # fmt: skip
     for file, data in files.items():
         (tmp_path / "source" / file).write_bytes(data)
-    build(Settings(str(tmp_path / "source"), str(tmp_path / "out"), (32,), layout="encoded"), show=False)
+    settings = Settings(str(tmp_path / "source"), str(tmp_path / "out"), (32,), layout="encoded", shuffle=False)
+    build(settings, show=False)
     dataset = open_dataset(str(tmp_path / "out"))
     stored = [bytes(dataset.shard(0).images[i].as_buffer()) for i in range(4)]
     assert stored[0] == files["a.png"]
@@ -376,11 +377,12 @@ def test_a_killed_build_goes_on_where_it_was(tmp_path, monkeypatch, ray_on_two_c
 
 @pytest.mark.slow
 def test_a_build_killed_at_any_moment_gives_the_same_dataset(tmp_path):
-    """SIGKILL of the command at several moments, then the same command again."""
+    """SIGKILL of the command and all its workers when some units, and again when some shards, are done; then once more
+    the same command: what was done stays as it is, and the result is that of an undisturbed build to the byte."""
     source = tmp_path / "source"
-    for i, image in enumerate(pictures(400, side=64)):
+    for i, image in enumerate(pictures(1500, side=128)):
         (source / f"{i % 5}").mkdir(parents=True, exist_ok=True)
-        (source / f"{i % 5}" / f"{i:04d}.png").write_bytes(png(image))
+        (source / f"{i % 5}" / f"{i:04d}.png").write_bytes(png(image, compress_level=0))
     command = [
         sys.executable,
         "-m",
@@ -388,23 +390,64 @@ def test_a_build_killed_at_any_moment_gives_the_same_dataset(tmp_path):
         "build",
         str(source),
         "--resolution",
-        "64",
-        "--shard-megabytes",
-        "1",
+        "128",
+        "--resolution",
+        "16",
     ]
+    command += ["--resolution", "16", "--shard-megabytes", "2", "--split", "0.1"]
     subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
-    for delay in (4, 8, 11):
+    work = tmp_path / ".cut.build"
+    kept: dict[Path, int] = {}
+    for files, enough in (("done/*.json", 1), ("done/*.json", 2), ("shards/*.json", 3)):
         process = subprocess.Popen(
-            [*command, str(tmp_path / "cut")],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            [*command, str(tmp_path / "cut")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             start_new_session=True,
-        )
-        time.sleep(delay)
+        )  # fmt: skip
+        deadline = time.monotonic() + 120
+        while len(list(work.glob(files))) < enough and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        assert process.wait() == -signal.SIGKILL
+        assert not (tmp_path / "cut" / "128" / "manifest.json").exists()
+        assert all(file.stat().st_mtime_ns == time_ns for file, time_ns in kept.items())
+        kept = {file: file.stat().st_mtime_ns for file in work.glob("done/*.json")}
+        assert len(kept) >= 1
     subprocess.run([*command, str(tmp_path / "cut")], check=True, capture_output=True)
-    assert open_dataset(str(tmp_path / "cut")).content_hash == open_dataset(str(tmp_path / "whole")).content_hash
+    assert not work.exists()
+    for side in ("16", "128"):
+        files = sorted(os.listdir(tmp_path / "whole" / side))
+        assert sorted(os.listdir(tmp_path / "cut" / side)) == files
+        for file in files:
+            whole, cut = ((tmp_path / name / side / file).read_bytes() for name in ("whole", "cut"))
+            assert whole == cut, file
+    assert verify(str(tmp_path / "cut")) == []
+
+
+@pytest.mark.parametrize("shuffle", [None, True, False])
+def test_rows_of_a_sorted_source_are_stored_in_random_order_in_shards_of_one_size(tmp_path, shuffle):
+    """So that a few shards are a fair sample of the classes; arrays and tables keep their order unless asked."""
+    source = make_folder(tmp_path / "source")
+    settings = Settings(str(source), str(tmp_path / "out"), (16,), shuffle=shuffle, shard_bytes=6000)
+    build(settings, show=False)
+    dataset = open_dataset(str(tmp_path / "out"))
+    names = [dataset.name(i) for i in range(24)]
+    assert sorted(names) == sorted(name(i) for i in range(24))
+    assert (names == sorted(names)) is (shuffle is False)
+    assert dataset.manifest.source["shuffled"] is (shuffle is not False)
+    rows = [shard.rows for shard in dataset.split.shards]
+    assert len(rows) > 2
+    assert len(set(rows[:-1])) == 1
+    pixels, labels = dataset.gather(np.arange(24))
+    for i in range(24):  # the rows stayed together
+        number = int(names[i].split("/")[1][:2])
+        assert np.array_equal(pixels[i].numpy(), IMAGES[number])
+        assert labels[i] == number % 3
+
+
+def test_arrays_keep_their_order(tmp_path):
+    source = make_npz(tmp_path)
+    build(Settings(str(source), str(tmp_path / "out"), (16,)), show=False)
+    assert np.array_equal(open_dataset(str(tmp_path / "out")).gather(np.arange(24))[0].numpy(), IMAGES)
 
 
 def test_gzip_that_ends_early_is_a_clear_error(tmp_path):

@@ -102,7 +102,8 @@ def test_a_damaged_row_and_a_replaced_file_are_named(tmp_path):
     dataset.gather(np.arange(10))
     with pytest.raises(ShardError, match=r"train\.parquet.*\n.*row 150"):
         dataset.gather(np.arange(145, 155))
-    pq.write_table(pa.table({"image": rows[:200]}), file)
+    pq.write_table(pa.table({"image": rows[:200]}), tmp_path / "new.parquet")
+    (tmp_path / "new.parquet").replace(file)
     with pytest.raises(ShardError, match="replaced"):
         dataset.gather(np.arange(10))
 

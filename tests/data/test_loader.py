@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from diffscale.data import Loader, ShardError, even_share, open_dataset, positions_to_indices
-from diffscale.data.augment import augment_images, flip_images
+from diffscale.data.augment import flip_images
 from diffscale.errors import UserError
 
 from .helpers import damage, shard_of
@@ -91,41 +91,6 @@ def test_flips_depend_on_the_position_alone_and_are_fair():
     flipped = flip_images(x, 1, positions)[:, 0, 0, 0] == 3
     assert abs(flipped.float().mean() - 0.5) < 4 * 0.5 / 4000**0.5  # 4 standard errors
     assert torch.equal(flip_images(x[:9], 1, positions[100:109])[:, 0, 0, 0] == 3, flipped[100:109])
-
-
-def test_augmentation_with_probability_zero_changes_nothing():
-    x = torch.rand(16, 3, 8, 8) * 2 - 1
-    y, label = augment_images(x, 0, torch.arange(16), 0.0, flip=False)
-    assert torch.equal(x, y)
-    assert not label.any()
-
-
-def test_the_augmentation_label_is_zero_exactly_where_nothing_was_done():
-    x = torch.rand(400, 3, 16, 16) * 2 - 1
-    y, label = augment_images(x, 0, torch.arange(400), 0.12, flip=True)
-    same = (x == y).flatten(1).all(1)
-    assert torch.equal(same, ~label.any(1))
-    assert label.shape == (400, 9)  # the width of EDM's DDPM++ CIFAR-10 network's augmentation input
-    expected = 0.5 * (1 - 0.06) * 0.88**4  # no mirror, no upside down, none of the four others
-    assert abs(same.float().mean() - expected) < 4 * (expected * (1 - expected) / 400) ** 0.5
-
-
-def test_augmentation_moves_a_dot_to_where_its_label_says():
-    """The label's translation, rotation and scale predict where the dot goes."""
-    side, place = 33, 5.0  # a dot 5 pixels right of the centre
-    rows, columns = torch.meshgrid(torch.arange(side) - 16.0, torch.arange(side) - 16.0, indexing="ij")
-    dot = torch.exp(-((columns - place) ** 2 + rows**2) / 4)
-    x = (dot * 2 - 1).expand(300, 1, side, side)
-    y, label = augment_images(x.clone(), 5, torch.arange(300), 0.4, flip=False)
-    weight = ((y[:, 0] + 1) / 2).clamp_min(0.2) - 0.2
-    cos, sin, scale = label[:, 3] + 1, label[:, 4], 2 ** label[:, 2]
-    expected = torch.stack([cos, sin], 1) * (scale * place)[:, None] + label[:, 7:9] * side
-    x_away, y_away = columns - expected[:, :1, None], rows - expected[:, 1:, None]
-    weight = weight * (x_away**2 + y_away**2 < 36)  # the edges mirror the image, so there may be another dot
-    found = torch.stack([(weight * columns).sum((1, 2)), (weight * rows).sum((1, 2))], 1) / weight.sum((1, 2))[:, None]
-    plain = (label[:, 1] == 0) & (label[:, 5:7] == 0).all(1) & (expected.abs() < 10).all(1)
-    assert plain.sum() > 40
-    assert (found - expected)[plain].abs().max() < 0.25  # of a pixel
 
 
 def test_latents_are_neither_flipped_nor_augmented(dataset, monkeypatch):

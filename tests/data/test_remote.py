@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import io
 import json
 import multiprocessing
 import os
+import tarfile
 import threading
 import time
 import urllib.error
 import urllib.request
+import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from diffscale import storage
 from diffscale.data import Loader, ShardCache, ShardError, open_dataset, resolve
+from diffscale.data.build import Settings, build
 from diffscale.data.verify import verify
+from diffscale.errors import UserError
 
 from .helpers import pictures, write_dataset
 
@@ -174,16 +183,107 @@ def test_a_shard_that_stays_damaged_or_goes_missing_is_named(remote, tmp_path, m
 
 
 def test_the_cache_is_bounded_and_drops_what_was_used_least_recently(remote, tmp_path):
-    size = max(
-        s["bytes"] for s in json.loads(storage.read_bytes(f"{remote}/manifest.json"))["splits"]["train"]["shards"]
-    )
-    cache = ShardCache(str(tmp_path / "cache"), gigabytes=2.5 * size / 1e9)
+    cache = ShardCache(str(tmp_path / "cache"), gigabytes=2.5 * _largest(remote) / 1e9)
     dataset = open_dataset(remote, cache=cache)
     for rows in (range(20), range(20, 40), range(40, 60), range(60)):
         assert np.array_equal(dataset.gather(np.array(rows))[0].numpy(), IMAGES[rows])
     files = list((tmp_path / "cache").glob("*.arrow"))
     assert len(files) == 2
     assert dataset.split.shards[0].sha256 not in {f.stem for f in files}
+
+
+def test_shards_that_left_the_cache_take_no_disk_space(remote, tmp_path):
+    """A deleted file takes its space as long as someone maps it: the dataset lets go of it."""
+    folder = str(tmp_path / "cache")
+    dataset = open_dataset(remote, cache=ShardCache(folder, gigabytes=2.5 * _largest(remote) / 1e9))
+    for first in (0, 20, 40, 0, 20, 40):
+        dataset.gather(np.arange(first, first + 20))
+        mapped = {
+            line.split(maxsplit=5)[5] for line in Path("/proc/self/maps").read_text().splitlines() if folder in line
+        }
+        assert len(mapped) <= 2, mapped
+
+
+def test_a_cache_that_every_batch_would_overflow_is_refused(remote, tmp_path):
+    cache = ShardCache(str(tmp_path / "cache"), gigabytes=2.5 * _largest(remote) / 1e9)
+    dataset = open_dataset(remote, cache=cache)
+    with pytest.raises(UserError, match=r"data\.cache_gigabytes.*\n.*\n.*data\.order=blocks"):
+        Loader(dataset, seed=0, global_batch=20)
+    with Loader(dataset, seed=0, global_batch=20, stop=60, order="blocks", window=1) as loader:
+        assert sum(len(batch) for batch in loader) == 60
+
+
+def test_the_next_window_is_fetched_while_the_present_one_is_used(remote, proxy, tmp_path):
+    dataset = open_dataset(remote, cache=ShardCache(str(tmp_path / "cache")))
+    with Loader(dataset, seed=0, global_batch=5, stop=60, order="blocks", window=1, prefetch=1) as loader:
+        next(iter(loader))
+        deadline = time.monotonic() + 10
+        while len(set(proxy[1].reads)) < 3 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert len(set(proxy[1].reads)) == 3
+
+
+def test_a_fetch_that_was_killed_is_taken_over_and_its_space_given_back(remote, tmp_path):
+    cache = ShardCache(str(tmp_path / "cache"), gigabytes=2.5 * _largest(remote) / 1e9)
+    dataset = open_dataset(remote, cache=cache)
+    other, same = "0" * 64, dataset.split.shards[0].sha256
+    cache.root.mkdir(parents=True)
+    for sha in (other, same):  # what two killed workers left
+        with open(cache.root / f"{sha}.tmp", "wb") as file:
+            file.truncate(10**9)
+    dataset.gather(np.arange(20))
+    assert [f.name for f in cache.root.iterdir() if f.is_file()] == [f"{same}.arrow"]
+
+
+def _largest(remote: str) -> int:
+    shards = json.loads(storage.read_bytes(f"{remote}/manifest.json"))["splits"]["train"]["shards"]
+    return max(shard["bytes"] for shard in shards)
+
+
+def _encoded(image: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(image).save(out, "PNG")
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "tar", "webdataset", "parquet", "npz"])
+def test_a_dataset_is_built_from_and_into_an_object_store(bucket, tmp_path, kind):
+    images = pictures(12, side=16, seed=3)
+    files = {f"{'ab'[i % 2]}/{i:02d}.png": _encoded(image) for i, image in enumerate(images)}
+    source = f"{bucket}/source" + {"folder": "", "webdataset": "", "npz": ".npz"}.get(kind, f".{kind}")
+    if kind == "folder":
+        for file, data in files.items():
+            storage.write_bytes(f"{source}/{file}", data)
+    elif kind == "npz":
+        np.savez(tmp_path / "data.npz", images=images, labels=np.arange(12) % 2)
+        storage.write_bytes(source, (tmp_path / "data.npz").read_bytes())
+    elif kind == "parquet":
+        table = pa.table({"image": [{"bytes": d, "path": None} for d in files.values()], "label": list("ab" * 6)})
+        pq.write_table(table, tmp_path / "data.parquet", row_group_size=5)
+        storage.write_bytes(source, (tmp_path / "data.parquet").read_bytes())
+    elif kind == "zip":
+        with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
+            for file, data in files.items():
+                archive.writestr(file, data)
+        storage.write_bytes(source, (tmp_path / "data.zip").read_bytes())
+    else:
+        with tarfile.open(tmp_path / "data.tar", "w") as archive:
+            for i, (file, data) in enumerate(files.items()):
+                parts = (
+                    {file: data} if kind == "tar" else {f"{i:05d}.png": data, f"{i:05d}.cls": b"01"[i % 2 : i % 2 + 1]}
+                )
+                for member, content in parts.items():
+                    info = tarfile.TarInfo(member)
+                    info.size = len(content)
+                    archive.addfile(info, io.BytesIO(content))
+        target = source if kind == "tar" else f"{source}/shard-000.tar"
+        storage.write_bytes(target, (tmp_path / "data.tar").read_bytes())
+    build(Settings(source, f"{bucket}/out", (16,), workers=0), show=False)
+    assert verify(f"{bucket}/out") == []
+    dataset = open_dataset(f"{bucket}/out", cache=ShardCache(str(tmp_path / "cache")))
+    pixels, labels = dataset.gather(np.arange(12))
+    found = {x.tobytes(): int(y) for x, y in zip(pixels.numpy(), labels, strict=True)}
+    assert found == {image.tobytes(): i % 2 for i, image in enumerate(images)}
 
 
 def _read_all(remote: str, folder: str) -> bool:
