@@ -37,7 +37,8 @@ received: list[int] = []  # signals that asked this command to stop
 
 @dataclass(frozen=True)
 class RunResult:
-    """Where the run is and how far. reason: finished, early (should_stop), signal, wall, nonfinite, data, storage."""
+    """Where the run is and how far. reason: finished, early (should_stop), signal, wall, nonfinite, data, storage,
+    evaluation (trained to the end, but an evaluation beside it failed)."""
 
     run_folder: str
     run_id: str
@@ -110,23 +111,32 @@ def run(
     from diffscale.ray_session import connect
 
     connect(num_cpus=_cpus_needed(experiment))
+    from diffscale.training import beside
     from diffscale.training.channel import OUTCOME, STOP, Channel
     from diffscale.training.progress import Display
 
-    channel = Channel(uuid.uuid4().hex)
+    channel, gpu = Channel(uuid.uuid4().hex), uses_gpu(experiment)
     stop = (lambda: channel.put(STOP, {})) if handle_signals else None
     config = {
         "experiment": experiment.model_dump_json(), "run_folder": folder, "cost": list(cost), "launch": channel.launch,
-        "should_stop": should_stop, "gpu": uses_gpu(experiment), "stop_with": stop_with,
+        "should_stop": should_stop, "gpu": gpu, "stop_with": stop_with,
+        "evaluate_beside": beside.wanted(experiment, gpu, bool(should_stop)),
     }  # fmt: skip
+
+    def interrupted() -> bool:
+        """Whether the run has stopped before its end: evaluations beside it are left to the next launch."""
+        return (channel.get(OUTCOME) or {}).get("reason") in ("signal", "wall")
+
     try:
         with Display(channel, experiment.name, show):
-            error = _fit(experiment, folder, config, stop)
+            error = _fit(experiment, folder, config, stop, interrupted)
         outcome = channel.get(OUTCOME)
     finally:
         channel.close()
     if outcome is None:
         raise RuntimeError(f"the workers of {folder} ended without a result") from error
+    if outcome["reason"] == "finished" and config["evaluate_beside"]:
+        outcome |= _left_unjudged(experiment, folder, cost)
     return _result(folder, run_id, outcome)
 
 
@@ -163,11 +173,6 @@ def prepare(experiment: Experiment) -> tuple[Dataset, Cost]:
 
 def _refuse_unsupported(experiment: Experiment) -> None:
     """Raises UserError for settings that would otherwise be ignored or fail in the middle."""
-    if experiment.eval.workers == "own" and experiment.eval.n_generated:
-        raise UserError(
-            setting="eval.workers", value="own", expected="auto or training: the training workers evaluate",
-            fix="eval.n_generated=0 and `python -m diffscale.evaluate RUN` beside the run",
-        )  # fmt: skip
     if experiment.data.augment and getattr(experiment.model, "augment_dim", 0) != 9:
         raise UserError(
             setting="data.augment", value=experiment.data.augment,
@@ -189,12 +194,15 @@ def _cpus_needed(experiment: Experiment) -> int | None:
     """CPUs to give a private cluster that has fewer than the run asks for: workers then share them."""
     train = experiment.train
     fewest = train.workers if isinstance(train.workers, int) else train.workers[0]
+    if experiment.eval.workers == "own" and experiment.eval.n_generated:
+        fewest += 1
     return max(fewest * train.cpus_per_worker, os.cpu_count() or 1)
 
 
 def _already(experiment: Experiment, folder: str, cost: Cost) -> int | None:
     """Images seen of a run whose newest checkpoint has used the budget and whose evaluations are all there."""
     from diffscale.training.checkpoint import list_checkpoints, read_state
+    from diffscale.training.judging import unjudged
     from diffscale.training.plan import make_plan
     from diffscale.training.tensor_files import Damaged
 
@@ -207,17 +215,20 @@ def _already(experiment: Experiment, folder: str, cost: Cost) -> int | None:
         images = int(state["images_seen"])
         if not plan.finished(images, state["device_seconds"]):
             return None
-        judged = {int(k) for k in state["values"]} | recorded(folder)
-        return images if images not in plan.points or images in judged else None
+        return None if unjudged(folder, experiment, plan.points, map(int, state["values"])) else images
     return None
 
 
-def recorded(folder: str) -> set[int]:
-    """Images seen at which there are records."""
-    import json
+def _left_unjudged(experiment: Experiment, folder: str, cost: Cost) -> dict[str, str]:
+    """What an outcome is instead of finished where evaluations beside the training have failed."""
+    from diffscale.training.judging import unjudged
+    from diffscale.training.plan import make_plan
 
-    uris = storage.list_files(storage.join(folder, "records"), ".json")
-    return {int(json.loads(storage.read_bytes(uri))["images_seen"]) for uri in uris}
+    left = unjudged(folder, experiment, make_plan(experiment, cost.flops_per_image).points)
+    if not left:
+        return {}
+    images = ", ".join(f"{i:,}" for i in left)
+    return {"reason": "evaluation", "message": f"trained to the end, but the evaluations at {images} images failed"}
 
 
 def _write_once(folder: str, experiment: Experiment, dataset: Dataset) -> None:
@@ -240,16 +251,21 @@ def _write_once(folder: str, experiment: Experiment, dataset: Dataset) -> None:
 
 
 def _fit(
-    experiment: Experiment, folder: str, config: dict[str, Any], stop: Callable[[], None] | None
-) -> Exception | None:
-    """Ray Train's part: starts the workers, starts them again when one is lost."""
+    experiment: Experiment, folder: str, config: dict[str, Any], stop: Callable[[], None] | None,
+    interrupted: Callable[[], bool],
+) -> Exception | None:  # fmt: skip
+    """Ray Train's part: starts the workers, starts them again when one is lost, waits for evaluations beside them."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from diffscale.provenance import job_environment
+    from diffscale.ray_session import HEALTH_TIMEOUT
+    from diffscale.training import beside, health
     from diffscale.training.worker import train_worker
 
     train = experiment.train
+    hang = str(health.hang_seconds())
+    os.environ[HEALTH_TIMEOUT] = hang  # Ray Train's controller notices a stopped process, which cannot end itself
     fs, path = storage.filesystem(storage.join(folder, "ray"))
     trainer = TorchTrainer(
         train_worker,
@@ -265,13 +281,16 @@ def _fit(
             storage_path=path,
             storage_filesystem=fs,
             failure_config=FailureConfig(max_failures=train.max_failures),
-            worker_runtime_env={"env_vars": job_environment()},  # type: ignore[call-arg]
+            worker_runtime_env={"env_vars": job_environment() | {health.ENVIRONMENT: hang}},  # type: ignore[call-arg]
         ),
+        validation_config=beside.validation_config(config) if config["evaluate_beside"] else None,
     )
-    return _in_thread(trainer.fit, stop)
+    return _in_thread(trainer.fit, stop, interrupted)
 
 
-def _in_thread(fit: Callable[[], Any], stop: Callable[[], None] | None) -> Exception | None:
+def _in_thread(
+    fit: Callable[[], Any], stop: Callable[[], None] | None, interrupted: Callable[[], bool]
+) -> Exception | None:
     """Runs `fit` in a thread, where Ray Train takes no signals for itself, so that SIGTERM and SIGINT can mean: save a
     checkpoint and stop. A second SIGINT does not wait for that. Gives the failure of the workers, if there was one."""
     from ray.train import WorkerGroupError
@@ -287,7 +306,7 @@ def _in_thread(fit: Callable[[], Any], stop: Callable[[], None] | None) -> Excep
     thread = threading.Thread(target=target, daemon=True, name="fit")
     with on_signals(stop):
         thread.start()
-        while thread.is_alive():
+        while thread.is_alive() and not interrupted():
             thread.join(0.2)
     if failed and not isinstance(failed[0], WorkerGroupError):
         raise failed[0]

@@ -1,5 +1,5 @@
-"""Small messages between the command and rank 0 of its workers, through the cluster's own key-value store: progress one
-way, the wish to stop the other. It needs no process, port or file of its own and works across nodes."""
+"""Small messages between the command and its workers, through the cluster's own key-value store: progress one way, the
+wish to stop the other. It needs no process, port or file of its own and works across nodes."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ import logging
 from typing import Any
 
 import ray
-from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
-
-from diffscale.training.monitor import EVALUATED, PHASE, PROGRESS
+from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_list, _internal_kv_put
 
 PREFIX = "diffscale/"
 STOP, OUTCOME, NOTICES = "stop", "outcome", "notices"
@@ -32,23 +30,33 @@ class Channel:
         data = _internal_kv_get(self._key(topic))
         return None if data is None else json.loads(data)
 
+    def notices(self) -> dict[str, list[str]]:
+        """Every writer's warnings, oldest first."""
+        if not ray.is_initialized():
+            return {}
+        keys = sorted(_internal_kv_list(self._key(NOTICES)))
+        topics = [key.decode().removeprefix(self._key("").decode()) for key in keys]
+        return {topic: (self.get(topic) or {"texts": []})["texts"] for topic in topics}
+
     def close(self) -> None:
         if ray.is_initialized():
-            for topic in (PROGRESS, PHASE, EVALUATED, STOP, OUTCOME, NOTICES):
-                _internal_kv_del(self._key(topic))
+            _internal_kv_del(self._key(""), del_by_prefix=True)
 
     def _key(self, topic: str) -> bytes:
         return f"{PREFIX}{self.launch}/{topic}".encode()
 
 
 class Notices(logging.Handler):
-    """Carries a worker's warnings to the command, which shows them: what was passed over, retried or is not exact."""
+    """Carries warnings to the command, which shows them: what was passed over, retried or is not exact.
 
-    def __init__(self, channel: Channel) -> None:
+    writer: the process that warns, by what it does; one that is started again goes on with the list of the one before.
+    """
+
+    def __init__(self, channel: Channel, writer: str) -> None:
         super().__init__(logging.WARNING)
-        self.channel = channel
-        self.texts: list[str] = (channel.get(NOTICES) or {"texts": []})["texts"]
+        self.channel, self.topic = channel, f"{NOTICES}/{writer}"
+        self.texts: list[str] = (channel.get(self.topic) or {"texts": []})["texts"]
 
     def emit(self, record: logging.LogRecord) -> None:
         self.texts.append(record.getMessage())
-        self.channel.put(NOTICES, {"texts": self.texts})
+        self.channel.put(self.topic, {"texts": self.texts})

@@ -22,6 +22,11 @@ SLOW_PHASES = 10.0  # evaluation, compilation and loading may take this many tim
 EXIT_HUNG = 74
 
 
+def hang_seconds() -> float:
+    """How long a rank may make no progress: $DIFFSCALE_HANG_SECONDS, which `train` hands on to its workers."""
+    return float(os.environ.get(ENVIRONMENT, DEFAULT_SECONDS))
+
+
 class Watchdog:
     """A thread that ends this process when `beat` was not called for too long (600 s, or $DIFFSCALE_HANG_SECONDS).
 
@@ -31,7 +36,7 @@ class Watchdog:
 
     def __init__(self, run_folder: str, rank: int) -> None:
         self.run_folder, self.rank = run_folder, rank
-        self.seconds = float(os.environ.get(ENVIRONMENT, DEFAULT_SECONDS))
+        self.seconds = hang_seconds()
         self._last, self._factor, self._done = time.monotonic(), SLOW_PHASES, threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
         self._thread.start()

@@ -70,16 +70,22 @@ def _joined(lines: list[str]) -> bytes:
 
 
 def make_trackers(
-    names: tuple[str, ...], run_folder: str, run_name: str, run_id: str, settings: dict[str, Any], images_seen: int
-) -> list[Tracker]:
-    """Raises UserError for one whose package is missing."""
+    names: tuple[str, ...], run_folder: str, run_name: str, run_id: str, settings: dict[str, Any], images_seen: int,
+    part: str = "",
+) -> list[Tracker]:  # fmt: skip
+    """part: of a second writer, whose log is kept apart from the run's own.
+
+    Raises UserError for a tracker whose package is missing.
+    """
+    if part:
+        run_name, run_id = f"{run_name} {part}", f"{run_id}-{part}"
     makers: dict[str, Callable[..., Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}
     trackers: list[Tracker] = []
     for name in names:
         if name not in makers:
             raise UserError(setting="train.trackers", value=name, expected=valid(name, makers))
         try:
-            trackers.append(makers[name](run_folder, run_name, run_id, settings, images_seen))
+            trackers.append(makers[name](run_folder, run_name, run_id, settings, images_seen, part))
         except ImportError as error:
             raise UserError(
                 setting="train.trackers", value=name, expected=f"an installed package ({error})",
@@ -91,13 +97,15 @@ def make_trackers(
 class TensorBoard:
     """Event files under RUN/tensorboard; for a remote store in a temporary folder whose place is logged."""
 
-    def __init__(self, run_folder: str, run_name: str, run_id: str, settings: dict[str, Any], images_seen: int) -> None:
+    def __init__(
+        self, run_folder: str, run_name: str, run_id: str, settings: dict[str, Any], images_seen: int, part: str
+    ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.remote = storage.join(run_folder, "tensorboard") if storage.is_remote(run_folder) else None
-        folder = tempfile.mkdtemp(prefix="diffscale-tb-") if self.remote else storage.join(run_folder, "tensorboard")
-        self.folder = Path(folder)
-        self.writer = SummaryWriter(str(folder), purge_step=images_seen + 1, flush_secs=30)
+        place = storage.join(run_folder, "tensorboard", *([part] if part else []))
+        self.remote = place if storage.is_remote(place) else None
+        self.folder = Path(tempfile.mkdtemp(prefix="diffscale-tb-") if self.remote else place)
+        self.writer = SummaryWriter(str(self.folder), purge_step=images_seen + 1, flush_secs=30)
 
     def log(self, images_seen: int, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -113,7 +121,9 @@ class TensorBoard:
 class WandB:
     """Through Ray's own integration, which takes the key from the environment."""
 
-    def __init__(self, run_folder: str, run_name: str, run_id: str, settings: dict[str, Any], images_seen: int) -> None:
+    def __init__(
+        self, run_folder: str, run_name: str, run_id: str, settings: dict[str, Any], images_seen: int, part: str
+    ) -> None:
         import wandb
 
         self.run = wandb.init(project="diffscale", name=run_name, id=run_id, resume="allow", config=settings)
@@ -128,7 +138,9 @@ class WandB:
 class MLflow:
     """To the server that MLFLOW_TRACKING_URI names."""
 
-    def __init__(self, run_folder: str, run_name: str, run_id: str, settings: dict[str, Any], images_seen: int) -> None:
+    def __init__(
+        self, run_folder: str, run_name: str, run_id: str, settings: dict[str, Any], images_seen: int, part: str
+    ) -> None:
         import mlflow
 
         self.mlflow = mlflow

@@ -1,9 +1,13 @@
-"""Evaluation at the compute points of a run, by the training workers: samples, values, validation loss, records."""
+"""Evaluation at the compute points of a run, by the training workers or beside them: samples, values, validation loss,
+records."""
 
 from __future__ import annotations
 
 import datetime as dt
+import json
+import math
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +19,18 @@ from diffscale.build import build_model, build_solver
 from diffscale.data import Dataset
 from diffscale.diffusion import Diffusion, training_loss
 from diffscale.evaluation import Evaluator
-from diffscale.evaluation.metrics import Measurement
+from diffscale.evaluation.metrics import Measurement, parse_metric
 from diffscale.evaluation.sources import Sampling
 from diffscale.experiment import Experiment
 from diffscale.keyed_random import Stream, normal
 from diffscale.records import Record, identify, record_id, write_record
+from diffscale.training import checkpoint as ck
 from diffscale.training.ema import ema_name
 from diffscale.training.learner import QUARTILES, Learner
 from diffscale.training.numerics import Numerics
 from diffscale.training.parallel import World
 from diffscale.training.sharding import whole
+from diffscale.training.tensor_files import group_files
 
 VALIDATION_IMAGES = 1024
 
@@ -41,31 +47,27 @@ class Judge:
         self.experiment, self.dataset, self.diffusion, self.world = experiment, dataset, diffusion, world
         self.numerics = numerics
         self.ema = ema_name(experiment.eval.ema)
-        self.evaluator = Evaluator(
-            experiment.eval, dataset, experiment.storage, heldout=dataset.heldout, device=world.device, rank=world.rank,
-            world=world.size, gather=world.gather if world.size > 1 else None,
-            at_eval_resolution=_at_eval_resolution(experiment),
-        )  # fmt: skip
+        self.evaluator = make_evaluator(experiment, dataset, world)
         self.evaluator.prepare()
         self._model: nn.Module | None = None
 
-    def judge(self, learner: Learner, run_folder: str, columns: dict[str, Any]) -> list[Record]:
-        """Evaluates the averaged weights, writes the records and the sample grid; gives the records on rank 0.
+    def judge(self, model: nn.Module, run_folder: str, columns: dict[str, Any], evaluated_on: str) -> list[Record]:
+        """Evaluates a network that carries averaged weights, writes the records and the sample grid; gives the records
+        on rank 0.
 
         `columns`: those of a Record that training determines, with forward_macs.
         """
-        model = self.averaged(learner)
         val_loss, by_logsnr = self.validation_loss(model)
         precision = "bf16" if self.numerics.precision == "bf16" else "fp32"
         sampling = self.evaluator.sampling(build_solver(self.experiment), precision=precision)
-        place = self._place(run_folder, learner.images_seen, sampling)
+        place = self._place(run_folder, columns["images_seen"], sampling)
         evaluation = self.evaluator.evaluate(model, self.diffusion, sampling, folder=place)
         if self.world.rank:
             return []
         if evaluation.grid_png is not None:
-            name = f"images-{learner.images_seen:09d}.png"
+            name = f"images-{columns['images_seen']:09d}.png"
             storage.write_bytes(storage.join(run_folder, "samples", name), evaluation.grid_png)
-        columns = columns | {"val_loss": val_loss, "val_loss_by_logsnr": by_logsnr, "evaluated_on": "training workers"}
+        columns = columns | {"val_loss": val_loss, "val_loss_by_logsnr": by_logsnr, "evaluated_on": evaluated_on}
         records = [
             make_record(columns, measurement, sampling, self.diffusion, self.ema)
             for measurement in evaluation.measurements
@@ -90,9 +92,7 @@ class Judge:
 
     def averaged(self, learner: Learner) -> nn.Module:
         """The network with the averaged weights (a collective call where they are sharded)."""
-        if self._model is None:
-            self._model = build_model(self.experiment, self.dataset).to(self.world.device).eval()
-            self._model.requires_grad_(False)
+        self._model = self._model or self._network()
         parameters = dict(learner.model.named_parameters())
         average = learner.ema.averages.get(self.ema)
         target = self._model.state_dict()
@@ -102,6 +102,15 @@ class Judge:
                     tensor = _like(parameters[name], average[name])
                 target[name].copy_(whole(tensor))
         return self._model
+
+    def stored(self, checkpoint: str) -> nn.Module:
+        """The network with the averaged weights of a checkpoint. Raises Damaged."""
+        self._model = self._model or self._network()
+        self._model.load_state_dict(ck.read_weights(checkpoint, self.ema))
+        return self._model
+
+    def _network(self) -> nn.Module:
+        return build_model(self.experiment, self.dataset).to(self.world.device).eval().requires_grad_(False)
 
     @torch.no_grad()
     def validation_loss(self, model: nn.Module) -> tuple[float | None, list[float] | None]:
@@ -130,6 +139,38 @@ class Judge:
             sums[1].index_add_(0, quartile, torch.ones_like(terms.loss, dtype=torch.float64))
         total, count = self.world.sum(sums).cpu()
         return float(total.sum() / count.sum()), (total / count.clamp(min=1)).tolist()
+
+
+def make_evaluator(experiment: Experiment, dataset: Dataset, world: World) -> Evaluator:
+    """Loads the metrics' networks. Raises UserError where one is not to be had or the settings do not fit the data."""
+    return Evaluator(
+        experiment.eval, dataset, experiment.storage, heldout=dataset.heldout, device=world.device, rank=world.rank,
+        world=world.size, gather=world.gather if world.size > 1 else None,
+        at_eval_resolution=_at_eval_resolution(experiment),
+    )  # fmt: skip
+
+
+def judged(run_folder: str, experiment: Experiment) -> dict[int, float]:
+    """Images seen at which there are records, and the first metric's value there under the run's own settings (nan
+    where it was only evaluated under others)."""
+    found: dict[int, float] = {}
+    settings, ema = experiment.eval, ema_name(experiment.eval.ema)
+    metric = parse_metric(settings.metrics[0]).name if settings.metrics else ""
+    for uri in storage.list_files(storage.join(run_folder, "records"), ".json"):
+        row = json.loads(storage.read_bytes(uri))
+        ours = row["metric"].startswith(metric) and row["n_generated"] == settings.n_generated and row["ema"] == ema
+        value = float(row["value"]) if ours else math.nan
+        if math.isnan(found.get(row["images_seen"], math.nan)):
+            found[row["images_seen"]] = value
+    return found
+
+
+def unjudged(run_folder: str, experiment: Experiment, points: Iterable[int], done: Iterable[int] = ()) -> list[int]:
+    """Those of `points` whose weights are kept and which have no record, nor are among `done`, oldest first."""
+    if not experiment.eval.metrics:
+        return []
+    left = {*points} - {*done} - {*judged(run_folder, experiment)}
+    return [i for c in ck.list_checkpoints(run_folder) if (i := ck.images_of(c)) in left and group_files(c, "model")]
 
 
 def make_record(

@@ -93,9 +93,7 @@ class Monitor:
 
     def evaluated(self, images_seen: int, records: list[Record]) -> None:
         """Values of an evaluation, to the trackers; the records themselves are files of their own."""
-        values = {record.metric: record.value for record in records if math.isfinite(record.value)}
-        if records and records[0].val_loss is not None:
-            values["val_loss"] = records[0].val_loss
+        values = summary(records)
         for tracker in self.trackers:
             tracker.log(images_seen, values)
         self.history.flush()
@@ -106,6 +104,14 @@ class Monitor:
         self.history.flush()
         for tracker in self.trackers:
             tracker.close()
+
+
+def summary(records: list[Record]) -> dict[str, float]:
+    """An evaluation's values by metric, with the validation loss, as far as they are finite."""
+    values = {record.metric: record.value for record in records}
+    if records and records[0].val_loss is not None:
+        values["val_loss"] = records[0].val_loss
+    return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
 def memory_bytes(device: torch.device) -> float:

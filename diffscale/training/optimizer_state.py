@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from diffscale.training.sharding import Slice, local, slice_of
+from diffscale.training.sharding import Slice, local, rows_of, slice_of
 
 _GROUP = "group"
 
@@ -48,10 +49,21 @@ def slices(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Slice | No
     return out
 
 
+def rows(model: nn.Module) -> Callable[[str, tuple[int, ...]], tuple[int, int] | None]:
+    """For `read_group`: which rows of a stored tensor this rank holds, by its name and whole shape."""
+    parameters = dict(model.named_parameters())
+
+    def wanted(key: str, shape: tuple[int, ...]) -> tuple[int, int] | None:
+        p = parameters.get(key.rpartition("/")[0])
+        return rows_of(p) if p is not None and tuple(p.shape) == shape else None
+
+    return wanted
+
+
 def restore(
     optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor], numbers: dict[str, Any]
 ) -> None:
-    """The reverse of `flatten`; `tensors` are whole and each rank takes its rows."""
+    """The reverse of `flatten`; of each tensor there are the rows that `rows` asks for."""
     names = {id(p): name for name, p in model.named_parameters()}
     plain = optimizer.state_dict()
     ordered = [p for group in optimizer.param_groups for p in group["params"]]
@@ -71,9 +83,7 @@ def restore(
 
 
 def _sharded_as(p: Tensor, value: Any) -> Any:
-    place = slice_of(p)
-    if not isinstance(value, Tensor) or not isinstance(p, DTensor) or value.shape != p.shape:
+    if not isinstance(value, Tensor) or not isinstance(p, DTensor) or value.shape != p.to_local().shape:
         return value
-    mine = value if place is None else value[place.start : place.start + p.to_local().shape[0]]
-    mine = mine.to(p.device).contiguous()
+    mine = value.to(p.device).contiguous()
     return DTensor.from_local(mine, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from diffscale.training.channel import NOTICES, Channel
+from diffscale.training.channel import Channel
 from diffscale.training.monitor import EVALUATED, PHASE, PROGRESS
 
 POLL_SECONDS = 0.5
@@ -44,25 +44,26 @@ class Display:
         )
         with Progress(*columns, console=self.console, disable=not self.console.is_terminal, transient=True) as bar:
             task = bar.add_task(self.name, total=None, text="starting")
-            line, judged, told = time.monotonic(), -1, 0
+            line, judged = time.monotonic(), -1
+            told: dict[str, int] = {}
             while not self._done.wait(POLL_SECONDS):
                 seen, phase = self.channel.get(PROGRESS), self.channel.get(PHASE)
                 text = describe(seen, phase)
                 bar.update(task, text=text, completed=(seen or {}).get("images_seen", 0), total=(seen or {}).get("end"))
                 judged = self._tell_evaluation(judged)
-                told = self._tell_notices(told)
+                self._tell_notices(told)
                 if not self.console.is_terminal and time.monotonic() - line >= LINE_SECONDS:
                     self.console.print(f"{self.name}: {text}", highlight=False)
                     line = time.monotonic()
             self._tell_evaluation(judged)
             self._tell_notices(told)
 
-    def _tell_notices(self, told: int) -> int:
-        """Warnings of the workers that were not shown yet."""
-        texts = (self.channel.get(NOTICES) or {"texts": []})["texts"]
-        for text in texts[told:]:
-            self.console.print(f"{self.name}: warning: {text}", highlight=False, soft_wrap=True)
-        return len(texts)
+    def _tell_notices(self, told: dict[str, int]) -> None:
+        """Warnings that were not shown yet. told: how many of each writer were."""
+        for writer, texts in self.channel.notices().items():
+            for text in texts[told.get(writer, 0) :]:
+                self.console.print(f"{self.name}: warning: {text}", highlight=False, soft_wrap=True)
+            told[writer] = len(texts)
 
     def _tell_evaluation(self, judged: int) -> int:
         """A line for each evaluation."""

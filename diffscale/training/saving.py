@@ -17,8 +17,8 @@ from diffscale import storage
 from diffscale.training import checkpoint as ck
 from diffscale.training import optimizer_state
 from diffscale.training.learner import Learner
-from diffscale.training.sharding import Slice, local, slice_of
-from diffscale.training.tensor_files import FileInfo, write_group
+from diffscale.training.sharding import Slice, local, rows_of, slice_of
+from diffscale.training.tensor_files import FileInfo, read_group, write_group
 
 log = logging.getLogger(__name__)
 
@@ -56,21 +56,24 @@ def take(learner: Learner, state: dict[str, Any], rank: int) -> Snapshot | None:
 
 
 def load(learner: Learner, checkpoint: str) -> dict[str, Any]:
-    """Puts a checkpoint into a learner of any world size; gives state.json. Raises Damaged."""
-    from diffscale.training.tensor_files import read_group
+    """Puts a checkpoint into a learner of any world size, of which each rank reads its rows; gives state.json.
 
+    Raises Damaged.
+    """
     state = ck.read_state(checkpoint)
-    weights = read_group(checkpoint, "model")
+    model = learner.model.state_dict()
+    parameters = dict(learner.model.named_parameters())
     with torch.no_grad():
-        for name, target in learner.model.state_dict().items():
-            _fill(target, weights[name])
-        parameters = dict(learner.model.named_parameters())
+        weights = read_group(checkpoint, "model", lambda name, _: rows_of(model[name]))
+        for name, target in model.items():
+            local(target).copy_(weights[name])
         for name, average in learner.ema.averages.items():
-            for key, tensor in read_group(checkpoint, f"ema/{name}").items():
-                place = slice_of(parameters[key])
-                rows = tensor if place is None else tensor[place.start : place.start + len(average[key])]
-                average[key].copy_(rows)
-    tensors = read_group(checkpoint, "optimizer/state") if learner.images_seen or state["images_seen"] else {}
+            stored = read_group(checkpoint, f"ema/{name}", lambda name, _: rows_of(parameters[name]))
+            for key, mine in average.items():
+                mine.copy_(stored[key])
+    tensors = {}
+    if state["images_seen"]:
+        tensors = read_group(checkpoint, "optimizer/state", optimizer_state.rows(learner.model))
     optimizer_state.restore(learner.optimizer, learner.model, tensors, state["optimizer"])
     learner.load_scalars(state)
     return state
@@ -78,11 +81,6 @@ def load(learner: Learner, checkpoint: str) -> dict[str, Any]:
 
 def _copy(tensor: Tensor) -> Tensor:
     return local(tensor).detach().to("cpu", copy=True)
-
-
-def _fill(target: Tensor, value: Tensor) -> None:
-    place, mine = slice_of(target), local(target)
-    mine.copy_(value if place is None else value[place.start : place.start + mine.shape[0]])
 
 
 class Saver:

@@ -11,7 +11,8 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,9 +26,9 @@ from diffscale.records import Record
 from diffscale.training import checkpoint as ck
 from diffscale.training import saving
 from diffscale.training.columns import run_columns
+from diffscale.training.evaluations import Evaluations
 from diffscale.training.health import Watchdog
 from diffscale.training.history import History, make_trackers
-from diffscale.training.judging import Judge
 from diffscale.training.learner import Learner, Step
 from diffscale.training.monitor import PHASE, Listener, Monitor
 from diffscale.training.numerics import Numerics, set_memory_format
@@ -47,7 +48,9 @@ class Session:
     def __init__(
         self, experiment: Experiment, run_folder: str, world: World, cost: Cost, listener: Listener | None = None,
         should_stop: ShouldStop | None = None, asked: Callable[[], bool] = lambda: False,
+        hand_over: Callable[[int], None] | None = None,
     ) -> None:  # fmt: skip
+        """asked: whether the run is to stop at a checkpoint. hand_over: see Evaluations."""
         self.experiment, self.run_folder, self.world, self.cost = experiment, run_folder, world, cost
         self.listener, self.should_stop, self.asked = listener, should_stop, asked
         self.started, self._wish = time.monotonic(), 0
@@ -60,16 +63,15 @@ class Session:
         self.meter = EnergyMeter(world.device)
         self.device_seconds, self.energy_before, self.skipped, self.in_row = 0.0, 0.0, 0, 0
         self.loss_sum, self.loss_steps, self.bit_identical = 0.0, 0, True
-        self.values: dict[int, float] = {}
         self.learner = self._learner()
-        self._resume()
+        values = self._resume()
         self.saver = saving.Saver(
             run_folder, world.rank, world.size, world.from_first(uuid.uuid4().hex), ck.save_settings(experiment),
             self._rotate,
         )  # fmt: skip
-        self.judge = None
-        if experiment.eval.n_generated and experiment.eval.workers != "own":
-            self.judge = Judge(experiment, self.dataset, self.diffusion, world, self.numerics)
+        self.evaluations = Evaluations(
+            experiment, run_folder, self.dataset, self.diffusion, world, self.numerics, values, hand_over, self._told
+        )  # fmt: skip
         self.monitor = self._monitor() if world.rank == 0 else None
         self._saved_at, self._saved_clock, self._saved_any = self.learner.images_seen, self.device_seconds, False
 
@@ -99,21 +101,22 @@ class Session:
         self.bit_identical = bool(stored["bit_identical"])
         return Numerics(**stored["numerics"])
 
-    def _resume(self) -> None:
+    def _resume(self) -> dict[int, float]:
+        """Takes the newest good checkpoint up; gives the values of its evaluations."""
         found = None
         if self.world.rank == 0:
             found = ck.newest_good(self.run_folder)
             ck.distrust(self.run_folder, ck.images_of(found) if found else -1)  # damaged ones will be written again
         checkpoint = self.world.from_first(found)
         if checkpoint is None:
-            return
+            return {}
         state = saving.load(self.learner, checkpoint)
         self.device_seconds, self.energy_before = state["device_seconds"], state["energy_joules"] or 0.0
         self.skipped, self.in_row = state["skipped"], state["skipped_in_row"]
         self.loss_sum, self.loss_steps = state["loss_sum"], state["loss_steps"]
-        self.values = {int(k): v for k, v in state["values"].items()}
         self.bit_identical &= state["bit_identical"] and state["world_size"] == self.world.size
         log.info("resumed from %s", checkpoint)
+        return {int(images): value for images, value in state["values"].items()}
 
     def _monitor(self) -> Monitor:
         e, images = self.experiment, self.learner.images_seen
@@ -146,11 +149,12 @@ class Session:
     def _run(self) -> dict[str, Any]:
         plan = self.plan
         with self.loader():
-            if self._missed_evaluation() and self._evaluate():
+            points = [i for i in plan.points if i <= self.learner.images_seen]
+            with self._evaluating():
+                stop = self.evaluations.make_up(points)
+            if stop:
                 return self._end("early")
             self._flag()
-            self.phase("training")
-            self._mark = time.monotonic()
             while not plan.finished(self.learner.images_seen, self.device_seconds):
                 before = self.device_seconds
                 step = self.advance()
@@ -158,10 +162,16 @@ class Session:
                     return self._nonfinite()
                 images = self.learner.images_seen
                 due = plan.evaluates(images, before, self.device_seconds, plan.finished(images, self.device_seconds))
-                if due or plan.checkpoints(images, self.device_seconds - self._saved_clock):
-                    self._save()
-                if due and self._evaluate():
-                    return self._end("early")
+                if due:
+                    columns = self._columns()
+                    self.loss_sum, self.loss_steps = 0.0, 0
+                    self._save(columns)
+                    with self._evaluating():
+                        stop = self.evaluations.evaluate(self.learner, columns)
+                    if stop:
+                        return self._end("early")
+                elif plan.checkpoints(images, self.device_seconds - self._saved_clock):
+                    self._save(self._columns())
                 if step.stop:
                     return self._end("signal" if step.stop == SIGNAL else "wall")
             return self._end("finished")
@@ -222,14 +232,14 @@ class Session:
 
     # ---- saving and evaluating
 
-    def _state(self) -> dict[str, Any]:
+    def _state(self, columns: dict[str, Any]) -> dict[str, Any]:
         data = self.dataset
         classes = data.num_classes if self.experiment.data.class_conditional else 0
         return {
             "device_seconds": self.device_seconds, "energy_joules": self._energy(), "skipped": self.skipped,
             "skipped_in_row": self.in_row, "loss_sum": self.loss_sum, "loss_steps": self.loss_steps,
-            "values": {str(k): v for k, v in self.values.items()}, "world_size": self.world.size,
-            "bit_identical": self.bit_identical, "record": self._columns(),
+            "values": {str(images): value for images, value in self.evaluations.values.items()}, "record": columns,
+            "world_size": self.world.size, "bit_identical": self.bit_identical,
             "data": {"resolution": data.resolution, "channels": data.channels, "num_classes": classes},
         }  # fmt: skip
 
@@ -246,60 +256,40 @@ class Session:
         joules, unknown = self.world.sum(values).tolist()
         return None if unknown else self.energy_before + joules
 
-    def _save(self) -> None:
+    def _save(self, columns: dict[str, Any]) -> None:
         if not self._saved_any:
             with self.watchdog.slow():
                 self._loader.wait_verified()  # before a checkpoint counts as good (DECISIONS 16)
-        self.saver.save(saving.take(self.learner, self._state(), self.world.rank))
+        self.saver.save(saving.take(self.learner, self._state(columns), self.world.rank))
         self._saved_any, self._saved_at = True, self.learner.images_seen
         self._saved_clock = self.device_seconds
 
     def _rotate(self, _: int) -> None:
-        keep, settings = self.experiment.train.checkpoint, self.experiment.train
+        settings = self.experiment.train
         have = [ck.images_of(c) for c in ck.list_checkpoints(self.run_folder)]
-        best = sorted((i for i in self.values if i in have), key=lambda i: self.values[i])[: keep.keep_best]
-        points = {i for i in have if keep.keep_points and i in (*self.plan.points, *self.values)}
-        ck.rotate(
-            self.run_folder,
-            ck.Keep(whole=set(have[-keep.keep_last :]), weights={*best, *points}, averages=bool(settings.ema.power)),
-        )
+        whole, weights = set(have[-settings.checkpoint.keep_last :]), self.evaluations.keep(have, self.plan.points)
+        ck.rotate(self.run_folder, ck.Keep(whole, weights, averages=bool(settings.ema.power)))
 
-    def _missed_evaluation(self) -> bool:
-        """Whether the run was ended between a compute point and its records."""
-        images = self.learner.images_seen
-        if self.judge is None or images not in self.plan.points:
-            return False
-        return not self.world.from_first(images in self.values or self._recorded(images))
-
-    def _recorded(self, images: int) -> bool:
-        uris = storage.list_files(storage.join(self.run_folder, "records"), ".json")
-        return any(json.loads(storage.read_bytes(uri)).get("images_seen") == images for uri in uris)
-
-    def _evaluate(self) -> bool:
-        """Every rank's part of an evaluation; whether `should_stop` wants the run to end."""
-        if self.judge is None:
-            return False
-        self.phase("evaluating")
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """What is done inside is no training, and may take long."""
+        if self.evaluations.judge is not None:
+            self.phase("evaluating")
         with self.watchdog.slow():
-            records = self.judge.judge(self.learner, self.run_folder, self._columns())
-            stop = False
-            if self.world.rank == 0:
-                if records:
-                    self.values[self.learner.images_seen] = records[0].value
-                if self.monitor is not None:
-                    self.monitor.evaluated(self.learner.images_seen, records)
-                stop = self.should_stop is not None and True in [self.should_stop(record) for record in records]
-            stop = self.world.from_first(stop)
-        self.loss_sum, self.loss_steps = 0.0, 0
+            yield
         self._mark = time.monotonic()
         self.phase("training")
-        return stop
+
+    def _told(self, images: int, records: list[Record]) -> bool:
+        if self.monitor is not None:
+            self.monitor.evaluated(images, records)
+        return self.should_stop is not None and True in [self.should_stop(record) for record in records]
 
     # ---- ending
 
     def _end(self, reason: str) -> dict[str, Any]:
         if self._saved_at != self.learner.images_seen or not self._saved_any:
-            self._save()
+            self._save(self._columns())
         self.phase("saving")
         self.saver.wait()
         self.world.barrier()

@@ -29,6 +29,12 @@ def slice_of(tensor: Tensor) -> Slice | None:
     return Slice(offset[0], tensor.shape[0])
 
 
+def rows_of(tensor: Tensor) -> tuple[int, int] | None:
+    """The first and last (exclusive) row held here, None for all of them."""
+    place = slice_of(tensor)
+    return None if place is None else (place.start, place.start + local(tensor).shape[0])
+
+
 def whole(tensor: Tensor) -> Tensor:
     """All of it on every rank (a collective call for a sharded tensor)."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

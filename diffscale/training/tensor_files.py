@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load
 from torch import Tensor
 
 from diffscale import storage
@@ -29,6 +29,7 @@ _NAMES = {
     torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 SLICES = "slices"
+Rows = Callable[[str, tuple[int, ...]], tuple[int, int] | None]
 
 
 class FileInfo(NamedTuple):
@@ -57,16 +58,17 @@ def write_group(
     return {name: _write(storage.join(folder, name), kept, {SLICES: json.dumps(places)})}
 
 
-def read_group(folder: str, group: str) -> dict[str, Tensor]:
-    """The tensors of a group, whole, however many files they are in. Raises Damaged when nothing is there."""
+def read_group(folder: str, group: str, rows: Rows | None = None) -> dict[str, Tensor]:
+    """The tensors of a group, however many files they are in; of each only what `rows` wants is read.
+
+    rows: (name, whole shape) → first and last (exclusive) row, None for all. Raises Damaged when nothing is there.
+    """
     files = group_files(folder, group)
     if not files:
         raise Damaged(f"{folder}: no tensors {group}")
     parts: dict[str, list[tuple[int, Tensor]]] = {}
     for file in files:
-        tensors, places = _read(file)
-        for name, tensor in tensors.items():
-            start = places.get(name, 0)
+        for name, (start, tensor) in _read(file, rows).items():
             parts.setdefault(name, []).append((start, tensor))
     out = {}
     for name, pieces in parts.items():
@@ -102,25 +104,81 @@ def checksum(uri: str) -> FileInfo:
     return FileInfo(digest.hexdigest(), count)
 
 
-def _read(uri: str) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """The file's tensors, and the first row of those that are slices."""
+def _read(uri: str, rows: Rows | None) -> dict[str, tuple[int, Tensor]]:
+    """What is wanted of the file's tensors, by name, each with the first row of the whole that it holds."""
+    out = {}
     try:
-        if storage.is_remote(uri):
-            data = storage.read_bytes(uri)
-            length = struct.unpack("<Q", data[:8])[0]
-            metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
-            tensors = load(data)
-        else:
-            with safe_open(uri.removeprefix("file://"), framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        places = json.loads(metadata.get(SLICES, "{}"))
-        return tensors, {str(name): int(place[0]) for name, place in places.items()}
+        with _reader(uri) as file:
+            places = json.loads((file.metadata() or {}).get(SLICES, "{}"))
+            for name in file.keys():  # noqa: SIM118
+                part = file.get_slice(name)
+                shape = tuple(part.get_shape())
+                start, total = (int(n) for n in places.get(name, (0, shape[0] if shape else 0)))
+                wanted = rows(name, (total, *shape[1:])) if rows and shape else None
+                if wanted is None:
+                    out[name] = start, part[:]
+                    continue
+                first, last = (min(max(row - start, 0), shape[0]) for row in wanted)
+                out[name] = start + first, part[first:last] if first < last else part[:1][:0]
+        return out
     except (
         SafetensorError, OSError, ValueError, struct.error, TypeError, AttributeError, LookupError, RecursionError,
         RuntimeError, OverflowError,
     ) as error:  # fmt: skip
         raise Damaged(f"{uri}: {error}") from None
+
+
+@contextmanager
+def _reader(uri: str) -> Iterator[Any]:
+    if not storage.is_remote(uri):
+        with safe_open(uri.removeprefix("file://"), framework="pt") as local:
+            yield local
+        return
+    fs, path = storage.filesystem(uri)
+    with fs.open_input_file(path) as file:
+        yield _Remote(file)
+
+
+class _Remote:
+    """safe_open for a file in an object store: what is asked for is fetched by its range."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+        (length,) = struct.unpack("<Q", file.read_at(8, 0))
+        if length > file.size() - 8:
+            raise ValueError("the header is longer than the file")
+        self.header: dict[str, Any] = json.loads(file.read_at(length, 8))
+        self.start = 8 + length
+
+    def metadata(self) -> dict[str, str] | None:
+        return self.header.get("__metadata__")
+
+    def keys(self) -> list[str]:
+        return [name for name in self.header if name != "__metadata__"]
+
+    def get_slice(self, name: str) -> _RemoteTensor:
+        return _RemoteTensor(self, self.header[name])
+
+
+class _RemoteTensor:
+    def __init__(self, of: _Remote, entry: dict[str, Any]) -> None:
+        self.of, self.shape = of, [int(n) for n in entry["shape"]]
+        self.dtype = {name: dtype for dtype, name in _NAMES.items()}[entry["dtype"]]
+        self.begin, end = (int(n) for n in entry["data_offsets"])
+        self.row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
+        if end - self.begin != math.prod(self.shape) * self.dtype.itemsize or min(self.shape, default=0) < 0:
+            raise ValueError(f"shape {self.shape} in {end - self.begin} bytes")
+
+    def get_shape(self) -> list[int]:
+        return self.shape
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        first, last, _ = rows.indices(self.shape[0] if self.shape else 1)
+        data = self.of.file.read_at(
+            (last - first) * self.row_bytes, self.of.start + self.begin + first * self.row_bytes
+        )
+        flat = torch.frombuffer(bytearray(data), dtype=self.dtype) if data else torch.empty(0, dtype=self.dtype)
+        return flat.reshape([last - first, *self.shape[1:]] if self.shape else [])
 
 
 def _write(uri: str, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> FileInfo:

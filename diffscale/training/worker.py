@@ -11,6 +11,7 @@ from diffscale.compute import Cost
 from diffscale.data import ShardError
 from diffscale.errors import UserError
 from diffscale.experiment import Experiment
+from diffscale.training.beside import hand_over
 from diffscale.training.channel import OUTCOME, STOP, Channel, Notices
 from diffscale.training.parallel import World
 from diffscale.training.saving import StorageFailed
@@ -29,14 +30,14 @@ def train_worker(config: dict[str, Any]) -> None:
     channel = Channel(config["launch"])
     stops = [channel] if config["stop_with"] is None else [channel, Channel(config["stop_with"])]
     experiment = Experiment.model_validate_json(config["experiment"])
-    if world.rank == 0:
-        logging.getLogger("diffscale").addHandler(Notices(channel))
+    logging.getLogger("diffscale").addHandler(Notices(channel, f"rank {world.rank}"))
     if channel.get(OUTCOME) is not None:  # a rank ended the run, and Ray Train starts the others again: nothing to do
         return
     try:
         session = Session(
             experiment, config["run_folder"], world, Cost(*config["cost"]), channel, config["should_stop"],
             lambda: any(c.get(STOP) is not None for c in stops),
+            (lambda images: hand_over(images, world.rank)) if config["evaluate_beside"] else None,
         )  # fmt: skip
         outcome = session.run()
     except (UserError, StorageFailed) as error:

@@ -33,3 +33,14 @@ def shared_storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def dataset(shared_storage: Path) -> Dataset:
     return open_dataset(resolve("builtin:emoji", 8, str(shared_storage)))
+
+
+@pytest.fixture(scope="module")
+def private_ray(dataset: object) -> Iterator[None]:
+    import ray
+
+    from diffscale.ray_session import connect
+
+    connect(num_cpus=2)
+    yield
+    ray.shutdown()

@@ -169,6 +169,38 @@ def test_slices_of_any_world_size_are_one_tensor(tmp_path: Path) -> None:
     assert len(list((tmp_path / "optimizer").iterdir())) == 3
     found = read_group(str(tmp_path), "optimizer/state")
     assert all(torch.equal(found[n], whole[n]) for n in whole)
+    for first, last in [(0, 7), (2, 5), (4, 4), (6, 7)]:
+        found = read_group(
+            str(tmp_path), "optimizer/state", lambda n, _, rows=(first, last): rows if n == "w" else None
+        )
+        assert torch.equal(found["w"], whole["w"][first:last])
+        assert torch.equal(found["b"], whole["b"])
+
+
+def test_a_rank_reads_its_rows_of_a_remote_file_and_no_others(tmp_path: Path, bucket: str) -> None:
+    from diffscale.training import tensor_files
+
+    whole = {"w": torch.randn(1000, 1000), "n": torch.tensor(5, dtype=torch.int64), "empty": torch.zeros(0, 4)}
+    write_group(bucket, "slices/model", whole, {}, 0, 1)
+    fetched = 0
+
+    class Counting:
+        def __init__(self, file: Any) -> None:
+            self.file, self.size = file, file.size
+
+        def read_at(self, count: int, offset: int) -> bytes:
+            nonlocal fetched
+            fetched += count
+            return self.file.read_at(count, offset)
+
+    with tensor_files._reader(f"{bucket}/slices/model.safetensors") as remote:
+        counted = tensor_files._Remote(Counting(remote.file))
+        assert torch.equal(counted.get_slice("w")[250:500], whole["w"][250:500])
+    assert 250 * 1000 * 4 < fetched < 251 * 1000 * 4
+    found = read_group(bucket, "slices/model", lambda n, _: (250, 500) if n == "w" else None)
+    assert torch.equal(found["w"], whole["w"][250:500])
+    assert found["n"] == 5
+    assert found["empty"].shape == (0, 4)
 
 
 def test_files_are_what_safetensors_reads_and_writes(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -24,17 +23,6 @@ from .small import BATCH, environment, experiment, final_state, settings_file, w
 
 WORKERS = {"workers": 2}
 RESUMABLE = 143
-
-
-@pytest.fixture(scope="module")
-def private_ray(dataset: object) -> Iterator[None]:
-    import ray
-
-    from diffscale.ray_session import connect
-
-    connect(num_cpus=2)
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +179,6 @@ def test_a_lost_node_leaves_the_same_weights(shared_storage: Path, uninterrupted
         cluster.shutdown()
 
 
-@pytest.mark.xfail(run=False, reason="not met: the launch waits for the stopped rank without end (2026-11-24)")
 def test_a_hung_rank_is_noticed_and_the_run_goes_on(
     shared_storage: Path, uninterrupted: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,7 +186,7 @@ def test_a_hung_rank_is_noticed_and_the_run_goes_on(
 
     e = experiment(shared_storage, name="hung", train=WORKERS)
     folder = e.run_folder(open_training_data(e).content_hash)
-    monkeypatch.setenv("DIFFSCALE_HANG_SECONDS", "3")
+    monkeypatch.setenv("DIFFSCALE_HANG_SECONDS", "8")
 
     def stop_one() -> None:
         wait_for(lambda: seen(folder) >= 30 * BATCH)
