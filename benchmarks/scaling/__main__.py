@@ -83,7 +83,7 @@ def measured() -> dict[str, Any]:
 
 
 def _rank(rank: int, folder: str, text: str, queue: Any) -> None:
-    from benchmarks.throughput.training import bare
+    from benchmarks.throughput.training import bare, settled
     from diffscale.build import build_model
     from diffscale.experiment import Experiment
     from diffscale.training.parallel import World
@@ -97,8 +97,9 @@ def _rank(rank: int, folder: str, text: str, queue: Any) -> None:
     ring = _median(lambda: dist.all_reduce(flat))
     half = experiment.train.global_batch // 2
     train = experiment.train.model_copy(update={"global_batch": half})
-    alone = bare(experiment.model_copy(update={"train": train}), threads=1)
-    together = bare(experiment, threads=1, world=World(rank, 2))
+    numerics = World(rank, 2).from_first(settled(experiment) if rank == 0 else None)
+    alone = bare(experiment.model_copy(update={"train": train}), numerics, threads=1)
+    together = bare(experiment, numerics, threads=1, world=World(rank, 2))
     dist.barrier()
     one = _median(lambda: alone(1))
     dist.barrier()

@@ -19,6 +19,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,9 +32,12 @@ import typer
 from benchmarks.throughput.pairs import race, write
 from diffscale.build import build_diffusion, build_model, open_training_data
 from diffscale.cli import load_experiment, run_app
-from diffscale.data import Loader
+from diffscale.compute import device_name
+from diffscale.data import Dataset, Loader
 from diffscale.experiment import Experiment
+from diffscale.storage import write_bytes
 from diffscale.training.learner import Learner
+from diffscale.training.numerics import Numerics, choose_numerics
 from diffscale.training.parallel import World
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -50,7 +54,7 @@ def main(
     with tempfile.TemporaryDirectory(prefix="diffscale-bench-") as storage:
         place = os.environ.get("DIFFSCALE_STORAGE", storage)
         settings = [f"storage={place}", f"name=bench-{uuid.uuid4().hex[:8]}", "eval.n_generated=0", "train.trackers=[]"]
-        settings += ["train.flops=null", "train.images=100000000", "train.compile=false", "train.channels_last=true"]
+        settings += ["train.flops=null", "train.images=100000000", "train.compile=false", "train.workers=1"]
         experiment = load_experiment(preset, settings)
         run = {"ray": against_ray, "overhead": overheads, "workers": against_workers, "start": cold_start}[case]
         row = {"preset": preset, "batch": experiment.train.global_batch, **run(experiment, pairs, steps)}
@@ -58,17 +62,27 @@ def main(
         print(write(f"training_{case}", [row]))
 
 
-def bare(experiment: Experiment, threads: int, world: World | None = None) -> Callable[[int], None]:
+def settled(experiment: Experiment, threads: int = 1) -> Numerics:
+    """How a run would choose to compute."""
+    torch.set_num_threads(threads)
+    dataset = open_training_data(experiment)
+    images = torch.zeros(experiment.train.global_batch, dataset.channels, dataset.resolution, dataset.resolution)
+    return choose_numerics(build_model(experiment, dataset), images, "cpu", experiment.train)
+
+
+def make_learner(experiment: Experiment, numerics: Numerics, world: World | None = None) -> tuple[Learner, Dataset]:
+    dataset = open_training_data(experiment)
+    torch.manual_seed(0)
+    model = numerics.prepare(build_model(experiment, dataset))
+    diffusion, world = build_diffusion(experiment, dataset), world or World()
+    return Learner(model, diffusion, experiment, world, numerics, dataset.num_classes), dataset
+
+
+def bare(experiment: Experiment, numerics: Numerics, threads: int, world: World | None = None) -> Callable[[int], None]:
     """A loop over the learner and nothing else; a call runs so many steps."""
     world = world or World()
     torch.set_num_threads(threads)
-    dataset = open_training_data(experiment)
-    torch.manual_seed(0)
-    model = build_model(experiment, dataset).to(memory_format=torch.channels_last)
-    from diffscale.training.numerics import Numerics, settle_precision
-
-    numerics = Numerics(settle_precision(experiment.train.precision, "cpu"), channels_last=True)
-    learner = Learner(model, build_diffusion(experiment, dataset), experiment, world, numerics, dataset.num_classes)
+    learner, dataset = make_learner(experiment, numerics, world)
     batch = experiment.train.global_batch
     batches = iter(Loader(dataset, seed=0, global_batch=batch, shard=world.share(batch), flip=True))
 
@@ -117,7 +131,9 @@ def against_ray(experiment: Experiment, pairs: int, steps: int) -> dict[str, Any
     from diffscale.training.channel import Channel
 
     channel = Channel(uuid.uuid4().hex)
-    folder = f"{experiment.storage}/runs/{experiment.name}"
+    folder, numerics = f"{experiment.storage}/runs/{experiment.name}", settled(experiment)
+    stored = {"numerics": asdict(numerics), "device": device_name(torch.device("cpu")), "bit_identical": True}
+    write_bytes(f"{folder}/numerics.json", json.dumps(stored).encode())
     config = {"launch": channel.launch, "experiment": experiment.model_dump_json(), "folder": folder}
     trainer = TorchTrainer(
         ray_side, train_loop_config=config, torch_config=TorchConfig(backend="gloo"),
@@ -126,7 +142,7 @@ def against_ray(experiment: Experiment, pairs: int, steps: int) -> dict[str, Any
     )  # fmt: skip
     thread = threading.Thread(target=trainer.fit, daemon=True)
     thread.start()
-    loop = bare(experiment, threads=1)
+    loop = bare(experiment, numerics, threads=1)
     turn = 0
     while channel.get("done") is None:
         time.sleep(0.1)
@@ -154,14 +170,8 @@ def overheads(experiment: Experiment, pairs: int, steps: int) -> dict[str, Any]:
     from diffscale.training.monitor import Monitor
     from diffscale.training.plan import CHECKPOINT_SECONDS, EVERY_STEPS
 
-    torch.set_num_threads(1)
-    dataset = open_training_data(experiment)
+    learner, dataset = make_learner(experiment, settled(experiment))
     batch = experiment.train.global_batch
-    from diffscale.training.numerics import Numerics, settle_precision
-
-    model = build_model(experiment, dataset).to(memory_format=torch.channels_last)
-    numerics = Numerics(settle_precision(experiment.train.precision, "cpu"), channels_last=True)
-    learner = Learner(model, build_diffusion(experiment, dataset), experiment, World(), numerics, dataset.num_classes)
     monitor = Monitor(
         History(f"{experiment.storage}/bench", 0), [], None, World(), "fp32", 1e9, None, EVERY_STEPS * batch, None
     )
@@ -192,10 +202,10 @@ def overheads(experiment: Experiment, pairs: int, steps: int) -> dict[str, Any]:
 # ---- two workers against one
 
 
-def group_side(rank: int, folder: str, text: str, pipes: list[Any]) -> None:
+def group_side(rank: int, folder: str, text: str, numerics: Numerics, pipes: list[Any]) -> None:
     experiment, world = Experiment.model_validate_json(text), World(rank, 2)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    loop = bare(experiment, threads=1, world=world)
+    loop = bare(experiment, numerics, threads=1, world=world)
     while steps := pipes[rank].recv():
         loop(steps)
         pipes[rank].send(True)
@@ -206,11 +216,12 @@ def against_workers(experiment: Experiment, pairs: int, steps: int) -> dict[str,
     context = multiprocessing.get_context("spawn")
     ends = [context.Pipe() for _ in range(2)]
     with tempfile.TemporaryDirectory() as folder:
-        text, theirs = experiment.model_dump_json(), [end for _, end in ends]
-        ranks = [context.Process(target=group_side, args=(r, folder, text, theirs), daemon=True) for r in range(2)]
+        text, theirs, numerics = experiment.model_dump_json(), [end for _, end in ends], settled(experiment)
+        args = [(rank, folder, text, numerics, theirs) for rank in range(2)]
+        ranks = [context.Process(target=group_side, args=of, daemon=True) for of in args]
         for process in ranks:
             process.start()
-        loop = bare(experiment, threads=2)
+        loop = bare(experiment, settled(experiment, threads=2), threads=2)
 
         def ours() -> None:
             for pipe, _ in ends:
@@ -238,7 +249,7 @@ def cold_start(experiment: Experiment, pairs: int, steps: int) -> dict[str, Any]
         command = [
             sys.executable, "-m", "diffscale.train", PRESET, f"storage={experiment.storage}", f"name={name}",
             "eval.n_generated=0", "train.trackers=[]", "train.flops=null", f"train.images={batch}", "train.workers=1",
-            "train.compile=false", f"train.log_every_images={batch}", "train.channels_last=true",
+            "train.compile=false", f"train.log_every_images={batch}",
         ]  # fmt: skip
         started = time.time()
         subprocess.run(command, check=True, capture_output=True)
