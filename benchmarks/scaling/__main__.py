@@ -1,25 +1,26 @@
 """`python -m benchmarks.scaling`: measures two workers on this machine, checks the model against it, and projects.
 
-Writes benchmarks/results/scaling/measured.csv (this machine: gloo's rate, the step, predicted and measured efficiency
-of two workers) and projected.csv (published networks on 8, 64 and 1,024 GPUs; nothing in it was measured: the rates
-of the GPU and of its links are the manufacturer's, times the shares named in the columns).
+Writes benchmarks/results/scaling/measured.csv (this machine: the link as all-reduces show it, the step, predicted and
+measured efficiency of two workers) and projected.csv (published networks on 8, 64 and 1,024 GPUs; nothing in it was
+measured: the rates of the GPU and of its links are the manufacturer's, times the shares named in the columns).
 """
 
 from __future__ import annotations
 
 import csv
-import os
 import statistics
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 from benchmarks.scaling.model import Link, bytes_per_step, efficiency
+from benchmarks.throughput.pairs import made_by
 from diffscale.build import open_training_data
 from diffscale.cli import load_experiment
 from diffscale.compute import count_cost
@@ -32,6 +33,7 @@ MFU = 0.4  # assumed share of it in training
 H100 = Link(bandwidth=360e9, latency=5e-6, node=8, bandwidth_between=45e9)
 DEVICES = (8, 64, 1024)
 GLOBAL_BATCH = 2048
+MEASURED = (("quickstart-unet", 8), ("quickstart-unet", 32), ("quickstart-uvit", 8), ("quickstart-uvit", 32))
 PROJECTED = (
     "edm-cifar10-ddpmpp", "adm-imagenet64", "edm2-imagenet64-s", "edm2-imagenet512-xxl", "uvit-imagenet256",
     "rin-imagenet64", "dit-s-2", "dit-xl-2", "jit-b-16", "hdit-imagenet128",
@@ -40,7 +42,7 @@ PROJECTED = (
 
 def main() -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
-    _write("measured.csv", [measured()])
+    _write("measured.csv", measured())
     _write("projected.csv", projected())
 
 
@@ -71,30 +73,54 @@ def projected() -> list[dict[str, Any]]:
     return rows
 
 
-def measured() -> dict[str, Any]:
-    """Two processes of one thread: gloo's rate, the step alone, and the step together."""
-    settings = ["eval.n_generated=0", "train.images=1000000", "train.flops=null", "train.compile=false"]
+def measured() -> list[dict[str, Any]]:
+    """Two processes of one thread: the link from all-reduces of several sizes, then for each case the step alone, the
+    step of two, and what the model makes of link and step."""
     with tempfile.TemporaryDirectory() as folder:
-        experiment = load_experiment("quickstart-unet", [f"storage={folder}", *settings])
-        open_training_data(experiment)
+        experiments = []
+        for preset, batch in MEASURED:
+            settings = [f"storage={folder}", f"train.global_batch={batch}", "train.images=1000000", "train.flops=null"]
+            experiments.append(load_experiment(preset, [*settings, "eval.n_generated=0", "train.compile=false"]))
+            open_training_data(experiments[-1])
         queue = multiprocessing.get_context("spawn").SimpleQueue()
-        multiprocessing.spawn(_rank, args=(folder, experiment.model_dump_json(), queue), nprocs=2)
-        return queue.get() | {"kind": "measured", "load_average": round(os.getloadavg()[0], 1)}
+        texts = [experiment.model_dump_json() for experiment in experiments]
+        multiprocessing.spawn(_rank, args=(folder, texts, queue), nprocs=2)
+        return [row | made_by() for row in queue.get()]
 
 
-def _rank(rank: int, folder: str, text: str, queue: Any) -> None:
-    from benchmarks.throughput.training import bare, settled
-    from diffscale.build import build_model
+def _rank(rank: int, folder: str, texts: list[str], queue: Any) -> None:
     from diffscale.experiment import Experiment
-    from diffscale.training.parallel import World
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    experiment = Experiment.model_validate_json(text)
+    link = _measure_link()
+    rows = [_measure_steps(Experiment.model_validate_json(text), rank, link) for text in texts]
+    if rank == 0:
+        queue.put(rows)
+    dist.destroy_process_group()
+
+
+def _measure_link() -> Link:
+    """Least squares over the times of all-reduces between two: 2 hops of latency, and the bytes that each sends."""
+    sizes = [4**k for k in range(5, 13)]  # 1,024 to 16.8 million floats
+    seconds = []
+    for size in sizes:
+        flat = torch.zeros(size)
+        seconds.append(_median(lambda flat=flat: dist.all_reduce(flat)))  # type: ignore[misc]
+    sent = np.array([bytes_per_step(size, 2, "ddp") for size in sizes])
+    weights = 1 / np.array(seconds)  # relative errors count alike
+    columns = np.stack([np.full(len(sizes), 2.0), sent], axis=1) * weights[:, None]
+    latency, per_byte = np.linalg.lstsq(columns, np.ones(len(sizes)), rcond=None)[0]
+    return Link(1 / per_byte, max(float(latency), 0.0), 2, 1 / per_byte)
+
+
+def _measure_steps(experiment: Any, rank: int, link: Link) -> dict[str, Any]:
+    from benchmarks.throughput.training import bare, settled
+    from diffscale.build import build_model
+    from diffscale.training.parallel import World
+
     dataset = open_training_data(experiment)
     cost = count_cost(lambda: build_model(experiment, dataset), dataset.resolution, 3, dataset.num_classes)
-    flat = torch.zeros(cost.parameters)
-    ring = _median(lambda: dist.all_reduce(flat))
     half = experiment.train.global_batch // 2
     train = experiment.train.model_copy(update={"global_batch": half})
     numerics = World(rank, 2).from_first(settled(experiment) if rank == 0 else None)
@@ -104,22 +130,17 @@ def _rank(rank: int, folder: str, text: str, queue: Any) -> None:
     one = _median(lambda: alone(1))
     dist.barrier()
     two = _median(lambda: together(1))
-    sent = bytes_per_step(cost.parameters, 2, "ddp")
-    link = Link(sent / ring, 0.0, 2, sent / ring)
     rate = cost.flops_per_image * half / one
     # One core cannot add gradients and compute at once: nothing overlaps.
     predicted = efficiency(cost.parameters, cost.flops_per_image, half, 2, rate, link, overlap=0.0)
-    if rank == 0:
-        queue.put(
-            {
-                "preset": "quickstart-unet", "parameters": cost.parameters, "flops_per_step_and_device": rate * one,
-                "bytes_per_step_and_device": sent, "all_reduce_bytes_per_second": round(sent / ring),
-                "flops_per_second": round(rate), "step_alone_seconds": round(one, 4),
-                "step_of_two_seconds": round(two, 4), "efficiency_measured": round(one / two, 4),
-                "efficiency_predicted": round(predicted, 4),
-            }
-        )  # fmt: skip
-    dist.destroy_process_group()
+    return {
+        "preset": experiment.name, "images_per_device": half, "parameters": cost.parameters,
+        "flops_per_step_and_device": cost.flops_per_image * half,
+        "bytes_per_step_and_device": bytes_per_step(cost.parameters, 2, "ddp"),
+        "link_bytes_per_second": round(link.bandwidth), "link_latency_seconds": round(link.latency, 7),
+        "flops_per_second": round(rate), "step_alone_seconds": round(one, 4), "step_of_two_seconds": round(two, 4),
+        "efficiency_measured": round(one / two, 4), "efficiency_predicted": round(predicted, 4), "kind": "measured",
+    }  # fmt: skip
 
 
 def _median(call: Any, repeats: int = 9) -> float:

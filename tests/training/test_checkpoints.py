@@ -215,23 +215,6 @@ def test_files_are_what_safetensors_reads_and_writes(tmp_path: Path) -> None:
     assert all(torch.equal(found[n], tensors[n]) for n in tensors)
 
 
-@pytest.fixture(scope="module")
-def bucket() -> Any:
-    """A real S3 server on this machine."""
-    boto3 = pytest.importorskip("boto3")
-    server_module = pytest.importorskip("moto.server")
-    server = server_module.ThreadedMotoServer(port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
-    with pytest.MonkeyPatch.context() as patch:
-        for key, value in {**keys, "AWS_ENDPOINT_URL": f"http://{host}:{port}"}.items():
-            patch.setenv(key, value)
-        boto3.client("s3").create_bucket(Bucket="runs")
-        yield "s3://runs/storage"
-    server.stop()
-
-
 def test_checkpoints_on_s3_are_saved_verified_rotated_and_resumed(
     shared_storage: Path, dataset: Dataset, bucket: str
 ) -> None:
@@ -254,6 +237,23 @@ def test_checkpoints_on_s3_are_saved_verified_rotated_and_resumed(
     assert torch.equal(weights(of), weights(other))
     ck.rotate(bucket, ck.Keep(whole={2 * BATCH}, weights=set(), averages=False))
     assert ck.list_checkpoints(bucket) == places[1:]
+
+
+def test_an_unreachable_store_is_retried_then_stops_without_touching_earlier_checkpoints(
+    shared_storage: Path, dataset: Dataset, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, of = f"{bucket}/unreachable", learner(shared_storage, dataset)
+    first = save(of, place)  # type: ignore[arg-type]
+    of.step(batches(dataset, 1)[0])
+    monkeypatch.setattr(saving, "RETRY_SECONDS", (0.01,))
+    with monkeypatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # nobody listens there
+        with pytest.raises(saving.StorageFailed, match="connect"):
+            save(of, place)  # type: ignore[arg-type]
+    assert ck.list_checkpoints(place) == [first]
+    ck.verify(first)
+    second = save(of, place)  # type: ignore[arg-type]
+    assert ck.newest_good(place) == second
 
 
 def test_settings_are_saved_beside_every_checkpoint(shared_storage: Path, dataset: Dataset, tmp_path: Path) -> None:

@@ -106,8 +106,7 @@ def test_sigterm_and_a_killed_command_leave_the_same_weights(
     output = process.communicate()[0]
     assert "the same command resumes" in output
     newest = ck.list_checkpoints(folder)[-1]
-    written = os.stat(Path(newest) / ck.COMPLETE).st_mtime - (time.time() - (time.monotonic() - asked))
-    assert written < 10
+    assert os.stat(Path(newest) / ck.COMPLETE).st_mtime - asked < 10
 
     process = start(shared_storage)
     before = ck.images_of(newest)
@@ -140,15 +139,16 @@ def kill_all(process: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
-def test_twenty_kills_at_random_moments_leave_the_same_weights(
-    shared_storage: Path, uninterrupted: dict[str, str]
-) -> None:
-    choice = random.Random(20)
-    for repeat in range(5):
-        moments = sorted(choice.sample(range(1, 110), 4))
-        folder = run_killing_workers(shared_storage, f"many{repeat}", [m * BATCH for m in moments], seed=repeat)
-        assert final_state(folder) == uninterrupted, moments
+@pytest.mark.timeout(1200)
+def test_workers_commands_and_nodes_killed_at_random_moments_leave_the_same_weights(tmp_path: Path) -> None:
+    """Five kills; `python -m benchmarks.killed_runs` does twenty."""
+    command = [sys.executable, "-m", "benchmarks.killed_runs", "0", "--out", str(tmp_path / "kills.csv")]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        command, env=environment(), cwd=root, capture_output=True, text=True, timeout=900, check=False
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "kills.csv").read_text().count("weights identical") == 5
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import torch
 from diffscale.build import build_diffusion, build_model
 from diffscale.data import Batch, Dataset, Loader
 from diffscale.errors import UserError
-from diffscale.training.learner import Learner, Step
+from diffscale.training.learner import Learner, LossScale, Step
 from diffscale.training.numerics import Numerics
 from diffscale.training.optimizer import create_optimizer, parameter_groups
 from diffscale.training.parallel import World
@@ -107,6 +107,17 @@ def test_lower_precision_stays_near(shared_storage: Path, dataset: Dataset, prec
     low = learner(shared_storage, dataset, Numerics(precision=precision), train={"precision": precision})  # type: ignore[arg-type]
     exact = [s.loss for s in steps(learner(shared_storage, dataset), data)]
     assert [s.loss for s in steps(low, data)] == pytest.approx(exact, rel=0.02)
+
+
+def test_the_loss_scale_halves_where_gradients_overflow_and_doubles_after_2000_good_steps() -> None:
+    scale = LossScale(value=8.0)
+    scale.update(finite=False)
+    assert scale.value == 4
+    for _ in range(1999):
+        scale.update(finite=True)
+    assert scale.value == 4
+    scale.update(finite=True)
+    assert scale.value == 8
 
 
 def test_norms_biases_and_embeddings_do_not_decay(shared_storage: Path, dataset: Dataset) -> None:
