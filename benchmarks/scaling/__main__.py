@@ -106,7 +106,7 @@ def _measure_link() -> Link:
     seconds = []
     for size in sizes:
         flat = torch.zeros(size)
-        seconds.append(_median(lambda flat=flat: dist.all_reduce(flat)))  # type: ignore[misc]
+        seconds.append(_median(lambda flat=flat: dist.all_reduce(flat)))
     sent = np.array([bytes_per_step(size, 2, "ddp") for size in sizes])
     weights = 1 / np.array(seconds)  # relative errors count alike
     columns = np.stack([np.full(len(sizes), 2.0), sent], axis=1) * weights[:, None]
