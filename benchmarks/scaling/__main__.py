@@ -1,4 +1,4 @@
-"""`python -m benchmarks.scaling`: measures two workers on this machine, checks the model against it, and projects.
+"""`python -m benchmarks.scaling [key=value ...]`: measures two workers on this machine, checks the model against it, and projects.
 
 Writes benchmarks/results/scaling/measured.csv (this machine: the link as all-reduces show it, the step, predicted and
 measured efficiency of two workers) and projected.csv (published networks on 8, 64 and 1,024 GPUs; nothing in it was
@@ -12,12 +12,13 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
+import typer
 
 from benchmarks.scaling.model import Link, bytes_per_step, efficiency
 from benchmarks.throughput.pairs import made_by
@@ -40,9 +41,12 @@ PROJECTED = (
 )  # fmt: skip
 
 
-def main() -> None:
+def main(
+    overrides: Annotated[list[str] | None, typer.Argument(help="dotted settings of what is measured")] = None,
+) -> None:
+    """Measure, check, project."""
     RESULTS.mkdir(parents=True, exist_ok=True)
-    _write("measured.csv", measured())
+    _write("measured.csv", measured(overrides or []))
     _write("projected.csv", projected())
 
 
@@ -73,14 +77,16 @@ def projected() -> list[dict[str, Any]]:
     return rows
 
 
-def measured() -> list[dict[str, Any]]:
+def measured(overrides: list[str]) -> list[dict[str, Any]]:
     """Two processes of one thread: the link from all-reduces of several sizes, then for each case the step alone, the
     step of two, and what the model makes of link and step."""
     with tempfile.TemporaryDirectory() as folder:
         experiments = []
         for preset, batch in MEASURED:
             settings = [f"storage={folder}", f"train.global_batch={batch}", "train.images=1000000", "train.flops=null"]
-            experiments.append(load_experiment(preset, [*settings, "eval.n_generated=0", "train.compile=false"]))
+            experiments.append(
+                load_experiment(preset, [*settings, "eval.n_generated=0", "train.compile=false", *overrides])
+            )
             open_training_data(experiments[-1])
         queue = multiprocessing.get_context("spawn").SimpleQueue()
         texts = [experiment.model_dump_json() for experiment in experiments]
@@ -162,4 +168,4 @@ def _write(name: str, rows: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

@@ -1,4 +1,4 @@
-"""What diffscale adds to a bare training loop: `python -m benchmarks.throughput.training CASE`.
+"""What diffscale adds to a bare training loop: `python -m benchmarks.throughput.training CASE [key=value ...]`.
 
     ray       the loop inside Ray Train, with its clock, history and progress, against a bare loop over the learner
     overhead  seconds that averages, history and checkpoints take, as shares of a step, at their defaults
@@ -47,6 +47,7 @@ PRESET = "quickstart-unet"
 @app.command()
 def main(
     case: Annotated[Literal["ray", "overhead", "workers", "start"], typer.Argument()],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="dotted settings")] = None,
     pairs: int = 15,
     steps: Annotated[int, typer.Option(help="steps in one turn")] = 3,
     preset: str = PRESET,
@@ -55,7 +56,7 @@ def main(
         place = os.environ.get("DIFFSCALE_STORAGE", storage)
         settings = [f"storage={place}", f"name=bench-{uuid.uuid4().hex[:8]}", "eval.n_generated=0", "train.trackers=[]"]
         settings += ["train.flops=null", "train.images=100000000", "train.compile=false", "train.workers=1"]
-        experiment = load_experiment(preset, settings)
+        experiment = load_experiment(preset, [*settings, *(overrides or [])])
         run = {"ray": against_ray, "overhead": overheads, "workers": against_workers, "start": cold_start}[case]
         row = {"preset": preset, "batch": experiment.train.global_batch, **run(experiment, pairs, steps)}
         print(json.dumps(row, indent=1))
@@ -249,7 +250,7 @@ def cold_start(experiment: Experiment, pairs: int, steps: int) -> dict[str, Any]
         command = [
             sys.executable, "-m", "diffscale.train", PRESET, f"storage={experiment.storage}", f"name={name}",
             "eval.n_generated=0", "train.trackers=[]", "train.flops=null", f"train.images={batch}", "train.workers=1",
-            "train.compile=false", f"train.log_every_images={batch}",
+            "train.compile=false", f"train.log_every_images={batch}", f"train.precision={experiment.train.precision}",
         ]  # fmt: skip
         started = time.time()
         subprocess.run(command, check=True, capture_output=True)
