@@ -116,7 +116,7 @@ def _read(uri: str, rows: Rows | None) -> dict[str, tuple[int, Tensor]]:
                 start, total = (int(n) for n in places.get(name, (0, shape[0] if shape else 0)))
                 wanted = rows(name, (total, *shape[1:])) if rows and shape else None
                 if wanted is None:
-                    out[name] = start, part[:]
+                    out[name] = start, file.get_tensor(name)
                     continue
                 first, last = (min(max(row - start, 0), shape[0]) for row in wanted)
                 out[name] = start + first, part[first:last] if first < last else part[:1][:0]
@@ -155,6 +155,9 @@ class _Remote:
 
     def keys(self) -> list[str]:
         return [name for name in self.header if name != "__metadata__"]
+
+    def get_tensor(self, name: str) -> Tensor:
+        return self.get_slice(name)[:]
 
     def get_slice(self, name: str) -> _RemoteTensor:
         return _RemoteTensor(self, self.header[name])
