@@ -179,6 +179,7 @@ def test_a_lost_node_leaves_the_same_weights(shared_storage: Path, uninterrupted
         cluster.shutdown()
 
 
+@pytest.mark.slow
 def test_a_hung_rank_is_noticed_and_the_run_goes_on(
     shared_storage: Path, uninterrupted: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
