@@ -62,11 +62,40 @@ class Row:
     date: str
 
 
-class Program:
-    """`diffscale.train` or `diffscale.tune` as a process on the head node, watched through its runs' metrics.jsonl."""
+class Runs:
+    """What a program has written into the storage, seen through metrics.jsonl and the checkpoints."""
+
+    def __init__(self, storage: Path, name: str) -> None:
+        self.storage, self.name = storage, name
+
+    def folders(self) -> dict[str, Path]:
+        """run_id -> folder of each run."""
+        return {path.name[-16:]: path for path in run_folders(self.storage, self.name)}
+
+    def steps(self) -> dict[str, list[tuple[int, float]]]:
+        """run_id -> (images seen, time) of each step that is in its history."""
+        return {
+            run_id: [(r["images_seen"], r["time"]) for r in rows(folder)] for run_id, folder in self.folders().items()
+        }
+
+    def images(self) -> dict[str, int]:
+        return {run_id: steps[-1][0] for run_id, steps in self.steps().items() if steps}
+
+    def weights(self) -> dict[str, bytes]:
+        """run_id -> the file of the final weights."""
+        last = f"checkpoints/images-{BATCH * STEPS:09d}/model.safetensors"
+        return {run_id: (folder / last).read_bytes() for run_id, folder in self.folders().items()}
+
+    def losses(self) -> dict[tuple[str, int], float]:
+        return {(i, row["images_seen"]): row["loss"] for i, folder in self.folders().items() for row in rows(folder)}
+
+
+class Program(Runs):
+    """`diffscale.train` or `diffscale.tune` as a process on the head node."""
 
     def __init__(self, net: Network, storage: Path, name: str, kind: str, workers: str = "2") -> None:
-        self.net, self.storage, self.name, self.kind = net, storage, name, kind
+        super().__init__(storage, name)
+        self.net, self.kind = net, kind
         self.log = net.folder / f"{name}.log"
         settings = [f"storage={storage}", *SMALL]
         if kind == "train":
@@ -88,19 +117,6 @@ class Program:
         module = "diffscale.train" if self.kind == "train" else "diffscale.tune"
         self.process = self.net.head.popen(sys.executable, "-m", module, *self.command, log=self.log)
 
-    def folders(self) -> dict[str, Path]:
-        """run_id -> folder of each run."""
-        return {path.name[-16:]: path for path in run_folders(self.storage, self.name)}
-
-    def steps(self) -> dict[str, list[tuple[int, float]]]:
-        """run_id -> (images seen, time) of each step that is in its history."""
-        return {
-            run_id: [(r["images_seen"], r["time"]) for r in rows(folder)] for run_id, folder in self.folders().items()
-        }
-
-    def images(self) -> dict[str, int]:
-        return {run_id: steps[-1][0] for run_id, steps in self.steps().items() if steps}
-
     def wait_for_step(self, step: int) -> None:
         """Until every run has come so far."""
 
@@ -116,14 +132,6 @@ class Program:
         code = self.process.wait(LIMIT)
         if code:
             raise RuntimeError(f"exit code {code}:\n{self.log.read_text()[-3000:]}")
-
-    def weights(self) -> dict[str, bytes]:
-        """run_id -> the file of the final weights."""
-        last = f"checkpoints/images-{BATCH * STEPS:09d}/model.safetensors"
-        return {run_id: (folder / last).read_bytes() for run_id, folder in self.folders().items()}
-
-    def losses(self) -> dict[tuple[str, int], float]:
-        return {(i, row["images_seen"]): row["loss"] for i, folder in self.folders().items() for row in rows(folder)}
 
 
 def run_folders(storage: Path, name: str) -> list[Path]:
@@ -208,7 +216,7 @@ FAULTS = [
 ]
 
 
-def measure(fault: Fault, kind: str, storage: Path, calm: Program | None) -> Row:
+def measure(fault: Fault, kind: str, storage: Path, calm: Runs | None) -> Row:
     """One program with its fault. Raises RuntimeError when it does not survive."""
     name = kind + "-" + "".join(c if c.isalnum() else "-" for c in fault.name).strip("-")[:40]
     for old in run_folders(storage, name):
@@ -244,7 +252,7 @@ def longest_pause(steps: list[tuple[int, float]], at: float) -> tuple[float, int
     return since, images
 
 
-def compare(run: Program, calm: Program | None) -> str:
+def compare(run: Runs, calm: Runs | None) -> str:
     if calm is None:
         return "not compared"
     ours, theirs = run.weights(), calm.weights()
@@ -270,10 +278,15 @@ def save(row: Row) -> None:
         writer.writerows(rows.values())
 
 
-def calm_program(kind: str, storage: Path) -> Program:
+def calm_program(kind: str, storage: Path) -> Runs:
     """The program without a fault; one that is in the storage already is used again."""
+    name = f"calm-{kind}"
+    done = Runs(storage, name)
+    with contextlib.suppress(OSError):
+        if len(done.weights()) == (1 if kind == "train" else 2):
+            return done
     with network(3, cpus=[0, 1, 1]) as net:
-        run = Program(net, storage, f"calm-{kind}", kind)
+        run = Program(net, storage, name, kind)
         run.finish()
         return run
 
@@ -289,7 +302,6 @@ def main(
     place = storage or Path(tempfile.mkdtemp(prefix="dsf-", dir="/tmp"))
     try:
         calm = calm_program(program, place)
-        print(f"calm: {time.time() - calm.started:.0f} s", flush=True)
         for fault in FAULTS:
             if (names and not any(n in fault.name for n in names)) or (fault.elastic and program == "sweep"):
                 continue

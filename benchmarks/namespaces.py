@@ -18,6 +18,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from diffscale.ray_session import NODE_ENVIRONMENT
+
 PORT = 6379
 READY = 240.0  # seconds for a node to register
 
@@ -138,13 +140,14 @@ class Network:
         token = self.folder / "auth_token"
         token.touch(mode=0o600)
         token.write_text(secrets.token_hex(32))
-        clean = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "DIFFSCALE_"))}
+        left_out = ("RAY_", "DIFFSCALE_", "PYTHONDONTWRITEBYTECODE")  # the last: workers would compile at each start
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(left_out)}
         self.environment = clean | {
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_ADDRESS": f"10.77.0.10:{PORT}",
-            "RAY_worker_niceness": "0",
+            **NODE_ENVIRONMENT,
             "OMP_NUM_THREADS": "1",
             "PYTHONUNBUFFERED": "1",
             "GLOO_SOCKET_IFNAME": "eth0",

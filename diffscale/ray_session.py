@@ -13,6 +13,16 @@ START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 HEALTH_TIMEOUT = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
 SEVERAL_NODES = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
+# What every node of a cluster of several starts Ray with (the image, cluster.sh, train.sbatch). Ray's defaults notice
+# a dead machine after 5 x 3 s and one that does not answer after 5 x (3 + 10) s; these after 5 x 1 and 5 x (1 + 4) s.
+# Five misses in a row outlast a link that is gone for 5 s.
+NODE_ENVIRONMENT = {
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "4000",
+    "RAY_health_check_failure_threshold": "5",
+    "RAY_worker_niceness": "0",  # Ray's 15 starves the workers beside any other program
+}
+
 
 def connect(address: str | None = None, num_cpus: int | None = None) -> None:
     """Connects once; later calls do nothing.

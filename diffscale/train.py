@@ -111,6 +111,9 @@ def run(
     from diffscale.ray_session import connect
 
     connect(num_cpus=_cpus_needed(experiment))
+    from diffscale.preflight.shared import require_shared
+
+    require_shared(experiment.storage)
     from diffscale.training import beside
     from diffscale.training.channel import OUTCOME, STOP, Channel
     from diffscale.training.progress import Display

@@ -13,7 +13,9 @@ cpus=${DIFFSCALE_CPUS:-$(($(nproc) / 2 > 0 ? $(nproc) / 2 : 1))} # of each of th
 memory=${DIFFSCALE_OBJECT_STORE:-300000000}                      # bytes of shared memory for objects, each node
 
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$folder/auth_token"
-export RAY_worker_niceness=0 # Ray runs workers at 15: they would starve beside anything else
+# NODE_ENVIRONMENT of diffscale/ray_session.py, where it says why.
+export RAY_health_check_period_ms=1000 RAY_health_check_timeout_ms=4000 RAY_health_check_failure_threshold=5
+export RAY_worker_niceness=0
 export RAY_API_SERVER_ADDRESS="http://127.0.0.1:$dashboard"
 export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 # keeps Ray on loopback: ray_on_loopback.py says how
 

@@ -14,7 +14,11 @@ from numpy.typing import NDArray
 from diffscale.errors import UserError
 
 Float64 = NDArray[np.float64]
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile, zlib.error, struct.error)
+# What numpy and zipfile raise for damaged archives; RuntimeError: encrypted, NotImplementedError: unknown compression.
+UNREADABLE = (
+    OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile, zlib.error, struct.error, RuntimeError,
+    NotImplementedError,
+)  # fmt: skip
 """What reading a damaged .npz or image raises."""
 
 

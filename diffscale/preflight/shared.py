@@ -32,11 +32,9 @@ def require_shared(storage: str) -> None:
     probe = places.join(storage, f".shared-{uuid.uuid4().hex[:12]}")
     try:
         places.write_bytes(places.join(probe, "driver"), b"diffscale")
-        seen = {
-            host: on_node(node_id, os.path.exists, places.join(probe, "driver")) for node_id, host in others.items()
-        }
+        seen = {node_id: on_node(node_id, os.path.exists, places.join(probe, "driver")) for node_id in others}
         ray.wait(list(seen.values()), num_returns=len(seen), timeout=TIMEOUT)
-        blind = sorted(host for host, task in seen.items() if not _answer(task))
+        blind = sorted(others[node_id] for node_id, task in seen.items() if _answer(task) is False)
     finally:
         shutil.rmtree(probe, ignore_errors=True)
     if blind:
@@ -46,10 +44,11 @@ def require_shared(storage: str) -> None:
         )  # fmt: skip
 
 
-def _answer(task: Any) -> bool:
+def _answer(task: Any) -> bool | None:
+    """What a node said; None where it did not: a node that is lost at this moment says nothing about the storage."""
     import ray
 
     try:
         return bool(ray.get(task, timeout=1.0))
-    except Exception:  # a node that does not answer cannot be used either
-        return False
+    except Exception:
+        return None

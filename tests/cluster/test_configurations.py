@@ -16,6 +16,8 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from diffscale.ray_session import NODE_ENVIRONMENT
+
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
 SCRIPTS = [CLUSTER / "local" / "cluster.sh", CLUSTER / "slurm" / "train.sbatch"]
@@ -170,6 +172,13 @@ def test_dockerfile_is_pinned_and_runs_without_root():
     for line in re.findall(r"^COPY (?:--\S+ )?(.+)$", text, re.MULTILINE):
         for source in line.split()[:-1]:
             assert (ROOT / source).exists(), source
+
+
+@pytest.mark.parametrize("file", ["Dockerfile", "local/cluster.sh", "slurm/train.sbatch"])
+def test_every_node_starts_ray_with_the_same_settings(file):
+    """A lost node is noticed as fast as faults.csv says only with them. kuberay, aws and gcp use the image."""
+    words = (CLUSTER / file).read_text().split()
+    assert {f"{name}={value}" for name, value in NODE_ENVIRONMENT.items()} <= set(words)
 
 
 def test_the_ray_version_is_the_same_in_the_manifests_and_the_constraints():

@@ -48,19 +48,21 @@ def test_it_survives(calm, fault, kind):
         assert row.outcome == "weights identical to the calm run"
 
 
-def test_doctor_refuses_storage_that_is_not_shared():
+@pytest.mark.parametrize(
+    ("command", "code", "said"),
+    [
+        ("diffscale.doctor --storage {}", 1, "does not see the driver's file"),
+        ("diffscale.train quickstart-unet storage={}", 2, "one place for all nodes"),
+    ],
+)
+def test_storage_that_is_not_shared_is_refused(command, code, said):
     """Each node has its own file system at the path of the storage, as on machines without a shared one."""
     with network(2) as net:
         own = net.folder / "storage"
         own.mkdir()
-        private = [
-            "unshare",
-            "--mount",
-            "bash",
-            "-c",
-            f"mount -t tmpfs none {own} && exec python -m diffscale.doctor --storage {own}",
-        ]
-        done = net.head.run(*private, timeout=240)
-        assert done.returncode == 1, done.stdout + done.stderr
-        assert "does not see the driver's file" in done.stdout
-        assert "use s3:// or gs://" in done.stdout
+        script = f"mount -t tmpfs none {own} && exec python -m {command.format(own)}"
+        done = net.head.run("unshare", "--mount", "bash", "-c", script, timeout=240)
+        output = done.stdout + done.stderr
+        assert done.returncode == code, output
+        assert said in output
+        assert "use s3:// or gs://" in output

@@ -121,6 +121,19 @@ def test_damaged_statistics_are_named(tmp_path, content):
     assert "ref.npz" in str(error.value)
 
 
+@pytest.mark.parametrize(("offset", "value"), [(8, 1), (10, 99)], ids=["encrypted", "unknown compression"])
+def test_statistics_in_an_archive_that_cannot_be_unpacked_are_named(tmp_path, offset, value):
+    """Found by fuzzing: zipfile raises RuntimeError and NotImplementedError for these two fields of its directory."""
+    path = tmp_path / "ref.npz"
+    np.savez(path, mu=np.zeros(3), sigma=np.eye(3))
+    data = bytearray(path.read_bytes())
+    data[data.index(b"PK\x01\x02") + offset] = value
+    path.write_bytes(data)
+    with pytest.raises(UserError) as error:
+        load_moments(path)
+    assert "ref.npz" in str(error.value)
+
+
 def test_a_pickled_checkpoint_of_weights_is_never_opened(tmp_path, trap):
     path = tmp_path / "model.pt"
     torch.save({"weights": trap}, path)
