@@ -11,6 +11,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from pathlib import Path
 from diffscale.ray_session import NODE_ENVIRONMENT
 
 PORT = 6379
+CONFIGURATION = Path("/etc/netns")  # CONFIGURATION/NAME/hosts is /etc/hosts inside the namespace: see ip-netns(8)
 READY = 240.0  # seconds for a node to register
 
 
@@ -48,6 +50,7 @@ class Node:
         self.address = f"10.77.0.{10 + index}"
         self.cable = f"v{network.prefix[3:]}{index}"  # the switch's end; at most 15 letters
         _ip("netns", "add", self.name)
+        self._write_hosts()
         _ip("link", "add", self.cable, "type", "veth", "peer", "name", "eth0", "netns", self.name)
         _ip("link", "set", self.cable, "netns", network.switch)
         _ip("-n", network.switch, "link", "set", self.cable, "master", "br0", "up")
@@ -57,6 +60,13 @@ class Node:
         _ip(
             "-n", self.name, "route", "add", "default", "dev", "eth0"
         )  # Ray finds its address by asking for a route out
+
+    def _write_hosts(self) -> None:
+        """Names for all addresses: no name server is in reach, and torch asks for the name of each peer, 3 s each."""
+        names = [f"10.77.0.{10 + i} {self.network.prefix}-n{i}" for i in range(len(self.network.cpus))]
+        file = CONFIGURATION / self.name / "hosts"
+        file.parent.mkdir(parents=True)
+        file.write_text("\n".join(["127.0.0.1 localhost", f"{self.address} {socket.gethostname()}", *names, ""]))
 
     def popen(self, *command: str, log: Path, **environment: str) -> subprocess.Popen[bytes]:
         """A process inside the node; its output goes to `log`."""
@@ -190,6 +200,7 @@ class Network:
         for name in [node.name for node in self.nodes] + [self.switch]:
             with contextlib.suppress(subprocess.CalledProcessError):
                 _ip("netns", "del", name)
+            shutil.rmtree(CONFIGURATION / name, ignore_errors=True)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
