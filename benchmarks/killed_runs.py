@@ -1,9 +1,9 @@
 """`python -m benchmarks.killed_runs [SEED ...]`: runs killed at random moments end with the weights of a calm one.
 
-Each seed is one training run of a small UNet on two of three one-CPU Ray nodes of this machine. Five times, at a random
-step and a random part of a second after it, SIGKILL goes to a worker, to the command that trains, or to all processes
-of a node. A killed command is given again, a lost node is replaced by a new one. At the end the weights, averages and
-optimizer state are compared, as files, with those of an uninterrupted run. A row per kill goes to
+Each seed is one training run of a small UNet on two of three one-CPU Ray nodes of this machine. Five times (`--kills`),
+at a random step and a random part of a second after it, SIGKILL goes to a worker, to the command that trains, or to all
+processes of a node. A killed command is given again, a lost node is replaced by a new one. At the end the weights,
+averages and optimizer state are compared, as files, with those of an uninterrupted run. A row per kill goes to
 benchmarks/results/killed_runs.csv; a seed that is run again replaces its rows.
 """
 
@@ -13,6 +13,7 @@ import csv
 import os
 import platform
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from ray.cluster_utils import Cluster
 
 RESULTS = Path(__file__).parent / "results" / "killed_runs.csv"
-BATCH, STEPS, CHECKPOINT_STEPS, KILLS = 12, 600, 40, 5
+BATCH, STEPS, CHECKPOINT_STEPS = 12, 600, 40
 KINDS = ("worker", "command", "node")
 LIMIT = 300.0  # seconds for anything that is waited for
 DYING = 1.0  # seconds in which workers of a killed command may still make steps
@@ -166,10 +167,14 @@ def cluster_of_three() -> Iterator[tuple[Cluster, list[Any]]]:
         cluster.shutdown()
 
 
-def killed_run(cluster: Cluster, nodes: list[Any], storage: Path, seed: int, whole: dict[str, bytes]) -> list[Row]:
+def killed_run(
+    cluster: Cluster, nodes: list[Any], storage: Path, seed: int, count: int, whole: dict[str, bytes]
+) -> list[Row]:
     """One run with its kills. Raises RuntimeError or TimeoutError when it does not come to its end."""
     choice = random.Random(seed)
-    steps = sorted(choice.sample(range(STEPS // 20, STEPS - CHECKPOINT_STEPS), KILLS))
+    steps = sorted(choice.sample(range(STEPS // 20, STEPS - CHECKPOINT_STEPS), count))
+    for old in storage.glob(f"runs/killed-{seed}-*"):
+        shutil.rmtree(old)
     run = Run(cluster.address, storage, f"killed-{seed}")
     killer, kills = Killer(cluster, nodes, run, choice), []
     for step in steps:
@@ -208,17 +213,21 @@ def save(path: Path, rows: list[Row]) -> None:
 
 
 def main(
-    seeds: Annotated[list[int] | None, typer.Argument(help="one run each; default 0 to 3, 20 kills")] = None,
+    seeds: Annotated[list[int] | None, typer.Argument(help="one run each; default 0 to 3")] = None,
+    kills: Annotated[int, typer.Option(help="of each run")] = 5,
+    storage: Annotated[Path | None, typer.Option(help="kept, so that a later call uses its calm run")] = None,
     out: Annotated[Path, typer.Option(help="the table")] = RESULTS,
 ) -> None:
     """Kill runs at random moments and compare what they end with."""
     differing = []
-    with tempfile.TemporaryDirectory(prefix="diffscale-killed-") as folder, cluster_of_three() as (cluster, nodes):
-        calm = Run(cluster.address, Path(folder), "calm")
+    with tempfile.TemporaryDirectory(prefix="diffscale-killed-") as temporary, cluster_of_three() as (cluster, nodes):
+        folder = storage or Path(temporary)
+        calm = Run(cluster.address, folder, "calm")
         calm.finish()
         whole = calm.tensors()
+        print("calm run finished", flush=True)
         for seed in seeds or range(4):
-            rows = killed_run(cluster, nodes, Path(folder), seed, whole)
+            rows = killed_run(cluster, nodes, folder, seed, kills, whole)
             save(out, rows)
             print(f"seed {seed}: {rows[0].outcome}", flush=True)
             differing += [seed for row in rows[:1] if row.outcome != "weights identical"]
