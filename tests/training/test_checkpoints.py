@@ -122,6 +122,22 @@ def test_rotation_keeps_the_newest_whole_and_the_points_weights(
     assert ck.newest_good(str(tmp_path), for_resuming=False, until=3 * BATCH) == thin
 
 
+def test_a_checkpoint_that_is_thinned_while_it_is_read_is_not_damaged(
+    shared_storage: Path, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training rotates what an evaluation beside it reads."""
+    place = save(learner(shared_storage, dataset), tmp_path)
+    checksum = ck.checksum
+
+    def rotated_first(uri: str) -> Any:
+        ck.rotate(str(tmp_path), ck.Keep(whole=set(), weights={0}, averages=False))
+        return checksum(uri)
+
+    monkeypatch.setattr(ck, "checksum", rotated_first)
+    ck.verify(place)
+    assert not any(name.startswith("optimizer") for name in ck.files_of(place))
+
+
 def test_post_hoc_averages_come_from_thinned_checkpoints(
     shared_storage: Path, dataset: Dataset, tmp_path: Path
 ) -> None:
