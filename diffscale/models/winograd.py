@@ -61,6 +61,7 @@ def suits(x: Tensor, weight: Tensor) -> bool:
         and weight.shape[0] % 8 == 0
         and height * width >= 8 * tiles
         and type(x) is Tensor
+        and type(weight) in (Tensor, nn.Parameter)
         and library("winograd") is not None
     )
 

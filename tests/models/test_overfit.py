@@ -8,6 +8,8 @@ import torch
 from diffscale.diffusion import create_diffusion, training_loss
 from diffscale.models import MODELS, create_model
 
+# EDM2's weights have unit norm: published rates are about ten times larger. UViT's projections start at zero.
+LR = {"edm2": 1e-2, "uvit": 3e-3}
 SIDE = {"dit": {"patch_size": 2}, "jit": {"patch_size": 2}, "rin": {"patch_size": 2}}
 
 
@@ -26,7 +28,7 @@ def test_64_images_are_learnt_by_heart(name):
     torch.manual_seed(0)
     model, x0 = create_model(f"{name}-tiny", **({"resolution": 8} | SIDE.get(name, {}))), images()
     diffusion = create_diffusion(prediction="v", resolution=8)
-    lr = 1e-2 if name == "edm2" else 1e-3  # EDM2's weights have unit norm: published rates are about ten times larger
+    lr = LR.get(name, 1e-3)
     optimizer = torch.optim.Adam(model.parameters(), lr, betas=(0.9, 0.99))
     generator = torch.Generator().manual_seed(1)
 
@@ -44,4 +46,4 @@ def test_64_images_are_learnt_by_heart(name):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         history.append(terms.mse_x0.mean().item())
-    assert sum(history[-10:]) / 10 < 0.4 * sum(history[:3]) / 3, (history[:3], history[-10:])
+    assert sum(history[-10:]) / 10 < 0.25 * sum(history[:3]) / 3, (history[:3], history[-10:])
