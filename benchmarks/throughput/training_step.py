@@ -192,11 +192,13 @@ def main(
 
 
 def parse(mode: str) -> Numerics:
-    """bf16,1,0 → Numerics("bf16", channels_last=True, compile=False)."""
-    precision, last, compiled = mode.split(",")
-    if precision not in ("bf16", "fp32") or {last, compiled} - {"0", "1"}:
-        raise typer.BadParameter(f"{mode}: expected bf16 or fp32, then 0 or 1 for channels_last and for compile")
-    return Numerics("bf16" if precision == "bf16" else "fp32", last == "1", compiled == "1")
+    """bf16,1,0 → Numerics("bf16", channels_last=True, compile=False); a fourth number is winograd."""
+    precision, *flags = mode.split(",")
+    if precision not in ("bf16", "fp32") or len(flags) not in (2, 3) or set(flags) - {"0", "1"}:
+        raise typer.BadParameter(
+            f"{mode}: expected bf16 or fp32, then 0 or 1 for channels_last, for compile and, if wanted, for winograd"
+        )
+    return Numerics("bf16" if precision == "bf16" else "fp32", *(flag == "1" for flag in flags))
 
 
 if __name__ == "__main__":
