@@ -6,7 +6,7 @@ decode      256x256 encoded images delivered, to the decoder alone on the same n
 step        seconds that a training step waits for the loader, of the step's seconds (<= 1 %, measured directly)
 memory      anonymous memory (RssAnon) after reading a dataset and one of ten times its size
 first       seconds from opening a local dataset to its first batch (<= 1 s, imports excluded)
-shuffle     how well the blocked order shuffles: classes of a batch when the dataset is sorted by class
+shuffle     how well the blocked order shuffles: classes of a batch, for shards stored sorted by class or shuffled
 
 Images are random pixels of CIFAR-10's size and number: no reader's speed depends on what they show; for `decode` they
 are the embedded emoji, enlarged, as a decoder's speed does. Results: benchmarks/results/throughput/loading_*.csv
@@ -36,6 +36,7 @@ from benchmarks.throughput.pairs import race, write
 from diffscale.data import Dataset, Loader, open_dataset, positions_to_indices, resolve
 from diffscale.data.decode import decode_exact, encode
 from diffscale.data.manifest import Manifest, Shard, Split, rows_hash, write_manifest
+from diffscale.data.order import permutation
 from diffscale.data.shard import make_batch, write_shard
 
 BATCH = 256
@@ -280,26 +281,29 @@ def measure_first(work: str) -> list[dict[str, Any]]:
 
 
 def measure_shuffle(work: str) -> list[dict[str, Any]]:
-    """Sorted by class, 100 classes of 1,000: the number of classes in a batch of 256, and how far a row moves."""
-    n, classes = 100_000, 100
+    """A dataset of 64 shards of 4,000 rows, 1,000 classes: classes in a batch of 256, beside how much must be near.
+
+    stored sorted: by class, as an image folder lists them; shuffled: as `data build` stores folders and archives.
+    """
+    n, classes, block = 64 * 4000, 1000, 4000
+    expected = classes * (1 - (1 - 1 / classes) ** BATCH)
+    storing = permutation(n, 0, 5).forward(np.arange(n))
     rows = []
-    forms: list[dict[str, Any]] = [{"order": "rows"}] + [
-        {"order": "blocks", "block_rows": block, "window": window}
-        for block, window in itertools.product((100, 1000), (4, 16, 64))
-    ]
-    for form in forms:
+    forms: list[dict[str, Any]] = [{"order": "rows"}]
+    forms += [{"order": "blocks", "block_rows": block, "window": window} for window in (1, 2, 4, 16, 64)]
+    forms += [{"order": "blocks", "block_rows": 64, "window": 512}]
+    for stored, form in itertools.product(("sorted", "shuffled"), forms):
         index = positions_to_indices(np.arange(n), n, 0, **form)
-        labels = index * classes // n
+        labels = (index if stored == "sorted" else storing[index]) * classes // n
         found = [len(np.unique(labels[i : i + BATCH])) for i in range(0, n - BATCH, BATCH)]
-        expected = classes * (1 - (1 - 1 / classes) ** BATCH)
-        same = float(np.mean(labels[1:] == labels[:-1]))
         rows.append({
-            "order": form["order"], "block_rows": form.get("block_rows", 1), "window": form.get("window", n),
-            "rows_near": form.get("block_rows", 1) * form.get("window", n),
-            "classes_per_batch": round(np.mean(found), 2),
-            "classes_per_batch_uniform": round(expected, 2), "neighbours_of_one_class": round(same, 4),
+            "stored": stored, "order": form["order"], "block_rows": form.get("block_rows", 1),
+            "window": form.get("window", n),
+            "share_near": round(form.get("block_rows", 1) * form.get("window", n) / n, 4),
+            "classes_per_batch": round(np.mean(found), 1), "fewest": min(found),
+            "classes_per_batch_uniform": round(expected, 1),
+            "neighbours_of_one_class": round(float(np.mean(labels[1:] == labels[:-1])), 5),
             "neighbours_of_one_class_uniform": 1 / classes,
-            "correlation_of_place_and_row": round(float(np.corrcoef(np.arange(n), index)[0, 1]), 4),
         })  # fmt: skip
     return rows
 

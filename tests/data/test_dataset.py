@@ -4,6 +4,9 @@ import json
 import os
 import pickle
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -141,3 +144,25 @@ def test_the_held_out_split_is_refused_where_there_is_none(dataset):
     assert dataset.heldout is None
     with pytest.raises(UserError, match="--split"):
         open_dataset(dataset.path, "heldout")
+
+
+TOUCH = """
+import os, sys
+import numpy as np
+from diffscale.data import open_dataset
+dataset = open_dataset(sys.argv[1])
+dataset.gather(np.arange(dataset.n))
+os.truncate(dataset.local_path(1), 100)
+rows = np.arange(int(dataset.starts[1]), int(dataset.starts[2]))
+pixels = np.empty((len(rows), *dataset.image_shape), np.uint8)
+dataset._fill(rows, np.ones(len(rows), np.int64), pixels, np.empty(len(rows), np.int64))
+"""
+
+
+def test_after_a_worker_died_of_a_truncated_shard_opening_the_dataset_names_it(tmp_path):
+    """DECISIONS 16: truncated between the check and the copy, a mapped file is a SIGBUS, which no code can catch."""
+    write_dataset(tmp_path / "large", pictures(300, side=64))
+    worker = subprocess.run([sys.executable, "-c", TOUCH, str(tmp_path / "large")], capture_output=True, timeout=120)
+    assert worker.returncode == -signal.SIGBUS
+    with pytest.raises(ShardError, match=r"train-00001\.arrow.*\n.*100 bytes"):
+        open_dataset(str(tmp_path / "large"))
