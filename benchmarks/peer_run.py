@@ -99,7 +99,7 @@ def judge(
     evaluator.prepare()
     sampling = evaluator.sampling(build_solver(e), precision="fp32")
     evaluation = evaluator.evaluate(
-        recipe.averaged(), recipe.diffusion, sampling, folder=Path(folder) / "evaluating" / f"{images_seen:09d}"
+        recipe.averaged(), recipe.diffusion, sampling, folder=Path(folder) / f"evaluating-{images_seen:09d}"
     )
     if evaluation.grid_png is not None:
         storage.write_bytes(storage.join(folder, "samples", f"images-{images_seen:09d}.png"), evaluation.grid_png)

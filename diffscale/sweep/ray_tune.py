@@ -82,6 +82,8 @@ def _fit(
     from diffscale.ray_session import connect
 
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # our own table shows the trials
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # and our own files hold their history
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # Tune's thread would begin another cluster after `Stopped`
     connect()
     from ray import tune
     from ray.tune import Callback, FailureConfig, RunConfig, TuneConfig

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import threading
 import time
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from diffscale import storage
 from diffscale.sweep.importance import importance
 from diffscale.sweep.space import label, overrides_of
+from diffscale.training.history import read_lines
 
 if TYPE_CHECKING:
     from diffscale.sweep.ledger import Ledger, Trial
 
 REFRESH_SECONDS = 3.0
+QUIET_SECONDS = 90.0  # without a line of its history a trial is not running: it waits for a slot or for its rung
+
+
+class Progress(NamedTuple):
+    """train FLOPs so far, FLOP/s, and when (seconds since 1970) that was heard."""
+
+    flops: float
+    speed: float
+    heard: float
 
 
 class SweepTable:
@@ -27,13 +39,10 @@ class SweepTable:
     def __init__(self, ledger: Ledger, trials: list[Trial]) -> None:
         self.ledger, self.trials = ledger, trials
         self.console = Console()
-        self.started = time.monotonic()
         self.stop = threading.Event()
         self.seen: dict[str, str] = {}
-        self.at_start: dict[str, float] = {}
 
     def __enter__(self) -> SweepTable:
-        self.at_start = {t.id: self._flops(t) for t in self.trials}
         self.live = Live(self._render(), console=self.console, auto_refresh=False) if sys.stdout.isatty() else None
         if self.live:
             self.live.start()
@@ -62,20 +71,32 @@ class SweepTable:
                 self.seen[trial.id] = line
                 print(line, flush=True)
 
-    def _flops(self, trial: Trial) -> float:
+    def _progress(self, trial: Trial) -> Progress:
+        """Of the run of the trial (one for each replicate) that was heard of last, from its history and records."""
         rows = self.ledger.records(trial)
-        return rows[-1].train_flops if rows else 0.0
+        found = Progress(rows[-1].train_flops if rows else 0.0, 0.0, 0.0)
+        for folder in trial.folders:
+            lines = read_lines(storage.join(folder, "metrics.jsonl"))
+            if lines:
+                last = json.loads(lines[-1])
+                speed = last["images_per_second"] * last["train_flops"] / last["images_seen"]
+                if last["time"] >= found.heard:
+                    found = Progress(max(found.flops, last["train_flops"]), speed, last["time"])
+        return found
 
-    def _state(self, trial: Trial) -> str:
-        return self.ledger.ended(trial.id) or ("running" if self._flops(trial) else "waiting")
+    def _state(self, trial: Trial, progress: Progress) -> str:
+        ended = self.ledger.ended(trial.id)
+        if ended is not None or not progress.flops:
+            return ended or "waiting"
+        return "running" if time.time() - progress.heard < QUIET_SECONDS else "waiting"
 
     def _line(self, trial: Trial) -> str:
         rows = self.ledger.records(trial)
         if not rows:
             return ""
-        last = rows[-1]
+        last, state = rows[-1], self._state(trial, self._progress(trial))
         return (
-            f"{self._state(trial):>8}  {label(trial.point)}  {self.ledger.metric} {last.value:.2f} at "
+            f"{state:>8}  {label(trial.point)}  {self.ledger.metric} {last.value:.2f} at "
             f"{last.train_flops:.3g} FLOPs ({last.images_seen:,} images)"
         )
 
@@ -85,26 +106,28 @@ class SweepTable:
             table.add_column(name, justify="left" if name in ("trial", "state") else "right")
         rungs = self.ledger.sweep.scheduler.rungs_flops
         for trial in self.trials:
-            rows = self.ledger.records(trial)
-            flops = rows[-1].train_flops if rows else 0.0
-            reached = sum(flops >= r * (1 - 1e-9) for r in rungs)
+            rows, progress = self.ledger.records(trial), self._progress(trial)
+            reached = sum(bool(rows) and rows[-1].train_flops >= r * (1 - 1e-9) for r in rungs)
             table.add_row(
                 label(trial.point),
-                self._state(trial),
+                self._state(trial, progress),
                 f"{reached}/{len(rungs)}" if rungs else "",
                 f"{rows[-1].value:.2f}" if rows else "",
-                f"{flops:.3g}" if rows else "",
-                self._eta(trial, flops),
+                f"{progress.flops:.3g}" if progress.flops else "",
+                self._eta(trial, progress),
             )
         return table
 
-    def _eta(self, trial: Trial, flops: float) -> str:
-        target = trial.experiments[0].train.flops
-        gained = flops - self.at_start.get(trial.id, 0.0)
-        if not target or gained <= 0 or self.ledger.ended(trial.id):
+    def _eta(self, trial: Trial, progress: Progress) -> str:
+        """Until the trial's next rung, or its end; evaluation is not reckoned in."""
+        if self._state(trial, progress) != "running" or not progress.speed:
             return ""
-        seconds = (target - flops) / gained * (time.monotonic() - self.started)
-        return f"{max(0, seconds) / 60:.0f} min"
+        goals = [*self.ledger.sweep.scheduler.rungs_flops, trial.experiments[0].train.flops or 0.0]
+        ahead = [goal for goal in goals if goal > progress.flops]
+        if not ahead:
+            return "evaluating"
+        seconds = (min(ahead) - progress.flops) / progress.speed
+        return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
 def print_summary(ledger: Ledger, trials: list[Trial], best: Trial | None, failed: dict[str, str]) -> None:

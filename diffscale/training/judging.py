@@ -88,7 +88,7 @@ class Judge:
             images=images_seen, ema=self.ema, sampler=sampling.canonical(), seed=sampling.seed, batch=sampling.batch,
             views=views,
         )  # fmt: skip
-        return Path(run_folder) / "evaluating" / f"{images_seen:09d}-{identity}"
+        return Path(run_folder) / f"evaluating-{images_seen:09d}-{identity}"
 
     def averaged(self, learner: Learner) -> nn.Module:
         """The network with the averaged weights (a collective call where they are sharded)."""

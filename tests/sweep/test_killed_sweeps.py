@@ -17,7 +17,7 @@ from ray.cluster_utils import Cluster
 from .small import ends, tune, write_sweep
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-LONGER = {"scheduler": {"name": "halving", "rungs_flops": [3.0e10, 6.0e10], "reduction": 3}}
+LONGER = {"scheduler": {"name": "halving", "rungs_flops": [2.0e11, 4.0e11], "reduction": 3}}
 
 
 @pytest.fixture(scope="module")
