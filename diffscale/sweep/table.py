@@ -88,6 +88,9 @@ class SweepTable:
         ended = self.ledger.ended(trial.id)
         if ended is not None or not progress.flops:
             return ended or "waiting"
+        rows, halving = self.ledger.records(trial), self.ledger.sweep.scheduler.name == "halving"
+        if halving and rows and rows[-1].train_flops >= progress.flops:
+            return "at rung"  # until the whole rung is there
         return "running" if time.time() - progress.heard < QUIET_SECONDS else "waiting"
 
     def _line(self, trial: Trial) -> str:
