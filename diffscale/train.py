@@ -123,7 +123,7 @@ def run(
     config = {
         "experiment": experiment.model_dump_json(), "run_folder": folder, "cost": list(cost), "launch": channel.launch,
         "should_stop": should_stop, "gpu": gpu, "stop_with": stop_with,
-        "evaluate_beside": beside.wanted(experiment, gpu, bool(should_stop)),
+        "evaluate_beside": beside.wanted(experiment, gpu, should_stop is not None or stop_with is not None),
     }  # fmt: skip
 
     def interrupted() -> bool:

@@ -34,7 +34,8 @@ CHECKPOINT_WAIT_SECONDS = 600.0
 def wanted(experiment: Experiment, gpu: bool, deciding: bool) -> bool:
     """Whether a run is evaluated beside its training. `auto`: where the cluster has a device that no worker needs.
 
-    deciding: whether the run waits for each record to decide if it goes on (`should_stop`).
+    deciding: whether it is a trial of a sweep, which waits for each record to decide if it goes on, and whose other
+    trials need what is free.
     Raises UserError where eval.workers=own cannot be.
     """
     settings, train = experiment.eval, experiment.train
