@@ -13,8 +13,9 @@ from rich.table import Table
 from diffscale import storage
 from diffscale.cli import run_app
 from diffscale.data import build as building
+from diffscale.data.dataset import available_resolutions
 from diffscale.data.decode import Preparation
-from diffscale.data.manifest import read_manifest
+from diffscale.data.manifest import FILE, read_manifest
 from diffscale.data.picture import write_grid
 from diffscale.data.sources import Kind
 from diffscale.data.verify import verify
@@ -97,9 +98,15 @@ def inspect_command(
     images: Annotated[int, typer.Option(help="images in the grid")] = 64,
     split: Annotated[Literal["train", "heldout"], typer.Option()] = "train",
 ) -> None:
-    """Print what a dataset holds, and make a picture of some of it."""
+    """Print what a dataset holds (at all its resolutions), and make a picture of some of it."""
     folder = _absolute(dataset)
-    _describe(folder)
+    several = [] if storage.exists(storage.join(folder, FILE)) else available_resolutions(folder)
+    for side in several:
+        _describe(storage.join(folder, str(side)))
+    if several:
+        folder = storage.join(folder, str(several[-1]))
+    else:
+        _describe(folder)
     target = grid or f"{folder.rstrip('/').rsplit('/', 1)[-1]}-{split}.png"
     console.print(f"picture   {write_grid(folder, split, images, os.path.abspath(target))}")
 

@@ -31,9 +31,9 @@ from diffscale.errors import UserError
 from diffscale.records import identify
 
 MEGABYTE = 1 << 20
-PROCESS = 400 * MEGABYTE  # a Ray worker with numpy, pyarrow and Pillow loaded
+PROCESS = 620 * MEGABYTE  # a Ray worker with its libraries (most of it shared between workers)
 GROUP = 3  # times its own bytes that a row group takes while it is unpacked
-PIXEL = 16  # bytes that decoding takes for each pixel of the largest image
+PIXEL = 18  # bytes for each pixel of the largest image: decoding takes 15.3 (grey or colour with alpha), and the file
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,10 @@ def _run(
     fitting = limit // each
     if not fitting:
         raise UserError(
-            setting="--memory", value=f"{limit / 1e9:.2f} GB", expected=f"at least {each / 1e9:.2f} GB for one task"
+            setting="--memory",
+            value=f"{limit / 1e9:.2f} GB",
+            expected=f"at least {each / 1e9:.2f} GB for one task",
+            fix="allow more, or a smaller --max-pixels",
         )
     if settings.workers == 0:
         with _progress(show) as bar:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
-MOST_BYTES = 1 << 30  # of one compressed file
+MOST_BYTES = 256 << 20  # of one compressed file: it is in memory beside its pixels
 LOSSY_FORMATS = {"JPEG", "MPO", "JPEG2000", "AVIF", "HEIF"}
 ORIENTATION = 0x0112
 FILTERS = {"lanczos": Image.Resampling.LANCZOS, "box": Image.Resampling.BOX}
