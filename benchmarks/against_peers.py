@@ -33,7 +33,7 @@ def against_peers(records: Iterable[Record]) -> pd.DataFrame:
         points = aggregate(part)
         theirs, ours = points[points["model"].isin(RECIPES)], points[~points["model"].isin(RECIPES)]
         for peer, own in theirs.groupby("model", sort=True):
-            best = own.loc[own["value"].idxmin()]
+            best = own.sort_values("value").iloc[0]
             found += [_row(part.iloc[0], peer, best, name, curve) for name, curve in ours.groupby("model", sort=True)]
     return pd.DataFrame(found, columns=COLUMNS)
 

@@ -25,6 +25,8 @@ class AtLogsnr(nn.Module):
     the prediction out of what the network returns.
     """
 
+    logsnr_table: Tensor
+
     def __init__(self, network: nn.Module, alphas_cumprod: Tensor, pick: Callable[[Any], Tensor]) -> None:
         super().__init__()
         self.network, self.pick = network, pick
@@ -89,7 +91,7 @@ def diffusers_recipe(width: int, side: int, flops: float) -> Recipe:
     batch = 16
     network = diffusers_network(width, side)
     cost = _cost(lambda: diffusers_network(width, side), side, lambda out: out.sample)
-    noise = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
+    noise: Any = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
     steps = max(1, round(flops / cost.flops_per_image / batch))
     rate = get_scheduler("cosine", optimizer=optimizer, num_warmup_steps=500, num_training_steps=steps)
@@ -98,7 +100,7 @@ def diffusers_recipe(width: int, side: int, flops: float) -> Recipe:
     def step(images: Tensor) -> float:
         eps = torch.randn_like(images)
         t = torch.randint(0, 1000, (len(images),))
-        noisy = noise.add_noise(images, eps, t)  # type: ignore[arg-type]
+        noisy = noise.add_noise(images, eps, t)
         loss = F.mse_loss(network(noisy, t).sample, eps)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -134,10 +136,10 @@ def lucidrains_recipe(width: int, side: int, flops: float) -> Recipe:
     from ema_pytorch import EMA
 
     batch = 16
-    process = GaussianDiffusion(lucidrains_network(width), image_size=side)
+    process: Any = GaussianDiffusion(lucidrains_network(width), image_size=side)
     cost = _cost(lambda: lucidrains_network(width), side, lambda out: out)
     optimizer = torch.optim.Adam(process.parameters(), lr=1e-4, betas=(0.9, 0.99))
-    ema = EMA(process, beta=0.995, update_every=10)
+    ema: Any = EMA(process, beta=0.995, update_every=10)
 
     def step(images: Tensor) -> float:
         loss = process((images + 1) / 2)  # it normalises [0, 1] itself
@@ -150,8 +152,8 @@ def lucidrains_recipe(width: int, side: int, flops: float) -> Recipe:
 
     def averaged() -> nn.Module:
         other = lucidrains_network(width).eval()
-        other.load_state_dict(ema.ema_model.model.state_dict())  # type: ignore[union-attr]
-        return AtLogsnr(other, process.alphas_cumprod, lambda out: out)  # type: ignore[arg-type]
+        other.load_state_dict(ema.ema_model.model.state_dict())
+        return AtLogsnr(other, process.alphas_cumprod, lambda out: out)
 
     return Recipe(
         batch, True, step, {"process": process, "optimizer": optimizer, "ema": ema}, averaged,

@@ -59,6 +59,8 @@ def against_nfe(part: pd.DataFrame, title: str, most: int = 8) -> Figure:
     axes.set_ylabel(style.plain(metric_name(metric)))
     more = f" The {most} most trained of {len(lines)} lines." if len(lines) > most else ""
     text = f"{title}. One checkpoint for each line, sampled with more and more steps.{more} {bands(shown)}"
+    if len(solvers) > 1:
+        text += f" Solid, then ever more broken: {', '.join(style.plain(s) for s in solvers)}."
     style.finish(axes, f"{metric_name(metric)} against sampling cost", text, ends)
     return figure
 
