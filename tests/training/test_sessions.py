@@ -133,3 +133,33 @@ def test_counted_flops_do_not_depend_on_how_the_run_computes(shared_storage: Pat
     cost = costs.pop()
     assert 2.8 < cost.flops_per_image / (2 * cost.forward_macs) < 3.1  # 3 x forward, less the first layer's input
     assert torch.get_default_device().type == "cpu"
+
+
+def test_an_evaluation_that_was_cut_off_goes_on_with_the_samples_it_had(shared_storage: Path, dataset: Dataset) -> None:
+    judged = {"n_generated": 128, "n_reference": 32, "n_heldout": 0, "grid_images": 4, "points": [1.0]}
+    e = short(
+        shared_storage, "cutoff", train={"images": 2 * BATCH}, eval={**judged, "solver": {"name": "ddim", "steps": 1}}
+    )
+    folder = e.run_folder(dataset.content_hash)
+    generated: list[int] = []
+
+    def cut(first: int, _: Any) -> None:
+        generated.append(first)
+        if first:
+            raise InterruptedError
+
+    session = Session(e, folder, World(), COST)
+    assert session.evaluations.judge is not None
+    session.evaluations.judge.evaluator.keep_images = cut
+    with pytest.raises(InterruptedError):
+        session.run()
+    session.saver.wait()
+    assert generated == [0, 64]
+
+    again = Session(e, folder, World(), COST)
+    assert again.evaluations.judge is not None
+    again.evaluations.judge.evaluator.keep_images = lambda first, _: generated.append(first)
+    assert again.run()["reason"] == "finished"
+    assert generated == [0, 64, 64]  # the first chunk was there
+    assert len(storage.list_files(storage.join(folder, "records"), ".json")) == 1
+    assert not list(Path(folder).glob("evaluating*"))
