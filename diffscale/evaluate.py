@@ -33,6 +33,7 @@ from diffscale.training.judging import make_record
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 console = Console()
+WHAT = ("images_seen", "ema", "solver", "nfe")
 
 
 @app.command()
@@ -58,19 +59,21 @@ def main(
 ) -> None:
     """Evaluate a run, a checkpoint or a folder of images."""
     target = str(Path(target).resolve()) if not storage.is_remote(target) else target
+    how = How(labels, precision, reference, per_class, memorised, keep, keep_format, workers)
     with weights_from(weights):
         if is_run(target):
             eval_settings = list(overrides or [])
             eval_settings += [f"eval.metrics=[{metrics}]"] if metrics else []
             eval_settings += [f"eval.n_generated={n}"] if n else []
             eval_settings += [f"eval.resize={resize}"] if resize != "default" else []
-            rows = evaluate_run(
-                target, eval_settings,
-                How(labels, precision, reference, per_class, memorised, keep, keep_format, workers),
-                checkpoint=checkpoint, averages=ema, solvers=solver,
-            )  # fmt: skip
+            rows = evaluate_run(target, eval_settings, how, checkpoint=checkpoint, averages=ema, solvers=solver)
         else:
-            rows = _folder_rows(target, reference, metrics or "fid", resize, workers)
+            given = {"OVERRIDE": overrides, "n": n, "ema": ema, "solver": solver, "keep": keep}
+            for setting, value in given.items():
+                if value:
+                    expected = "a run or a checkpoint of one: images that are there already are not sampled"
+                    raise UserError(setting=setting, value=value, expected=expected)
+            rows = _folder_rows(target, metrics or "fid", resize, how)
     _show(rows)
     if out:
         storage.write_bytes(str(Path(out).resolve()), json.dumps(rows, indent=1).encode())
@@ -135,11 +138,15 @@ def _evaluate_one(trained: Trained, how: How) -> list[dict[str, Any]]:
     if keeper is not None:
         keeper.close()
     name = f"images-{trained.images_seen:09d}-{trained.ema}-{identity}"
-    if evaluation.grid_png is not None:
-        storage.write_bytes(storage.join(trained.run_folder, "samples", f"{name}.png"), evaluation.grid_png)
+    pictures = {f"{name}.png": evaluation.grid_png}
     if how.memorised:
-        picture = evaluator.nearest_picture(trained.model, trained.diffusion, sampling, work, how.memorised)
-        storage.write_bytes(storage.join(trained.run_folder, "samples", f"{name}-nearest.png"), picture)
+        nearest = evaluator.nearest_picture(trained.model, trained.diffusion, sampling, work, how.memorised)
+        pictures[f"{name}-nearest.png"] = nearest
+    for file, png in pictures.items():
+        if png is not None:
+            place = storage.join(trained.run_folder, "samples", file)
+            storage.write_bytes(place, png)
+            console.print(f"picture: {place}", soft_wrap=True)
     columns = trained.columns | {"evaluated_on": "own workers"}
     records = [make_record(columns, m, sampling, trained.diffusion, trained.ema) for m in evaluation.measurements]
     for record in records:
@@ -155,37 +162,37 @@ def _keeper(trained: Trained, sampling: Sampling, how: How) -> Keeper:
     return Keeper(folder, how.keep_format, (d.channels, d.resolution, d.resolution), d.class_names, source)
 
 
-def _folder_rows(target: str, reference: str, metrics: str, resize: str, workers: int) -> list[dict[str, Any]]:
-    if not reference:
+def _folder_rows(target: str, metrics: str, resize: str, how: How) -> list[dict[str, Any]]:
+    if not how.reference:
         expected = "a dataset, a folder of images, or an .npz of statistics to compare with"
-        raise UserError(setting="reference", value=reference, expected=expected)
-    place = reference if storage.is_remote(reference) else str(Path(reference).resolve())
+        raise UserError(setting="reference", value=how.reference, expected=expected)
+    place = how.reference if storage.is_remote(how.reference) else str(Path(how.reference).resolve())
     actors, device = 0, "cpu"
-    if workers > 1:
+    if how.workers > 1:
         connect()
-        actors, device = devices(workers)
-    names = metrics.split(",")
-    return [m.fields() for m in evaluate_folder(target, place, names, resize=resize, actors=actors, device=device)]
+        actors, device = devices(how.workers)
+    evaluation = evaluate_folder(
+        target, place, metrics.split(","), resize=resize, actors=actors, device=device, classes=how.per_class,
+        memorised=how.memorised,
+    )  # fmt: skip
+    if evaluation.nearest_png is not None:
+        picture = Path(f"{Path(target).stem}-nearest.png").resolve()
+        storage.write_bytes(str(picture), evaluation.nearest_png)
+        console.print(f"nearest images of the reference: {picture}")
+    return [m.fields() for m in evaluation.measurements]
 
 
 def _show(rows: list[dict[str, Any]]) -> None:
     table = Table(box=None, header_style="bold")
-    several = len({r.get("images_seen") for r in rows}) > 1
-    for title in (["images seen"] if several else []) + [
-        "metric",
-        "value",
-        "95 % interval",
-        "held out",
-        "n",
-        "against",
-    ]:
-        table.add_column(title, justify="left" if title == "metric" else "right")
+    what = [name for name in WHAT if len({r.get(name) for r in rows}) > 1]  # tells one evaluation from another
+    for title in (*what, "metric", "value", "95 % interval", "held out", "n", "against"):
+        table.add_column(title.replace("_", " "), justify="left" if title in ("metric", "ema", "solver") else "right")
     for r in rows:
         low, high, held = r["value_low"], r["value_high"], r["value_heldout"]
         interval = "" if low is None else f"{low:.4g} .. {high:.4g}"
-        cells = [r["metric"], f"{r['value']:.5g}", interval, "" if held is None else f"{held:.5g}"]
-        cells += [f"{r['n_generated']:,}", f"{r['n_reference']:,}" if r["n_reference"] else "?"]
-        table.add_row(*([f"{r['images_seen']:,}"] if several else []), *cells)
+        cells = [f"{r[name]:,}" if isinstance(r[name], int) else str(r[name]) for name in what]
+        cells += [r["metric"], f"{r['value']:.5g}", interval, "" if held is None else f"{held:.5g}"]
+        table.add_row(*cells, f"{r['n_generated']:,}", f"{r['n_reference']:,}" if r["n_reference"] else "?")
     console.print(table)
     for warning in sorted({r["warning"] for r in rows if r["warning"] and "[" not in r["metric"]}):
         console.print(f"[yellow]note:[/] {warning}", soft_wrap=True)

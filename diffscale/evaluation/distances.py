@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from diffscale.evaluation.statistics import Float64, Moments
+from diffscale.evaluation.spool import rows_of
+from diffscale.evaluation.statistics import Float64, Moments, moments_of
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ def frechet_of_features(features: NDArray, reference: Root) -> float:
     """The same for features (n,d) directly. With n ≤ d the eigenvalues come from an (n,n) matrix: much cheaper."""
     n, dim = features.shape
     if n > dim:
-        return frechet(Moments.of(features), reference)
-    x = np.asarray(features, dtype=np.float64)
+        return frechet(moments_of(features), reference)
+    x = np.asarray(features[:], dtype=np.float64)
     difference = x.mean(axis=0) - reference.mean
     centred = (x - x.mean(axis=0)) / np.sqrt(max(n - 1, 1))
     half = centred @ reference.root
@@ -101,12 +102,22 @@ def inception_score(logits: NDArray, splits: int = 10, seed: int = 2020) -> tupl
 
     logits (n, classes) without bias, in a random order (torch-fidelity's, so that the values agree).
     """
-    x = np.asarray(logits, np.float64)[np.random.RandomState(seed).permutation(len(logits))]
-    x = x - x.max(axis=1, keepdims=True)
-    log_p = x - np.log(np.exp(x).sum(axis=1, keepdims=True))
-    scores = []
-    for i in range(splits):
-        part = log_p[i * len(x) // splits : (i + 1) * len(x) // splits]
-        p = np.exp(part)
-        scores.append(float(np.exp((p * (part - np.log(p.mean(axis=0)))).sum(axis=1).mean())))
+    n = len(logits)
+    order = np.random.RandomState(seed).permutation(n)
+    scores = [_score(rows_of(logits, order[i * n // splits : (i + 1) * n // splits])) for i in range(splits)]
     return float(np.mean(scores)), float(np.std(scores))
+
+
+def _score(logits: NDArray, rows: int = 4096) -> float:
+    """exp of the mean negative entropy of p(y|x) less that of the mean p(y), read `rows` at a time."""
+    negative_entropy, marginal = 0.0, np.zeros(logits.shape[1])
+    for first in range(0, len(logits), rows):
+        x = np.asarray(logits[first : first + rows], np.float64)
+        x = x - x.max(axis=1, keepdims=True)
+        log_p = x - np.log(np.exp(x).sum(axis=1, keepdims=True))
+        p = np.exp(log_p)
+        negative_entropy += float((p * log_p).sum())
+        marginal += p.sum(axis=0)
+    marginal /= len(logits)
+    seen = marginal[marginal > 0]
+    return float(np.exp(negative_entropy / len(logits) - (seen * np.log(seen)).sum()))

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -19,8 +18,17 @@ from diffscale.diffusion.solver_settings import SolverSettings
 from diffscale.errors import UserError
 from diffscale.evaluation import generate, pictures, spool
 from diffscale.evaluation.generate import Columns, Featuriser, Gather, View
-from diffscale.evaluation.metrics import LEAST, Measurement, Metric, measure, memorised, parse_metric, views_of
-from diffscale.evaluation.neighbours import nearest
+from diffscale.evaluation.metrics import (
+    LEAST,
+    Measurement,
+    Metric,
+    measure,
+    memorised,
+    nearest_samples,
+    parse_metric,
+    per_class,
+    views_of,
+)
 from diffscale.evaluation.reference import (
     Reference,
     get_reference,
@@ -29,7 +37,7 @@ from diffscale.evaluation.reference import (
     references_folder,
 )
 from diffscale.evaluation.resize import upsample
-from diffscale.evaluation.sources import ModelSource, Sampling, Source, class_counts, to_uint8
+from diffscale.evaluation.sources import ModelSource, Sampling, Source, class_counts, source_of, to_uint8
 from diffscale.evaluation.spool import Spool
 
 if TYPE_CHECKING:
@@ -176,17 +184,13 @@ class Evaluator:
         folder: that of an evaluation of the same model and sampler. Raises UserError for a reference without features.
         """
         view = next(iter(self.views.values()))
-        reference = self._references[view]
-        usual = reference.usual(self._heldout.get(view))
-        distances, rows = nearest(Spool(folder, self.settings.n_generated)[view.column()], reference.features())
-        chosen = distances[:, 0].argsort()[:count]
-        source = self._source(model, diffusion, sampling)
-        samples = to_uint8(source.draw(torch.from_numpy(chosen))[0]).cpu()
-        theirs = reference_rows(self.compared.n, self.settings.n_reference)[rows[chosen, 0]]
-        images, _ = self.compared.gather(theirs)
-        left = upsample(samples, self.compared.resolution).permute(0, 2, 3, 1).numpy()
-        captions = [f"{distances[i, 0] / max(usual, 1e-12):.2f} x usual" for i in chosen]
-        return pictures.to_png(pictures.pairs(left, images.numpy(), captions))
+        generated = Spool(folder, self.settings.n_generated)
+        found = nearest_samples(view, generated, self._references[view], self._heldout.get(view), count)
+        samples, _ = self._source(model, diffusion, sampling).draw(torch.from_numpy(found.samples))
+        theirs = reference_rows(self.compared.n, self.settings.n_reference)[found.rows]
+        images, _ = source_of(self.compared, theirs).images(0, len(theirs))
+        left = upsample(to_uint8(samples).cpu(), self.compared.resolution)
+        return pictures.to_png(pictures.pairs(left, images, found.captions))
 
     def evaluate_source(self, source: Source, *, folder: Path | None = None) -> Evaluation:
         """The same for images from anywhere."""
@@ -230,17 +234,8 @@ class Evaluator:
                 value = measure(metric, native, generated, self._references[native])[0].value
                 rows = [replace(rows[0], value_native=value)]
             out += [replace(row, memorisation=copied[metric.network]) for row in rows]
-            if classes and metric.kind not in ("is", "fd_inf"):
-                out += self._per_class(metric, view, generated, reference)
-        return out
-
-    def _per_class(self, metric: Metric, view: View, generated: Spool, reference: Reference) -> list[Measurement]:
-        labels, theirs = generated[generate.LABELS][:], reference.labels()
-        out: list[Measurement] = []
-        for label in np.unique(theirs):
-            rows = np.flatnonzero(labels == label)
-            if len(rows) >= 8 and (theirs == label).sum() >= 8:
-                out += measure(metric, view, generated, reference, rows=rows, label=int(label))
+            if classes:
+                out += per_class(metric, view, generated, reference)
         return out
 
     def _grid(self, generated: Spool, source: Source) -> bytes | None:

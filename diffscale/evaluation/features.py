@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from diffscale.errors import UserError
-from diffscale.evaluation import inception
+from diffscale.evaluation import fidelity, inception
 from diffscale.evaluation.fuse import fuse_batch_norms
+from diffscale.evaluation.network import Network
 from diffscale.evaluation.resize import resize
 from diffscale.evaluation.weights import OFFLINE, Published, Source, State, given_file, load_weights, read_safetensors
 
@@ -85,28 +86,41 @@ def create_extractor(
 ) -> Extractor:
     """The named feature network with its weights loaded and checked.
 
-    network: "inception" (FID), "efficientnet_lite0" (embedded default), "dinov2_vit{s,b,l,g}14", or any network of
-    timm. resize: "default" is the network's own (TensorFlow 1's bilinear for Inception, antialiased bilinear
+    network: "inception" (FID), "efficientnet_lite0" (embedded default), torch-fidelity's CLIP and DINOv2 by its names
+    ("clip-vit-b-32", "dinov2-vit-l-14", see fidelity.NAMES), "dinov2_vit{s,b,l,g}14" (timm's), or any network of timm.
+    resize: "default" is the network's own (TensorFlow 1's bilinear for torch-fidelity's, antialiased bilinear
     otherwise); "tf1", "clean" (Pillow bicubic, as in clean-fid) and "antialiased" choose one. Raises UserError when
     the weights cannot be had, and for an unknown network, resize or output.
     """
     device = torch.device(device)
     if resize not in RESIZES:
         raise UserError(setting="eval.resize", value=resize, expected=f"one of: {', '.join(RESIZES)}")
-    filter_name = RESIZES[resize] or ("tf1_bilinear" if network == "inception" else "antialiased_bilinear")
     if network == "inception":
-        return _create_inception(device, filter_name, tuple(outputs), precision)
+        return _create_inception(device, RESIZES[resize] or "tf1_bilinear", tuple(outputs), precision)
     if set(outputs) != {"features"}:
         raise UserError(setting="eval.metrics", value=network, expected="inception for the Inception Score and sFID")
-    model, size, mean, std = _create_lite0() if network == DEFAULT_NETWORK else _create_timm(network)
-    dim = int(model.num_features)  # type: ignore[arg-type]
-    _place(model, size, device)
-    shift, scale = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (mean, std))
+    found = _create(network)
+    _place(found.model, found.size, device)
+    shift, scale = (torch.tensor([255 * c for c in v], device=device).view(1, 3, 1, 1) for v in (found.mean, found.std))
 
     def forward(x: Tensor) -> dict[str, Tensor]:
-        return {"features": model((x - shift) / scale)}
+        return {"features": found.model((x - shift) / scale)}
 
-    return Extractor(network, dim, size, filter_name, forward, device, precision=precision)
+    filter_name = RESIZES[resize] or found.filter_name
+    return Extractor(network, found.dim, found.size, filter_name, forward, device, precision=precision)
+
+
+def _create(network: str) -> Network:
+    try:
+        if network == DEFAULT_NETWORK:
+            return _create_lite0()
+        if network in fidelity.NAMES:
+            return fidelity.create(network)
+    except UserError:
+        raise
+    except (RuntimeError, KeyError, ValueError) as error:  # what layers say to weights of another network
+        raise _bad_weights(network, error) from None
+    return _create_timm(network)
 
 
 def _create_inception(
@@ -164,11 +178,11 @@ LITE0 = Published(
 )
 
 
-def _create_lite0() -> tuple[nn.Module, int, list[float], list[float]]:
+def _create_lite0() -> Network:
     """Trained at 224; at 128 it is 3 times as fast and the images it compares here are smaller than either."""
     model = timm.create_model("tf_efficientnet_lite0", num_classes=0)
     model.load_state_dict(load_weights(LITE0))
-    return model, LITE0_SIZE, [127.0] * 3, [128.0] * 3
+    return Network(model, _dim(model), LITE0_SIZE, (127 / 255,) * 3, (128 / 255,) * 3)
 
 
 DINOV2 = {
@@ -179,12 +193,13 @@ DINOV2 = {
 }
 
 
-def _create_timm(network: str) -> tuple[nn.Module, int, list[float], list[float]]:
+def _create_timm(network: str) -> Network:
     """Any timm network: features before its classifier, its own input size and normalisation (DINOv2 at 224)."""
     name = DINOV2.get(network, network)
     if not timm.is_model(name):
         near = timm.list_models(f"*{network[:8]}*")[:5]
-        expected = f"inception, {DEFAULT_NETWORK}, {', '.join(DINOV2)} or a network of timm ({', '.join(near)} ...)"
+        known = ", ".join(("inception", DEFAULT_NETWORK, *DINOV2, *fidelity.NAMES))
+        expected = f"{known} or a network of timm ({', '.join(near)} ...)"
         raise UserError(setting="eval.metrics", value=network, expected=expected)
     options: dict[str, Any] = {"img_size": 224} if network in DINOV2 else {}
     file = given_file(network, name)
@@ -201,7 +216,11 @@ def _create_timm(network: str) -> tuple[nn.Module, int, list[float], list[float]
             raise _bad_weights(network, error) from None
     config = timm.data.resolve_model_data_config(model)
     size = 224 if network in DINOV2 else config["input_size"][-1]
-    return model, size, [255 * v for v in config["mean"]], [255 * v for v in config["std"]]
+    return Network(model, _dim(model), size, config["mean"], config["std"])
+
+
+def _dim(model: nn.Module) -> int:
+    return int(model.num_features)  # type: ignore[arg-type]  # timm's networks have it, torch's type does not
 
 
 def _no_weights(network: str, name: str, reason: str) -> UserError:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
+import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +12,30 @@ import numpy as np
 from diffscale import storage
 from diffscale.data import open_dataset
 from diffscale.errors import UserError
-from diffscale.evaluation import spool
+from diffscale.evaluation import pictures, spool
 from diffscale.evaluation.generate import Columns, Featuriser, View, chunk_ranges, in_process, on_ray
-from diffscale.evaluation.metrics import Measurement, measure, memorised, parse_metric, views_of
-from diffscale.evaluation.reference import Reference, ReferenceImages, get_reference, reference_from_npz
-from diffscale.evaluation.sources import DatasetSource, FileSource, Source
+from diffscale.evaluation.metrics import (
+    Measurement,
+    Metric,
+    measure,
+    memorised,
+    nearest_samples,
+    parse_metric,
+    per_class,
+    views_of,
+)
+from diffscale.evaluation.reference import (
+    Reference,
+    ReferenceImages,
+    get_reference,
+    reference_from_npz,
+    reference_rows,
+)
+from diffscale.evaluation.resize import upsample
+from diffscale.evaluation.sources import FileSource, Source, source_of
 from diffscale.evaluation.spool import Spool
 from diffscale.evaluation.weights import cache_folder
+from diffscale.records import identify
 
 
 def open_images(place: str) -> ReferenceImages:
@@ -28,24 +45,35 @@ def open_images(place: str) -> ReferenceImages:
     return FileSource.open(Path(place))
 
 
+@dataclass(frozen=True)
+class FolderEvaluation:
+    """nearest_png: the images nearest to reference images, each beside it; None unless it was asked for."""
+
+    measurements: list[Measurement]
+    nearest_png: bytes | None = None
+
+
 def evaluate_folder(
     place: str, reference: str, metrics: Sequence[str], *, resolution: int | None = None, resize: str = "default",
-    n_reference: int | None = None, actors: int = 0, device: str = "cpu",
-) -> list[Measurement]:  # fmt: skip
+    n_reference: int | None = None, actors: int = 0, device: str = "cpu", classes: bool = False, memorised: int = 0,
+) -> FolderEvaluation:  # fmt: skip
     """Every metric of the images at `place` against those at `reference` (or its .npz of statistics).
 
     Both are looked at at `resolution` (default: the larger of the two; smaller images are enlarged by LANCZOS).
-    Raises UserError for missing weights, before any image is read.
+    classes: each metric for each class too, of two Arrow datasets with the same classes. memorised: how many images
+    the picture of nearest neighbours shows. Features stay in the cache until the end, so that a call that was cut off
+    goes on. Raises UserError for missing weights, before any image is read.
     """
     parsed = [parse_metric(name) for name in metrics]
     images = open_images(place)
     statistics = Path(reference) if reference.endswith(".npz") and not _has_images(Path(reference)) else None
     theirs = None if statistics else open_images(reference)
-    sides = [images.resolution] + ([theirs.resolution] if theirs is not None else [])
-    side = resolution or max(sides)
-    if max(sides) > side:
-        expected = f"at least {max(sides)}, the side of the images"
-        raise UserError(setting="resolution", value=side, expected=expected)
+    if theirs is None and (classes or memorised):
+        expected = "a dataset or images: an .npz of statistics has neither classes nor neighbours"
+        raise UserError(setting="reference", value=reference, expected=expected)
+    if classes:
+        _check_classes(images, theirs)
+    side = _common_resolution(resolution, images, theirs)
     views = views_of(parsed, side, resize)
     featurise = Featuriser(list(views.values()), device)
 
@@ -67,25 +95,58 @@ def evaluate_folder(
             references[network] = get_reference(
                 theirs, plain, n_reference=n_reference, place=cache_folder() / "references", compute=compute
             )
-    source = images if isinstance(images, FileSource) else DatasetSource(images, np.arange(images.n))
-    with tempfile.TemporaryDirectory(prefix="diffscale-evaluation-") as temporary:
-        for first, columns in run(source, featurise, chunk_ranges(source.n, source.batch)):
-            spool.write_chunk(Path(temporary), first, columns)
-        generated = Spool(Path(temporary))
-        return _measure(parsed, views, generated, references, bool(images.lossy))
+    source = source_of(images, np.arange(images.n))
+    work = cache_folder() / "evaluations" / identify(images=images.content_hash, views=[str(v) for v in views.values()])
+    for first, columns in run(source, featurise, chunk_ranges(source.n, source.batch, spool.ends(work))):
+        spool.write_chunk(work, first, columns)
+    generated = Spool(work, source.n)
+    measurements = _measure(parsed, views, generated, references, bool(images.lossy), classes)
+    picture = None
+    if memorised and theirs is not None:
+        view = next(iter(views.values()))
+        found = nearest_samples(view, generated, references[view.network], None, memorised)
+        rows = reference_rows(theirs.n, n_reference)[found.rows]
+        picture = _side_by_side(source_of(images, found.samples), source_of(theirs, rows), side, found.captions)
+    shutil.rmtree(work)
+    return FolderEvaluation(measurements, picture)
 
 
-def _measure(parsed, views, generated: Spool, references: dict[str, Reference], lossy: bool) -> list[Measurement]:
+def _common_resolution(resolution: int | None, images: ReferenceImages, theirs: ReferenceImages | None) -> int:
+    largest = max(images.resolution, theirs.resolution if theirs is not None else 0)
+    if resolution is not None and resolution < largest:
+        expected = f"at least {largest}, the side of the images"
+        raise UserError(setting="resolution", value=resolution, expected=expected)
+    return resolution or largest
+
+
+def _check_classes(images: ReferenceImages, theirs: ReferenceImages | None) -> None:
+    names = [getattr(i, "class_names", []) for i in (images, theirs)]
+    if not names[0] or names[0] != names[1]:
+        expected = f"two Arrow datasets with the same classes (these have {len(names[0])} and {len(names[1])})"
+        raise UserError(setting="per-class", value=True, expected=expected)
+
+
+def _side_by_side(left: Source, right: Source, side: int, captions: Sequence[str]) -> bytes:
+    pixels = [upsample(source.images(0, source.n)[0], side) for source in (left, right)]
+    return pictures.to_png(pictures.pairs(pixels[0], pixels[1], captions))
+
+
+def _measure(
+    parsed: Sequence[Metric], views: dict[str, View], generated: Spool, references: dict[str, Reference], lossy: bool,
+    classes: bool,
+) -> list[Measurement]:  # fmt: skip
     out: list[Measurement] = []
+    copied = {net: memorised(view, generated, references[net], None) for net, view in views.items()}
     for metric in parsed:
         view, reference = views[metric.network], references[metric.network]
-        copied = memorised(view, generated, reference, None)
-        for row in measure(metric, view, generated, reference):
+        rows = measure(metric, view, generated, reference)
+        rows += per_class(metric, view, generated, reference) if classes else []
+        for row in rows:
             warning = row.warning
             if lossy != reference.lossy and reference.has_features:
                 lossy_warning = "only one of samples and reference was stored lossily (JPEG)"
                 warning = f"{warning}; {lossy_warning}" if warning else lossy_warning
-            out.append(replace(row, memorisation=copied, warning=warning))
+            out.append(replace(row, memorisation=copied[metric.network], warning=warning))
     return out
 
 

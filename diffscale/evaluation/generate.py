@@ -5,6 +5,7 @@ All three give (first sample, columns) pairs of the same chunks; who computed a 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from diffscale.evaluation.features import Extractor, create_extractor
 from diffscale.evaluation.resize import upsample
 from diffscale.evaluation.sources import ModelSource, Source
+from diffscale.evaluation.weights import OFFLINE, WEIGHTS
 
 Columns = dict[str, NDArray]
 Gather = Callable[[Any], list[Any]]
@@ -111,7 +113,10 @@ def on_ray(
     if isinstance(source, ModelSource):
         source = replace(source, model=source.model.cpu(), device="cuda" if gpu else "cpu")
     shared = [ray.put(source)]
-    options = {"num_cpus": threads, "num_gpus": 1 if gpu else 0, "max_restarts": 3, "max_task_retries": 3}
+    options: dict[str, Any] = {"num_cpus": threads, "num_gpus": int(gpu), "max_restarts": 3, "max_task_retries": 3}
+    told = {name: os.environ[name] for name in (WEIGHTS, OFFLINE) if name in os.environ}
+    if told:  # a cluster that ran before has not heard of --weights
+        options["runtime_env"] = {"env_vars": told}
     actor: Any = ray.remote(_Actor)
     actors: list[Any] = [
         actor.options(**options).remote(tuple(views), "cuda" if gpu else "cpu", threads) for _ in range(workers)

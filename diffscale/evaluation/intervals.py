@@ -7,7 +7,8 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from diffscale.evaluation.distances import Root, frechet, frechet_of_features
-from diffscale.evaluation.statistics import Moments
+from diffscale.evaluation.spool import rows_of
+from diffscale.evaluation.statistics import moments_of
 
 GROUPS = 16
 
@@ -25,14 +26,11 @@ def frechet_interval(features: NDArray, reference: Root, groups: int = GROUPS) -
     size = n // groups
     rows = [np.arange(g, size * groups, groups) for g in range(groups)]
     if n > dim:
-        parts = [Moments.of(features[r]) for r in rows]
-        total = Moments.of(features[size * groups :])
-        for part in parts:
-            total = total.merge(part)
+        total = moments_of(features)
         value = frechet(total, reference)
         if n < 2 * groups:
             return value, float("nan"), float("nan")
-        left_out = [frechet(total.without(part), reference) for part in parts]
+        left_out = [frechet(total.without(moments_of(rows_of(features, r))), reference) for r in rows]
     else:
         x = np.asarray(features[:], np.float64)
         value = frechet_of_features(x, reference)
@@ -59,6 +57,7 @@ def frechet_at_infinity(
         fewest = 5000 if n >= 10_000 else n // 10
     random = np.random.RandomState(seed)
     sizes = np.linspace(fewest, n, points).astype(int)
-    values = [frechet_of_features(features[random.choice(n, size, replace=False)], reference) for size in sizes]
+    subsets = [rows_of(features, random.choice(n, size, replace=False)) for size in sizes]
+    values = [frechet_of_features(subset, reference) for subset in subsets]
     fit = stats.linregress(1 / sizes, values)
     return float(fit.intercept), float(fit.intercept_stderr)

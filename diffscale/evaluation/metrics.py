@@ -11,17 +11,17 @@ from numpy.typing import NDArray
 
 from diffscale.cli import valid
 from diffscale.errors import UserError
-from diffscale.evaluation.distances import frechet_of_features, inception_score, kernel_distance
-from diffscale.evaluation.generate import View
+from diffscale.evaluation.distances import Root, frechet_of_features, inception_score, kernel_distance
+from diffscale.evaluation.generate import LABELS, View
 from diffscale.evaluation.intervals import frechet_at_infinity, frechet_interval
-from diffscale.evaluation.neighbours import memorisation, neighbourhood
+from diffscale.evaluation.neighbours import memorisation, nearest, neighbourhood
 from diffscale.evaluation.reference import Reference
-from diffscale.evaluation.spool import Spool
-from diffscale.evaluation.statistics import Moments
+from diffscale.evaluation.spool import Spool, rows_of
+from diffscale.evaluation.statistics import moments_of
 
-KINDS = ("fd", "fd_inf", "kid", "precision", "recall", "density", "coverage", "sfid", "is")
+KINDS = ("fd", "fd_inf", "kid", "precision", "recall", "f_score", "density", "coverage", "sfid", "is")
 INCEPTION_NAMES = {"fid": "fd", "fid_inf": "fd_inf", "inception_score": "is"}
-LEAST = {"fd": 2, "sfid": 2, "fd_inf": 30, "kid": 2, "is": 10, "precision": 6, "recall": 6, "density": 6, "coverage": 6}
+LEAST = {"fd": 2, "sfid": 2, "fd_inf": 30, "kid": 2, "is": 10} | dict.fromkeys(KINDS[3:8], 6)
 """The fewest samples of which each kind says anything at all."""
 
 
@@ -55,7 +55,8 @@ def parse_metric(name: str) -> Metric:
                 raise UserError(setting="eval.metrics", value=name, expected=expected)
             return Metric(name, kind, network)
     named = [*INCEPTION_NAMES, *(k for k in KINDS if not k.startswith("fd"))]
-    expected = valid(name, [*named, "fd_efficientnet_lite0", "fd_dinov2_vitl14"]) + "; or fd_<network of timm>"
+    expected = valid(name, [*named, "fd_efficientnet_lite0", "fd_dinov2_vitl14", "fd_clip-vit-b-32"])
+    expected += "; or fd_<network of timm>"
     raise UserError(setting="eval.metrics", value=name, expected=expected)
 
 
@@ -93,7 +94,7 @@ def measure(
     """
     features = generated[view.column(metric.outputs[0])]
     if rows is not None:
-        features = features[rows]
+        features = rows_of(features, rows)
     n = len(features)
     name = metric.name if view.resize == "default" else f"{metric.name}_{view.resize}"
     if label is not None:
@@ -102,15 +103,18 @@ def measure(
     kind, low, high, value_heldout, spread = metric.kind, None, None, None, None
     if kind in ("fd", "sfid"):
         output = metric.outputs[0]
-        root = _class_root(reference, label) if label is not None else reference.root(output)
+        if label is None:
+            root = reference.root(output)
+        else:
+            root = Root.of(moments_of(_class_features(reference, label, output)))
         value, low, high = frechet_interval(features, root)
         if heldout is not None and label is None:
-            value_heldout = frechet_of_features(features[:], heldout.root(output))
+            value_heldout = frechet_of_features(features, heldout.root(output))
     elif kind == "fd_inf":
         value, error = frechet_at_infinity(features, reference.root())
         low, high = value - 1.96 * error, value + 1.96 * error
     elif kind == "is":
-        value, spread = inception_score(features[:])
+        value, spread = inception_score(features)
     elif kind == "kid":
         value, spread = kernel_distance(features, _class_features(reference, label))
         if heldout is not None and label is None:
@@ -129,11 +133,50 @@ def measure(
     return out
 
 
+LEAST_OF_CLASS = 8
+
+
+def per_class(metric: Metric, view: View, generated: Spool, reference: Reference) -> list[Measurement]:
+    """`<metric>[label]` of each class that has enough samples and reference images; none for metrics of a whole."""
+    if metric.kind in ("is", "fd_inf"):
+        return []
+    ours, theirs = generated[LABELS][:], reference.labels()
+    out: list[Measurement] = []
+    for label in np.unique(theirs):
+        rows = np.flatnonzero(ours == label)
+        if min(len(rows), (theirs == label).sum()) >= LEAST_OF_CLASS:
+            out += measure(metric, view, generated, reference, rows=rows, label=int(label))
+    return out
+
+
 def memorised(view: View, generated: Spool, reference: Reference, heldout: Reference | None) -> float | None:
     """Share of samples nearer to a training image than 1 % of unseen images are; None without reference features."""
     if not reference.has_features or reference.n < 3:
         return None
     return memorisation(generated[view.column()], reference.features(), reference.usual(heldout))
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """Samples and the reference images that they are nearest to in feature space, the nearest pair first.
+
+    samples, rows: (count,) indices of samples and of reference features. captions: each distance in units of the
+    usual one (see neighbours.usual_distance).
+    """
+
+    samples: NDArray
+    rows: NDArray
+    captions: list[str]
+
+
+def nearest_samples(
+    view: View, generated: Spool, reference: Reference, heldout: Reference | None, count: int
+) -> Nearest:
+    """Raises UserError for a reference without features."""
+    usual = max(reference.usual(heldout), 1e-12)
+    distances, rows = nearest(generated[view.column()], reference.features())
+    chosen = distances[:, 0].argsort()[:count]
+    return Nearest(chosen, rows[chosen, 0], [f"{d:.2f} x usual" for d in distances[chosen, 0] / usual])
 
 
 def views_of(metrics: Iterable[Metric], resolution: int, resize: str) -> dict[str, View]:
@@ -144,15 +187,9 @@ def views_of(metrics: Iterable[Metric], resolution: int, resize: str) -> dict[st
     return {net: View(net, resolution, resize, tuple(sorted(names))) for net, names in outputs.items()}
 
 
-def _class_features(reference: Reference, label: int | None) -> NDArray:
-    features = reference.features()
-    return features if label is None else features[np.flatnonzero(reference.labels() == label)]
-
-
-def _class_root(reference: Reference, label: int | None):
-    from diffscale.evaluation.distances import Root
-
-    return Root.of(Moments.of(_class_features(reference, label)))
+def _class_features(reference: Reference, label: int | None, output: str = "features") -> NDArray:
+    features = reference.features(output)
+    return features if label is None else rows_of(features, np.flatnonzero(reference.labels() == label))
 
 
 def _finite(value: float | None) -> float | None:

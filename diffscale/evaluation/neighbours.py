@@ -40,12 +40,17 @@ def radii(x: NDArray, k: int) -> NDArray:
 
 @dataclass(frozen=True)
 class Neighbourhood:
-    """precision, recall, density, coverage: see `neighbourhood`."""
+    """See `neighbourhood`."""
 
     precision: float
     recall: float
     density: float
     coverage: float
+
+    @property
+    def f_score(self) -> float:
+        """Harmonic mean of precision and recall (torch-fidelity's, 0 where both are)."""
+        return 2 * self.precision * self.recall / max(1e-5, self.precision + self.recall)
 
 
 def neighbourhood(generated: NDArray, reference: NDArray, *, k: int = 3, k_density: int = 5) -> Neighbourhood:

@@ -6,8 +6,10 @@ import io
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 GAP = 2
 CAPTION = 12
@@ -66,9 +68,9 @@ def comparison(runs: Sequence[tuple[str, NDArray]]) -> Image.Image:
     return sheet
 
 
-def pairs(left: NDArray, right: NDArray, captions: Sequence[str], columns: int = 8) -> Image.Image:
-    """Samples beside their nearest training images: left, right (N,H,W,C) uint8, captions with the distance."""
-    side_by_side = np.concatenate([left, right], axis=2)
+def pairs(left: Tensor, right: Tensor, captions: Sequence[str], columns: int = 8) -> Image.Image:
+    """Samples beside their nearest training images: left, right (N,C,H,W) uint8, captions with the distance."""
+    side_by_side = torch.cat([left, right], dim=3).permute(0, 2, 3, 1).numpy()
     return grid(side_by_side, captions, columns=columns)
 
 

@@ -29,7 +29,7 @@ from diffscale.evaluation.generate import (
     chunk_ranges,
 )
 from diffscale.evaluation.neighbours import usual_distance
-from diffscale.evaluation.sources import DatasetSource, FileSource, Source
+from diffscale.evaluation.sources import FileSource, Source, source_of
 from diffscale.evaluation.spool import Spool
 from diffscale.evaluation.statistics import Moments, load_moments, moments_of, save_moments
 from diffscale.evaluation.weights import cache_folder
@@ -74,9 +74,9 @@ class Reference:
     def has_features(self) -> bool:
         return self.folder is not None
 
-    def features(self) -> NDArray:
+    def features(self, output: str = "features") -> NDArray:
         """(n,d) float32 from disk. Raises UserError for a reference that is only an .npz."""
-        return self._spool()[self.view.column()]
+        return self._spool()[self.view.column(output)]
 
     def labels(self) -> NDArray:
         return self._spool()[LABELS][:]
@@ -142,7 +142,7 @@ def get_reference(
         if gather is not None:
             complete, have = gather((complete, have))[0]
         if not complete:
-            source = images.source(rows) if isinstance(images, FileSource) else DatasetSource(images, rows)
+            source = source_of(images, rows)
             for first, columns in compute(source, view, chunk_ranges(source.n, source.batch, have)):
                 spool.write_chunk(folder, first, columns)
             if rank == 0:

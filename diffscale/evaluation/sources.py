@@ -232,6 +232,11 @@ class FileSource:
         return torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.zeros(len(pixels), dtype=torch.long)
 
 
+def source_of(images: Dataset | FileSource, rows: np.ndarray) -> DatasetSource | FileSource:
+    """The images at these rows of a dataset, folder or array, in that order."""
+    return images.source(rows) if isinstance(images, FileSource) else DatasetSource(images, rows)
+
+
 def _read_image(file: Path) -> np.ndarray:
     """RGB (H,W,3) uint8. Raises UserError that names a file which is damaged or implausibly large."""
     try:

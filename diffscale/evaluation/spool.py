@@ -70,8 +70,31 @@ class Column:
         return out
 
 
+class Rows:
+    """Some rows of an array or `Column`, in any order, that are read where they are touched."""
+
+    def __init__(self, source: NDArray | Column, rows: NDArray) -> None:
+        self._source, self._rows = source, rows
+        self.shape = (len(rows), *source.shape[1:])
+        self.dtype = source.dtype
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, key: slice | NDArray) -> NDArray:
+        return self._source[self._rows[key]]
+
+
+def rows_of(source: NDArray, rows: NDArray) -> NDArray:
+    """The rows of features, without reading them yet."""
+    return cast(NDArray, Rows(source, rows))
+
+
 class Spool:
-    """The chunks of a folder, together: `spool["features"]` is a `Column`. An empty one: FileNotFoundError."""
+    """The chunks of a folder, together: `spool["features"]` is a `Column`.
+
+    n: only the first n samples. FileNotFoundError when some are not there (another process may have cleared them away).
+    """
 
     def __init__(self, folder: Path, n: int | None = None) -> None:
         files = chunks(folder)
@@ -82,12 +105,16 @@ class Spool:
         for first, (_, path) in files.items():
             if n is not None and first >= n:
                 break
+            if first != self.n:
+                raise FileNotFoundError(f"{folder} lacks the features of samples {self.n} to {first - 1}")
             with pa.memory_map(str(path)) as source:
                 table = pa.ipc.open_file(source).read_all()
             rows = table.num_rows if n is None else min(table.num_rows, n - first)
             self.n += rows
             for name in table.column_names:
                 self._columns.setdefault(name, []).append(_view(table.column(name).chunk(0))[:rows])
+        if self.n < (n or 0):
+            raise FileNotFoundError(f"{folder} lacks the features of samples {self.n} to {n}")
 
     def __contains__(self, name: str) -> bool:
         return name in self._columns

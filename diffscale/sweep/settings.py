@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-HIGHER_IS_BETTER = ("is", "precision", "recall", "density", "coverage")
+HIGHER_IS_BETTER = ("is", "precision", "recall", "f_score", "density", "coverage")
 
 
 class Part(BaseModel):

@@ -149,13 +149,13 @@ def test_a_folder_an_npz_and_a_dataset_of_the_same_images_have_the_same_distance
     np.savez(tmp_path / "samples.npz", arr_0=pictures(30, 16, seed=3)[0])
     write_dataset(tmp_path / "as_arrow", 30, 16, seed=3)
     places = [images, tmp_path / "samples.npz", tmp_path / "as_arrow"]
-    values = [evaluate_folder(str(p), str(reference), [FD])[0].value for p in places]
+    values = [evaluate_folder(str(p), str(reference), [FD]).measurements[0].value for p in places]
     assert values == pytest.approx([values[0]] * 3, rel=1e-6)
     output = call(
         evaluate.app, str(images), "--reference", str(reference), "--metrics", f"{FD},recall_efficientnet_lite0"
     )
     assert FD in output
-    assert evaluate_folder(str(images), str(images), [FD])[0].value == pytest.approx(0, abs=1e-3)
+    assert evaluate_folder(str(images), str(images), [FD]).measurements[0].value == pytest.approx(0, abs=1e-3)
 
 
 def test_jpeg_on_one_side_is_said(folders, own_cache, tmp_path):
@@ -164,8 +164,8 @@ def test_jpeg_on_one_side_is_said(folders, own_cache, tmp_path):
     lossy.mkdir()
     for file in images.glob("*.png"):
         Image.open(file).save(lossy / f"{file.stem}.jpg", quality=75)
-    assert "only one" in evaluate_folder(str(lossy), str(reference), [FD])[0].warning
-    assert "only one" not in evaluate_folder(str(images), str(reference), [FD])[0].warning
+    assert "only one" in evaluate_folder(str(lossy), str(reference), [FD]).measurements[0].warning
+    assert "only one" not in evaluate_folder(str(images), str(reference), [FD]).measurements[0].warning
 
 
 def test_folders_that_cannot_be_compared_are_refused(folders, own_cache, tmp_path):
