@@ -20,7 +20,7 @@ from PIL import Image
 
 from benchmarks import cifar10
 from diffscale import storage
-from diffscale.evaluation.distances import Root
+from diffscale.evaluation.distances import Root, frechet_of_features
 from diffscale.evaluation.features import create_extractor
 from diffscale.evaluation.intervals import frechet_at_infinity, frechet_interval
 from diffscale.evaluation.statistics import moments_of
@@ -96,19 +96,19 @@ def rows_of(network: str, n: int) -> list[dict[str, Any]]:
     add("none", "test against train", base)
     rows[-1] |= {"fd_low": low, "fd_high": high}
     for quality in QUALITIES:
-        add("lossy", f"JPEG {quality} on one side", frechet_interval(f.get(False, f"jpeg {quality}"), root)[0])
+        add("lossy", f"JPEG {quality} on one side", frechet_of_features(f.get(False, f"jpeg {quality}"), root))
     clean = Root.of(moments_of(f.get(True, resize="clean")))
-    add("resize to the network", "clean-fid on both sides", frechet_interval(f.get(False, resize="clean"), clean)[0])
-    add("resize to the network", "clean-fid on one side", frechet_interval(f.get(False, resize="clean"), root)[0])
+    add("resize to the network", "clean-fid on both sides", frechet_of_features(f.get(False, resize="clean"), clean))
+    add("resize to the network", "clean-fid on one side", frechet_of_features(f.get(False, resize="clean"), root))
     small = Root.of(moments_of(f.get(True, "16 px lanczos")))
-    same = frechet_interval(f.get(False, "16 px lanczos"), small)[0]
+    same = frechet_of_features(f.get(False, "16 px lanczos"), small)
     add("resize of the data", "16 px, LANCZOS on both sides", same, against=same)
     for change in ("16 px box", "16 px nearest"):
         name = f"16 px, {change.split()[-1]} against LANCZOS"
-        add("resize of the data", name, frechet_interval(f.get(False, change), small)[0], against=same)
+        add("resize of the data", name, frechet_of_features(f.get(False, change), small), against=same)
     for share in COUNTS:
         count = int(n * share)
-        add("sample count", f"{count} samples", frechet_interval(f.get(False)[:count], root)[0], count)
+        add("sample count", f"{count} samples", frechet_of_features(f.get(False)[:count], root), count)
     add("sample count", "extrapolated to infinity", frechet_at_infinity(f.get(False), root)[0])
     return rows
 

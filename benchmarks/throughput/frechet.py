@@ -38,7 +38,7 @@ def main(
     a, b = statistics(dim, 0), statistics(dim, 1)
     ours, theirs = frechet(a, b), by_sqrtm(a, b)
     row = {"dim": dim, "ours": ours, "theirs": theirs, "relative_difference": abs(ours - theirs) / theirs}
-    row |= race(lambda: frechet(a, b), lambda: by_sqrtm(a, b), 1, pairs)
+    row |= race(lambda: frechet(a, b), lambda: by_sqrtm(a, b), 1, pairs, "frechet")
     print(row, write("frechet", [row]))
 
 

@@ -107,6 +107,9 @@ def measure(
             root = reference.root(output)
         else:
             root = Root.of(moments_of(_class_features(reference, label, output)))
+        if len(root.mean) != features.shape[1]:
+            expected = f"statistics of {features.shape[1]} dimensions, those of {view.network}; it has {len(root.mean)}"
+            raise UserError(setting="reference", value=str(reference.file), expected=expected)
         value, low, high = frechet_interval(features, root)
         if heldout is not None and label is None:
             value_heldout = frechet_of_features(features, heldout.root(output))
@@ -120,7 +123,10 @@ def measure(
         if heldout is not None and label is None:
             value_heldout, _ = kernel_distance(features, heldout.features())
     else:
-        value = getattr(neighbourhood(features, _class_features(reference, label)), kind)
+        key = (view.column(), reference.key, label)
+        if key not in generated.known:
+            generated.known[key] = neighbourhood(features, _class_features(reference, label))
+        value = getattr(generated.known[key], kind)
     made = Measurement(
         metric=name, value=float(value), network=view.network, resize=view.resize, eval_resolution=view.resolution,
         reference=reference.key, n_generated=n, n_reference=n_reference, value_low=_finite(low),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -100,6 +100,7 @@ class Spool:
         files = chunks(folder)
         if not files:
             raise FileNotFoundError(f"{folder} holds no features")
+        self.known: dict[Any, Any] = {}  # what several metrics share, computed once
         self._columns: dict[str, list[NDArray]] = {}
         self.n = 0
         for first, (_, path) in files.items():

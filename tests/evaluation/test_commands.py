@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +14,20 @@ from typer.testing import CliRunner
 
 from diffscale import evaluate, sample
 from diffscale.build import build_diffusion, build_model, open_training_data
-from diffscale.cli import validate
+from diffscale.cli import merge, validate
 from diffscale.compute import count_cost
-from diffscale.data import Loader, open_dataset
+from diffscale.data import Dataset, Loader, open_dataset
 from diffscale.errors import UserError
+from diffscale.evaluation import folder
 from diffscale.evaluation.folder import evaluate_folder
+from diffscale.evaluation.statistics import moments_of, save_moments
+from diffscale.experiment import Experiment
 from diffscale.records import read_records
 from diffscale.trained import find_checkpoints, settings_of_run
 from diffscale.training import checkpoint as ck
 from diffscale.training import saving
 from diffscale.training.columns import run_columns
+from diffscale.training.judging import Judge
 from diffscale.training.learner import Learner
 from diffscale.training.numerics import Numerics
 from diffscale.training.parallel import World
@@ -40,9 +45,22 @@ SETTINGS = {
 }  # fmt: skip
 
 
+@dataclass
+class Training:
+    """A network after two steps of training, and what a run's records say about it."""
+
+    experiment: Experiment
+    learner: Learner
+    dataset: Dataset
+    columns: dict
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.experiment.run_folder(self.dataset.content_hash))
+
+
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
-    """A run's folder with one checkpoint, as training writes it."""
+def training(tmp_path_factory) -> Training:
     torch.set_num_threads(1)
     place = tmp_path_factory.mktemp("storage")
     experiment = validate(SETTINGS | {"storage": str(place)})
@@ -57,12 +75,18 @@ def run(tmp_path_factory) -> Path:
             learner.step(batch)
     cost = count_cost(lambda: build_model(experiment, dataset), 8, 3, dataset.num_classes)
     columns = run_columns(experiment, dataset, cost, World(), learner.images_seen, 1.0, None, 0.5, "fp32")
-    shape = {"resolution": 8, "channels": 3, "num_classes": dataset.num_classes}
-    folder = Path(experiment.run_folder(dataset.content_hash))
-    saver = saving.Saver(str(folder), 0, 1, "test", ck.save_settings(experiment), lambda _: None)
-    saver.save(saving.take(learner, {"record": columns, "data": shape}, 0))
+    return Training(experiment, learner, dataset, columns)
+
+
+@pytest.fixture(scope="module")
+def run(training) -> Path:
+    """A run's folder with one checkpoint, as training writes it."""
+    shape = {"resolution": 8, "channels": 3, "num_classes": training.dataset.num_classes}
+    settings = ck.save_settings(training.experiment)
+    saver = saving.Saver(str(training.folder), 0, 1, "test", settings, lambda _: None)
+    saver.save(saving.take(training.learner, {"record": training.columns, "data": shape}, 0))
     saver.wait()
-    return folder
+    return training.folder
 
 
 @pytest.fixture
@@ -133,6 +157,20 @@ def test_a_metric_without_weights_stops_before_sampling(ray_cluster, run, own_ca
         evaluate.evaluate_run(str(run), ["eval.metrics=[fid]"])
 
 
+def test_in_training_the_average_is_judged_whatever_the_training_batch_is(training, own_cache, tmp_path):
+    """Two mistakes of others: a distance of the weights without EMA, and one that the training batch size changes."""
+
+    def values(**changes) -> list[float]:
+        experiment = validate(merge(SETTINGS | {"storage": str(tmp_path)}, changes))
+        diffusion = build_diffusion(experiment, training.dataset)
+        judge = Judge(experiment, training.dataset, diffusion, World(), Numerics())
+        return [r.value for r in judge.judge(training.learner, str(tmp_path), training.columns)]
+
+    averaged = values()
+    assert values(train={"global_batch": 24, "micro_batch": 6}) == averaged
+    assert values(eval={"ema": "none"}) != averaged
+
+
 @pytest.fixture
 def folders(tmp_path) -> tuple[Path, Path]:
     dataset = tmp_path / "data"
@@ -168,6 +206,12 @@ def test_jpeg_on_one_side_is_said(folders, own_cache, tmp_path):
     assert "only one" not in evaluate_folder(str(images), str(reference), [FD]).measurements[0].warning
 
 
+def test_statistics_of_another_network_are_refused(folders, own_cache, tmp_path):
+    save_moments(tmp_path / "inception.npz", moments_of(np.random.default_rng(0).normal(size=(50, 2048))))
+    with pytest.raises(UserError, match="1280 dimensions"):
+        evaluate_folder(str(folders[0]), str(tmp_path / "inception.npz"), [FD])
+
+
 def test_folders_that_cannot_be_compared_are_refused(folders, own_cache, tmp_path):
     images, reference = folders
     Image.new("RGB", (9, 9)).save(images / "odd.png")
@@ -178,3 +222,41 @@ def test_folders_that_cannot_be_compared_are_refused(folders, own_cache, tmp_pat
         evaluate_folder(str(tmp_path / "empty"), str(reference), [FD])
     with pytest.raises(UserError, match="reference"):
         call(evaluate.app, str(reference))
+
+
+def test_classes_and_the_nearest_pictures_of_images_that_are_there(folders, own_cache, tmp_path, monkeypatch):
+    images, reference = folders
+    write_dataset(tmp_path / "samples", 30, 16, seed=3)
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--reference", str(reference), "--metrics", FD, "--out", "rows.json"]
+    output = call(evaluate.app, str(tmp_path / "samples"), *arguments, "--per-class", "--memorised", "4")
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [r["metric"] for r in rows] == [FD, f"{FD}[0]", f"{FD}[1]", f"{FD}[2]"]
+    assert [r["n_generated"] for r in rows] == [30, 10, 10, 10]
+    assert "samples-nearest.png" in output
+    # Four pairs of 16 pixels, enlarged until they are wide enough for their captions.
+    assert Image.open(tmp_path / "samples-nearest.png").width > 4 * 2 * 16
+    with pytest.raises(UserError, match="same classes"):
+        call(evaluate.app, str(images), *arguments, "--per-class")
+
+
+def test_what_is_said_about_sampling_is_not_ignored_for_images_that_are_there(folders, own_cache):
+    images, reference = folders
+    for option in (["eval.n_generated=7"], ["--n", "7"], ["--solver", "ddim"], ["--ema", "none"], ["--keep", "there"]):
+        with pytest.raises(UserError, match="are not sampled"):
+            call(evaluate.app, str(images), *option, "--reference", str(reference), "--metrics", FD)
+
+
+def test_a_folder_whose_evaluation_was_cut_off_is_not_read_twice(folders, own_cache, monkeypatch):
+    images, reference = folders
+    whole = evaluate_folder(str(images), str(reference), [FD]).measurements
+    assert list((own_cache / "evaluations").iterdir()) == []
+    monkeypatch.setattr(folder, "_measure", lambda *a: pytest.fail("cut off"))
+    with pytest.raises(BaseException, match="cut off"):
+        evaluate_folder(str(images), str(reference), [FD])
+    monkeypatch.undo()
+    monkeypatch.setenv("DIFFSCALE_CACHE", str(own_cache))
+    monkeypatch.setattr(
+        folder, "in_process", lambda source, with_, todo: iter([]) if not todo else pytest.fail("again")
+    )
+    assert evaluate_folder(str(images), str(reference), [FD]).measurements == whole

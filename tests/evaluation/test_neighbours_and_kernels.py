@@ -47,7 +47,8 @@ def test_precision_and_recall_agree_with_torch_fidelity_where_the_first_is_gener
         prc_neighborhood=3, prc_batch_size=100, save_cpu_ram=False, verbose=False,
     )  # fmt: skip
     ours = neighbourhood(generated, reference)
-    assert (ours.precision, ours.recall) == pytest.approx((theirs["precision"], theirs["recall"]), rel=1e-6)
+    values = (ours.precision, ours.recall, ours.f_score)
+    assert values == pytest.approx((theirs["precision"], theirs["recall"], theirs["f_score"]), rel=1e-6)
 
 
 def test_a_generator_of_one_mode_has_precision_without_recall_and_not_the_other_way_round():

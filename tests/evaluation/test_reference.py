@@ -6,12 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from diffscale.data import open_dataset
 from diffscale.errors import UserError
 from diffscale.evaluation.distances import frechet
 from diffscale.evaluation.generate import View
+from diffscale.evaluation.metrics import parse_metric, per_class
 from diffscale.evaluation.reference import get_reference, reference_from_npz, reference_key, reference_rows
+from diffscale.evaluation.sources import DatasetSource
+from diffscale.evaluation.spool import Spool, write_chunk
 from diffscale.evaluation.statistics import moments_of, save_moments
 
 from .conftest import write_dataset
@@ -101,6 +105,28 @@ def test_the_key_changes_with_content_network_resize_resolution_and_number(tmp_p
 def test_a_part_of_the_reference_is_a_fixed_random_one(dataset, tmp_path):
     assert get(dataset, tmp_path, n=10).n == 10
     assert reference_rows(48, 10).tolist() == reference_rows(48, None)[:10].tolist()
+
+
+def test_sfid_of_a_class_compares_the_spatial_features_of_that_class(dataset, tmp_path):
+    view = View("inception", 16, outputs=("features", "spatial"))
+
+    def columns(source, view, todo):
+        for first, end in todo:
+            images, labels = source.images(first, end)
+            small = torch.nn.functional.avg_pool2d(images.float(), 8).flatten(1)
+            yield (
+                first,
+                {view.column(): small[:, :3].numpy(), view.column("spatial"): small.numpy(), "labels": labels.numpy()},
+            )
+
+    reference = get_reference(dataset, view, n_reference=None, place=tmp_path / "r", compute=columns)
+    source = DatasetSource(dataset, np.arange(dataset.n))
+    for first, chunk in columns(source, view, [(0, dataset.n)]):
+        write_chunk(tmp_path / "generated", first, chunk)
+    rows = per_class(parse_metric("sfid"), view, Spool(tmp_path / "generated"), reference)
+    assert [r.metric for r in rows] == ["sfid[0]", "sfid[1]", "sfid[2]"]
+    assert [r.value for r in rows] == pytest.approx([0] * 3, abs=1e-3)
+    assert [(r.n_generated, r.n_reference) for r in rows] == [(16, 16)] * 3
 
 
 def test_statistics_from_a_file_have_no_neighbours(tmp_path):
