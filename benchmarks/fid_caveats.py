@@ -132,7 +132,6 @@ def main(
     inception: Annotated[int, typer.Option(help="images of each set for FID; 0 leaves it out")] = 512,
     light: Annotated[int, typer.Option(help="images of each set for the embedded network; 0 leaves it out")] = 4096,
 ) -> None:
-    torch.set_num_threads(2)
     rows: list[dict[str, Any]] = []
     for network, n in (("inception", inception), ("efficientnet_lite0", light)):
         rows += rows_of(network, n) if n else []

@@ -72,7 +72,6 @@ class Noise:
 
 
 def _measure(metric: str, n: int, answer: Any) -> None:
-    torch.set_num_threads(2)
     with tempfile.TemporaryDirectory() as temporary:
         save_file(RandomLayer().state_dict(), f"{temporary}/{NETWORK}.safetensors")
         os.environ[WEIGHTS] = temporary

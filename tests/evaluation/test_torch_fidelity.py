@@ -97,7 +97,6 @@ def test_the_check_value_from_arrow_with_the_real_inception(tmp_path):
     """110.2808 ± .01: FID of CIFAR-10 train and test, 256 images each (torch-fidelity's test suite; ASSETS.md)."""
     from benchmarks.throughput.features import CHECK_VALUE, arrow, check_images
 
-    torch.set_num_threads(2)
     try:
         create_extractor("inception")
         for name, train in (("train", True), ("test", False)):
