@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -16,6 +17,7 @@ from diffscale.diffusion import Diffusion
 from diffscale.errors import UserError
 from diffscale.experiment import Experiment
 from diffscale.training import checkpoint as ck
+from diffscale.training.numerics import Numerics
 
 __all__ = ["Trained", "find_checkpoints", "is_run", "load_trained", "settings_of_run", "solver_settings"]
 
@@ -98,7 +100,7 @@ def load_trained(checkpoint: str, ema: str, experiment: Experiment) -> Trained:
     run_folder = checkpoint.rpartition("/checkpoints/")[0]
     return Trained(
         experiment,
-        model,
+        _numerics_of(run_folder).prepare(model),
         build_diffusion(experiment, dataset),
         dataset,
         images_seen,
@@ -106,3 +108,14 @@ def load_trained(checkpoint: str, ema: str, experiment: Experiment) -> Trained:
         run_folder,
         ck.ema_name(ema),
     )
+
+
+def _numerics_of(run_folder: str) -> Numerics:
+    """How the run computed, less its compiling, which sampling would wait for; the defaults where nothing says so."""
+    uri = storage.join(run_folder, "numerics.json")
+    if not run_folder or not storage.exists(uri):
+        return Numerics()
+    try:
+        return replace(Numerics(**json.loads(storage.read_bytes(uri))["numerics"]), compile=False)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(setting="RUN", value=uri, expected=f"the numerics that training wrote ({error})") from None

@@ -21,25 +21,20 @@ from benchmarks.throughput.contenders import RACES
 from benchmarks.throughput.pairs import race, write
 from diffscale.diffusion import SOLVERS, create_diffusion
 from diffscale.evaluation import ModelSource, Sampling
+from diffscale.training.numerics import Numerics, settle_precision
 
 Mode = tuple[str, bool]
 
 
 def modes() -> list[Mode]:
-    """bf16 only where it is not slower than float32: without the instructions it is emulated, at a fiftieth."""
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        x = torch.ones(256, 256, dtype=dtype)
-        x @ x
-        started = time.perf_counter()
-        x @ x
-        seconds[dtype] = time.perf_counter() - started
-    precisions = ("fp32", "bf16") if seconds[torch.bfloat16] < seconds[torch.float32] else ("fp32",)
-    return list(itertools.product(precisions, (False, True)))
+    """bf16 only where the processor has it."""
+    precisions = {"fp32", settle_precision("auto", "cpu")}
+    return list(itertools.product(sorted(precisions, reverse=True), (False, True)))
 
 
-def set_format(network: Any, channels_last: bool) -> None:
-    network.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+def set_numerics(network: Any, channels_last: bool) -> None:
+    """As a run would: Winograd's convolutions where our network has them and they apply (float32, channels-last)."""
+    Numerics(channels_last=channels_last, winograd=channels_last).prepare(network)
 
 
 def _inner(wrapped: Any) -> Any:
@@ -85,7 +80,7 @@ def forward_flops(network: Any, side: int) -> float:
 def best(network: Any, run: Callable[[Mode], Any]) -> Mode:
     seconds = {}
     for mode in modes():
-        set_format(network, mode[1])
+        set_numerics(network, mode[1])
         run(mode)
         times = []
         for _ in range(2):
@@ -94,7 +89,7 @@ def best(network: Any, run: Callable[[Mode], Any]) -> Mode:
             times.append(time.perf_counter() - started)
         seconds[mode] = min(times)
     chosen = min(seconds, key=lambda m: seconds[m])
-    set_format(network, chosen[1])
+    set_numerics(network, chosen[1])
     print({str(m): round(s, 3) for m, s in seconds.items()})
     return chosen
 

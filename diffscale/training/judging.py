@@ -110,7 +110,8 @@ class Judge:
         return self._model
 
     def _network(self) -> nn.Module:
-        return build_model(self.experiment, self.dataset).to(self.world.device).eval().requires_grad_(False)
+        model = build_model(self.experiment, self.dataset).to(self.world.device).eval().requires_grad_(False)
+        return replace(self.numerics, compile=False).prepare(model)
 
     @torch.no_grad()
     def validation_loss(self, model: nn.Module) -> tuple[float | None, list[float] | None]:
