@@ -186,7 +186,8 @@ def _show(rows: list[dict[str, Any]]) -> None:
     table = Table(box=None, header_style="bold")
     what = [name for name in WHAT if len({r.get(name) for r in rows}) > 1]  # tells one evaluation from another
     for title in (*what, "metric", "value", "95 % interval", "held out", "n", "against"):
-        table.add_column(title.replace("_", " "), justify="left" if title in ("metric", "ema", "solver") else "right")
+        left = title in ("metric", "ema", "solver")
+        table.add_column(title.replace("_", " "), justify="left" if left else "right", no_wrap=title == "metric")
     for r in rows:
         low, high, held = r["value_low"], r["value_high"], r["value_heldout"]
         interval = "" if low is None else f"{low:.4g} .. {high:.4g}"
