@@ -164,7 +164,8 @@ def test_in_training_the_average_is_judged_whatever_the_training_batch_is(traini
         experiment = validate(merge(SETTINGS | {"storage": str(tmp_path)}, changes))
         diffusion = build_diffusion(experiment, training.dataset)
         judge = Judge(experiment, training.dataset, diffusion, World(), Numerics())
-        return [r.value for r in judge.judge(training.learner, str(tmp_path), training.columns, "here")]
+        records = judge.judge(judge.averaged(training.learner), str(tmp_path), training.columns, "own workers")
+        return [r.value for r in records]
 
     averaged = values()
     assert values(train={"global_batch": 24, "micro_batch": 6}) == averaged
