@@ -13,7 +13,7 @@ from torch import Tensor
 
 GAP = 2
 CAPTION = 12
-LEAST_CELL = 48
+LEAST_CELL = 64  # pixels: a class name of twelve letters fits underneath
 
 
 def grid(images: NDArray, captions: Sequence[str] = (), columns: int | None = None) -> Image.Image:
@@ -22,7 +22,7 @@ def grid(images: NDArray, captions: Sequence[str] = (), columns: int | None = No
     Small images are enlarged by whole factors without smoothing, so that pixels stay pixels.
     """
     n = len(images)
-    columns = columns or int(np.ceil(np.sqrt(n)))
+    columns = min(columns or int(np.ceil(np.sqrt(n))), n)
     rows = -(-n // columns)
     factor = max(1, -(-LEAST_CELL // images.shape[2])) if any(captions) else 1
     height, width = images.shape[1] * factor, images.shape[2] * factor
