@@ -13,6 +13,7 @@ import csv
 import os
 import platform
 import random
+import secrets
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
+from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -154,10 +156,9 @@ class Killer:
 
 @contextmanager
 def cluster_of_three() -> Iterator[tuple[Cluster, list[Any]]]:
-    """A head without CPUs and three nodes with one each, on this machine's loopback."""
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    """A head without CPUs and three nodes with one each, behind a token: Ray gives them this machine's address."""
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
+    os.environ.pop("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", None)  # 0 leaves the nodes on the loopback, unreachable (2.60)
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
@@ -172,13 +173,14 @@ def killed_run(
 ) -> list[Row]:
     """One run with its kills. Raises RuntimeError or TimeoutError when it does not come to its end."""
     choice = random.Random(seed)
+    kinds = list(islice(cycle(KINDS), count))
+    choice.shuffle(kinds)
     steps = sorted(choice.sample(range(STEPS // 20, STEPS - CHECKPOINT_STEPS), count))
     for old in storage.glob(f"runs/killed-{seed}-*"):
         shutil.rmtree(old)
     run = Run(cluster.address, storage, f"killed-{seed}")
     killer, kills = Killer(cluster, nodes, run, choice), []
-    for step in steps:
-        kind = choice.choice(KINDS)
+    for step, kind in zip(steps, kinds, strict=True):
         run.wait(lambda step=step: run.last()[0] >= step * BATCH, f"step {step}")  # type: ignore[misc]
         time.sleep(choice.random() / 2)
         before, at = run.last()[0], time.time()

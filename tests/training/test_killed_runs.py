@@ -13,7 +13,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-from ray.cluster_utils import Cluster
 
 from diffscale import train
 from diffscale.training import checkpoint as ck
@@ -148,35 +147,9 @@ def test_workers_commands_and_nodes_killed_at_random_moments_leave_the_same_weig
         command, env=environment(), cwd=root, capture_output=True, text=True, timeout=900, check=False
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (tmp_path / "kills.csv").read_text().count("weights identical") == 5
-
-
-@pytest.mark.slow
-def test_a_lost_node_leaves_the_same_weights(shared_storage: Path, uninterrupted: dict[str, str]) -> None:
-    import ray
-
-    from diffscale.build import open_training_data
-
-    ray.shutdown()
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    nodes = [cluster.add_node(num_cpus=1) for _ in range(3)]
-    try:
-        ray.init(address=cluster.address)
-        e = experiment(shared_storage, name="node", train=WORKERS | {"max_failures": 3})
-        folder = e.run_folder(open_training_data(e).content_hash)
-        done: list[train.RunResult] = []
-        thread = threading.Thread(target=lambda: done.append(train.run(e, show=False)))
-        thread.start()
-        wait_for(lambda: seen(folder) >= 30 * BATCH)
-        busy = {p.ppid() for p in workers_of(psutil.Process())}
-        lost = next(n for n in nodes if any(info.process.pid in busy for info in n.all_processes["raylet"]))
-        cluster.remove_node(lost, allow_graceful=False)
-        thread.join(timeout=240)
-        assert [result.finished for result in done] == [True]
-        assert final_state(folder) == uninterrupted
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
+    table = (tmp_path / "kills.csv").read_text()
+    assert table.count("weights identical") == 5
+    assert all(f",{kind}," in table for kind in ("worker", "command", "node"))
 
 
 @pytest.mark.slow
