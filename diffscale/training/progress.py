@@ -44,7 +44,7 @@ class Display:
         )
         with Progress(*columns, console=self.console, disable=not self.console.is_terminal, transient=True) as bar:
             task = bar.add_task(self.name, total=None, text="starting")
-            line, judged = time.monotonic(), -1
+            line, judged, printed = time.monotonic(), -1, ""
             told: dict[str, int] = {}
             while not self._done.wait(POLL_SECONDS):
                 seen, phase = self.channel.get(PROGRESS), self.channel.get(PHASE)
@@ -52,9 +52,10 @@ class Display:
                 bar.update(task, text=text, completed=(seen or {}).get("images_seen", 0), total=(seen or {}).get("end"))
                 judged = self._tell_evaluation(judged)
                 self._tell_notices(told)
-                if not self.console.is_terminal and time.monotonic() - line >= LINE_SECONDS:
+                due = time.monotonic() - line >= LINE_SECONDS and text != printed
+                if due and not self.console.is_terminal:
                     self.console.print(f"{self.name}: {text}", highlight=False)
-                    line = time.monotonic()
+                    line, printed = time.monotonic(), text
             self._tell_evaluation(judged)
             self._tell_notices(told)
 
