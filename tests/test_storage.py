@@ -23,8 +23,8 @@ def bucket():
             "AWS_ENDPOINT_URL": f"http://{host}:{port}",
         }.items():  # fmt: skip
             patch.setenv(key, value)
-        boto3.client("s3").create_bucket(Bucket="runs")
-        yield "s3://runs"
+        boto3.client("s3").create_bucket(Bucket="storage")  # its own: the server of a process keeps its buckets
+        yield "s3://storage"
     server.stop()
 
 

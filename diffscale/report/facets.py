@@ -139,7 +139,8 @@ def _plain(value: object) -> str:
 def facet_table(rows: pd.DataFrame) -> pd.DataFrame:
     """One row for each facet, the one most worth looking at first: its columns, `runs`, `evaluations`, `title`."""
     counted = rows.groupby("facet", sort=True).agg(
-        runs=("run_id", "nunique"), evaluations=("record_id", "nunique"), dataset=("dataset", _joined),
+        _backbones=("model", "nunique"), runs=("run_id", "nunique"), evaluations=("record_id", "nunique"),
+        dataset=("dataset", _joined),
         solver=("solver", "first"), nfe=("nfe", "first"), guidance_scale=("guidance_scale", "first"),
         **{name: (name, "first") for name in FACET},
     ).reset_index()  # fmt: skip
@@ -148,10 +149,10 @@ def facet_table(rows: pd.DataFrame) -> pd.DataFrame:
     order = counted.assign(
         _unfair=unfair, _other=other, _alone=counted["runs"] == 1, _proxy=counted["metric"] != "fid"
     ).sort_values(
-        ["_unfair", "_other", "_alone", "_proxy", "runs", "evaluations", "n_generated", "facet"],
-        ascending=[True, True, True, True, False, False, False, True],
+        ["_unfair", "_other", "_alone", "_proxy", "_backbones", "runs", "evaluations", "n_generated", "facet"],
+        ascending=[True, True, True, True, False, False, False, False, True],
     )
-    table = order.drop(columns=["_unfair", "_other", "_alone", "_proxy"]).reset_index(drop=True)
+    table = order.drop(columns=["_unfair", "_other", "_alone", "_proxy", "_backbones"]).reset_index(drop=True)
     titles = [facet_title(row) for row in table.to_dict("records")]
     repeated = {title for title, n in Counter(titles).items() if n > 1}
     table["title"] = [

@@ -73,3 +73,9 @@ def test_facets_that_read_alike_are_told_apart() -> None:
     base = make_record()
     twin = base.model_copy(update={"reference": "feedfacefeedface", "record_id": "0" * 16})
     assert facet_table(to_rows([base, twin]))["title"].nunique() == 2
+
+
+def test_the_comparison_of_backbones_comes_before_a_larger_sweep_of_one() -> None:
+    backbones = [make_record(model=model) for model in ("unet", "uvit")]
+    swept = [make_record(settings={"optim.lr": lr}, eval_resolution=64) for lr in (1e-4, 2e-4, 4e-4)]
+    assert facet_table(to_rows([*swept, *backbones]))["runs"].tolist() == [2, 3]
