@@ -41,7 +41,7 @@ RESULTS = Path(__file__).parent / "results" / "killed_runs.csv"
 BATCH, STEPS, CHECKPOINT_STEPS = 12, 600, 40
 KINDS = ("worker", "command", "node")
 LIMIT = 300.0  # seconds for anything that is waited for
-DYING = 1.0  # seconds in which workers of a killed command may still make steps
+DYING = 5.0  # seconds in which workers of a killed command or node may still make steps; no recovery is as fast
 SETTINGS = [
     "data.resolution=8", "model.model_channels=16", "model.channel_mult=[1,2]", "model.num_blocks=1",
     "model.attn_resolutions=[4]", "eval.n_generated=0", "train.trackers=[]", "train.compile=false",
@@ -96,7 +96,7 @@ class Run:
             return condition() or self.process.poll() is not None
 
         wait_for(met, what)
-        if not condition():
+        if self.process.poll() is not None and not condition():
             raise RuntimeError(f"{what}: the command ended before:\n{self.log.read_text()[-3000:]}")
 
     def finish(self) -> None:
