@@ -44,6 +44,7 @@ def task_of(process: psutil.Process) -> psutil.Process | None:
     return None
 
 
+@pytest.mark.slow
 def test_own_workers_write_the_records_of_training_workers(shared_storage: Path, private_ray: None) -> None:
     """One task is killed on the way: Ray starts it again."""
     results = [train.run(evaluated(shared_storage, "by-workers", "training"), show=False)]
@@ -66,6 +67,7 @@ def test_own_workers_write_the_records_of_training_workers(shared_storage: Path,
     assert len(list((folder / "samples").glob("*.png"))) == 2
 
 
+@pytest.mark.slow
 def test_a_run_without_a_free_device_is_evaluated_by_its_workers(shared_storage: Path, private_ray: None) -> None:
     from diffscale.training.beside import wanted
 

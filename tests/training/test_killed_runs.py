@@ -74,6 +74,7 @@ def run_killing_workers(storage: Path, name: str, moments: list[int], seed: int)
     return folder
 
 
+@pytest.mark.slow
 def test_a_killed_worker_leaves_the_same_weights(shared_storage: Path, uninterrupted: dict[str, str]) -> None:
     folder = run_killing_workers(shared_storage, "worker", [30 * BATCH], seed=0)
     assert final_state(folder) == uninterrupted
@@ -87,6 +88,7 @@ def start(storage: Path, *overrides: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.slow
 def test_sigterm_and_a_killed_command_leave_the_same_weights(
     shared_storage: Path, uninterrupted: dict[str, str]
 ) -> None:
