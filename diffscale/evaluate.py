@@ -178,7 +178,7 @@ def _folder_rows(target: str, metrics: str, resize: str, how: How) -> list[dict[
     if evaluation.nearest_png is not None:
         picture = Path(f"{Path(target).stem}-nearest.png").resolve()
         storage.write_bytes(str(picture), evaluation.nearest_png)
-        console.print(f"nearest images of the reference: {picture}")
+        console.print(f"nearest images of the reference: {picture}", soft_wrap=True)
     return [m.fields() for m in evaluation.measurements]
 
 

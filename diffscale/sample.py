@@ -72,11 +72,11 @@ def main(
             if trajectory:
                 picture = strips(trained, replace(sampling, batch=trajectory))
                 storage.write_bytes(f"{folder}-trajectory.png", picture)
-            console.print(f"{trained.label}: {n} images in {folder}")
+            console.print(f"{trained.label}: {n} images in {folder}", soft_wrap=True)
     if len(rows) > 1:
         sheet = pictures.to_png(pictures.comparison([(name, images[:12]) for name, images in rows]))
         storage.write_bytes(str(Path(out).resolve() / "comparison.png"), sheet)
-        console.print(f"same seeds side by side: {Path(out).resolve() / 'comparison.png'}")
+        console.print(f"same seeds side by side: {Path(out).resolve() / 'comparison.png'}", soft_wrap=True)
 
 
 def sampling_of(trained: Trained, n: int, labels: str, precision: str, guide: str = "") -> Sampling:

@@ -22,8 +22,9 @@ export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 # keeps Ray on loopback: ray_on_loopb
 start() { # name, arguments of `ray start`: a process group of its own, so that `down` ends exactly what `up` began
     local name=$1
     shift
+    # Ray's fixed agent port (52365) is taken wherever another Ray runs, and then no job starts: 0 takes a free one.
     setsid python "$here/ray_on_loopback.py" start "$@" --node-ip-address=127.0.0.1 --num-cpus="$cpus" --object-store-memory="$memory" \
-        --disable-usage-stats --block > "$folder/$name.log" 2>&1 < /dev/null &
+        --dashboard-agent-listen-port=0 --disable-usage-stats --block > "$folder/$name.log" 2>&1 < /dev/null &
     echo $! > "$folder/$name.pid"
 }
 
