@@ -22,7 +22,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 BACKBONES = ("unet", "uvit", "rin")
 WORKERS = 2
 SCALE = {"smallest": 0.1, "default": 1.0}
-SAMPLES = {"smallest": 64, "default": 512}
+SAMPLES = {"smallest": 64, "default": 256}
 
 
 @app.command()

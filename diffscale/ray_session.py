@@ -11,6 +11,7 @@ from pathlib import Path
 REPORT_INTERVAL = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
 START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 HEALTH_TIMEOUT = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
+PREEMPTION_WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 SEVERAL_NODES = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
 # What every node of a cluster of several starts Ray with (the image, cluster.sh, train.sbatch). Ray's defaults notice
@@ -35,6 +36,8 @@ def connect(address: str | None = None, num_cpus: int | None = None) -> None:
     os.environ.setdefault(START_TIMEOUT, "20")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves the workers beside any other program
+    if address == "local":  # no machine of it is ever taken away: a process fewer to start for each run
+        os.environ.setdefault(PREEMPTION_WATCHER, "0")
     if address == "local" and "ray" not in sys.modules:
         # Without the first Ray 2.60 listens on every interface even for one node (measured). Both are read when Ray
         # is imported: a program that did so before decides for itself.

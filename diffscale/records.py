@@ -10,13 +10,15 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from diffscale import storage
 from diffscale.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SCHEMA_VERSION = 1
 
@@ -166,6 +168,8 @@ def read_record(uri: str) -> Record:
 
 def to_frame(records: Iterable[Record]) -> pd.DataFrame:
     """The rows as a table whose columns are the fields above, in order; `settings` and `versions` stay objects."""
+    import pandas as pd
+
     return pd.DataFrame([r.model_dump() for r in records], columns=list(Record.model_fields))
 
 

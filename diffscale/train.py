@@ -91,13 +91,14 @@ def main(
 
 def run(
     experiment: Experiment, *, should_stop: ShouldStop | None = None, show: bool = True, handle_signals: bool = False,
-    stop_with: str | None = None,
+    stop_with: str | None = None, here: bool = False,
 ) -> RunResult:  # fmt: skip
     """Trains to the budget and evaluates at its points; resumes what is in the run's folder. Callable in a Tune trial.
 
     should_stop: asked on rank 0 about each record when it is written (it travels to the worker); True ends the run
     early at a checkpoint. show: progress on the console. handle_signals: SIGTERM and SIGINT end the run at a
     checkpoint (main thread only). stop_with: the launch of a channel (training/channel.py) whose STOP does the same.
+    here: the one worker is this process, without Ray Train; it raises what the training raises.
     Raises UserError for what cannot work, before anything is started where that can be known.
     """
     dataset, cost = prepare(experiment)
@@ -132,7 +133,11 @@ def run(
 
     try:
         with Display(channel, experiment.name, show):
-            error = _fit(experiment, folder, config, stop, interrupted)
+            error = None
+            if here:
+                _train_here(config)
+            else:
+                error = _fit(experiment, folder, config, stop, interrupted)
         outcome = channel.get(OUTCOME)
     finally:
         channel.close()
@@ -251,6 +256,13 @@ def _write_once(folder: str, experiment: Experiment, dataset: Dataset) -> None:
          "versions": versions(), "dataset_hash": dataset.content_hash}
     )  # fmt: skip
     storage.write_bytes(uri, json.dumps({"launches": launches}, indent=1).encode())
+
+
+def _train_here(config: dict[str, Any]) -> None:
+    from diffscale.training.parallel import World
+    from diffscale.training.worker import device_of, run_session
+
+    run_session(config, World(device=device_of(config)))
 
 
 def _fit(

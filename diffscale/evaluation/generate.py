@@ -8,16 +8,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from diffscale.evaluation.features import Extractor, create_extractor
 from diffscale.evaluation.resize import upsample
 from diffscale.evaluation.sources import ModelSource, Source
 from diffscale.evaluation.weights import OFFLINE, WEIGHTS
+
+if TYPE_CHECKING:
+    from diffscale.evaluation.features import Extractor
 
 Columns = dict[str, NDArray]
 Gather = Callable[[Any], list[Any]]
@@ -42,6 +44,8 @@ class Featuriser:
     """Extractors of the views on one device; the weights are loaded once for each network."""
 
     def __init__(self, views: Sequence[View], device: torch.device | str = "cpu") -> None:
+        from diffscale.evaluation.features import create_extractor  # with timm and torch-fidelity, some seconds
+
         self.views = tuple(views)
         outputs: dict[tuple[str, str], set[str]] = {}
         for v in self.views:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 from diffscale.evaluation.distances import Root, frechet, frechet_of_features
 from diffscale.evaluation.spool import rows_of
@@ -38,6 +37,8 @@ def frechet_interval(features: NDArray, reference: Root, groups: int = GROUPS) -
             return value, float("nan"), float("nan")
         left_out = [frechet_of_features(np.delete(x, r, axis=0), reference) for r in rows]
     error = np.sqrt((groups - 1) * np.var(left_out))
+    from scipy import stats  # takes .6 s
+
     reach = float(stats.t.ppf(0.975, groups - 1) * error)
     return value, value - reach, value + reach
 
@@ -59,5 +60,7 @@ def frechet_at_infinity(
     sizes = np.linspace(fewest, n, points).astype(int)
     subsets = [rows_of(features, random.choice(n, size, replace=False)) for size in sizes]
     values = [frechet_of_features(subset, reference) for subset in subsets]
+    from scipy import stats
+
     fit = stats.linregress(1 / sizes, values)
     return float(fit.intercept), float(fit.intercept_stderr)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Literal
 
 import torch.nn.functional as F
-from timm.layers import GELUTanh, Mlp
 from torch import Tensor, nn
 
 from diffscale.models.layers import (
@@ -43,6 +42,8 @@ class DiTBlock(nn.Module):
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
+        from timm.layers import GELUTanh, Mlp  # here, since timm takes 2 s to import
+
         self.mlp = Mlp(width, int(width * mlp_ratio), act_layer=GELUTanh, drop=(dropout, 0.0))
         self.modulation = nn.Linear(width, 6 * width)
 

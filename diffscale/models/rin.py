@@ -11,7 +11,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
 from diffscale.models.layers import (
@@ -41,6 +40,8 @@ class FeedForward(nn.Module):
     def __init__(self, width: int, ratio: int, dropout: float = 0.0, drop_path: float = 0.0) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=1e-6)
+        from timm.layers import DropPath, Mlp  # here, since timm takes 2 s to import
+
         self.mlp = Mlp(width, width * ratio, drop=(dropout, 0.0))
         self.drop_path = DropPath(drop_path)
 
@@ -78,6 +79,8 @@ class SelfAttention(nn.Module):
         self.heads = heads
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        from timm.layers import DropPath
+
         self.drop_path = DropPath(drop_path)
         self.mlp = FeedForward(width, mlp_ratio, dropout, drop_path)
 

@@ -11,7 +11,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from timm.layers import GELUTanh, Mlp
 from torch import Tensor, nn
 
 from diffscale.models.layers import (
@@ -75,6 +74,8 @@ class TransformerBlock(nn.Module):
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.q_gain, self.k_gain = nn.Parameter(torch.ones(width // heads)), nn.Parameter(torch.ones(width // heads))
         self.dropout = nn.Dropout(dropout)
+        from timm.layers import GELUTanh, Mlp  # here, since timm takes 2 s to import
+
         self.mlp = Mlp(width, int(width * mlp_ratio), act_layer=GELUTanh, drop=dropout)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:

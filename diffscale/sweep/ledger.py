@@ -42,7 +42,7 @@ class Ledger:
     def __init__(self, sweep: Sweep) -> None:
         self.sweep = sweep
         self.base = load_tree(sweep.base)
-        probe = self._experiment(sweep.overrides)
+        self.common = probe = self._experiment(sweep.overrides)
         self.metric = sweep.metric or probe.eval.metrics[0]
         if self.metric not in probe.eval.metrics:
             raise UserError(
@@ -98,6 +98,13 @@ class Ledger:
                 setting="budget.money", value=money, expected="a price: set train.price_per_device_hour as well"
             )
         return money / float(price) * 3600
+
+    @property
+    def one_worker(self) -> bool:
+        """Whether every trial is a run of one worker on the same kind of device."""
+        varied = {*self.sweep.space} | {key for settings in self.sweep.variants.values() for key in settings}
+        fixed = {"train", "train.workers", "train.cpus_per_worker", "train.gpu"}.isdisjoint(varied)
+        return fixed and self.common.train.workers == 1
 
     # ---- what happened
 

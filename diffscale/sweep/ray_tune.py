@@ -77,8 +77,12 @@ def run_suggested(ledger: Ledger, done: list[Trial], handle_signals: bool = Fals
 def _fit(
     ledger: Ledger, space: dict[str, Any], samples: int, flops: float | None, search: Any, handle_signals: bool
 ) -> dict[str, str]:
-    """One `Tuner.fit`. A trial's driver holds no CPU (else the drivers take all and their workers wait for ever), so
-    it asks for a sliver of the head node instead, and `max_concurrent` bounds them."""
+    """One `Tuner.fit`.
+
+    A run of one worker trains in its trial's own process, which holds that worker's device: Ray Train's processes for
+    it would take longer to start than a small trial takes. The driver of several workers holds no CPU (else the drivers
+    take all and their workers wait for ever): a sliver of the head node instead, and `max_concurrent` bounds them.
+    """
     from diffscale.ray_session import connect
 
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # our own table shows the trials
@@ -88,6 +92,7 @@ def _fit(
     from ray import tune
     from ray.tune import Callback, FailureConfig, RunConfig, TuneConfig
 
+    from diffscale.train import uses_gpu
     from diffscale.training.channel import STOP, Channel
 
     running: set[str] = set()
@@ -104,20 +109,24 @@ def _fit(
         def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
             running.discard(trial.trial_id)
 
-    channel = Channel(uuid.uuid4().hex)
+    channel, here, common = Channel(uuid.uuid4().hex), ledger.one_worker, ledger.common
+    resources = {"node:__internal_head__": 0.001}
+    if here:
+        resources = {"CPU": common.train.cpus_per_worker, "GPU": int(uses_gpu(common))}
     sweep_json, stop_with = ledger.sweep.model_dump_json(), channel.launch
 
     def trial(config: dict[str, Any]) -> None:
-        run_trial(Sweep.model_validate_json(sweep_json), config, flops, stop_with)
+        run_trial(Sweep.model_validate_json(sweep_json), config, flops, stop_with, here)
 
     tuner = tune.Tuner(
-        tune.with_resources(trial, {"node:__internal_head__": 0.001}),
+        tune.with_resources(trial, resources),
         param_space=space,
         tune_config=TuneConfig(
             metric="value",
             mode="max" if ledger.higher_is_better else "min",
             num_samples=1 if search is None else samples,
             search_alg=search,
+            reuse_actors=True,  # the next trial in the same process: no imports again
             max_concurrent_trials=ledger.sweep.max_concurrent if search is None else None,
         ),
         run_config=RunConfig(

@@ -13,9 +13,9 @@ from diffscale.sweep.ledger import Ledger
 from diffscale.sweep.settings import Sweep
 
 
-def run_trial(sweep: Sweep, config: dict[str, Any], flops: float | None, stop_with: str) -> None:
+def run_trial(sweep: Sweep, config: dict[str, Any], flops: float | None, stop_with: str, here: bool) -> None:
     """Every replicate in turn, to its end or to `flops`, then the metric to Ray Tune. stop_with: the channel on which
-    the sweep may ask its trials to stop at a checkpoint."""
+    the sweep may ask its trials to stop at a checkpoint. here: the run's one worker is this process."""
     from ray import tune
 
     from diffscale import train
@@ -41,7 +41,7 @@ def run_trial(sweep: Sweep, config: dict[str, Any], flops: float | None, stop_wi
         if flops is not None:
             experiment = with_budget(experiment, flops)
         should_stop = AshaRule(sweep, trial.id) if sweep.scheduler.name == "asha" else None
-        result = train.run(experiment, should_stop=should_stop, show=False, stop_with=stop_with)
+        result = train.run(experiment, should_stop=should_stop, show=False, stop_with=stop_with, here=here)
         if result.reason == "signal":
             tune.report({"value": worst, "note": "the sweep is stopping"})
             return

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from torch import Tensor, nn
 
 from diffscale.cli import valid
@@ -15,6 +14,8 @@ from diffscale.experiment import OptimSettings
 
 def create_optimizer(model: nn.Module, optim: OptimSettings) -> torch.optim.Optimizer:
     """timm's optimizer of that name over `parameter_groups`. Raises UserError for an unknown name."""
+    from timm.optim import create_optimizer_v2, get_optimizer_info
+
     check_name(optim.name)
     info = get_optimizer_info(optim.name)
     extra: dict[str, Any] = {"eps": optim.eps} if info.has_eps else {}
@@ -29,6 +30,10 @@ def create_optimizer(model: nn.Module, optim: OptimSettings) -> torch.optim.Opti
 
 def check_name(name: str) -> None:
     """Raises UserError with the nearest of timm's names."""
+    if name == "adamw":  # the default: timm takes 2 s to import, which processes that only check would wait for
+        return
+    from timm.optim import list_optimizers
+
     known = [str(n) for n in list_optimizers()]
     if name not in known:
         raise UserError(setting="optim.name", value=name, expected=valid(name, known))

@@ -23,16 +23,24 @@ def train_worker(config: dict[str, Any]) -> None:
     import ray.train
 
     context = ray.train.get_context()
-    device = torch.device("cpu")
+    run_session(config, World(context.get_world_rank(), context.get_world_size(), device_of(config)))
+
+
+def device_of(config: dict[str, Any]) -> torch.device:
     if torch.cuda.is_available() and config["gpu"]:
-        device = torch.device("cuda", torch.cuda.current_device())
-    world = World(context.get_world_rank(), context.get_world_size(), device)
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def run_session(config: dict[str, Any], world: World) -> None:
+    """A session of this rank, its notices and its outcome going to the command."""
     channel = Channel(config["launch"])
     stops = [channel] if config["stop_with"] is None else [channel, Channel(config["stop_with"])]
     experiment = Experiment.model_validate_json(config["experiment"])
-    logging.getLogger("diffscale").addHandler(Notices(channel, f"rank {world.rank}"))
     if channel.get(OUTCOME) is not None:  # a rank ended the run, and Ray Train starts the others again: nothing to do
         return
+    logger, notices = logging.getLogger("diffscale"), Notices(channel, f"rank {world.rank}")
+    logger.addHandler(notices)
     try:
         session = Session(
             experiment, config["run_folder"], world, Cost(*config["cost"]), channel, config["should_stop"],
@@ -45,6 +53,8 @@ def train_worker(config: dict[str, Any]) -> None:
         if world.size > 1:  # the other ranks wait for this one: Ray Train ends them when it raises
             raise
         return
+    finally:
+        logger.removeHandler(notices)
     if world.rank == 0:
         channel.put(OUTCOME, outcome)
 
