@@ -38,6 +38,7 @@ from diffscale.data.decode import decode_exact, encode
 from diffscale.data.manifest import Manifest, Shard, Split, rows_hash, write_manifest
 from diffscale.data.order import permutation
 from diffscale.data.shard import make_batch, write_shard
+from diffscale.training.setting_up import use_threads
 
 BATCH = 256
 PAIRS = 15
@@ -309,7 +310,7 @@ def measure_shuffle(work: str) -> list[dict[str, Any]]:
 
 
 def main(parts: Annotated[list[str] | None, typer.Argument(help=", ".join(PARTS))] = None) -> None:
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    use_threads(int(os.environ.get("OMP_NUM_THREADS", "1")), torch.device("cpu"))  # as a training worker does
     measures: dict[str, Callable[[str], list[dict[str, Any]]]] = {
         "gather": measure_gather, "peers": measure_peers, "decode": measure_decode, "step": measure_step,
         "memory": measure_memory, "first": measure_first, "shuffle": measure_shuffle,

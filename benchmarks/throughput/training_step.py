@@ -1,7 +1,7 @@
 """Training steps per second against peers, side by side: `python -m benchmarks.throughput.training_step unet-small`.
 
 Two processes on one machine, ours and the peer's, take turns: forward, backward and optimizer on a batch of the same
-shape with the same AdamW. Ours runs as a run would choose by itself (diffscale.training.numerics); the peer runs in the
+shape with the same AdamW. Ours runs as a run would choose by itself (diffscale.training.numerics, diffscale.heap); the peer runs in the
 best of {fp32, bf16} × {eager, compile} × {contiguous, channels-last}, measured first (bf16 only where the processor has
 it: emulated it is ten times slower). The ratio of achieved FLOP/s is
 the median over the pairs with a bootstrap 95 % interval. Rows go to benchmarks/results/throughput/training_step.csv.
@@ -24,6 +24,7 @@ from benchmarks.throughput.contenders import RACES, training_flops
 from benchmarks.throughput.pairs import cpu_name, made_by
 from benchmarks.throughput.stepper import Automatic, Stepper
 from diffscale.compute import matmul_rate
+from diffscale.heap import keep_freed_memory
 from diffscale.training.numerics import Numerics, settle_precision
 
 RESULTS = Path(__file__).parents[1] / "results" / "throughput" / "training_step.csv"
@@ -45,6 +46,8 @@ class Setup(NamedTuple):
 def worker(pipe: Any, race: str, side: str, setup: Setup, mode: Numerics | None) -> None:
     """Answer each number n on the pipe with the seconds of n steps; first send the numerics and the matmul ceiling."""
     torch.set_num_threads(setup.threads)
+    if side == "ours" and setup.device == "cpu":
+        keep_freed_memory()  # as a run does
     if setup.device == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True

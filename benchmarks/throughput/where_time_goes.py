@@ -19,6 +19,7 @@ from benchmarks.throughput.pairs import write
 from benchmarks.throughput.stepper import Stepper
 from diffscale.models import PRESETS, norm_act, winograd
 from diffscale.training.numerics import Numerics, settle_precision
+from diffscale.training.setting_up import use_threads
 
 KINDS = {  # the first kind one of whose words is in the operation's name
     "convolution": ("conv", "cudnn", "winograd"),
@@ -73,7 +74,7 @@ def main(
     steps: Annotated[int, typer.Option(help="profiled steps")] = 3,
 ) -> None:
     """Profile both contenders of each race, and the tiny presets unless races are named."""
-    torch.set_num_threads(threads)
+    use_threads(threads, torch.device("cpu"))
     seen(norm_act)
     seen(winograd)
     theirs = Numerics(settle_precision("auto", device))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -24,7 +25,8 @@ from diffscale.data.shard import MappedShard, check_size, open_shard
 from diffscale.errors import UserError
 
 NEAR = 1 << 30  # bytes of rows that the blocked order keeps near by default
-# One row after another from anywhere: several times quicker than numpy's indexing where there are many shards.
+MANY = 16  # rows of a shard in one gather, from where indexing each shard is quicker than one row after another
+# One row after another from anywhere: several times quicker than numpy's indexing for few rows of each of many shards.
 copy_bytes = ctypes.PYFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(("memcpy", ctypes.CDLL(None)))
 FETCHES = 4  # shards fetched at once: one stream does not fill the line to an object store
 
@@ -39,6 +41,8 @@ class Dataset:
     make about 1 GiB. They follow from the rows alone, so the order is the same wherever the files are.
     """
 
+    maps_pixels = False  # whether rows are copied from mapped shards
+
     def __init__(self, path: str, manifest: Manifest, split: SplitName = "train", cache: ShardCache | None = None):
         self.path, self.manifest, self.split_name, self.cache = path, manifest, split, cache
         self.split: Split = manifest.splits[split]
@@ -51,6 +55,7 @@ class Dataset:
         self.starts = np.concatenate([[0], np.cumsum([s.rows for s in shards], dtype=np.int64)])
         self.block_rows = max((s.rows for s in shards), default=1)
         self.window = max(1, round(NEAR / max((s.bytes for s in shards), default=1)))
+        self.maps_pixels = manifest.layout != "encoded"
         self._mapped: list[MappedShard | None] = [None] * len(shards)
 
     def __len__(self) -> int:
@@ -96,14 +101,22 @@ class Dataset:
             or not out.is_contiguous()
         ):
             raise ValueError(f"out is {out.dtype} {tuple(out.shape)}: contiguous {self.dtype} of the rows' shape")
+        return out, self.gather_parts(indices, [out])
+
+    def gather_parts(self, indices: NDArray[np.int64], parts: Sequence[Tensor]) -> Tensor:
+        """The same for several batches, whose files are looked at once.
+
+        indices: int64 (B,). parts: tensors that the rows fill one after the other, as `out` above. Returns the labels,
+        int64 (B,).
+        """
         labels = np.empty(len(indices), np.int64)
         which = np.searchsorted(self.starts, indices, side="right") - 1
-        pieces = np.unique(which).tolist()
+        pieces = [0] if len(self.starts) == 2 else np.unique(which).tolist()
         self.fetch(pieces)
         self._check_unchanged(pieces)  # before, so that a truncated file is an error and not a SIGBUS
-        self._fill(indices, which, out.numpy(), labels)
+        self._fill_parts(indices, which, [part.numpy() for part in parts], labels)
         self._check_unchanged(pieces)  # after, so that no batch holds pixels written meanwhile
-        return out, torch.from_numpy(labels)
+        return torch.from_numpy(labels)
 
     def _check_unchanged(self, pieces: list[int]) -> None:
         """Raises ShardError where a file with these entries of `starts` was altered since it was opened."""
@@ -111,19 +124,64 @@ class Dataset:
             if (mapped := self._mapped[s]) is not None:
                 mapped.check_unchanged()
 
+    def _fill_parts(
+        self, indices: NDArray[np.int64], which: NDArray[np.int64], parts: list[NDArray[Any]], labels: NDArray[np.int64]
+    ) -> None:
+        """which: the entry of `starts` that each index lies in."""
+        if self.maps_pixels and len(self.starts) > 2:
+            found, place = np.unique(which, return_inverse=True)
+            if len(indices) >= MANY * len(found):
+                self._fill_by_shard(found, place, indices - self.starts[which], parts, labels)
+                return
+        start = 0
+        for pixels in parts:
+            part = slice(start, start := start + len(pixels))
+            self._fill(indices[part], which[part], pixels, labels[part])
+
+    def _fill_by_shard(
+        self, found: NDArray[np.int64], place: NDArray[np.int64], local: NDArray[np.int64],
+        parts: list[NDArray[Any]], labels: NDArray[np.int64],
+    ) -> None:  # fmt: skip
+        """All rows of one shard after the other, then each to where it belongs. place: the entry of `found` that each
+        row lies in, local: its row there."""
+        order = np.argsort(place, kind="stable")
+        rows, ends = local[order], np.searchsorted(place[order], np.arange(len(found)), side="right")
+        by_shard = self._scratch(len(rows))
+        start = 0
+        for s, end in zip(found.tolist(), ends.tolist(), strict=True):
+            shard, part = self.shard(s), slice(start, start := end)
+            np.take(shard.images, rows[part], axis=0, out=by_shard[part], mode="clip")
+            labels[order[part]] = shard.labels[rows[part]]
+        back = np.empty_like(order)
+        back[order] = np.arange(len(order))
+        start = 0
+        for pixels in parts:
+            np.take(by_shard, back[start : start + len(pixels)], axis=0, out=pixels, mode="clip")
+            start += len(pixels)
+
+    def _scratch(self, rows: int) -> NDArray[Any]:
+        """Memory for so many rows, this thread's own and kept: new memory of this size is slower than the copying."""
+        kept = getattr(self._own, "scratch", None)
+        if kept is None or len(kept) < rows:
+            kept = self._own.scratch = np.empty((rows, *self.image_shape), self.dtype)
+        return kept[:rows]
+
+    @cached_property
+    def _own(self) -> threading.local:
+        return threading.local()
+
     def _fill(
         self, indices: NDArray[np.int64], which: NDArray[np.int64], pixels: NDArray[Any], labels: NDArray[np.int64]
     ) -> None:
-        """which: the entry of `starts` that each index lies in."""
         if self.manifest.layout == "encoded":
             self._decode_into(indices, which, pixels, labels)
             return
+        if len(self.starts) == 2:
+            np.take(self.shard(0).images, indices, axis=0, out=pixels, mode="clip")
+            np.take(self.shard(0).labels, indices, out=labels, mode="clip")
+            return
         distinct, entry = np.unique(which, return_inverse=True)
         shards, local = [self.shard(s) for s in distinct.tolist()], indices - self.starts[which]
-        if len(shards) == 1:
-            np.take(shards[0].images, local, axis=0, out=pixels, mode="clip")
-            np.take(shards[0].labels, local, out=labels, mode="clip")
-            return
         size = pixels.nbytes // max(1, len(pixels))
         sources = np.array([shard.images.ctypes.data for shard in shards], np.int64)[entry] + local * size
         targets = range(pixels.ctypes.data, pixels.ctypes.data + pixels.nbytes, max(1, size))

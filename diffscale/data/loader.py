@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -23,6 +25,8 @@ from diffscale.data.verification import Verification
 from diffscale.errors import UserError
 
 ORDER_CHUNK = 8192  # positions whose rows are computed at a time
+MOST_TOGETHER = 16
+TOGETHER_BYTES = 4 << 20  # of small batches that go to the reader at once: waking a thread costs as much
 
 
 Stored = tuple[NDArray[np.int64], Tensor, Tensor]
@@ -107,7 +111,7 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         if self.verification is not None:
             self.verification.start()
-        ready: queue.Queue[Batch | BaseException | None] = queue.Queue(self.prefetch)
+        ready: queue.Queue[list[Batch] | BaseException | None] = queue.Queue(max(1, self.prefetch // self._together))
         stop = threading.Event()
         thread = threading.Thread(target=self._work, args=(ready, stop), name="diffscale-loader", daemon=True)
         self._threads.append((thread, stop))
@@ -116,10 +120,11 @@ class Loader:
             while (item := ready.get()) is not None:
                 if isinstance(item, BaseException):
                     raise item
-                self._raise_damage()
-                if self.device.type == "cuda":
-                    self._take_over(item)
-                yield item
+                for batch in item:
+                    self._raise_damage()
+                    if self.device.type == "cuda":
+                        self._take_over(batch)
+                    yield batch
         finally:
             stop.set()
 
@@ -148,8 +153,10 @@ class Loader:
         position = None if rows is None else first_use(rows, self.dataset.n, self.seed, 0, seen, **self.form)
         raise ShardError(error.shard, error.problem, position=position)
 
-    def _work(self, ready: queue.Queue[Batch | BaseException | None], stop: threading.Event) -> None:
-        def put(item: Batch | BaseException | None) -> None:
+    def _work(self, ready: queue.Queue[list[Batch] | BaseException | None], stop: threading.Event) -> None:
+        made: list[Batch] = []
+
+        def put(item: list[Batch] | BaseException | None) -> None:
             while not stop.is_set():
                 with suppress(queue.Full):
                     ready.put(item, timeout=0.1)
@@ -161,13 +168,19 @@ class Loader:
                 for stored in self._stored(stream is not None):
                     if stop.is_set():
                         return
-                    put(self._make(stored, stream))
+                    made.append(self._make(stored, stream))
+                    if len(made) == self._together:
+                        put(made)
+                        made = []
+            put(made)
             put(None)
         except BaseException as error:
+            put(made)
             put(error)
 
     def _plan(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-        """Positions and rows of this worker's share of each batch; the order is evaluated many batches at a time."""
+        """Positions and rows of this worker's share of some batches, (batches, share); the order is evaluated many
+        batches at a time."""
         share = np.arange(self.first, self.last, dtype=np.int64)
         most = 2 * self.dataset.n // self.global_batch  # an epoch has a permutation of its own to set up
         steps = max(1, min(ORDER_CHUNK // max(1, len(share)), most))
@@ -178,10 +191,18 @@ class Loader:
                 starts = starts[starts < self.stop]
             positions = starts[:, None] + share
             indices = positions_to_indices(positions, self.dataset.n, self.seed, **self.form)
-            for p, i in zip(positions, indices, strict=True):
-                inside = len(p) if self.stop is None else int(np.searchsorted(p, self.stop))
-                yield p[:inside], i[:inside]
+            for first in range(0, len(starts), self._together):
+                group = slice(first, first + self._together)
+                yield positions[group], indices[group]
             base += len(starts) * self.global_batch
+
+    @cached_property
+    def _together(self) -> int:
+        """Batches that are gathered and go to the reader together: small ones share what that costs."""
+        if self.dataset.manifest.layout == "encoded":  # which take long to decode
+            return 1
+        image = math.prod(self.dataset.image_shape) * np.dtype(self.dataset.dtype).itemsize
+        return min(MOST_TOGETHER, max(1, TOGETHER_BYTES // max(1, image * (self.last - self.first))))
 
     def _stored(self, pinned: bool) -> Iterator[Stored]:
         """Positions, images as stored and labels of each batch; images in pinned memory where that is asked for."""
@@ -190,10 +211,16 @@ class Loader:
         ahead = FetchAhead(self.dataset, self.seed, self.start, self.form) if remote else None
         try:
             for positions, indices in self._plan():
-                if ahead is not None and len(positions):
-                    ahead.reach(int(positions[0]))
-                images = torch.empty((len(positions), *self.dataset.image_shape), dtype=dtype, pin_memory=pinned)
-                yield positions, *self.dataset.gather(indices, out=images)
+                if ahead is not None and positions.size:
+                    ahead.reach(int(positions[0, 0]))
+                sizes = [len(batch) for batch in positions]
+                if self.stop is not None:
+                    sizes[-1] = int(np.searchsorted(positions[-1], self.stop))
+                shapes = [(size, *self.dataset.image_shape) for size in sizes]
+                images = [torch.empty(shape, dtype=dtype, pin_memory=pinned) for shape in shapes]
+                labels = self.dataset.gather_parts(indices.reshape(-1)[: sum(sizes)], images).split(sizes)
+                for place, size in enumerate(sizes):
+                    yield positions[place, :size], images[place], labels[place]
         finally:
             if ahead is not None:
                 ahead.close()

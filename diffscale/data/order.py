@@ -101,10 +101,10 @@ class Permutation:
         for i, key in enumerate(self.keys):
             if i % 2 == 0:
                 low += _below(high, key, self.a)
-                np.subtract(low, a, out=low, where=low >= a)
+                np.minimum(low, low - a, out=low)  # modulo a: the smaller one, since low - a wraps around below a
             else:
                 high += _below(low, key, self.b)
-                np.subtract(high, b, out=high, where=high >= b)
+                np.minimum(high, high - b, out=high)
         return high * a + low
 
     def _rounds_back(self, y: UInt64) -> UInt64:
@@ -114,10 +114,10 @@ class Permutation:
         for i, key in reversed(list(enumerate(self.keys))):
             if i % 2 == 0:
                 low += a - _below(high, key, self.a)
-                np.subtract(low, a, out=low, where=low >= a)
+                np.minimum(low, low - a, out=low)
             else:
                 high += b - _below(low, key, self.b)
-                np.subtract(high, b, out=high, where=high >= b)
+                np.minimum(high, high - b, out=high)
         return high * a + low
 
 

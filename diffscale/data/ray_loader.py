@@ -53,8 +53,7 @@ class RayDataLoader(Loader):
                 yield positions, images.pin_memory() if pinned else images, labels
             base += steps * self.global_batch
         if not share:  # a worker without a share of the batch still takes every step
-            for positions, indices in self._plan():
-                yield positions, *self.dataset.gather(indices)
+            yield from super()._stored(pinned)
 
     def _fetch(self, reference: Any, base: int):
         """The function that a task runs for one step: its rows of this worker's share."""

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from diffscale.evaluation.resize import upsample
 from diffscale.evaluation.sources import ModelSource, Source
 from diffscale.evaluation.weights import OFFLINE, WEIGHTS
+from diffscale.heap import keep_freed_memory
 
 if TYPE_CHECKING:
     from diffscale.evaluation.features import Extractor
@@ -159,6 +160,7 @@ class _Actor:
 
     def __init__(self, views: Sequence[View], device: str, threads: int) -> None:
         torch.set_num_threads(threads)
+        keep_freed_memory()
         self.source: Source | None = None
         self.featurise = Featuriser(views, device)
 

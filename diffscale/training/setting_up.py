@@ -14,6 +14,7 @@ from diffscale import storage
 from diffscale.compute import Cost, device_name
 from diffscale.data import Dataset
 from diffscale.experiment import Experiment
+from diffscale.heap import keep_freed_memory
 from diffscale.training.numerics import choose_numerics
 from diffscale.training.parallel import World, passes
 from diffscale.training.plan import Plan
@@ -24,9 +25,10 @@ log = logging.getLogger(__name__)
 
 
 def use_threads(count: int, device: torch.device) -> None:
-    """A fixed number of threads, since sums depend on it; and no TF32 that was not asked for."""
+    """On the CPU: a fixed number of threads, since sums depend on it, and freed memory kept for the next tensors."""
     if device.type == "cpu":
         torch.set_num_threads(count)
+        keep_freed_memory()
 
 
 def settle_numerics(
