@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -16,7 +14,7 @@ from numpy.typing import NDArray
 from pyarrow import fs as pafs
 from torch import Tensor
 
-from diffscale import storage
+from diffscale import native, storage
 from diffscale.data import decode
 from diffscale.data.cache import ShardCache
 from diffscale.data.errors import ShardError
@@ -25,9 +23,6 @@ from diffscale.data.shard import MappedShard, check_size, open_shard
 from diffscale.errors import UserError
 
 NEAR = 1 << 30  # bytes of rows that the blocked order keeps near by default
-MANY = 16  # rows of a shard in one gather, from where indexing each shard is quicker than one row after another
-# One row after another from anywhere: several times quicker than numpy's indexing for few rows of each of many shards.
-copy_bytes = ctypes.PYFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(("memcpy", ctypes.CDLL(None)))
 FETCHES = 4  # shards fetched at once: one stream does not fill the line to an object store
 
 
@@ -55,8 +50,8 @@ class Dataset:
         self.starts = np.concatenate([[0], np.cumsum([s.rows for s in shards], dtype=np.int64)])
         self.block_rows = max((s.rows for s in shards), default=1)
         self.window = max(1, round(NEAR / max((s.bytes for s in shards), default=1)))
-        self.maps_pixels = manifest.layout != "encoded"
         self._mapped: list[MappedShard | None] = [None] * len(shards)
+        self.maps_pixels = manifest.layout != "encoded"
 
     def __len__(self) -> int:
         return self.n
@@ -114,7 +109,11 @@ class Dataset:
         pieces = [0] if len(self.starts) == 2 else np.unique(which).tolist()
         self.fetch(pieces)
         self._check_unchanged(pieces)  # before, so that a truncated file is an error and not a SIGBUS
-        self._fill_parts(indices, which, [part.numpy() for part in parts], labels)
+        arrays = [part.numpy() for part in parts]
+        if self.maps_pixels:
+            self._copy_parts(indices, which, pieces, arrays, labels)
+        else:
+            self._fill_parts(indices, which, arrays, labels)
         self._check_unchanged(pieces)  # after, so that no batch holds pixels written meanwhile
         return torch.from_numpy(labels)
 
@@ -128,69 +127,48 @@ class Dataset:
         self, indices: NDArray[np.int64], which: NDArray[np.int64], parts: list[NDArray[Any]], labels: NDArray[np.int64]
     ) -> None:
         """which: the entry of `starts` that each index lies in."""
-        if self.maps_pixels and len(self.starts) > 2:
-            found, place = np.unique(which, return_inverse=True)
-            if len(indices) >= MANY * len(found):
-                self._fill_by_shard(found, place, indices - self.starts[which], parts, labels)
-                return
         start = 0
         for pixels in parts:
             part = slice(start, start := start + len(pixels))
             self._fill(indices[part], which[part], pixels, labels[part])
 
-    def _fill_by_shard(
-        self, found: NDArray[np.int64], place: NDArray[np.int64], local: NDArray[np.int64],
-        parts: list[NDArray[Any]], labels: NDArray[np.int64],
+    def _copy_parts(
+        self, indices: NDArray[np.int64], which: NDArray[np.int64], pieces: list[int], parts: list[NDArray[Any]],
+        labels: NDArray[np.int64],
     ) -> None:  # fmt: skip
-        """All rows of one shard after the other, then each to where it belongs. place: the entry of `found` that each
-        row lies in, local: its row there."""
-        order = np.argsort(place, kind="stable")
-        rows, ends = local[order], np.searchsorted(place[order], np.arange(len(found)), side="right")
-        by_shard = self._scratch(len(rows))
-        start = 0
-        for s, end in zip(found.tolist(), ends.tolist(), strict=True):
-            shard, part = self.shard(s), slice(start, start := end)
-            np.take(shard.images, rows[part], axis=0, out=by_shard[part], mode="clip")
-            labels[order[part]] = shard.labels[rows[part]]
-        back = np.empty_like(order)
-        back[order] = np.arange(len(order))
+        """Rows of mapped pixels or latents. pieces: the entries that are in `which`."""
+        shards = {s: self.shard(s) for s in pieces}  # held, since the cache may let go of them meanwhile
+        local, kernel = indices - self.starts[which], native.library("data/gather")
+        if kernel is None:
+            self._index_parts(shards, local, which, parts, labels)
+            return
+        begins = np.zeros((2, len(self.starts) - 1), np.int64)
+        for s, shard in shards.items():
+            begins[:, s] = shard.addresses
+        row = parts[0].nbytes // max(1, len(parts[0]))
+        sources = begins[0][which] + local * row
         start = 0
         for pixels in parts:
-            np.take(by_shard, back[start : start + len(pixels)], axis=0, out=pixels, mode="clip")
+            kernel.gather_rows(*native.addresses(sources[start:], pixels), *native.integers(len(pixels), row))
             start += len(pixels)
+        sources = begins[1][which] + local * labels.itemsize
+        kernel.gather_rows(*native.addresses(sources, labels), *native.integers(len(labels), labels.itemsize))
 
-    def _scratch(self, rows: int) -> NDArray[Any]:
-        """Memory for so many rows, this thread's own and kept: new memory of this size is slower than the copying."""
-        kept = getattr(self._own, "scratch", None)
-        if kept is None or len(kept) < rows:
-            kept = self._own.scratch = np.empty((rows, *self.image_shape), self.dtype)
-        return kept[:rows]
-
-    @cached_property
-    def _own(self) -> threading.local:
-        return threading.local()
+    @staticmethod
+    def _index_parts(
+        shards: dict[int, MappedShard], local: NDArray[np.int64], which: NDArray[np.int64], parts: list[NDArray[Any]],
+        labels: NDArray[np.int64],
+    ) -> None:  # fmt: skip
+        """The same by numpy's indexing."""
+        start = 0
+        for pixels in parts:
+            end = start + len(pixels)
+            for s, shard in shards.items():
+                places = start + np.flatnonzero(which[start:end] == s)
+                pixels[places - start], labels[places] = shard.images[local[places]], shard.labels[local[places]]
+            start = end
 
     def _fill(
-        self, indices: NDArray[np.int64], which: NDArray[np.int64], pixels: NDArray[Any], labels: NDArray[np.int64]
-    ) -> None:
-        if self.manifest.layout == "encoded":
-            self._decode_into(indices, which, pixels, labels)
-            return
-        if len(self.starts) == 2:
-            np.take(self.shard(0).images, indices, axis=0, out=pixels, mode="clip")
-            np.take(self.shard(0).labels, indices, out=labels, mode="clip")
-            return
-        distinct, entry = np.unique(which, return_inverse=True)
-        shards, local = [self.shard(s) for s in distinct.tolist()], indices - self.starts[which]
-        size = pixels.nbytes // max(1, len(pixels))
-        sources = np.array([shard.images.ctypes.data for shard in shards], np.int64)[entry] + local * size
-        targets = range(pixels.ctypes.data, pixels.ctypes.data + pixels.nbytes, max(1, size))
-        for target, source in zip(targets, sources.tolist(), strict=True):
-            copy_bytes(target, source, size)
-        for i, (shard, row) in enumerate(zip(entry.tolist(), local.tolist(), strict=True)):
-            labels[i] = shards[shard].labels[row]
-
-    def _decode_into(
         self, indices: NDArray[np.int64], which: NDArray[np.int64], pixels: NDArray[Any], labels: NDArray[np.int64]
     ) -> None:
         def one(i: int) -> None:

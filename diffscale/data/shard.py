@@ -23,7 +23,8 @@ Signature = tuple[int, int, int]
 class MappedShard:
     """A shard opened through a memory map. Its rows are views of the file.
 
-    images: (rows, ...) array view, or a BinaryArray of encoded images. labels: int64 (rows,).
+    images: (rows, ...) array view, or a BinaryArray of encoded images. labels: int64 (rows,). addresses: where the two
+    begin in memory, of an array view.
     """
 
     path: str
@@ -31,6 +32,7 @@ class MappedShard:
     labels: NDArray[np.int64]
     names: pa.StringArray
     signature: Signature
+    addresses: tuple[int, int]
     is_cached: bool = False  # in the node's cache, from which it may be evicted while the map holds its pages
 
     def check_unchanged(self) -> None:
@@ -86,7 +88,8 @@ def open_shard(path: str, shard: Shard, manifest: Manifest, is_cached: bool = Fa
             raise ValueError(f"it has labels outside of its {len(manifest.class_names)} classes")
     except (pa.ArrowException, ValueError, OSError, TypeError, AttributeError, KeyError) as error:  # Ray's types too
         raise ShardError(path, f"it cannot be read ({_first_line(error)})") from None
-    return MappedShard(path, images, labels, batch.column("name"), before, is_cached)
+    addresses = (0, 0) if manifest.layout == "encoded" else (images.ctypes.data, labels.ctypes.data)
+    return MappedShard(path, images, labels, batch.column("name"), before, addresses, is_cached)
 
 
 def check_size(path: str, shard: Shard) -> None:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from diffscale.models.native import integers, library, pointers
+from diffscale.native import integers, library, pointers
 
 
 def norm_act(
@@ -51,7 +51,7 @@ def _suits_kernel(x: Tensor) -> bool:
         and x.shape[1] > 1
         and x.is_contiguous(memory_format=torch.channels_last)
         and type(x) is Tensor
-        and library("norm_act") is not None
+        and library("models/norm_act") is not None
     )
 
 
@@ -81,4 +81,6 @@ def run(name: str, tensors: tuple[Tensor, ...], groups: int, *eps: ctypes.c_floa
     b, c, h, w = images.shape
     flags = (int(silu), int(images.dtype == torch.bfloat16), torch.get_num_threads())
     sizes = integers(b, h * w, c, groups)
-    getattr(library("norm_act"), name)(*pointers(*tensors), *sizes, *eps, *(ctypes.c_int(flag) for flag in flags))
+    getattr(library("models/norm_act"), name)(
+        *pointers(*tensors), *sizes, *eps, *(ctypes.c_int(flag) for flag in flags)
+    )

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from diffscale.models.native import integers, library, pointers
+from diffscale.native import integers, library, pointers
 
 _CHUNK = 2**21  # values of transformed input and output held at once: what fits in a core's share of the last cache
 
@@ -62,7 +62,7 @@ def suits(x: Tensor, weight: Tensor) -> bool:
         and height * width >= 8 * tiles
         and type(x) is Tensor
         and type(weight) in (Tensor, nn.Parameter)
-        and library("winograd") is not None
+        and library("models/winograd") is not None
     )
 
 
@@ -124,4 +124,6 @@ def transform_filters(weight: Tensor) -> Tensor:
 def run(name: str, *tensors: Tensor | None, size: tuple[int, ...]) -> None:
     """Call a kernel of winograd.cpp; a size of four is (B, C, H, W) and goes there as B, H, W, C."""
     numbers = (size[0], size[2], size[3], size[1]) if len(size) == 4 else size
-    getattr(library("winograd"), name)(*pointers(*tensors), *integers(*numbers), ctypes.c_int(torch.get_num_threads()))
+    getattr(library("models/winograd"), name)(
+        *pointers(*tensors), *integers(*numbers), ctypes.c_int(torch.get_num_threads())
+    )

@@ -155,7 +155,7 @@ dataset.gather(np.arange(dataset.n))
 os.truncate(dataset.local_path(1), 100)
 rows = np.arange(int(dataset.starts[1]), int(dataset.starts[2]))
 pixels = np.empty((len(rows), *dataset.image_shape), np.uint8)
-dataset._fill(rows, np.ones(len(rows), np.int64), pixels, np.empty(len(rows), np.int64))
+dataset._copy_parts(rows, np.ones(len(rows), np.int64), [1], [pixels], np.empty(len(rows), np.int64))
 """
 
 
@@ -166,3 +166,11 @@ def test_after_a_worker_died_of_a_truncated_shard_opening_the_dataset_names_it(t
     assert worker.returncode == -signal.SIGBUS
     with pytest.raises(ShardError, match=r"train-00001\.arrow.*\n.*100 bytes"):
         open_dataset(str(tmp_path / "large"))
+
+
+def test_rows_are_the_same_without_a_compiler(dataset, monkeypatch):
+    rows = np.random.default_rng(0).integers(0, dataset.n, 200)
+    pixels, labels = dataset.gather(rows)
+    monkeypatch.setattr("diffscale.native.library", lambda name: None)
+    again, labels_again = dataset.gather(rows)
+    assert torch.equal(again, pixels) and torch.equal(labels_again, labels)

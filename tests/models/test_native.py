@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffscale.models.native import library
 from diffscale.models.norm_act import norm_act
+from diffscale.native import library
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def forgetful():
     library.cache_clear()
 
 
-@pytest.mark.parametrize("name", ["norm_act", "winograd"])
+@pytest.mark.parametrize("name", ["models/norm_act", "models/winograd", "data/gather"])
 def test_they_can_be_switched_off_by_environment(monkeypatch, forgetful, name):
     monkeypatch.setenv("DIFFSCALE_NATIVE_KERNELS", "0")
     assert library(name) is None
@@ -29,7 +29,7 @@ def test_a_compiler_that_fails_is_no_error(monkeypatch, tmp_path, caplog, forget
     broken.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert library("norm_act") is None
+    assert library("models/norm_act") is None
     assert "could not be compiled" in caplog.text
     x = torch.randn(1, 8, 2, 2).contiguous(memory_format=torch.channels_last)
     assert norm_act(x, torch.ones(8), torch.zeros(8), 2, 1e-5).shape == x.shape

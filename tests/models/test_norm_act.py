@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from diffscale.models import norm_act as module
-from diffscale.models.native import library
 from diffscale.models.norm_act import norm_act
+from diffscale.native import library
 
-needs_kernel = pytest.mark.skipif(library("norm_act") is None, reason="no C++ compiler on this machine")
+needs_kernel = pytest.mark.skipif(library("models/norm_act") is None, reason="no C++ compiler on this machine")
 SHAPES = [(2, 32, 9, 7, 8), (3, 48, 4, 4, 12), (1, 160, 5, 3, 1), (4, 256, 2, 2, 32), (2, 6, 8, 8, 1)]
 
 

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from diffscale.models import create_model, winograd
-from diffscale.models.native import library
 from diffscale.models.winograd import Conv3x3, Winograd, suits
+from diffscale.native import library
 
-needs_kernel = pytest.mark.skipif(library("winograd") is None, reason="no C++ compiler on this machine")
+needs_kernel = pytest.mark.skipif(library("models/winograd") is None, reason="no C++ compiler on this machine")
 SHAPES = [(2, 16, 24, 8, 8), (3, 32, 8, 13, 6), (1, 40, 72, 4, 5), (5, 8, 8, 7, 16)]  # B, C, K, H, W
 
 

@@ -1,6 +1,8 @@
-"""C++ sources of this folder, compiled once by the machine's own compiler into the user's cache and called by ctypes.
+"""C++ sources beside the modules that use them, compiled once by the machine's own compiler into the user's cache and
+called by ctypes.
 
-DIFFSCALE_NATIVE_KERNELS=0 turns them off; without a compiler there are none. Callers then use torch's operations.
+DIFFSCALE_NATIVE_KERNELS=0 turns them off; without a compiler there are none. Callers then use torch's operations or
+numpy's.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 log = logging.getLogger(__name__)
@@ -25,20 +28,25 @@ _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-fno-trappin
 
 @functools.cache
 def library(name: str) -> ctypes.CDLL | None:
-    """The compiled `name`.cpp of this folder, built on first use; None where that is impossible or not wanted."""
+    """The compiled `name`.cpp ("data/gather"), built on first use; None where that is impossible or not wanted."""
     compiler = shutil.which("g++") or shutil.which("c++")
     if os.environ.get("DIFFSCALE_NATIVE_KERNELS") == "0" or compiler is None:
         return None
     try:
-        return ctypes.CDLL(str(_build(Path(__file__).with_name(f"{name}.cpp"), compiler)))
+        return ctypes.CDLL(str(_build(Path(__file__).parent / f"{name}.cpp", compiler)))
     except (OSError, subprocess.SubprocessError) as error:
-        log.warning("%s.cpp could not be compiled, torch's own operations are used instead: %s", name, error)
+        log.warning("%s.cpp could not be compiled, slower operations are used instead: %s", name, error)
         return None
 
 
 def pointers(*tensors: Tensor | None) -> list[ctypes.c_void_p]:
     """Where the data of each tensor begins; null for None."""
     return [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors]
+
+
+def addresses(*arrays: np.ndarray) -> list[ctypes.c_void_p]:
+    """Where the data of each array begins."""
+    return [ctypes.c_void_p(array.ctypes.data) for array in arrays]
 
 
 def integers(*numbers: int) -> list[ctypes.c_int64]:
