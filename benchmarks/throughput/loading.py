@@ -82,15 +82,15 @@ def bare_gather(ram: np.ndarray, order: np.ndarray) -> Callable[[], int]:
 
 
 def measure_gather(work: str) -> list[dict[str, Any]]:
-    images = pixels(50_000)
+    images, epochs = pixels(50_000), 4
     ram = images.copy()
     rows = []
     for shards in (1, 8):
         dataset = write_dataset(f"{work}/gather-{shards}", iter(np.array_split(images, shards)), 32)
-        order = positions_to_indices(np.arange(dataset.n), dataset.n, 0)
+        order = positions_to_indices(np.arange(epochs * dataset.n), dataset.n, 0)
         for raw in (True, False):
-            loader = Loader(dataset, seed=0, global_batch=BATCH, stop=dataset.n, raw=raw, verify=False)
-            found = race(partial(drain, loader), bare_gather(ram, order), dataset.n, PAIRS)
+            loader = Loader(dataset, seed=0, global_batch=BATCH, stop=len(order), raw=raw, verify=False)
+            found = race(partial(drain, loader), bare_gather(ram, order), len(order), PAIRS)
             what = "uint8" if raw else "float32 in [-1, 1]"
             rows.append({"what": f"{what}, {shards} shards", "against": "numpy gather from RAM", **found})
     return rows
@@ -178,9 +178,9 @@ def measure_decode(work: str) -> list[dict[str, Any]]:
         for threads in (1, 2):
             dataset.threads = threads
             dataset.__dict__.pop("_pool", None)
-            loader = Loader(dataset, seed=0, global_batch=64, stop=256, raw=True, verify=False)
+            loader = Loader(dataset, seed=0, global_batch=64, stop=1024, raw=True, verify=False)
 
-            def alone(files: list[bytes] = files, threads: int = threads) -> int:
+            def alone(files: list[bytes] = files * 4, threads: int = threads) -> int:
                 def decode(data: bytes) -> None:
                     decode_exact(data, np.empty((256, 256, 3), np.uint8))
 
@@ -192,7 +192,7 @@ def measure_decode(work: str) -> list[dict[str, Any]]:
                         list(pool.map(decode, files))
                 return len(files)
 
-            found = race(partial(drain, loader), alone, 256, PAIRS)
+            found = race(partial(drain, loader), alone, 1024, PAIRS)
             rows.append({"what": f"256x256 {form}", "against": f"the decoder alone, {threads} threads", **found})
     return rows
 

@@ -36,8 +36,6 @@ class Dataset:
     make about 1 GiB. They follow from the rows alone, so the order is the same wherever the files are.
     """
 
-    maps_pixels = False  # whether rows are copied from mapped shards
-
     def __init__(self, path: str, manifest: Manifest, split: SplitName = "train", cache: ShardCache | None = None):
         self.path, self.manifest, self.split_name, self.cache = path, manifest, split, cache
         self.split: Split = manifest.splits[split]
@@ -51,7 +49,6 @@ class Dataset:
         self.block_rows = max((s.rows for s in shards), default=1)
         self.window = max(1, round(NEAR / max((s.bytes for s in shards), default=1)))
         self._mapped: list[MappedShard | None] = [None] * len(shards)
-        self.maps_pixels = manifest.layout != "encoded"
 
     def __len__(self) -> int:
         return self.n
@@ -96,26 +93,14 @@ class Dataset:
             or not out.is_contiguous()
         ):
             raise ValueError(f"out is {out.dtype} {tuple(out.shape)}: contiguous {self.dtype} of the rows' shape")
-        return out, self.gather_parts(indices, [out])
-
-    def gather_parts(self, indices: NDArray[np.int64], parts: Sequence[Tensor]) -> Tensor:
-        """The same for several batches, whose files are looked at once.
-
-        indices: int64 (B,). parts: tensors that the rows fill one after the other, as `out` above. Returns the labels,
-        int64 (B,).
-        """
         labels = np.empty(len(indices), np.int64)
         which = np.searchsorted(self.starts, indices, side="right") - 1
         pieces = [0] if len(self.starts) == 2 else np.unique(which).tolist()
         self.fetch(pieces)
         self._check_unchanged(pieces)  # before, so that a truncated file is an error and not a SIGBUS
-        arrays = [part.numpy() for part in parts]
-        if self.maps_pixels:
-            self._copy_parts(indices, which, pieces, arrays, labels)
-        else:
-            self._fill_parts(indices, which, arrays, labels)
+        self._fill(indices, which, pieces, out.numpy(), labels)
         self._check_unchanged(pieces)  # after, so that no batch holds pixels written meanwhile
-        return torch.from_numpy(labels)
+        return out, torch.from_numpy(labels)
 
     def _check_unchanged(self, pieces: list[int]) -> None:
         """Raises ShardError where a file with these entries of `starts` was altered since it was opened."""
@@ -123,52 +108,30 @@ class Dataset:
             if (mapped := self._mapped[s]) is not None:
                 mapped.check_unchanged()
 
-    def _fill_parts(
-        self, indices: NDArray[np.int64], which: NDArray[np.int64], parts: list[NDArray[Any]], labels: NDArray[np.int64]
-    ) -> None:
-        """which: the entry of `starts` that each index lies in."""
-        start = 0
-        for pixels in parts:
-            part = slice(start, start := start + len(pixels))
-            self._fill(indices[part], which[part], pixels, labels[part])
-
-    def _copy_parts(
-        self, indices: NDArray[np.int64], which: NDArray[np.int64], pieces: list[int], parts: list[NDArray[Any]],
+    def _fill(
+        self, indices: NDArray[np.int64], which: NDArray[np.int64], pieces: list[int], pixels: NDArray[Any],
         labels: NDArray[np.int64],
     ) -> None:  # fmt: skip
-        """Rows of mapped pixels or latents. pieces: the entries that are in `which`."""
+        """which: the entry of `starts` that each index lies in. pieces: those that there are."""
+        if self.manifest.layout == "encoded":
+            self._decode_into(indices, which, pixels, labels)
+            return
         shards = {s: self.shard(s) for s in pieces}  # held, since the cache may let go of them meanwhile
         local, kernel = indices - self.starts[which], native.library("data/gather")
         if kernel is None:
-            self._index_parts(shards, local, which, parts, labels)
+            for s, shard in shards.items():
+                places = np.flatnonzero(which == s)
+                pixels[places], labels[places] = shard.images[local[places]], shard.labels[local[places]]
             return
         begins = np.zeros((2, len(self.starts) - 1), np.int64)
         for s, shard in shards.items():
             begins[:, s] = shard.addresses
-        row = parts[0].nbytes // max(1, len(parts[0]))
-        sources = begins[0][which] + local * row
-        start = 0
-        for pixels in parts:
-            kernel.gather_rows(*native.addresses(sources[start:], pixels), *native.integers(len(pixels), row))
-            start += len(pixels)
-        sources = begins[1][which] + local * labels.itemsize
-        kernel.gather_rows(*native.addresses(sources, labels), *native.integers(len(labels), labels.itemsize))
+        for begin, target in zip(begins, (pixels, labels), strict=True):
+            size = target.nbytes // max(1, len(target))
+            sources = begin[which] + local * size
+            kernel.gather_rows(*native.addresses(sources, target), *native.integers(len(target), size))
 
-    @staticmethod
-    def _index_parts(
-        shards: dict[int, MappedShard], local: NDArray[np.int64], which: NDArray[np.int64], parts: list[NDArray[Any]],
-        labels: NDArray[np.int64],
-    ) -> None:  # fmt: skip
-        """The same by numpy's indexing."""
-        start = 0
-        for pixels in parts:
-            end = start + len(pixels)
-            for s, shard in shards.items():
-                places = start + np.flatnonzero(which[start:end] == s)
-                pixels[places - start], labels[places] = shard.images[local[places]], shard.labels[local[places]]
-            start = end
-
-    def _fill(
+    def _decode_into(
         self, indices: NDArray[np.int64], which: NDArray[np.int64], pixels: NDArray[Any], labels: NDArray[np.int64]
     ) -> None:
         def one(i: int) -> None:

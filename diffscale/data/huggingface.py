@@ -97,9 +97,10 @@ class TableDataset(Dataset):
         return self.tables.latents is not None
 
     def _fill(
-        self, indices: NDArray[np.int64], which: NDArray[np.int64], pixels: NDArray[Any], labels: NDArray[np.int64]
-    ) -> None:
-        for group in np.unique(which).tolist():  # one row group at a time is in memory
+        self, indices: NDArray[np.int64], which: NDArray[np.int64], pieces: list[int], pixels: NDArray[Any],
+        labels: NDArray[np.int64],
+    ) -> None:  # fmt: skip
+        for group in pieces:  # one row group at a time is in memory
             images, numbers = self._group(group)
             places = np.flatnonzero(which == group)
             rows = (indices[places] - self.starts[group]).tolist()

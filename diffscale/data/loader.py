@@ -216,11 +216,10 @@ class Loader:
                 sizes = [len(batch) for batch in positions]
                 if self.stop is not None:
                     sizes[-1] = int(np.searchsorted(positions[-1], self.stop))
-                shapes = [(size, *self.dataset.image_shape) for size in sizes]
-                images = [torch.empty(shape, dtype=dtype, pin_memory=pinned) for shape in shapes]
-                labels = self.dataset.gather_parts(indices.reshape(-1)[: sum(sizes)], images).split(sizes)
-                for place, size in enumerate(sizes):
-                    yield positions[place, :size], images[place], labels[place]
+                images = torch.empty((sum(sizes), *self.dataset.image_shape), dtype=dtype, pin_memory=pinned)
+                images, labels = self.dataset.gather(indices.reshape(-1)[: len(images)], out=images)
+                for place, x, label in zip(positions, images.split(sizes), labels.split(sizes), strict=True):
+                    yield place[: len(x)], x, label
         finally:
             if ahead is not None:
                 ahead.close()

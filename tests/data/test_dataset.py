@@ -155,7 +155,7 @@ dataset.gather(np.arange(dataset.n))
 os.truncate(dataset.local_path(1), 100)
 rows = np.arange(int(dataset.starts[1]), int(dataset.starts[2]))
 pixels = np.empty((len(rows), *dataset.image_shape), np.uint8)
-dataset._copy_parts(rows, np.ones(len(rows), np.int64), [1], [pixels], np.empty(len(rows), np.int64))
+dataset._fill(rows, np.ones(len(rows), np.int64), [1], pixels, np.empty(len(rows), np.int64))
 """
 
 
