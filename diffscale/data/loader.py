@@ -6,7 +6,6 @@ import math
 import queue
 import threading
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -48,6 +47,38 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.positions)
+
+
+class Way:
+    """From the loader's thread to the reader: groups of batches, an error, or None at the end; so many ahead at most.
+
+    Two simple queues, one of them of places that are free: queue.Queue wakes each side twice as often, and a waking
+    costs more than a small batch does.
+    """
+
+    def __init__(self, places: int) -> None:
+        self.closed = False
+        self._ready: queue.SimpleQueue[list[Batch] | BaseException | None] = queue.SimpleQueue()
+        self._free: queue.SimpleQueue[None] = queue.SimpleQueue()
+        for _ in range(places):
+            self._free.put(None)
+
+    def put(self, item: list[Batch] | BaseException | None) -> None:
+        """Waits for a place; does nothing once the way is closed."""
+        self._free.get()
+        if not self.closed:
+            self._ready.put(item)
+
+    def take(self) -> list[Batch] | BaseException | None:
+        item = self._ready.get()
+        self._free.put(None)
+        return item
+
+    def close(self) -> None:
+        """The reader has gone: `put` waits no longer."""
+        self.closed = True
+        for _ in range(3):  # what the thread may still put: a group, the rest, the end
+            self._free.put(None)
 
 
 class Loader:
@@ -100,7 +131,7 @@ class Loader:
         }
         self.verification = Verification(dataset) if verify else None
         check_cache(dataset, self.form)
-        self._threads: list[tuple[threading.Thread, threading.Event]] = []
+        self._threads: list[tuple[threading.Thread, Way]] = []
 
     def __enter__(self) -> Loader:
         return self
@@ -111,13 +142,12 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         if self.verification is not None:
             self.verification.start()
-        ready: queue.Queue[list[Batch] | BaseException | None] = queue.Queue(max(1, self.prefetch // self._together))
-        stop = threading.Event()
-        thread = threading.Thread(target=self._work, args=(ready, stop), name="diffscale-loader", daemon=True)
-        self._threads.append((thread, stop))
+        way = Way(max(1, self.prefetch // self._together))
+        thread = threading.Thread(target=self._work, args=(way,), name="diffscale-loader", daemon=True)
+        self._threads.append((thread, way))
         thread.start()
         try:
-            while (item := ready.get()) is not None:
+            while (item := way.take()) is not None:
                 if isinstance(item, BaseException):
                     raise item
                 for batch in item:
@@ -126,13 +156,13 @@ class Loader:
                         self._take_over(batch)
                     yield batch
         finally:
-            stop.set()
+            way.close()
 
     def close(self) -> None:
         """Ends the background threads and waits for them."""
         while self._threads:
-            thread, stop = self._threads.pop()
-            stop.set()
+            thread, way = self._threads.pop()
+            way.close()
             thread.join(timeout=10)
 
     def wait_verified(self) -> None:
@@ -153,30 +183,23 @@ class Loader:
         position = None if rows is None else first_use(rows, self.dataset.n, self.seed, 0, seen, **self.form)
         raise ShardError(error.shard, error.problem, position=position)
 
-    def _work(self, ready: queue.Queue[list[Batch] | BaseException | None], stop: threading.Event) -> None:
+    def _work(self, way: Way) -> None:
         made: list[Batch] = []
-
-        def put(item: list[Batch] | BaseException | None) -> None:
-            while not stop.is_set():
-                with suppress(queue.Full):
-                    ready.put(item, timeout=0.1)
-                    return
-
         try:
             stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
             with torch.cuda.stream(stream):
                 for stored in self._stored(stream is not None):
-                    if stop.is_set():
+                    if way.closed:
                         return
                     made.append(self._make(stored, stream))
                     if len(made) == self._together:
-                        put(made)
+                        way.put(made)
                         made = []
-            put(made)
-            put(None)
+            way.put(made)
+            way.put(None)
         except BaseException as error:
-            put(made)
-            put(error)
+            way.put(made)
+            way.put(error)
 
     def _plan(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
         """Positions and rows of this worker's share of some batches, (batches, share); the order is evaluated many
