@@ -28,9 +28,23 @@ class Conv3x3(nn.Conv2d):
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__(channels_in, channels_out, 3, padding=1)
+        self._filters: tuple[tuple[int, int], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        sampling = not (torch.is_grad_enabled() or self.weight.is_inference())
+        if self.winograd and sampling and suits(x, self.weight):
+            return convolve(x, self._transformed(), self.bias)
         return conv3x3(x, self.weight, self.bias, self.winograd)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_filters": None}
+
+    def _transformed(self) -> Tensor:
+        """The transformed filters, kept for as long as the weights are what they were: for sampling."""
+        state = (self.weight.data_ptr(), self.weight._version)
+        if self._filters is None or self._filters[0] != state:
+            self._filters = state, transform_filters(self.weight)
+        return self._filters[1]
 
 
 def use_winograd(model: nn.Module, enabled: bool) -> bool:
@@ -72,14 +86,9 @@ class Winograd(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
-        filters = transform_filters(weight)
-        y = x.new_empty(x.shape[0], weight.shape[0], *x.shape[2:]).contiguous(memory_format=torch.channels_last)
-        for part in parts(x, weight):
-            tiles = torch.bmm(transform("input", x[part]), filters.transpose(1, 2))
-            run("winograd_output", tiles, bias, y[part], size=(*y[part].shape,))
         ctx.save_for_backward(x, weight)
         ctx.biased = bias is not None
-        return y
+        return convolve(x, transform_filters(weight), bias)
 
     @staticmethod
     @once_differentiable
@@ -97,6 +106,16 @@ class Winograd(torch.autograd.Function):
         dweight = torch.empty_like(weight, memory_format=torch.channels_last)
         run("winograd_filter_t", dfilters, dweight, size=weight.shape[:2])
         return dx, dweight, dy.sum((0, 2, 3)) if ctx.biased else None
+
+
+def convolve(x: Tensor, filters: Tensor, bias: Tensor | None) -> Tensor:
+    """x (B, C, H, W), filters (36, K, C), bias (K,) or None → (B, K, H, W) with channels-last strides."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    y = torch.empty(x.shape[0], filters.shape[1], *x.shape[2:], memory_format=torch.channels_last)
+    for part in parts(x, filters[0]):
+        tiles = torch.bmm(transform("input", x[part]), filters.transpose(1, 2))
+        run("winograd_output", tiles, bias, y[part], size=(*y[part].shape,))
+    return y
 
 
 def parts(x: Tensor, weight: Tensor) -> list[slice]:

@@ -54,7 +54,7 @@ class Display:
                 self._tell_notices(told)
                 due = time.monotonic() - line >= LINE_SECONDS and text != printed
                 if due and not self.console.is_terminal:
-                    self.console.print(f"{self.name}: {text}", highlight=False)
+                    self.console.print(f"{self.name}: {text}", highlight=False, soft_wrap=True)
                     line, printed = time.monotonic(), text
             self._tell_evaluation(judged)
             self._tell_notices(told)
@@ -72,7 +72,7 @@ class Display:
         if found is None or found["images_seen"] == judged:
             return judged
         values = "  ".join(f"{k} {v:.4g}" for k, v in found.items() if k != "images_seen")
-        self.console.print(f"{self.name}: {found['images_seen']:,} images  {values}", highlight=False)
+        self.console.print(f"{self.name}: {found['images_seen']:,} images  {values}", highlight=False, soft_wrap=True)
         return int(found["images_seen"])
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -87,3 +89,19 @@ def test_a_network_gives_the_same_with_it_and_keeps_its_names(name):
     assert not torch.equal(*outputs)
     assert (outputs[0] - outputs[1]).abs().max() < 1e-4 * outputs[0].abs().max()
     assert (gradients[0] - gradients[1]).norm() < 1e-4 * gradients[0].norm()
+
+
+@needs_kernel
+def test_the_kept_filters_follow_the_weights():
+    layer, image = Conv3x3(16, 16), torch.randn(2, 16, 8, 8)
+    layer.winograd = True
+    for change in (
+        lambda: None,
+        lambda: layer.weight.mul_(2),
+        lambda: layer.load_state_dict(Conv3x3(16, 16).state_dict()),
+    ):
+        with torch.no_grad():
+            change()
+            kept = layer(image)
+        assert torch.equal(kept, layer(image))  # with gradients: transformed anew
+    assert copy.deepcopy(layer)._filters is None
