@@ -104,6 +104,7 @@ def main(
     batch, side = RACES[name].batch, RACES[name].side
     our_network, our_run = ours(name, steps, batch)
     their_network, their_run = theirs(name, steps, batch)
+    flops = forward_flops(our_network, side), forward_flops(their_network, side)  # of direct convolutions
     our_mode, their_mode = best(our_network, our_run), best(their_network, their_run)
     is_compiled = False
     if compiled:
@@ -118,8 +119,8 @@ def main(
         if not is_compiled:
             their_network._compiled_call_impl = None
     row = {
-        "race": name, "steps": steps, "batch": batch, "our_flops": forward_flops(our_network, side),
-        "their_flops": forward_flops(their_network, side), "our_mode": str(our_mode), "their_mode": str(their_mode),
+        "race": name, "steps": steps, "batch": batch, "our_flops": flops[0], "their_flops": flops[1],
+        "our_mode": str(our_mode), "their_mode": str(their_mode),
         "theirs_compiled": is_compiled,
     }  # fmt: skip
     row |= race(lambda: our_run(our_mode), lambda: their_run(their_mode), batch, pairs, f"sampling-{name}")
