@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import tempfile
 import threading
@@ -89,6 +90,7 @@ def _fit(
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # and our own files hold their history
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # Tune's thread would begin another cluster after `Stopped`
     connect()
+    logging.getLogger("ray.tune.analysis").setLevel(logging.ERROR)  # it misses the histories that are off
     from ray import tune
     from ray.tune import Callback, FailureConfig, RunConfig, TuneConfig
 

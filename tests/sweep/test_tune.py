@@ -42,7 +42,7 @@ def test_halving_ends_with_a_preset_that_train_takes(tmp_path: Path) -> None:
 def test_asha_stops_a_trial_that_is_worse_than_those_before_it(tmp_path: Path) -> None:
     scheduler = {"name": "asha", "rungs_flops": [2.0e9, 4.0e9], "reduction": 3}
     assert tune(write_sweep(tmp_path, scheduler=scheduler, max_concurrent=1)).wait(timeout=280) == 0
-    ledger = Ledger(load_sweep(str(tmp_path / "sweep.yaml")))
+    ledger = Ledger(load_sweep(str(tmp_path / "sweep.yaml"), []))
     trials = planned(ledger)
     values = {t.id: ledger.value(t, 2.0e9) for t in trials}
     goes_on = {t.id: ledger.decisions.get(0, t.id) for t in trials}
@@ -66,7 +66,7 @@ def test_tpe_suggests_as_many_trials_as_asked_for_within_their_bounds(tmp_path: 
     }  # fmt: skip
     sweep = write_sweep(tmp_path, **changes)
     assert tune(sweep).wait(timeout=280) == 0
-    ledger = Ledger(load_sweep(str(sweep)))
+    ledger = Ledger(load_sweep(str(sweep), []))
     trials = planned(ledger)
     assert len(trials) == 3
     assert all(1e-4 <= t.point["optim.lr"] <= 1e-2 and ledger.ended(t.id) == "finished" for t in trials)
