@@ -31,8 +31,7 @@ class Conv3x3(nn.Conv2d):
         self._filters: tuple[tuple[int, int], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        sampling = not (torch.is_grad_enabled() or self.weight.is_inference())
-        if self.winograd and sampling and suits(x, self.weight):
+        if self.winograd and suits(x, self.weight) and not (torch.is_grad_enabled() or self.weight.is_inference()):
             return convolve(x, self._transformed(), self.bias)
         return conv3x3(x, self.weight, self.bias, self.winograd)
 
