@@ -97,8 +97,8 @@ class Loader:
     flip: mirror each image with probability 1/2. augment: probability of each of EDM's non-leaking augmentations
     (0 is off); then `augment_label` is set, and the mirroring is part of it. Both are keyed by (seed, position).
     order, block_rows, window: the form of the permutation (diffscale.data.order), the dataset's own by default. raw:
-    leave the images as stored. prefetch: batches prepared ahead. verify: check the shards' checksums in the background,
-    once per node.
+    leave the images as stored. prefetch: batches prepared ahead, or a group of small ones. verify: check the shards'
+    checksums in the background, once per node.
 
     One thread gathers, moves and transforms ahead of the reader; what goes wrong there is raised from the iteration.
     `close()` (or leaving `with loader:`) ends the thread. Iterating again starts from `start` again.
