@@ -19,6 +19,7 @@ import typer
 from PIL import Image
 
 from benchmarks import cifar10
+from benchmarks.throughput.pairs import made_by
 from diffscale import storage
 from diffscale.evaluation.distances import Root, frechet_of_features
 from diffscale.evaluation.features import create_extractor
@@ -135,7 +136,7 @@ def main(
     rows: list[dict[str, Any]] = []
     for network, n in (("inception", inception), ("efficientnet_lite0", light)):
         rows += rows_of(network, n) if n else []
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame([row | made_by() for row in rows])
     RESULTS.mkdir(exist_ok=True)
     table.to_csv(RESULTS / "fid_caveats.csv", index=False, float_format="%.6g")
     plot(table, RESULTS / "fid_caveats.png")
