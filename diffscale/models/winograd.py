@@ -31,7 +31,8 @@ class Conv3x3(nn.Conv2d):
         self._filters: tuple[tuple[int, int], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.winograd and suits(x, self.weight) and not (torch.is_grad_enabled() or self.weight.is_inference()):
+        sampling = self.winograd and not torch.is_grad_enabled()
+        if sampling and suits(x, self.weight) and not self.weight.is_inference():
             return convolve(x, self._transformed(), self.bias)
         return conv3x3(x, self.weight, self.bias, self.winograd)
 

@@ -42,16 +42,17 @@ class Ledger:
     def __init__(self, sweep: Sweep) -> None:
         self.sweep = sweep
         self.base = load_tree(sweep.base)
-        self.common = probe = self._experiment(sweep.overrides)
-        self.metric = sweep.metric or probe.eval.metrics[0]
-        if self.metric not in probe.eval.metrics:
-            raise UserError(
-                setting="metric", value=self.metric, expected="one of eval.metrics: " + ", ".join(probe.eval.metrics)
-            )
+        self.common = self._experiment(sweep.overrides)  # what no point varies
+        metrics = self.common.eval.metrics
+        self.metric = sweep.metric or metrics[0]
+        if self.metric not in metrics:
+            raise UserError(setting="metric", value=self.metric, expected="one of eval.metrics: " + ", ".join(metrics))
         self.higher_is_better = higher_is_better(self.metric)
         what = sweep.model_dump(mode="json", exclude={"max_concurrent", "budget"})
         self.sweep_id = identify(base_settings=self.base, **what)
-        self.folder = storage.join(storage.check_absolute(probe.storage), "sweeps", f"{sweep.name}-{self.sweep_id}")
+        self.folder = storage.join(
+            storage.check_absolute(self.common.storage), "sweeps", f"{sweep.name}-{self.sweep_id}"
+        )
         self.decisions = Decisions(self.folder)
 
     def begin(self) -> None:
