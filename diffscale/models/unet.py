@@ -78,24 +78,23 @@ class UNetBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         s = self.settings
-        h = self.conv1(self.resample(self.norm1(x, silu=True)))
-        modulation = self.embed(embedding)
+        h, modulation = self.resample(self.norm1(x, silu=True)), self.embed(embedding)
         if s.adaptive_scale:
             scale, shift = modulation.chunk(2, dim=1)
-            h = self.norm2(h, scale, shift, silu=True)
+            h = self.norm2(self.conv1(h), scale, shift, silu=True)
         else:
-            h = self.norm2(h + modulation[:, :, None, None].to(h.dtype), silu=True)
-        h = self.conv2(F.dropout(h, s.dropout, self.training))
-        h = self.join(self.shortcut(self.resample(x)), h) if s.residual else h
+            h = self.norm2(self.conv1(h, shift=modulation), silu=True)
+        residual = self.shortcut(self.resample(x)) if s.residual else None
+        h = self.rescale(self.conv2(F.dropout(h, s.dropout, self.training), residual=residual))
         if self.attention is not None:
             a = self.attention(h)
-            h = self.join(h, a) if s.residual else a
+            h = self.rescale(h + a) if s.residual else a
         return h
 
-    def join(self, x: Tensor, branch: Tensor) -> Tensor:
-        """The residual sum; a scale of 1 costs nothing."""
-        total = x + branch
-        return total if self.settings.residual_scale == 1 else total * self.settings.residual_scale
+    def rescale(self, total: Tensor) -> Tensor:
+        """A residual sum times residual_scale; 1 costs nothing."""
+        s = self.settings
+        return total * s.residual_scale if s.residual and s.residual_scale != 1 else total
 
 
 class ConvResample(nn.Module):

@@ -58,7 +58,7 @@ class ConvBlock(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         shift, scale = self.modulation(embedding).chunk(2, dim=1)
         h = self.norm2(self.conv1(self.norm1(x, silu=True)), scale, shift, silu=True)
-        return self.shortcut(x) + self.conv2(self.dropout(h))
+        return self.conv2(self.dropout(h), residual=self.shortcut(x))
 
 
 class TransformerBlock(nn.Module):

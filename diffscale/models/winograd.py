@@ -9,7 +9,7 @@ a choice of the run (training/numerics.py measures whether it pays), off in a mo
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from diffscale.native import integers, library, pointers
-
-_CHUNK = 2**21  # values of transformed input and output held at once: what fits in a core's share of the last cache
 
 
 class Conv3x3(nn.Conv2d):
@@ -28,18 +26,19 @@ class Conv3x3(nn.Conv2d):
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__(channels_in, channels_out, 3, padding=1)
-        self._filters: tuple[tuple[int, int], Tensor] | None = None
+        self._filters: tuple[tuple[int, int], Filters] | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, shift: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        """x (B, C, H, W) → (B, K, H, W), plus shift (B, K) and residual (B, K, H, W) where they are given."""
         sampling = self.winograd and not torch.is_grad_enabled()
         if sampling and suits(x, self.weight) and not self.weight.is_inference():
-            return convolve(x, self._transformed(), self.bias)
-        return conv3x3(x, self.weight, self.bias, self.winograd)
+            return convolve(x, self._transformed(), shift_of(x, self.bias, shift), residual)
+        return conv3x3(x, self.weight, self.bias, self.winograd, shift, residual)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_filters": None}
 
-    def _transformed(self) -> Tensor:
+    def _transformed(self) -> Filters:
         """The transformed filters, kept for as long as the weights are what they were: for sampling."""
         state = (self.weight.data_ptr(), self.weight._version)
         if self._filters is None or self._filters[0] != state:
@@ -55,11 +54,30 @@ def use_winograd(model: nn.Module, enabled: bool) -> bool:
     return bool(layers)
 
 
-def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None, winograd: bool) -> Tensor:
-    """Zero-padded convolution. x (B, C, H, W), weight (K, C, 3, 3), bias (K,) → (B, K, H, W)."""
+def conv3x3(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    winograd: bool,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Zero-padded convolution, plus what is given of bias (K,), shift (B, K) and residual (B, K, H, W).
+
+    x (B, C, H, W), weight (K, C, 3, 3) → (B, K, H, W). Winograd's adds all of them while it writes its outputs.
+    """
     if winograd and suits(x, weight):
-        return Winograd.apply(x, weight, bias)
-    return F.conv2d(x, weight, bias, padding=1)
+        return Winograd.apply(x, weight, shift_of(x, bias, shift), residual)
+    y = F.conv2d(x, weight, bias, padding=1)
+    y = y if shift is None else y + shift[:, :, None, None].to(y.dtype)
+    return y if residual is None else residual + y
+
+
+def shift_of(x: Tensor, bias: Tensor | None, shift: Tensor | None) -> Tensor | None:
+    """The sum of bias (K,) and shift (B, K), either or both None, as (B, K)."""
+    if bias is None or shift is None:
+        return shift if bias is None else bias.expand(len(x), -1)
+    return bias + shift
 
 
 def suits(x: Tensor, weight: Tensor) -> bool:
@@ -81,68 +99,59 @@ def suits(x: Tensor, weight: Tensor) -> bool:
 
 
 class Winograd(torch.autograd.Function):
-    """`conv3x3`: x (B, C, H, W), weight (K, C, 3, 3), bias (K,) or None → (B, K, H, W) with channels-last strides."""
+    """x (B, C, H, W), weight (K, C, 3, 3), shift (B, K) or None, residual (B, K, H, W) or None → (B, K, H, W) with
+    channels-last strides."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, shift: Tensor | None, residual: Tensor | None) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
         ctx.save_for_backward(x, weight)
-        ctx.biased = bias is not None
-        return convolve(x, transform_filters(weight), bias)
+        return convolve(x, transform_filters(weight), shift, residual)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         dy = dy.contiguous(memory_format=torch.channels_last)
-        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        filters = transform_filters(weight) if dx is not None else None
-        dfilters = x.new_zeros(36, *weight.shape[:2])
-        for part in parts(x, weight):
-            dtiles = transform("output_t", dy[part])
-            dfilters.baddbmm_(dtiles.transpose(1, 2), transform("input", x[part]))
-            if dx is not None and filters is not None:
-                run("winograd_input_t", torch.bmm(dtiles, filters), dx[part], size=(*dx[part].shape,))
-        dweight = torch.empty_like(weight, memory_format=torch.channels_last)
-        run("winograd_filter_t", dfilters, dweight, size=weight.shape[:2])
-        return dx, dweight, dy.sum((0, 2, 3)) if ctx.biased else None
+        dx = convolve(dy, transform_filters(weight, back=True)) if ctx.needs_input_grad[0] else None
+        dweight, dshift = torch.empty_like(weight, memory_format=torch.channels_last), dy.new_empty(dy.shape[:2])
+        run("winograd_weight_gradient", (x, dy, dweight, dshift), image_sizes(x, len(weight)))
+        return dx, dweight, dshift if ctx.needs_input_grad[2] else None, dy if ctx.needs_input_grad[3] else None
 
 
-def convolve(x: Tensor, filters: Tensor, bias: Tensor | None) -> Tensor:
-    """x (B, C, H, W), filters (36, K, C), bias (K,) or None → (B, K, H, W) with channels-last strides."""
+class Filters(NamedTuple):
+    """Transformed filters for a convolution to `channels_out` channels, as winograd.cpp arranges them."""
+
+    data: Tensor
+    channels_out: int
+
+
+def transform_filters(weight: Tensor, back: bool = False) -> Filters:
+    """Of weight (K, C, 3, 3): for its convolution, or for the one that takes dy (B, K, H, W) back to (B, C, H, W)."""
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    out = weight.new_empty(36 * (weight.shape[0] * weight.shape[1] + 16))
+    run("winograd_filters_back" if back else "winograd_filters", (weight, out), weight.shape[:2])
+    return Filters(out, weight.shape[1 if back else 0])
+
+
+def convolve(x: Tensor, filters: Filters, shift: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """x (B, C, H, W), shift (B, K), residual (B, K, H, W) → (B, K, H, W) with channels-last strides."""
     x = x.contiguous(memory_format=torch.channels_last)
-    y = torch.empty(x.shape[0], filters.shape[1], *x.shape[2:], memory_format=torch.channels_last)
-    for part in parts(x, filters[0]):
-        tiles = torch.bmm(transform("input", x[part]), filters.transpose(1, 2))
-        run("winograd_output", tiles, bias, y[part], size=(*y[part].shape,))
+    y = torch.empty(x.shape[0], filters.channels_out, *x.shape[2:], memory_format=torch.channels_last)
+    shift = None if shift is None else shift.contiguous()
+    residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
+    run("winograd_convolve", (x, filters.data, shift, residual, y), image_sizes(x, filters.channels_out))
     return y
 
 
-def parts(x: Tensor, weight: Tensor) -> list[slice]:
-    """The batch in slices whose transformed inputs and outputs stay in the cache."""
-    tiles = -(-x.shape[2] // 4) * -(-x.shape[3] // 4)
-    step = max(1, _CHUNK // (36 * tiles * (weight.shape[0] + weight.shape[1])))
-    return [slice(first, first + step) for first in range(0, x.shape[0], step)]
+def image_sizes(x: Tensor, channels_out: int) -> tuple[int, ...]:
+    """B, H, W, C, K, as the kernels take them."""
+    b, c, h, w = x.shape
+    return b, h, w, c, channels_out
 
 
-def transform(kind: str, images: Tensor) -> Tensor:
-    """(B, C, H, W), channels last → (36, B·tiles, C)."""
-    batch, channels, height, width = images.shape
-    tiles = images.new_empty(36, batch * -(-height // 4) * -(-width // 4), channels)
-    run(f"winograd_{kind}", images, tiles, size=(*images.shape,))
-    return tiles
-
-
-def transform_filters(weight: Tensor) -> Tensor:
-    """(K, C, 3, 3) → (36, K, C)."""
-    out = weight.new_empty(36, *weight.shape[:2])
-    run("winograd_filter", weight.contiguous(memory_format=torch.channels_last), out, size=weight.shape[:2])
-    return out
-
-
-def run(name: str, *tensors: Tensor | None, size: tuple[int, ...]) -> None:
-    """Call a kernel of winograd.cpp; a size of four is (B, C, H, W) and goes there as B, H, W, C."""
-    numbers = (size[0], size[2], size[3], size[1]) if len(size) == 4 else size
+def run(name: str, tensors: tuple[Tensor | None, ...], sizes: tuple[int, ...]) -> None:
+    """Call a kernel of winograd.cpp."""
     getattr(library("models/winograd"), name)(
-        *pointers(*tensors), *integers(*numbers), ctypes.c_int(torch.get_num_threads())
+        *pointers(*tensors), *integers(*sizes), ctypes.c_int(torch.get_num_threads())
     )

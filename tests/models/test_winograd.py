@@ -17,10 +17,10 @@ SHAPES = [(2, 16, 24, 8, 8), (3, 32, 8, 13, 6), (1, 40, 72, 4, 5), (5, 8, 8, 7, 
 
 
 def data(b: int, c: int, k: int, h: int, w: int) -> list[torch.Tensor]:
-    """Images, filters of unit gain, biases and an upstream gradient, float64."""
+    """Images, filters of unit gain, shifts, residuals and an upstream gradient, float64."""
     generator = torch.Generator().manual_seed(b * c + h)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
-    return [draw(b, c, h, w), draw(k, c, 3, 3) / (9 * c) ** 0.5, draw(k), draw(b, k, h, w)]
+    return [draw(b, c, h, w), draw(k, c, 3, 3) / (9 * c) ** 0.5, draw(b, k), draw(b, k, h, w), draw(b, k, h, w)]
 
 
 def results(convolve, inputs: list[torch.Tensor], upstream: torch.Tensor) -> list[torch.Tensor]:
@@ -35,25 +35,28 @@ def results(convolve, inputs: list[torch.Tensor], upstream: torch.Tensor) -> lis
 @pytest.mark.parametrize("shape", SHAPES)
 def test_output_and_gradients_are_those_of_the_direct_convolution(shape):
     *inputs, upstream = data(*shape)
-    exact = results(lambda x, w, b: F.conv2d(x, w, b, padding=1), inputs, upstream)
+    exact = results(lambda x, w, s, r: F.conv2d(x, w, padding=1) + s[:, :, None, None] + r, inputs, upstream)
     fast = results(Winograd.apply, [t.float() for t in inputs], upstream.float())
     for a, b in zip(fast, exact, strict=True):
         assert (a - b).abs().max() < 1e-5 * b.abs().max()  # measured: 6e-6 at most
 
 
 @needs_kernel
-def test_slices_and_threads_change_no_bit_of_the_output(monkeypatch):
-    x, weight, bias, _ = (t.float() for t in data(5, 32, 32, 12, 12))
-    threads, outputs = torch.get_num_threads(), []
+def test_threads_change_no_bit_and_any_part_may_be_left_out():
+    x, weight, shift, residual, upstream = (t.float() for t in data(5, 32, 40, 12, 12))
+    threads, found = torch.get_num_threads(), []
     try:
-        for count, chunk in ((1, 2**21), (2, 2**21), (2, 1)):
+        for count in (1, 2, 3):
             torch.set_num_threads(count)
-            monkeypatch.setattr(winograd, "_CHUNK", chunk)
-            outputs.append(Winograd.apply(x, weight, bias))
+            found.append(results(Winograd.apply, [x, weight, shift, residual], upstream))
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(outputs[0], outputs[1])
-    assert torch.allclose(outputs[0], outputs[2], atol=1e-6)  # the products are summed in another order
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+    for with_shift, with_residual in ((True, False), (False, True), (False, False)):
+        parts = shift if with_shift else None, residual if with_residual else None
+        whole = Winograd.apply(x, weight, *parts)
+        missing = (0 if with_shift else shift[:, :, None, None]) + (0 if with_residual else residual)
+        assert torch.allclose(whole + missing, found[0][0], atol=1e-5)
 
 
 @needs_kernel
