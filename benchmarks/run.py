@@ -25,6 +25,7 @@ from benchmarks.peer_run import PeerRun
 from benchmarks.suite import RESULTS, Suite, load_suite, suite_names
 from diffscale import storage
 from diffscale.cli import parse_overrides, run_app
+from diffscale.errors import UserError
 from diffscale.experiment import Experiment
 from diffscale.records import Record, read_records
 
@@ -48,14 +49,24 @@ def main(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the budget table and start nothing")] = False,
     gpu: Annotated[bool, typer.Option("--gpu", help="the suite at its GPU size: 50 times the compute")] = False,
     override: Annotated[list[str] | None, typer.Option("--set", help="key=value for every run")] = None,
+    part: Annotated[str, typer.Option(help="I/N: every N-th unit from the I-th, for N processes or machines")] = "1/1",
     results: Annotated[Path, typer.Option(help="where records are committed")] = RESULTS,
 ) -> None:
     """Run suites of the benchmark, or go on with them. Exit code 143: stopped by SIGTERM, to be resumed."""
+    share = share_of(part)
     for suite in map(load_suite, suites or suite_names()):
-        run_suite(suite, gpu, parse_overrides(override or []), results.resolve(), dry_run)
+        run_suite(suite, gpu, parse_overrides(override or []), results.resolve(), dry_run, share)
 
 
-def run_suite(suite: Suite, gpu: bool, extra: dict, results: Path, dry_run: bool) -> None:
+def share_of(part: str) -> slice:
+    """2/3 → the second, fifth, ... unit. Raises UserError for what is no share."""
+    first, _, step = part.partition("/")
+    if not (first.isdecimal() and step.isdecimal() and 1 <= int(first) <= int(step)):
+        raise UserError(setting="--part", value=part, expected="I/N with 1 ≤ I ≤ N, such as 1/2")
+    return slice(int(first) - 1, None, int(step))
+
+
+def run_suite(suite: Suite, gpu: bool, extra: dict, results: Path, dry_run: bool, share: slice) -> None:
     from diffscale import train
     from diffscale.report import write_report
 
@@ -70,7 +81,7 @@ def run_suite(suite: Suite, gpu: bool, extra: dict, results: Path, dry_run: bool
     show(console, suite, budget(suite, experiments), {u.name: u.done(committed(out)) for u in units})
     if dry_run:
         return
-    for unit in units:
+    for unit in units[share]:
         if unit.done(committed(out)):
             continue
         console.rule(unit.name, align="left")

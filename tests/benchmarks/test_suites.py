@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import budget, peer_run
 from benchmarks.peers import RECIPES
+from benchmarks.run import share_of
 from benchmarks.suite import load_suite, suite_names
 from diffscale.errors import UserError
 from diffscale.records import read_records
@@ -78,3 +79,12 @@ def _peer(name: str, storage: Path) -> peer_run.PeerRun:
 
 def _with_flops(experiment, flops: float):
     return experiment.model_copy(update={"train": experiment.train.model_copy(update={"flops": flops})})
+
+
+def test_parts_of_a_suite_are_all_of_it_and_share_nothing():
+    units = list(range(11))
+    parts = [unit for i in (1, 2, 3) for unit in units[share_of(f"{i}/3")]]
+    assert sorted(parts) == units
+    for wrong in ("0/2", "3/2", "1", "a/b", "1/-2"):
+        with pytest.raises(UserError, match="part"):
+            share_of(wrong)
