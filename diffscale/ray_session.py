@@ -25,12 +25,21 @@ NODE_ENVIRONMENT = {
 }
 
 
+_private = False
+
+
+def is_private() -> bool:
+    """Whether this process has started the cluster, which then ends with it."""
+    return _private
+
+
 def connect(address: str | None = None, num_cpus: int | None = None) -> None:
     """Connects once; later calls do nothing.
 
     Ray Train's controller polls its workers every 2 s by default, which makes short runs slow and notices a dead
     worker late; its wait for the workers of a lost node is 60 s. Both are set here unless the user did.
     """
+    global _private
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     os.environ.setdefault(REPORT_INTERVAL, "0.2")
     os.environ.setdefault(START_TIMEOUT, "20")
@@ -56,6 +65,7 @@ def connect(address: str | None = None, num_cpus: int | None = None) -> None:
             logging_level=logging.WARNING,
             log_to_driver=False,  # workers' notices come through training/channel.py, without Ray's own noise
         )
+        _private = True
     else:
         ray.init(address=address, logging_level=logging.WARNING)
 

@@ -12,6 +12,7 @@ import signal
 import threading
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
@@ -101,7 +102,7 @@ def run(
     here: the one worker is this process, without Ray Train; it raises what the training raises.
     Raises UserError for what cannot work, before anything is started where that can be known.
     """
-    dataset, cost = prepare(experiment)
+    dataset, cost = _prepare_while_ray_starts(experiment)
     run_id, folder = experiment.run_id(dataset.content_hash), experiment.run_folder(dataset.content_hash)
     done = _already(experiment, folder, cost)
     if done is not None:
@@ -109,9 +110,6 @@ def run(
             Console().print(f"{experiment.name}: already finished", highlight=False)
         return RunResult(folder, run_id, done, "finished")
     _write_once(folder, experiment, dataset)
-    from diffscale.ray_session import connect
-
-    connect(num_cpus=_cpus_needed(experiment))
     from diffscale.preflight.shared import require_shared
 
     require_shared(experiment.storage)
@@ -146,6 +144,16 @@ def run(
     if outcome["reason"] == "finished" and config["evaluate_beside"]:
         outcome |= _left_unjudged(experiment, folder, cost)
     return _result(folder, run_id, outcome)
+
+
+def _prepare_while_ray_starts(experiment: Experiment) -> tuple[Dataset, Cost]:
+    """`prepare`, in a thread: the processes that Ray starts end with the thread that has started them."""
+    from diffscale.ray_session import connect
+
+    with ThreadPoolExecutor(1, thread_name_prefix="prepare") as pool:
+        prepared = pool.submit(prepare, experiment)
+        connect(num_cpus=_cpus_needed(experiment))
+        return prepared.result()
 
 
 def prepare(experiment: Experiment) -> tuple[Dataset, Cost]:
@@ -271,18 +279,19 @@ def _fit(
 ) -> Exception | None:  # fmt: skip
     """Ray Train's part: starts the workers, starts them again when one is lost, waits for evaluations beside them."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
 
     from diffscale.provenance import job_environment
     from diffscale.ray_session import HEALTH_TIMEOUT
     from diffscale.training import beside, health
+    from diffscale.training.trainer import Trainer
     from diffscale.training.worker import train_worker
 
     train = experiment.train
     hang = str(health.hang_seconds())
     os.environ[HEALTH_TIMEOUT] = hang  # Ray Train's controller notices a stopped process, which cannot end itself
     fs, path = storage.filesystem(storage.join(folder, "ray"))
-    trainer = TorchTrainer(
+    trainer = Trainer(
         train_worker,
         train_loop_config=config,
         torch_config=TorchConfig(backend="nccl" if config["gpu"] else "gloo"),

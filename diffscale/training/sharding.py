@@ -1,12 +1,18 @@
-"""Tensors of which each rank may hold a slice: the rows [start, start + n) of `rows` in all."""
+"""Tensors of which each rank may hold a slice: the rows [start, start + n) of `rows` in all.
+
+torch.distributed.tensor takes as long to import as an eighth of torch, so only what shards (parallel.py) imports it:
+before that there is no DTensor.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import sys
+from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 class Slice(NamedTuple):
@@ -14,14 +20,24 @@ class Slice(NamedTuple):
     rows: int  # rows in all
 
 
+def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def local(tensor: Tensor) -> Tensor:
     """What this rank holds of it; writes go through."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def slice_of(tensor: Tensor) -> Slice | None:
     """Which rows this rank holds, None for all of them."""
-    if not isinstance(tensor, DTensor) or not any(isinstance(p, Shard) for p in tensor.placements):
+    if not is_sharded(tensor):
+        return None
+    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    if not any(isinstance(p, Shard) for p in tensor.placements):
         return None
     if any(isinstance(p, Shard) and p.dim != 0 for p in tensor.placements):
         raise ValueError(f"placements {tensor.placements}: only rows are sharded here")
@@ -37,4 +53,4 @@ def rows_of(tensor: Tensor) -> tuple[int, int] | None:
 
 def whole(tensor: Tensor) -> Tensor:
     """All of it on every rank (a collective call for a sharded tensor)."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
