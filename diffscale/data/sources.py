@@ -145,11 +145,15 @@ def folder_items(uri: str, listing: Listing, given: dict[str, str] | None) -> It
     """(uri, split, item) of every image below a folder; class = first folder (below train/, val/ if it has those)."""
     fs, root = storage.filesystem(uri)
     scheme = uri.split("://")[0] + "://" if storage.is_remote(uri) else ""
-    top = {i.base_name for i in fs.get_file_info(pafs.FileSelector(root)) if i.type == pafs.FileType.Directory}
+    files = _files_of_bucket(fs, root)
+    if files is None:
+        top = {i.base_name for i in fs.get_file_info(pafs.FileSelector(root)) if i.type == pafs.FileType.Directory}
+    else:
+        top = {parts[0] for parts in files if len(parts) > 1}
     by_split = "train" in top and top <= set(SPLIT_FOLDERS)
     if given is None and "dataset.json" in {i.base_name for i in fs.get_file_info(pafs.FileSelector(root))}:
         given = _edm_labels(storage.read_bytes(storage.join(uri, "dataset.json")), uri)
-    for path in _walk(fs, root):
+    for path in _walk(fs, root) if files is None else (f"{root.rstrip('/')}/{'/'.join(parts)}" for parts in files):
         name = path[len(root.rstrip("/")) + 1 :]
         parts = PurePosixPath(name).parts
         split = SPLIT_FOLDERS[parts[0]] if by_split else None
@@ -168,6 +172,19 @@ def _walk(fs: pafs.FileSystem, folder: str) -> Iterator[str]:
     for info in infos:
         if info.type == pafs.FileType.Directory and not info.base_name.startswith("."):
             yield from _walk(fs, info.path)
+
+
+def _files_of_bucket(fs: pafs.FileSystem, root: str) -> list[tuple[str, ...]] | None:
+    """The images below a prefix of Google's, by their parts, in the order of `_walk`; None for other file systems.
+
+    Objects there lie in no folders, so pyarrow finds none in a prefix but those that were made as such.
+    """
+    if not isinstance(fs, pafs.GcsFileSystem):
+        return None
+    infos = fs.get_file_info(pafs.FileSelector(root, recursive=True))
+    names = [PurePosixPath(i.path[len(root.rstrip("/")) + 1 :]).parts for i in infos if i.type == pafs.FileType.File]
+    names = [parts for parts in names if is_image(parts[-1]) and not any(p.startswith(".") for p in parts[:-1])]
+    return sorted(names, key=lambda parts: [*((True, p) for p in parts[:-1]), (False, parts[-1])])
 
 
 def zip_items(uri: str, listing: Listing, given: dict[str, str] | None) -> Iterator[tuple[str, str | None, Item]]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from diffscale.data.manifest import Manifest, Split, rows_hash, write_manifest
 from diffscale.data.shard import make_batch, write_shard
@@ -14,6 +16,13 @@ from diffscale.data.shard import make_batch, write_shard
 
 def pictures(n: int, side: int = 8, channels: int = 3, seed: int = 0) -> NDArray[np.uint8]:
     return np.random.default_rng(seed).integers(0, 256, (n, side, side, channels), np.uint8)
+
+
+def png(image: NDArray[np.uint8], form: str = "PNG", **settings) -> bytes:
+    """The image as the bytes of a file of this form."""
+    out = io.BytesIO()
+    Image.fromarray(image).save(out, form, **settings)
+    return out.getvalue()
 
 
 def write_dataset(folder: Path | str, images: NDArray, shards: int = 3, classes: int = 4) -> None:

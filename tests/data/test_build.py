@@ -30,7 +30,7 @@ from diffscale.data.manifest import read_manifest
 from diffscale.data.verify import verify
 from diffscale.errors import UserError
 
-from .helpers import pictures
+from .helpers import pictures, png
 
 IMAGES = pictures(24, side=16)
 CLASSES = ["ant", "bee", "cat"]
@@ -49,12 +49,6 @@ def ray_on_two_cpus():
 
 def Settings(*arguments, workers=0, **settings):
     return building.Settings(*arguments, workers=workers, **settings)
-
-
-def png(image: np.ndarray, form="PNG", **settings) -> bytes:
-    out = io.BytesIO()
-    Image.fromarray(image).save(out, form, **settings)
-    return out.getvalue()
 
 
 def name(i: int) -> str:

@@ -9,10 +9,11 @@ import pytest
 
 from diffscale import storage
 from diffscale.data import Loader, ShardCache, ShardError, open_dataset, resolve
+from diffscale.data.build import Settings, build
 from diffscale.data.verify import verify
 from diffscale.errors import UserError
 
-from .helpers import pictures, write_dataset
+from .helpers import pictures, png, write_dataset
 
 emulator = pytest.importorskip("gcp_storage_emulator.server", reason="gcp-storage-emulator is not installed")
 IMAGES = pictures(60)
@@ -38,6 +39,19 @@ def test_a_dataset_in_google_cloud_storage_is_read_checked_and_cached(bucket, tm
     storage.write_bytes(f"{bucket}/data/train-00001.arrow", b"short")
     with pytest.raises(ShardError, match=r"gs://bucket/data/train-00001\.arrow"):
         open_dataset(f"{bucket}/data")
+
+
+def test_a_dataset_is_built_from_and_into_a_bucket(bucket, tmp_path):
+    """Objects have no folders: the classes are in their names alone."""
+    for i, image in enumerate(IMAGES):
+        storage.write_bytes(f"{bucket}/images/{'abc'[i % 3]}/{i:02d}.png", png(image))
+    build(Settings(f"{bucket}/images", f"{bucket}/built", (8,), workers=0), show=False)
+    assert verify(f"{bucket}/built") == []
+    dataset = open_dataset(f"{bucket}/built", cache=ShardCache(str(tmp_path / "cache")))
+    pixels, labels = dataset.gather(np.arange(dataset.n))
+    found = {x.tobytes(): int(y) for x, y in zip(pixels.numpy(), labels, strict=True)}
+    assert found == {x.tobytes(): i % 3 for i, x in enumerate(IMAGES)}
+    assert dataset.class_names == ["a", "b", "c"]
 
 
 def test_a_server_that_does_not_answer_is_given_up_with_a_clear_error(monkeypatch):
