@@ -6,6 +6,7 @@ decode      256x256 encoded images delivered, to the decoder alone on the same n
 step        seconds that a training step waits for the loader, of the step's seconds (<= 1 %, measured directly)
 memory      anonymous memory (RssAnon) after reading a dataset and one of ten times its size
 first       seconds from opening a local dataset to its first batch (<= 1 s, imports excluded)
+build       anonymous memory of a whole build of large images, all its processes together, beside its limit
 shuffle     how well the blocked order shuffles: classes of a batch, for shards stored sorted by class or shuffled
 
 Images are random pixels of CIFAR-10's size and number: no reader's speed depends on what they show; for `decode` they
@@ -14,13 +15,17 @@ are the embedded emoji, enlarged, as a decoder's speed does. Results: benchmarks
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import multiprocessing
 import os
+import subprocess
+import sys
 import tarfile
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -28,10 +33,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import psutil
 import torch
 import typer
 from PIL import Image
 
+from benchmarks.soak import anonymous_megabytes
 from benchmarks.throughput.pairs import race, write
 from diffscale.data import Dataset, Loader, open_dataset, positions_to_indices, resolve
 from diffscale.data.decode import decode_exact, encode
@@ -42,7 +49,7 @@ from diffscale.training.setting_up import use_threads
 
 BATCH = 256
 PAIRS = 15
-PARTS = ("gather", "peers", "decode", "step", "memory", "first", "shuffle")
+PARTS = ("gather", "peers", "decode", "step", "memory", "first", "build", "shuffle")
 
 
 def write_dataset(folder: str, parts: Iterator[np.ndarray | list[bytes]], side: int) -> Dataset:
@@ -197,8 +204,8 @@ def measure_decode(work: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _encoded(image: np.ndarray, form: str) -> bytes:
-    large = Image.fromarray(image).resize((256, 256), Image.Resampling.BICUBIC)
+def _encoded(image: np.ndarray, form: str, side: int = 256) -> bytes:
+    large = Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC)
     if form == "jpeg":
         out = io.BytesIO()
         large.save(out, "JPEG", quality=95)
@@ -281,6 +288,43 @@ def measure_first(work: str) -> list[dict[str, Any]]:
              "worst_s": round(max(seconds), 4), "target_s": 1.0}]  # fmt: skip
 
 
+def measure_build(work: str) -> list[dict[str, Any]]:
+    """Of the tasks, which the limit is for, and of everything that the command has started, Ray's own processes too."""
+    source, count, side = f"{work}/images.zip", 1500, 1024
+    images = [_encoded(image, "jpeg", side) for image in pixels(8, 64)]
+    with zipfile.ZipFile(source, "w") as archive:
+        for i in range(count):
+            archive.writestr(f"{i % 10}/{i:05d}.jpg", images[i % len(images)])
+    rows = []
+    for limit in (2.0, 4.0):
+        command = [sys.executable, "-m", "diffscale.data", "build", source, f"{work}/built-{limit}"]
+        command += ["--resolution", "256", "--resolution", "64", "--layout", "pixels", "--memory", str(limit)]
+        started = time.perf_counter()
+        build = psutil.Popen(command, stdout=subprocess.DEVNULL)
+        tasks, everything = 0.0, 0.0
+        while build.poll() is None:
+            held = _anonymous_of(build)
+            everything = max(everything, sum(held.values()))
+            tasks = max(tasks, sum(mb for name, mb in held.items() if "map" in name.lower()))
+            time.sleep(0.1)
+        if build.returncode:
+            raise RuntimeError(f"{' '.join(command)}: exit code {build.returncode}")
+        rows.append({
+            "images": count, "side": side, "limit_mb": 1e3 * limit, "tasks_peak_mb": round(tasks, 1),
+            "all_processes_peak_mb": round(everything, 1), "seconds": round(time.perf_counter() - started, 1),
+        })  # fmt: skip
+    return rows
+
+
+def _anonymous_of(command: psutil.Process) -> dict[str, float]:
+    """Megabytes of anonymous memory of a command and all that it has started, by the process's number and title."""
+    held = {}
+    for process in [command, *command.children(recursive=True)]:
+        with contextlib.suppress(psutil.Error, OSError, StopIteration):
+            held[f"{process.pid} {' '.join(process.cmdline())[:60]}"] = anonymous_megabytes(process.pid)
+    return held
+
+
 def measure_shuffle(work: str) -> list[dict[str, Any]]:
     """A dataset of 64 shards of 4,000 rows, 1,000 classes: classes in a batch of 256, beside how much must be near.
 
@@ -313,7 +357,7 @@ def main(parts: Annotated[list[str] | None, typer.Argument(help=", ".join(PARTS)
     use_threads(int(os.environ.get("OMP_NUM_THREADS", "1")), torch.device("cpu"))  # as a training worker does
     measures: dict[str, Callable[[str], list[dict[str, Any]]]] = {
         "gather": measure_gather, "peers": measure_peers, "decode": measure_decode, "step": measure_step,
-        "memory": measure_memory, "first": measure_first, "shuffle": measure_shuffle,
+        "memory": measure_memory, "first": measure_first, "build": measure_build, "shuffle": measure_shuffle,
     }  # fmt: skip
     for part in parts or PARTS:
         with tempfile.TemporaryDirectory() as work:
