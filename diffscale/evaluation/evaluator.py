@@ -245,7 +245,8 @@ class Evaluator:
         labels = generated[generate.LABELS][: len(images)]
         side = self.dataset.resolution
         images = images.reshape(len(images), self.dataset.channels, side, side).transpose(0, 2, 3, 1)
-        names = self.dataset.class_names or []
+        conditional = not isinstance(source, ModelSource) or source.class_counts
+        names = self.dataset.class_names if conditional else []
         captions = [names[i] if i < len(names) else "" for i in labels]
         return pictures.to_png(pictures.grid(images, captions))
 

@@ -58,6 +58,18 @@ def test_every_number_of_an_evaluation_is_there(dataset, network, diffusion, tmp
     assert set(sampling.fields(diffusion)) == {"solver", "nfe", "guidance_scale", "sampler", "sample_seed"}
 
 
+def test_only_samples_of_a_class_are_labelled(dataset, network, diffusion, tmp_path):
+    evaluator = Evaluator(settings(metrics=()), dataset, str(tmp_path))
+    sizes = []
+    for classes in (3, 0):
+        network.num_classes = classes
+        evaluation = evaluator.evaluate(network, diffusion, evaluator.sampling(SOLVERS["ddim"](steps=1)))
+        sizes.append(Image.open(io.BytesIO(evaluation.grid_png)).size)
+    labelled, bare = sizes
+    assert bare == (3 * (16 + 2) + 2, 3 * (16 + 2) + 2)
+    assert labelled > bare
+
+
 def test_copies_of_the_training_images_have_no_distance_and_are_called_memorised(dataset, tmp_path):
     evaluator = Evaluator(settings(), dataset, str(tmp_path), heldout=write_dataset(tmp_path / "h", 120, 16, seed=5))
     source = DatasetSource(dataset, np.arange(48), batch=8)
