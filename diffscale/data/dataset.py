@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ from diffscale.errors import UserError
 
 NEAR = 1 << 30  # bytes of rows that the blocked order keeps near by default
 FETCHES = 4  # shards fetched at once: one stream does not fill the line to an object store
+MOST_GATHERING = 4  # threads that copy rows at once, each at least 1 MiB: more wait for the same memory
 
 
 class Dataset:
@@ -129,7 +131,10 @@ class Dataset:
         for begin, target in zip(begins, (pixels, labels), strict=True):
             size = target.nbytes // max(1, len(target))
             sources = begin[which] + local * size
-            kernel.gather_rows(*native.addresses(sources, target), *native.integers(len(target), size))
+            threads = max(1, min(self.threads, MOST_GATHERING, target.nbytes >> 20))
+            kernel.gather_rows(
+                *native.addresses(sources, target), *native.integers(len(target), size), ctypes.c_int(threads)
+            )
 
     def _decode_into(
         self, indices: NDArray[np.int64], which: NDArray[np.int64], pixels: NDArray[Any], labels: NDArray[np.int64]
@@ -146,7 +151,7 @@ class Dataset:
 
     @cached_property
     def threads(self) -> int:
-        """Threads that decode: one for each core that this process may use, at most 16."""
+        """Threads that decode or gather: one for each core that this process may use, at most 16."""
         return max(1, min(16, len(os.sched_getaffinity(0))))
 
     def _in_threads(self, work: Callable[..., None], *arguments: Iterable[Any]) -> None:
