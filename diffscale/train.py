@@ -100,7 +100,7 @@ def run(
     early at a checkpoint. show: progress on the console. handle_signals: SIGTERM and SIGINT end the run at a
     checkpoint (main thread only). stop_with: the launch of a channel (training/channel.py) whose STOP does the same.
     here: the one worker is this process, without Ray Train; it raises what the training raises.
-    Raises UserError for what cannot work, before anything is started where that can be known.
+    Raises UserError for what cannot work, before any training is started where that can be known.
     """
     dataset, cost = _prepare_while_ray_starts(experiment)
     run_id, folder = experiment.run_id(dataset.content_hash), experiment.run_folder(dataset.content_hash)

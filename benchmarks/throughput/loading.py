@@ -320,7 +320,7 @@ def _anonymous_of(command: psutil.Process) -> dict[str, float]:
     """Megabytes of anonymous memory of a command and all that it has started, by the process's number and title."""
     held = {}
     for process in [command, *command.children(recursive=True)]:
-        with contextlib.suppress(psutil.Error, OSError, StopIteration):
+        with contextlib.suppress(psutil.Error, OSError):
             held[f"{process.pid} {' '.join(process.cmdline())[:60]}"] = anonymous_megabytes(process.pid)
     return held
 

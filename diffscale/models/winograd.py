@@ -129,7 +129,7 @@ class Filters(NamedTuple):
 def transform_filters(weight: Tensor, back: bool = False) -> Filters:
     """Of weight (K, C, 3, 3): for its convolution, or for the one that takes dy (B, K, H, W) back to (B, C, H, W)."""
     weight = weight.contiguous(memory_format=torch.channels_last)
-    out = weight.new_empty(36 * (weight.shape[0] * weight.shape[1] + 16))
+    out = weight.new_empty(36 * (weight.shape[0] * weight.shape[1] + 16))  # planes are 16 values apart
     run("winograd_filters_back" if back else "winograd_filters", (weight, out), weight.shape[:2])
     return Filters(out, weight.shape[1 if back else 0])
 
