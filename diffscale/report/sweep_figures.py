@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -87,7 +89,7 @@ def heat_map(part: pd.DataFrame, metric: str, title: str) -> Figure:
             cell = cells.loc[(schedule, side)]
             dark = scaled[i, j] > 0.8 * top
             best = bool(scaled[i, j] == 0)
-            ink = {"ha": "center", "color": "white" if dark else style.INK}
+            ink: dict[str, Any] = {"ha": "center", "color": "white" if dark else style.INK}
             axes.text(j, i, number(cell[column]), va="bottom", size=8, weight="bold" if best else "normal", **ink)
             if np.isfinite(cell[low]):
                 axes.text(j, i, f"[{number(cell[low])}, {number(cell[high])}]", va="top", size=6.5, **ink)
