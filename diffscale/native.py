@@ -28,7 +28,7 @@ _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-fno-trappin
 
 @functools.cache
 def library(name: str) -> ctypes.CDLL | None:
-    """The compiled `name`.cpp ("data/gather"), built on first use; None where that is impossible or not wanted."""
+    """The compiled `name`.cpp ("data/rows"), built on first use; None where that is impossible or not wanted."""
     compiler = shutil.which("g++") or shutil.which("c++")
     if os.environ.get("DIFFSCALE_NATIVE_KERNELS") == "0" or compiler is None:
         return None

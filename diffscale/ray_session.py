@@ -5,8 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import socket
 import sys
 from pathlib import Path
+from typing import Any
+
+from diffscale.errors import UserError
 
 REPORT_INTERVAL = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
 START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
@@ -38,6 +42,7 @@ def connect(address: str | None = None, num_cpus: int | None = None) -> None:
 
     Ray Train's controller polls its workers every 2 s by default, which makes short runs slow and notices a dead
     worker late; its wait for the workers of a lost node is 60 s. Both are set here unless the user did.
+    Raises UserError where no cluster answers at the address and where a private one does not start.
     """
     global _private
     address = address or os.environ.get("RAY_ADDRESS") or "local"
@@ -57,17 +62,43 @@ def connect(address: str | None = None, num_cpus: int | None = None) -> None:
     if ray.is_initialized():
         return
     if address == "local":
-        ray.init(
-            address="local",
+        _start_or_join(
+            address,
             num_cpus=num_cpus,
             include_dashboard=False,
             object_store_memory=300_000_000,
-            logging_level=logging.WARNING,
             log_to_driver=False,  # workers' notices come through training/channel.py, without Ray's own noise
         )
         _private = True
     else:
-        ray.init(address=address, logging_level=logging.WARNING)
+        _require_listener(address)
+        _start_or_join(address)
+
+
+def _start_or_join(address: str, **settings: Any) -> None:
+    import ray
+
+    try:
+        ray.init(address=address, logging_level=logging.WARNING, **settings)
+    except Exception as error:  # Ray raises no narrower one when its processes are not up within 30 s
+        raise UserError(
+            setting="RAY_ADDRESS", value=address, expected=f"a Ray that answers; it said: {error}",
+            fix="on a busy machine: once more; else see the newest /tmp/ray/session_*/logs of that machine",
+        ) from error  # fmt: skip
+
+
+def _require_listener(address: str) -> None:
+    """Raises UserError unless something listens there: Ray would try for minutes. For HOST:PORT alone."""
+    host, _, port = address.rpartition(":")
+    if "/" in address or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            setting="RAY_ADDRESS", value=address, expected=f"HOST:PORT of a running cluster's head ({error})",
+            fix="`ray start --head` prints it; without RAY_ADDRESS this machine alone is used",
+        ) from None  # fmt: skip
 
 
 def _require_token() -> None:

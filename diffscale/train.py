@@ -279,11 +279,11 @@ def _fit(
 ) -> Exception | None:  # fmt: skip
     """Ray Train's part: starts the workers, starts them again when one is lost, waits for evaluations beside them."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig
 
     from diffscale.provenance import job_environment
     from diffscale.ray_session import HEALTH_TIMEOUT
     from diffscale.training import beside, health
+    from diffscale.training.process_group import ProcessGroupConfig
     from diffscale.training.trainer import Trainer
     from diffscale.training.worker import train_worker
 
@@ -294,7 +294,7 @@ def _fit(
     trainer = Trainer(
         train_worker,
         train_loop_config=config,
-        torch_config=TorchConfig(backend="nccl" if config["gpu"] else "gloo"),
+        torch_config=ProcessGroupConfig("nccl" if config["gpu"] else "gloo"),  # type: ignore[arg-type]
         scaling_config=ScalingConfig(
             num_workers=train.workers,  # type: ignore[arg-type]
             use_gpu=config["gpu"],

@@ -91,7 +91,7 @@ def measured(overrides: list[str]) -> list[dict[str, Any]]:
         queue = multiprocessing.get_context("spawn").SimpleQueue()
         texts = [experiment.model_dump_json() for experiment in experiments]
         multiprocessing.spawn(_rank, args=(folder, texts, queue), nprocs=2)
-        return [row | made_by() for row in queue.get()]
+        return queue.get()
 
 
 def _rank(rank: int, folder: str, texts: list[str], queue: Any) -> None:
@@ -160,10 +160,11 @@ def _median(call: Any, repeats: int = 9) -> float:
 
 
 def _write(name: str, rows: list[dict[str, Any]]) -> None:
+    made = made_by()
     with open(RESULTS / name, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, list(rows[0] | made))
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(row | made for row in rows)
     print(RESULTS / name)
 
 

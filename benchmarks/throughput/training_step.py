@@ -32,6 +32,7 @@ _PRECISIONS: tuple[Literal["bf16", "fp32"], ...] = ("bf16", "fp32")
 MODES = [
     Numerics(p, last, compiled) for p, last, compiled in itertools.product(_PRECISIONS, (False, True), (False, True))
 ]
+_COMPARED = {None: "each its best", True: "both compiled", False: "both eager"}
 
 
 class Setup(NamedTuple):
@@ -120,7 +121,7 @@ def run_race(race: str, setup: Setup, pairs: int, mode: Numerics, ours: Numerics
         contender = contenders[side]
         row: dict[str, Any] = {"race": race, "side": side, "network": "diffscale" if side == "ours" else entry.peer}
         row |= {"device": torch.cuda.get_device_name() if setup.device == "cuda" else f"{cpu_name()} × {setup.threads}"}
-        row |= {"clock": setup.clock}
+        row |= {"compared": _COMPARED[setup.compiled], "clock": setup.clock}
         row |= {"torch": torch.__version__, "batch": entry.batch, "pairs": pairs, "parameters": counts[side][0]}
         row |= {"train_flops_per_image": f"{counts[side][1]:.6g}", "precision": contender.numerics.precision}
         row |= {"compile": contender.numerics.compile, "channels_last": contender.numerics.channels_last}
@@ -142,10 +143,10 @@ def run_race(race: str, setup: Setup, pairs: int, mode: Numerics, ours: Numerics
 
 
 def write(rows: list[dict], path: Path) -> None:
-    """Add the rows to the CSV in the place of older ones of the same race, side, device and compile setting."""
+    """Add the rows to the CSV in the place of older ones of the same race, device and way of comparing."""
 
     def key(row: dict) -> tuple[str, ...]:
-        return tuple(str(row[k]) for k in ("race", "side", "device", "compile"))
+        return tuple(str(row[k]) for k in ("race", "device", "compared"))
 
     kept: list[dict] = []
     if path.exists():

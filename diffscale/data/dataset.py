@@ -119,7 +119,7 @@ class Dataset:
             self._decode_into(indices, which, pixels, labels)
             return
         shards = {s: self.shard(s) for s in pieces}  # held, since the cache may let go of them meanwhile
-        local, kernel = indices - self.starts[which], native.library("data/gather")
+        local, kernel = indices - self.starts[which], native.library("data/rows")
         if kernel is None:
             for s, shard in shards.items():
                 places = np.flatnonzero(which == s)

@@ -20,6 +20,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from diffscale import native
+
 Int64 = NDArray[np.int64]
 UInt64 = NDArray[np.uint64]
 
@@ -49,11 +51,13 @@ def positions_to_indices(
     if positions.size and int(positions.min()) < 0:
         raise ValueError("positions count from 0")
     flat = positions.reshape(-1)
+    if not flat.size:
+        return positions
     epochs, places = np.divmod(flat, n)
     out = np.empty_like(flat)
-    first = int(epochs[0]) if len(epochs) else 0
-    for epoch in [first] if (epochs == first).all() else np.unique(epochs).tolist():
-        chosen = epochs == epoch
+    single = epochs.min() == epochs.max()
+    for epoch in [int(epochs[0])] if single else np.unique(epochs).tolist():
+        chosen = slice(None) if single else epochs == epoch
         if order == "rows":
             out[chosen] = permutation(n, seed, epoch).forward(places[chosen])
         else:
@@ -78,7 +82,15 @@ class Permutation:
     keys: tuple[int, ...]
 
     def forward(self, x: Int64) -> Int64:
-        return self._walk(x, self._rounds)
+        kernel = native.library("data/rows")
+        if kernel is None or self.n == 1:
+            return self._walk(x, self._rounds)
+        out, keys = x.astype(np.int64, order="C"), np.array(self.keys, np.uint64)
+        kernel.permute(
+            *native.addresses(out), *native.integers(out.size, self.n, self.a, self.b), *native.addresses(keys),
+            *native.integers(len(keys)),
+        )  # fmt: skip
+        return out
 
     def inverse(self, y: Int64) -> Int64:
         return self._walk(y, self._rounds_back)

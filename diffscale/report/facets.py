@@ -85,7 +85,8 @@ def recipe_ids(rows: pd.DataFrame, only: set[str] | None = None) -> list[str]:
 
 
 def _labels(rows: pd.DataFrame) -> dict[str, str]:
-    """A short name for each recipe: the backbone and the settings (at most three) in which its fellows differ."""
+    """A short name for each recipe: the backbone and what sets it apart from most of its fellows (at most three
+    settings). The value that more than half of them share goes without saying."""
     first = rows.drop_duplicates("recipe")
     labels: dict[str, str] = {}
     for (model, _), group in first.groupby(["model", "dataset"], sort=True):
@@ -94,10 +95,17 @@ def _labels(rows: pd.DataFrame) -> dict[str, str]:
             | {"ema": str(row["ema"]), "endpoint": str(row["endpoint"])}
             for row in group.to_dict("records")
         }
-        keys = sorted({k for tree in texts.values() for k in tree}, key=lambda k: (k != "data.resolution", k))
-        differing = [k for k in keys if len({tree.get(k) for tree in texts.values()}) > 1]
+        keys = sorted(
+            {k for tree in texts.values() for k in tree},
+            key=lambda k: (k != "data.resolution", not k.endswith(".name"), k),
+        )
+        usual = {}
+        for k in keys:
+            value, count = Counter(tree.get(k) for tree in texts.values()).most_common(1)[0]
+            if 2 * count > len(texts):
+                usual[k] = value
         for recipe, tree in texts.items():
-            parts = [_short(k, tree[k]) for k in differing if k in tree][:3]
+            parts = [_short(k, tree[k]) for k in keys if k in tree and (k not in usual or usual[k] != tree[k])][:3]
             labels[recipe] = " · ".join([str(model), *parts])
     repeated = {label for label, n in Counter(labels.values()).items() if n > 1}
     return {recipe: f"{label} ({recipe})" if label in repeated else label for recipe, label in labels.items()}

@@ -15,6 +15,7 @@ from diffscale.report import style
 from diffscale.report.curve_figures import against_compute, against_wall_clock, scaling_figure
 from diffscale.report.facets import is_distance
 from diffscale.report.frontier import fair
+from diffscale.report.recipe_figure import at_equal_compute, recipe_figure
 from diffscale.report.sweep_figures import against_nfe, heat_map, nfe_families
 
 if TYPE_CHECKING:
@@ -47,9 +48,16 @@ def figures(analysis: Analysis) -> Iterator[tuple[str, Figure]]:
         key, title = facet["facet"], facet["title"]
         points = fair(analysis.points[analysis.points["facet"] == key])
         curves = [c for c in analysis.curves if c.facet == key]
-        if not is_distance(facet["metric"]) or not any(len(c.points) > 1 for c in curves):
+        sides = {str(model): at_equal_compute(part) for model, part in points.groupby("model")}
+        beside = {model: last for model, last in sides.items() if last is not None}
+        along = any(len(c.points) > 1 for c in curves)
+        if not is_distance(facet["metric"]) or not (along or beside):
             continue
         suffix, main = ("" if main else f"-{key}"), False
+        for model, last in beside.items():
+            yield f"recipes-{_file(model)}{suffix}", recipe_figure(last, title)
+        if not along:
+            continue
         yield f"fid_vs_compute{suffix}", against_compute(points, curves, title)
         yield f"fid_vs_wall_clock{suffix}", against_wall_clock(points, curves, title)
         fits = {k: f for k, f in analysis.fits.items() if k[0] == key}

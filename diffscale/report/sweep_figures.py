@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -10,7 +12,7 @@ from matplotlib.figure import Figure
 from diffscale.report import style
 from diffscale.report.curve_figures import bands, extent, figure_and_axes, set_limits
 from diffscale.report.facets import is_distance, metric_name
-from diffscale.report.findings import flops
+from diffscale.report.findings import flops, number
 from diffscale.report.frontier import fair
 
 
@@ -74,7 +76,7 @@ def heat_map(part: pd.DataFrame, metric: str, title: str) -> Figure:
     cells = part.set_index(["schedule", "train_resolution"])
     rows, columns = grid.shape
     longest = max(len(str(name)) for name in grid.index)
-    figure, axes = plt.subplots(figsize=(style.WIDTH, 1.75 + 0.46 * rows))
+    figure, axes = plt.subplots(figsize=(style.WIDTH, 1.75 + 0.5 * rows))
     logs = np.log(grid.to_numpy(float))
     scaled = logs - np.nanmin(logs, axis=0)
     top = max(float(np.nanmax(scaled)), 1e-3)
@@ -87,11 +89,10 @@ def heat_map(part: pd.DataFrame, metric: str, title: str) -> Figure:
             cell = cells.loc[(schedule, side)]
             dark = scaled[i, j] > 0.8 * top
             best = bool(scaled[i, j] == 0)
-            interval = f"  [{cell[low]:.3g}, {cell[high]:.3g}]" if np.isfinite(cell[low]) else ""
-            axes.text(
-                j, i, f"{cell[column]:.3g}" + interval, ha="center", va="center", size=8,
-                color="white" if dark else style.INK, weight="bold" if best else "normal",
-            )  # fmt: skip
+            ink: dict[str, Any] = {"ha": "center", "color": "white" if dark else style.INK}
+            axes.text(j, i, number(cell[column]), va="bottom", size=8, weight="bold" if best else "normal", **ink)
+            if np.isfinite(cell[low]):
+                axes.text(j, i, f"[{number(cell[low])}, {number(cell[high])}]", va="top", size=6.5, **ink)
     axes.set_xticks(range(columns), [f"{side} px" for side in grid.columns])
     axes.set_yticks(range(rows), [style.plain(str(name)) for name in grid.index])
     axes.set_xlabel("training resolution")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from diffscale import storage
 from diffscale.build import build_model, build_solver
@@ -30,7 +30,7 @@ from diffscale.training.ema import ema_name
 from diffscale.training.learner import QUARTILES, Learner
 from diffscale.training.numerics import Numerics
 from diffscale.training.parallel import World
-from diffscale.training.sharding import whole
+from diffscale.training.sharding import like, whole
 from diffscale.training.tensor_files import group_files
 
 VALIDATION_IMAGES = 1024
@@ -100,7 +100,7 @@ class Judge:
         with torch.no_grad():
             for name, tensor in learner.model.state_dict().items():
                 if average is not None and name in average:
-                    tensor = _like(parameters[name], average[name])
+                    tensor = like(parameters[name], average[name])
                 target[name].copy_(whole(tensor))
         return self._model
 
@@ -188,17 +188,6 @@ def make_record(
     created = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
     flops = fields["nfe"] * 2 * columns["forward_macs"]
     return Record(record_id=identity, created=created, ema=ema, sampling_flops=flops, **columns, **fields)
-
-
-def _like(parameter: Tensor, average: Tensor) -> Tensor:
-    """This rank's rows of an average, as the sharded tensor that they are rows of."""
-    from torch.distributed.tensor import DTensor
-
-    if not isinstance(parameter, DTensor):
-        return average
-    return DTensor.from_local(
-        average, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
-    )
 
 
 def _at_eval_resolution(experiment: Experiment) -> Dataset | None:

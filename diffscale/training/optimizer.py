@@ -10,27 +10,31 @@ from torch import Tensor, nn
 from diffscale.cli import valid
 from diffscale.errors import UserError
 from diffscale.experiment import OptimSettings
+from diffscale.training.sharding import is_sharded
+
+# What timm makes for these names as well: timm takes as long to import as torch, and these are what most runs use.
+_FROM_TORCH: dict[str, type[torch.optim.Adam]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 
 def create_optimizer(model: nn.Module, optim: OptimSettings) -> torch.optim.Optimizer:
     """timm's optimizer of that name over `parameter_groups`. Raises UserError for an unknown name."""
+    check_name(optim.name)
+    groups = parameter_groups(model, optim.weight_decay)
+    if optim.name in _FROM_TORCH:
+        fused = None if any(is_sharded(p) for p in model.parameters()) else True
+        return _FROM_TORCH[optim.name](groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=fused)
     from timm.optim import create_optimizer_v2, get_optimizer_info
 
-    check_name(optim.name)
     info = get_optimizer_info(optim.name)
     extra: dict[str, Any] = {"eps": optim.eps} if info.has_eps else {}
     if info.has_betas and info.num_betas == 2:
         extra["betas"] = optim.betas
-    if optim.name in ("adam", "adamw") and _plain(model):
-        extra["fused"] = True
-    return create_optimizer_v2(
-        parameter_groups(model, optim.weight_decay), optim.name, lr=optim.lr, weight_decay=optim.weight_decay, **extra
-    )
+    return create_optimizer_v2(groups, optim.name, lr=optim.lr, weight_decay=optim.weight_decay, **extra)
 
 
 def check_name(name: str) -> None:
     """Raises UserError with the nearest of timm's names."""
-    if name == "adamw":  # the default: timm takes 2 s to import, which processes that only check would wait for
+    if name in _FROM_TORCH:
         return
     from timm.optim import list_optimizers
 
@@ -54,9 +58,3 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
             (plain if exempted else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
-
-
-def _plain(model: nn.Module) -> bool:
-    from torch.distributed.tensor import DTensor
-
-    return not any(isinstance(p, DTensor) for p in model.parameters())

@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from diffscale.training.sharding import Slice, local, rows_of, slice_of
+from diffscale.training.sharding import Slice, is_sharded, like, local, rows_of, slice_of
 
 _GROUP = "group"
 
@@ -83,7 +82,6 @@ def restore(
 
 
 def _sharded_as(p: Tensor, value: Any) -> Any:
-    if not isinstance(value, Tensor) or not isinstance(p, DTensor) or value.shape != p.to_local().shape:
+    if not isinstance(value, Tensor) or not is_sharded(p) or value.shape != p.to_local().shape:
         return value
-    mine = value.to(p.device).contiguous()
-    return DTensor.from_local(mine, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
+    return like(p, value.to(p.device).contiguous())

@@ -51,6 +51,15 @@ def rows_of(tensor: Tensor) -> tuple[int, int] | None:
     return None if place is None else (place.start, place.start + local(tensor).shape[0])
 
 
+def like(tensor: Tensor, rows: Tensor) -> Tensor:
+    """The rows that this rank holds of something of the tensor's shape, as a tensor sharded like it."""
+    if not is_sharded(tensor):
+        return rows
+    return type(tensor).from_local(
+        rows, tensor.device_mesh, tensor.placements, shape=tensor.shape, stride=tensor.stride()
+    )
+
+
 def whole(tensor: Tensor) -> Tensor:
     """All of it on every rank (a collective call for a sharded tensor)."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor

@@ -45,6 +45,14 @@ def test_a_position_means_the_same_row_however_it_is_asked_for(form):
     assert np.array_equal(backwards.ravel()[::-1], whole)
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 50_000, 1_281_167, (1 << 60) - 1])
+def test_the_order_is_the_same_without_a_compiler(n, monkeypatch):
+    positions = np.random.default_rng(0).integers(0, min(3 * n, 1 << 62), (20, 50))
+    rows = positions_to_indices(positions, n, seed=5)
+    monkeypatch.setattr("diffscale.native.library", lambda name: None)
+    assert np.array_equal(positions_to_indices(positions, n, seed=5), rows)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_the_order_never_changes_between_versions(form):
     """Known answers of this implementation: a run must resume into the same order after an upgrade."""

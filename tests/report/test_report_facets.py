@@ -42,6 +42,13 @@ def test_what_changes_the_weights_changes_the_recipe(setting: tuple[str, object]
     assert setting[0].rpartition(".")[2] in " ".join(rows["recipe_label"])
 
 
+def test_a_label_leaves_out_what_most_recipes_have_in_common() -> None:
+    usual = {"model.skips": True, "model.dropout": 0}
+    given = [usual, usual | {"model.skips": False}, usual | {"model.dropout": 0.1}]
+    rows = to_rows([make_record(settings=settings) for settings in given])
+    assert list(rows["recipe_label"]) == ["unet", "unet · skips False", "unet · dropout 0.1"]
+
+
 def test_decay_branches_of_different_length_are_one_recipe_and_others_are_not() -> None:
     settings = {"optim.decay_images": 1000, "optim.lr": 1e-4}
     assert recipe_settings(settings, "decayed") == {"optim.lr": 1e-4}

@@ -71,6 +71,18 @@ def test_captions_name_metric_n_sampler_and_what_a_band_is() -> None:
     assert "EDM 1.97" in texts(drawn["fid_vs_compute"])
 
 
+def test_recipes_of_equal_compute_are_put_side_by_side_the_best_first() -> None:
+    records = [make_record(value=10.0 + lr, settings={"optim.lr": lr}) for lr in (3, 1, 2)]
+    with style():
+        drawn = dict(figures(analyse(records)))
+    assert set(drawn) == {"recipes-unet"}
+    figure = drawn["recipes-unet"]
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == [f"unet · lr {lr}" for lr in (1, 2, 3)]
+    longer = make_record(images_seen=2 * records[0].images_seen, settings={"optim.lr": 3})
+    with style():
+        assert "recipes-unet" not in dict(figures(analyse([*records, longer])))
+
+
 def test_names_that_matplotlib_would_read_as_mathematics_are_printed_as_they_are(tmp_path: Path) -> None:
     name = r"a$\frac{b$ <script> %s"
     kinds = itertools.product(range(3), ("a$_", "b"), (16, 32))

@@ -1,0 +1,62 @@
+// Which rows come at some places of an epoch (the Feistel network of order.py, of which this is the fast form), and
+// rows from anywhere copied into one block.
+#include <cstdint>
+#include <cstring>
+
+// The finaliser of MurmurHash3 of x + key, its top 32 bits scaled to [0, bound).
+static inline std::uint64_t below(std::uint64_t x, std::uint64_t key, std::uint64_t bound) {
+    std::uint64_t h = x + key;
+    h ^= h >> 33;
+    h *= 0xFF51AFD7ED558CCDull;
+    h ^= h >> 33;
+    h *= 0xC4CEB9FE1A85EC53ull;
+    return (h >> 32) * bound >> 32;
+}
+
+// Each place below n (of a * b >= n) to its row, in place. The values of a block go through a round side by side, since
+// a round waits for the one before; a value that is not below n then walks on alone.
+extern "C" void permute(std::int64_t* places, std::int64_t count, std::int64_t n, std::int64_t a, std::int64_t b,
+                        const std::uint64_t* keys, std::int64_t rounds) {
+    constexpr std::int64_t block = 64;
+    const std::uint64_t wide = static_cast<std::uint64_t>(a), tall = static_cast<std::uint64_t>(b);
+    std::uint64_t high[block], low[block];
+    const auto walk = [&](std::int64_t* values, std::int64_t size) {
+        for (std::int64_t i = 0; i < size; ++i) {
+            high[i] = static_cast<std::uint64_t>(values[i]) / wide;
+            low[i] = static_cast<std::uint64_t>(values[i]) - high[i] * wide;
+        }
+        for (std::int64_t r = 0; r < rounds; ++r) {
+            std::uint64_t* to = r % 2 == 0 ? low : high;
+            const std::uint64_t* from = r % 2 == 0 ? high : low;
+            const std::uint64_t bound = r % 2 == 0 ? wide : tall;
+            for (std::int64_t i = 0; i < size; ++i) {
+                const std::uint64_t moved = to[i] + below(from[i], keys[r], bound);
+                to[i] = moved < moved - bound ? moved : moved - bound;  // moved - bound wraps around where it is negative
+            }
+        }
+        for (std::int64_t i = 0; i < size; ++i) values[i] = static_cast<std::int64_t>(high[i] * wide + low[i]);
+    };
+    for (std::int64_t first = 0; first < count; first += block) {
+        const std::int64_t size = first + block < count ? block : count - first;
+        walk(places + first, size);
+        for (std::int64_t i = first; i < first + size; ++i) {
+            while (places[i] >= n) walk(places + i, 1);
+        }
+    }
+}
+
+// A share of the rows by each thread. Fetching a row that is four places ahead hides the wait for its page.
+extern "C" void gather_rows(const std::int64_t* sources, char* target, std::int64_t rows, std::int64_t size, int threads) {
+    constexpr std::int64_t ahead = 4;
+#pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
+    for (int part = 0; part < threads; ++part) {
+        const std::int64_t last = rows * (part + 1) / threads;
+        for (std::int64_t i = rows * part / threads; i < last; ++i) {
+            if (i + ahead < last) {
+                const char* next = reinterpret_cast<const char*>(sources[i + ahead]);
+                for (std::int64_t k = 0; k < size; k += 1024) __builtin_prefetch(next + k);
+            }
+            std::memcpy(target + i * size, reinterpret_cast<const char*>(sources[i]), static_cast<std::size_t>(size));
+        }
+    }
+}
