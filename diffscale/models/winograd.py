@@ -129,11 +129,9 @@ def _fused(kernels: Kernels, residual: Tensor | None) -> tuple[Tensor | None, Te
 
 def shift_of(x: Tensor, bias: Tensor | None, shift: Tensor | None) -> Tensor | None:
     """The sum of bias (K,) and shift (B, K), either or both None, as (B, K) float32."""
-    if bias is None or shift is None:
-        total = shift if bias is None else bias.expand(len(x), -1)
-    else:
-        total = bias + shift
-    return None if total is None else total.float()
+    if shift is None:
+        return None if bias is None else bias.float().expand(len(x), -1)
+    return shift.float() if bias is None else bias.float() + shift.float()
 
 
 def suitable(x: Tensor, weight: Tensor) -> Kernels | None:

@@ -109,7 +109,7 @@ def test_a_residual_in_float32_stays_in_float32():
             y = layer(image, residual=residual)
             with torch.no_grad():
                 assert torch.equal(layer(image, residual=residual), y)
-            assert y.dtype == torch.float32 and layer(image).dtype == torch.bfloat16
+            assert (y.dtype, layer(image).dtype) == (torch.float32, torch.bfloat16)
 
 
 @pytest.mark.parametrize("kernels", EACH)
