@@ -12,7 +12,9 @@ benchmarks/results/throughput/trainers_PEER.csv.
 from __future__ import annotations
 
 import os
+import statistics
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -24,10 +26,10 @@ from torch import nn
 
 from benchmarks.throughput.contenders import RACES, training_flops
 from benchmarks.throughput.pairs import race, write
-from benchmarks.throughput.training_step import MODES, parse
+from benchmarks.throughput.training_step import MODES, fastest, parse
 from diffscale.cli import load_experiment
 from diffscale.compute import Cost, count_cost
-from diffscale.training.numerics import Numerics
+from diffscale.training.numerics import Numerics, settle_precision
 
 Steps = Callable[[int], None]
 BATCH = 16
@@ -208,20 +210,18 @@ def write_images(folder: Path) -> None:
 
 def best_mode(side: Side, modes: list[Numerics]) -> Numerics:
     """The peer's fastest: each in a process of its own, median of three turns of two steps."""
-    import statistics
-    import time
 
-    found: dict[Numerics, float] = {}
-    for mode in modes:
-        contender, seconds = Contender(side, mode), []
+    def seconds(mode: Numerics) -> float:
+        contender, taken = Contender(side, mode), []
         for _ in range(3):
             started = time.perf_counter()
             contender.step(2)
-            seconds.append(time.perf_counter() - started)
+            taken.append(time.perf_counter() - started)
         contender.close()
-        found[mode] = statistics.median(seconds) / 2
-        typer.echo(f"{side.peer} {mode}: {found[mode]:.3f} s")
-    return min(found, key=found.__getitem__)
+        typer.echo(f"{side.peer} {mode}: {statistics.median(taken) / 2:.3f} s")
+        return statistics.median(taken) / 2
+
+    return fastest(modes, seconds)
 
 
 def main(
@@ -239,7 +239,8 @@ def main(
         with tempfile.TemporaryDirectory(prefix="diffscale-trainers-") as folder:
             side = Side(peer, peer, threads, Path(folder))
             write_images(side.folder)
-            modes = [m for m in MODES if peer_compile or not m.compile]
+            emulated = settle_precision("auto", "cpu") == "fp32"
+            modes = [m for m in MODES if (peer_compile or not m.compile) and not (emulated and m.precision == "bf16")]
             mode = parse(peer_mode) if peer_mode else best_mode(side, modes)
             ours, theirs = Contender(side._replace(who="ours")), Contender(side, mode)
             row = race(lambda: ours.step(steps), lambda: theirs.step(steps), steps * BATCH, pairs)  # noqa: B023

@@ -1,14 +1,20 @@
-"""3 × 3 convolutions in float32 on a CPU with a quarter of the multiplications: Winograd's F(4 × 4, 3 × 3).
+"""3 × 3 convolutions on a CPU with fewer multiplications: Winograd's algorithm (Lavin & Gray 2016, arXiv 1509.09308).
 
-Processors without bfloat16 instructions train in float32, where direct convolution runs at the rate of matrix products
-and nothing but fewer multiplications makes it faster. Each 4 × 4 tile of outputs becomes 36 products instead of 144
-(Lavin & Gray 2016, arXiv 1509.09308), at the price of a rounding error about ten times that of a direct sum. So it is
-a choice of the run (training/numerics.py measures whether it pays), off in a model as built.
+Direct convolution runs at the rate of matrix products there, and nothing but fewer multiplications makes it faster.
+
+In float32, F(4 × 4, 3 × 3): each 4 × 4 tile of outputs is 36 products instead of 144, at the price of a rounding error
+about ten times that of a direct sum. In bfloat16, on processors that multiply it, F(2 × 2, 3 × 3): 16 products instead
+of 36, and an error about twice that of direct convolution of bfloat16; larger tiles would amplify its rounding tenfold.
+Filters are transformed in float32, before they are rounded.
+
+So it is a choice of the run (training/numerics.py measures whether it pays), off in a model as built.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +25,42 @@ from torch.autograd.function import once_differentiable
 from diffscale.native import integers, library, pointers
 
 
+@dataclass(frozen=True)
+class Kernels:
+    """The C++ functions for images of one precision; the filters are always float32."""
+
+    name: str  # of the source
+    dtype: torch.dtype  # of the images
+    lanes: int  # channels must be a multiple of it
+    products: int  # of a tile
+    apart: int  # values between the planes of transformed filters
+
+    @property
+    def available(self) -> bool:
+        """Whether this machine can compile and run them."""
+        return _library(self) is not None
+
+    def run(self, name: str, tensors: tuple[Tensor | None, ...], sizes: tuple[int, ...]) -> None:
+        threads = ctypes.c_int(torch.get_num_threads())
+        getattr(_library(self), f"winograd_{name}")(*pointers(*tensors), *integers(*sizes), threads)
+
+    def cover(self, height: int, width: int) -> bool:
+        """Whether tiles cover images of that size well."""
+        if self is BFLOAT16:
+            return height % 2 == 0 and width % 2 == 0
+        return height * width >= 8 * -(-height // 4) * -(-width // 4)
+
+
+FLOAT32 = Kernels("models/winograd", torch.float32, lanes=8, products=36, apart=16)
+BFLOAT16 = Kernels("models/winograd_bf16", torch.bfloat16, lanes=16, products=16, apart=512)
+
+
+@functools.cache
+def _library(kernels: Kernels) -> ctypes.CDLL | None:
+    found = library(kernels.name)
+    return found if found is not None and found.winograd_available() else None
+
+
 class Conv3x3(nn.Conv2d):
     """A 3 × 3 convolution with zero padding; by Winograd's algorithm where `use_winograd` says so and it applies."""
 
@@ -26,23 +68,26 @@ class Conv3x3(nn.Conv2d):
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__(channels_in, channels_out, 3, padding=1)
-        self._filters: tuple[tuple[int, int], Filters] | None = None
+        self._filters: tuple[tuple[Kernels, int, int], Filters] | None = None
 
     def forward(self, x: Tensor, shift: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """x (B, C, H, W) → (B, K, H, W), plus shift (B, K) and residual (B, K, H, W) where they are given."""
-        sampling = self.winograd and not torch.is_grad_enabled()
-        if sampling and suits(x, self.weight) and not self.weight.is_inference():
-            return convolve(x, self._transformed(), shift_of(x, self.bias, shift), residual)
-        return conv3x3(x, self.weight, self.bias, self.winograd, shift, residual)
+        sampling = self.winograd and not torch.is_grad_enabled() and not self.weight.is_inference()
+        kernels = suitable(x, self.weight) if sampling else None
+        if kernels is None:
+            return conv3x3(x, self.weight, self.bias, self.winograd, shift, residual)
+        fused, after = _fused(kernels, residual)
+        y = convolve(x.to(kernels.dtype), self._transformed(kernels), shift_of(x, self.bias, shift), fused)
+        return y if after is None else after + y
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_filters": None}
 
-    def _transformed(self) -> Filters:
+    def _transformed(self, kernels: Kernels) -> Filters:
         """The transformed filters, kept for as long as the weights are what they were: for sampling."""
-        state = (self.weight.data_ptr(), self.weight._version)
+        state = (kernels, self.weight.data_ptr(), self.weight._version)
         if self._filters is None or self._filters[0] != state:
-            self._filters = state, transform_filters(self.weight)
+            self._filters = state, transform_filters(self.weight, kernels)
         return self._filters[1]
 
 
@@ -66,81 +111,100 @@ def conv3x3(
 
     x (B, C, H, W), weight (K, C, 3, 3) → (B, K, H, W). Winograd's adds all of them while it writes its outputs.
     """
-    if winograd and suits(x, weight):
-        return Winograd.apply(x, weight, shift_of(x, bias, shift), residual)
-    y = F.conv2d(x, weight, bias, padding=1)
-    y = y if shift is None else y + shift[:, :, None, None].to(y.dtype)
-    return y if residual is None else residual + y
+    kernels = suitable(x, weight) if winograd else None
+    if kernels is None:
+        y = F.conv2d(x, weight, bias, padding=1)
+        y = y if shift is None else y + shift[:, :, None, None].to(y.dtype)
+        return y if residual is None else residual + y
+    fused, after = _fused(kernels, residual)
+    y = Winograd.apply(x.to(kernels.dtype), weight.float(), shift_of(x, bias, shift), fused)
+    return y if after is None else after + y
+
+
+def _fused(kernels: Kernels, residual: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """What of a residual the kernel adds, and what is added after it: one in another precision keeps that."""
+    same = residual is None or residual.dtype == kernels.dtype
+    return (residual, None) if same else (None, residual)
 
 
 def shift_of(x: Tensor, bias: Tensor | None, shift: Tensor | None) -> Tensor | None:
-    """The sum of bias (K,) and shift (B, K), either or both None, as (B, K)."""
-    if bias is None or shift is None:
-        return shift if bias is None else bias.expand(len(x), -1)
-    return bias + shift
+    """The sum of bias (K,) and shift (B, K), either or both None, as (B, K) float32."""
+    if shift is None:
+        return None if bias is None else bias.float().expand(len(x), -1)
+    return shift.float() if bias is None else bias.float() + shift.float()
 
 
-def suits(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernels take these: float32 on a CPU, channels in eights, a size that tiles of 4 × 4 cover well."""
-    height, width = x.shape[2:]
-    tiles = -(-height // 4) * -(-width // 4)
-    return (
+def suitable(x: Tensor, weight: Tensor) -> Kernels | None:
+    """The kernels that take these: on a CPU, in the precision that torch would compute in, channels in whole lanes, a
+    size that tiles cover well. None: torch's own convolution has to do it."""
+    autocast = torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
+    kernels = BFLOAT16 if dtype == torch.bfloat16 else FLOAT32
+    fits = (
         x.device.type == "cpu"
         and not torch.compiler.is_compiling()
-        and x.dtype == weight.dtype == torch.float32
-        and not torch.is_autocast_enabled("cpu")
-        and x.shape[1] % 8 == 0
-        and weight.shape[0] % 8 == 0
-        and height * width >= 8 * tiles
+        and dtype == kernels.dtype
+        and (x.dtype == dtype or (autocast and x.dtype == torch.float32))
+        and weight.dtype in ((torch.float32, dtype) if autocast else (torch.float32,))
+        and (autocast or dtype == torch.float32)
+        and x.shape[1] % kernels.lanes == 0
+        and weight.shape[0] % kernels.lanes == 0
+        and kernels.cover(*x.shape[2:])
         and type(x) is Tensor
         and type(weight) in (Tensor, nn.Parameter)
-        and library("models/winograd") is not None
+        and kernels.available
     )
+    return kernels if fits else None
 
 
 class Winograd(torch.autograd.Function):
     """x (B, C, H, W), weight (K, C, 3, 3), shift (B, K) or None, residual (B, K, H, W) or None → (B, K, H, W) with
-    channels-last strides."""
+    channels-last strides. x and residual float32 or bfloat16, like the result; weight and shift float32."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, shift: Tensor | None, residual: Tensor | None) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
+        ctx.kernels = FLOAT32 if x.dtype == torch.float32 else BFLOAT16
         ctx.save_for_backward(x, weight)
-        return convolve(x, transform_filters(weight), shift, residual)
+        return convolve(x, transform_filters(weight, ctx.kernels), shift, residual)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         dy = dy.contiguous(memory_format=torch.channels_last)
-        dx = convolve(dy, transform_filters(weight, back=True)) if ctx.needs_input_grad[0] else None
-        dweight, dshift = torch.empty_like(weight, memory_format=torch.channels_last), dy.new_empty(dy.shape[:2])
-        run("winograd_weight_gradient", (x, dy, dweight, dshift), image_sizes(x, len(weight)))
+        dx = convolve(dy, transform_filters(weight, ctx.kernels, back=True)) if ctx.needs_input_grad[0] else None
+        dweight = torch.empty_like(weight, memory_format=torch.channels_last)
+        dshift = dy.new_empty(dy.shape[:2], dtype=torch.float32)
+        ctx.kernels.run("weight_gradient", (x, dy, dweight, dshift), image_sizes(x, len(weight)))
         return dx, dweight, dshift if ctx.needs_input_grad[2] else None, dy if ctx.needs_input_grad[3] else None
 
 
 class Filters(NamedTuple):
-    """Transformed filters for a convolution to `channels_out` channels, as winograd.cpp arranges them."""
+    """Transformed filters for a convolution to `channels_out` channels, as the kernels arrange them."""
 
     data: Tensor
     channels_out: int
+    kernels: Kernels
 
 
-def transform_filters(weight: Tensor, back: bool = False) -> Filters:
+def transform_filters(weight: Tensor, kernels: Kernels, back: bool = False) -> Filters:
     """Of weight (K, C, 3, 3): for its convolution, or for the one that takes dy (B, K, H, W) back to (B, C, H, W)."""
-    weight = weight.contiguous(memory_format=torch.channels_last)
-    out = weight.new_empty(36 * (weight.shape[0] * weight.shape[1] + 16))  # planes are 16 values apart
-    run("winograd_filters_back" if back else "winograd_filters", (weight, out), weight.shape[:2])
-    return Filters(out, weight.shape[1 if back else 0])
+    weight = weight.float().contiguous(memory_format=torch.channels_last)
+    size = kernels.products * (weight.shape[0] * weight.shape[1] + kernels.apart)
+    out = weight.new_empty(size, dtype=kernels.dtype)
+    kernels.run("filters_back" if back else "filters", (weight, out), weight.shape[:2])
+    return Filters(out, weight.shape[1 if back else 0], kernels)
 
 
 def convolve(x: Tensor, filters: Filters, shift: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """x (B, C, H, W), shift (B, K), residual (B, K, H, W) → (B, K, H, W) with channels-last strides."""
     x = x.contiguous(memory_format=torch.channels_last)
-    y = torch.empty(x.shape[0], filters.channels_out, *x.shape[2:], memory_format=torch.channels_last)
+    shape = (x.shape[0], filters.channels_out, *x.shape[2:])
+    y = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
     shift = None if shift is None else shift.contiguous()
     residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
-    run("winograd_convolve", (x, filters.data, shift, residual, y), image_sizes(x, filters.channels_out))
+    filters.kernels.run("convolve", (x, filters.data, shift, residual, y), image_sizes(x, filters.channels_out))
     return y
 
 
@@ -148,10 +212,3 @@ def image_sizes(x: Tensor, channels_out: int) -> tuple[int, ...]:
     """B, H, W, C, K, as the kernels take them."""
     b, c, h, w = x.shape
     return b, h, w, c, channels_out
-
-
-def run(name: str, tensors: tuple[Tensor | None, ...], sizes: tuple[int, ...]) -> None:
-    """Call a kernel of winograd.cpp."""
-    getattr(library("models/winograd"), name)(
-        *pointers(*tensors), *integers(*sizes), ctypes.c_int(torch.get_num_threads())
-    )

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffscale.models.winograd import use_winograd
+from diffscale.models import winograd
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class Numerics:
     precision: Precision = "fp32"  # of matrix products; weights stay float32
     channels_last: bool = False  # memory order of images and convolution weights
     compile: bool = False  # torch.compile of the model
-    winograd: bool = False  # 3 × 3 convolutions in float32 on a CPU with fewer multiplications (models/winograd.py)
+    winograd: bool = False  # 3 × 3 convolutions on a CPU with fewer multiplications (models/winograd.py)
 
     def autocast(self, device: torch.device | str) -> AbstractContextManager[Any]:
         """The context that a forward pass runs in."""
@@ -60,7 +60,7 @@ class Numerics:
     def prepare(self, model: nn.Module) -> nn.Module:
         """The model set to compute so, and compiled if asked for, in place; the same object."""
         set_memory_format(model, self.channels_last)
-        use_winograd(model, self.winograd)
+        winograd.use_winograd(model, self.winograd)
         if self.compile:
             model.compile()
         return model
@@ -135,10 +135,11 @@ def _candidates(model: nn.Module, precision: Precision, device: torch.device, re
     if requested.channels_last != "auto":
         return [Numerics(precision, requested.channels_last)]
     found = [Numerics(precision)]
-    has_winograd = use_winograd(model, False)
+    has_winograd = winograd.use_winograd(model, False)
     if has_winograd or any(isinstance(module, nn.Conv2d) for module in model.modules()):
         found.insert(0, Numerics(precision, channels_last=True))
-    if has_winograd and device.type == "cpu" and precision == "fp32":
+    kernels = {"fp32": winograd.FLOAT32, "bf16": winograd.BFLOAT16}.get(precision)
+    if has_winograd and device.type == "cpu" and kernels is not None and kernels.available:
         found.insert(0, Numerics(precision, channels_last=True, winograd=True))
     return found
 

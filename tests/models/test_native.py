@@ -17,7 +17,7 @@ def forgetful():
     library.cache_clear()
 
 
-@pytest.mark.parametrize("name", ["models/norm_act", "models/winograd", "data/rows"])
+@pytest.mark.parametrize("name", ["models/norm_act", "models/winograd", "models/winograd_bf16", "data/rows"])
 def test_they_can_be_switched_off_by_environment(monkeypatch, forgetful, name):
     monkeypatch.setenv("DIFFSCALE_NATIVE_KERNELS", "0")
     assert library(name) is None
