@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -44,10 +45,11 @@ def watched() -> dict[str, psutil.Process]:
     me = psutil.Process()
     found = {"driver": me}
     for child in me.children(recursive=True):
-        title = " ".join(child.cmdline()) or child.name()
-        for name in LONG_LIVED:
-            if name in title.split(" -")[0]:
-                found.setdefault(name, child)
+        with suppress(psutil.NoSuchProcess):  # it ended, or nobody has waited for it yet
+            title = " ".join(child.cmdline()) or child.name()
+            for name in LONG_LIVED:
+                if name in title.split(" -")[0]:
+                    found.setdefault(name, child)
     return found
 
 
