@@ -52,7 +52,7 @@ def measure(backbone: str, side: int, batch: int, device: str, threads: int, che
         model.set_activation_checkpointing(checkpointed)
         return Wrapped(model, lambda out: out[0])
 
-    stepper = Stepper(build, side, batch, device, asked=Automatic(channels_last=True))
+    stepper = Stepper(build, side, batch, device, asked=Automatic(channels_last=True, compile=False))
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         idle = torch.cuda.memory_allocated()

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.throughput.contenders import RACES, Build, ours
 from benchmarks.throughput.pairs import write
-from benchmarks.throughput.stepper import Stepper
+from benchmarks.throughput.stepper import Automatic, Stepper
 from diffscale.models import PRESETS, norm_act, winograd
 from diffscale.training.numerics import Numerics, settle_precision
 from diffscale.training.setting_up import use_threads
@@ -49,7 +49,7 @@ def seen(module: Any) -> None:
 
 def shares(build: Build, side: int, batch: int, device: str, steps: int, numerics: Numerics | None) -> dict[str, Any]:
     """Milliseconds of a step and the share of each kind of operation, which sum to 1."""
-    stepper = Stepper(build, side, batch, device, numerics)
+    stepper = Stepper(build, side, batch, device, numerics, Automatic(compile=False))
     stepper.seconds(2)
     wall = stepper.seconds(steps)
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])

@@ -2,8 +2,9 @@
 
 "auto" for the precision is bf16 where a matrix product is faster in it: processors without bf16 instructions emulate it
 at a fiftieth of their float32 speed. "auto" for the memory format is measured on the real model and batch. "auto" for
-torch.compile weighs what it costs against what it saves: on a CPU compiling a small UNet took two minutes for less than
-a tenth of a step, so it is off there; on a GPU it is on where the run is long enough to earn it back.
+torch.compile weighs what it costs against what it saves: it is on where the run is long enough to earn it back. On a CPU
+that is several times what it costs, because a run that starts again compiles again, and never where Winograd's
+convolutions were chosen: those are not for compiled models, and faster.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from diffscale.models import winograd
 
 log = logging.getLogger(__name__)
 
-_COMPILE_SECONDS = 150.0  # what compiling a large UNet, forward and backward, takes on an H100's host
-_COMPILE_SAVES = 0.2  # of an eager step on a GPU, at least
+_COMPILE_SECONDS = {"cuda": 150.0, "cpu": 240.0}  # of a large UNet on an H100's host; 3 × a small RIN on 2 cores
+_COMPILE_SAVES = {"cuda": 0.2, "cpu": 0.15}  # of an eager step, at least; on a CPU 15 % (DiT, RIN) to 28 % (JiT)
 _ENOUGH_IMAGES = 16  # of a batch, to compare memory formats on a CPU
 
 Precision = Literal["bf16", "fp16", "tf32", "fp32"]
@@ -112,8 +113,8 @@ def choose_numerics(
     precision = settle_precision(requested.precision, device)
     candidates = _candidates(model, precision, device, requested)
     seconds: dict[Numerics, float] = {}
+    images = example_batch if device.type == "cuda" else example_batch[:_ENOUGH_IMAGES]
     if len(candidates) > 1:
-        images = example_batch if device.type == "cuda" else example_batch[:_ENOUGH_IMAGES]
         for candidate in candidates:
             fastest = min(seconds.values(), default=math.inf)
             seconds[candidate] = _step_seconds(model, images, device, candidate, fastest)
@@ -122,9 +123,11 @@ def choose_numerics(
     compiled = requested.compile
     if compiled == "auto":
         compiled = False
-        if device.type == "cuda":
-            eager = seconds.get(chosen) or _step_seconds(model, example_batch, device, chosen)
-            compiled = steps is None or steps * eager * _COMPILE_SAVES > _COMPILE_SECONDS
+        if device.type == "cuda" or (device.type == "cpu" and not chosen.winograd and winograd.FLOAT32.available):
+            eager = seconds.get(chosen) or _step_seconds(model, images, device, chosen)
+            eager *= len(example_batch) / len(images)
+            saved = math.inf if steps is None else steps * eager * _COMPILE_SAVES[device.type]
+            compiled = saved > _COMPILE_SECONDS[device.type]
             log.info("compile=%s: %s steps of %.3f s", compiled, steps, eager)
     return dataclasses.replace(chosen, compile=bool(compiled))
 

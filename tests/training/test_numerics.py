@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from diffscale.models import create_model
+from diffscale.models.winograd import FLOAT32
+from diffscale.training import numerics
 from diffscale.training.numerics import Numerics, choose_numerics, settle_precision
 
 
@@ -35,10 +37,28 @@ def test_what_is_asked_for_is_what_is_used(model):
 
 
 def test_auto_settles_every_choice_and_survives_storage(model):
-    chosen = choose_numerics(model, torch.randn(2, 3, 8, 8), "cpu", Wanted())
+    chosen = choose_numerics(model, torch.randn(2, 3, 8, 8), "cpu", Wanted(), steps=10)
     assert isinstance(chosen.channels_last, bool)
-    assert chosen.compile is False  # on a CPU it does not pay
+    assert chosen.compile is False
     assert Numerics(**json.loads(json.dumps(dataclasses.asdict(chosen)))) == chosen
+
+
+needs_compiler = pytest.mark.skipif(not FLOAT32.available, reason="no C++ compiler on this machine")
+
+
+@needs_compiler
+def test_a_long_run_of_a_transformer_is_compiled_and_a_short_one_not():
+    dit, images = create_model("dit-tiny", resolution=8, patch_size=4), torch.randn(2, 3, 8, 8)
+    for steps, compiled in ((None, True), (10**9, True), (1000, False)):
+        assert choose_numerics(dit, images, "cpu", Wanted("fp32"), steps=steps).compile is compiled
+
+
+@needs_compiler
+def test_a_network_that_computes_with_winograd_is_not_compiled(monkeypatch):
+    monkeypatch.setattr(numerics, "_step_seconds", lambda *given: 0.1 if given[3].winograd else 1.0)
+    unet, images = create_model("unet-tiny", resolution=8), torch.randn(2, 3, 8, 8)
+    chosen = choose_numerics(unet, images, "cpu", Wanted("fp32"))
+    assert chosen == Numerics("fp32", channels_last=True, winograd=True)
 
 
 def test_automatic_precision_is_the_faster_one_and_a_given_one_stays():
