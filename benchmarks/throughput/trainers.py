@@ -34,10 +34,10 @@ from diffscale.training.numerics import Numerics, settle_precision
 Steps = Callable[[int], None]
 BATCH = 16
 OURS = [
-    "model=unet", "model.num_blocks=2", "model.model_channels=32", "model.channel_mult=[1,2,4]", "model.attn_resolutions=[8]",
-    "model.resample=conv", "model.adaptive_scale=false", "data.resolution=32", "data.class_conditional=false",
-    f"train.global_batch={BATCH}", "train.flops=null", "train.images=100000000", "train.compile=false",
-    "train.workers=1", "train.trackers=[]", "eval.n_generated=0",
+    "model=unet", "model.num_blocks=2", "model.model_channels=32", "model.channel_mult=[1,2,4]",
+    "model.attn_resolutions=[8]", "model.resample=conv", "model.adaptive_scale=false", "data.resolution=32",
+    "data.class_conditional=false", f"train.global_batch={BATCH}", "train.flops=null", "train.images=100000000",
+    "train.compile=false", "train.workers=1", "train.trackers=[]", "eval.n_generated=0",
 ]  # fmt: skip
 HEADS = {"diffusers": "model.channels_per_head=32", "lucidrains": "model.num_heads=4"}
 NETWORKS = {"diffusers": "unet-small", "lucidrains": "unet-lucidrains"}  # in contenders.RACES

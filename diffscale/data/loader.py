@@ -22,6 +22,7 @@ from diffscale.data.fetch_ahead import FetchAhead, check_cache
 from diffscale.data.order import first_use, positions_to_indices
 from diffscale.data.verification import Verification
 from diffscale.errors import UserError
+from diffscale.openmp import one_thread_here
 
 ORDER_CHUNK = 8192  # positions whose rows are computed at a time
 MOST_TOGETHER = 16
@@ -186,6 +187,7 @@ class Loader:
     def _work(self, way: Way) -> None:
         made: list[Batch] = []
         try:
+            one_thread_here()
             stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
             with torch.cuda.stream(stream):
                 for stored in self._stored(stream is not None):

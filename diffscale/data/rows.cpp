@@ -2,6 +2,8 @@
 // rows from anywhere copied into one block.
 #include <cstdint>
 #include <cstring>
+#include <thread>
+#include <vector>
 
 // The finaliser of MurmurHash3 of x + key, its top 32 bits scaled to [0, bound).
 static inline std::uint64_t below(std::uint64_t x, std::uint64_t key, std::uint64_t bound) {
@@ -45,11 +47,11 @@ extern "C" void permute(std::int64_t* places, std::int64_t count, std::int64_t n
     }
 }
 
-// A share of the rows by each thread. Fetching a row that is four places ahead hides the wait for its page.
+// A share of the rows by each thread. Fetching a row that is four places ahead hides the wait for its page. The threads
+// are not OpenMP's: a pool of this caller's would slow down the one that trains (diffscale/openmp.py).
 extern "C" void gather_rows(const std::int64_t* sources, char* target, std::int64_t rows, std::int64_t size, int threads) {
     constexpr std::int64_t ahead = 4;
-#pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
-    for (int part = 0; part < threads; ++part) {
+    const auto copy = [=](int part) {
         const std::int64_t last = rows * (part + 1) / threads;
         for (std::int64_t i = rows * part / threads; i < last; ++i) {
             if (i + ahead < last) {
@@ -58,5 +60,9 @@ extern "C" void gather_rows(const std::int64_t* sources, char* target, std::int6
             }
             std::memcpy(target + i * size, reinterpret_cast<const char*>(sources[i]), static_cast<std::size_t>(size));
         }
-    }
+    };
+    std::vector<std::thread> others;
+    for (int part = 1; part < threads; ++part) others.emplace_back(copy, part);
+    copy(0);
+    for (std::thread& other : others) other.join();
 }

@@ -2,8 +2,8 @@
 
 "auto" for the precision is bf16 where a matrix product is faster in it: processors without bf16 instructions emulate it
 at a fiftieth of their float32 speed. "auto" for the memory format is measured on the real model and batch. "auto" for
-torch.compile weighs what it costs against what it saves: it is on where the run is long enough to earn it back. On a CPU
-that is several times what it costs, because a run that starts again compiles again, and never where Winograd's
+torch.compile weighs what it costs against what it saves: it is on where the run is long enough to earn it back. On a
+CPU that is several times what it costs, because a run that starts again compiles again, and never where Winograd's
 convolutions were chosen: those are not for compiled models, and faster.
 """
 

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from itertools import pairwise
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -12,7 +14,7 @@ from diffscale.data import Loader, ShardError, even_share, open_dataset, positio
 from diffscale.data.augment import flip_images
 from diffscale.errors import UserError
 
-from .helpers import damage, shard_of
+from .helpers import damage, pictures, shard_of, write_dataset
 
 
 def take(loader, n):
@@ -41,6 +43,19 @@ def test_uneven_and_empty_shares_are_allowed(dataset):
     parts = [take(Loader(dataset, shard=cut, **SETTINGS), 3) for cut in pairwise(cuts)]
     assert [len(part[0]) for part in parts] == [1, 0, 19, 4]
     assert torch.equal(torch.cat([part[2].images for part in parts]), whole[2].images)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads as Linux shows them")
+def test_it_starts_no_pool_of_threads_beside_the_trainers(tmp_path):
+    write_dataset(tmp_path, pictures(64, side=64))
+    torch.randn(1 << 20).abs_()  # the pool of this thread
+    before, threads = psutil.Process().num_threads(), torch.get_num_threads()
+    with Loader(open_dataset(str(tmp_path)), global_batch=64, seed=0, flip=True) as loader:
+        batches = iter(loader)
+        for _ in range(3):
+            next(batches)
+        assert psutil.Process().num_threads() <= before + 1
+    assert torch.get_num_threads() == threads
 
 
 def test_even_shares_cover_the_batch():
