@@ -36,15 +36,16 @@ def kind_of(operation: str) -> str:
     return next((kind for kind, words in KINDS.items() if any(word in name for word in words)), "other")
 
 
-def seen(module: Any) -> None:
-    """Let the profiler see the calls of a module's C++ kernels."""
-    call = module.run
+def seen(holder: Any, kind: str) -> None:
+    """Let the profiler see the calls of a holder's C++ kernels, which begin with their names."""
+    call = holder.run
 
-    def run(name: str, *arguments: Any, **settings: Any) -> None:
-        with record_function(name):
-            call(name, *arguments, **settings)
+    def run(*arguments: Any, **settings: Any) -> None:
+        name = next(given for given in arguments if isinstance(given, str))
+        with record_function(f"{kind} {name}"):
+            call(*arguments, **settings)
 
-    module.run = run
+    holder.run = run
 
 
 def shares(build: Build, side: int, batch: int, device: str, steps: int, numerics: Numerics | None) -> dict[str, Any]:
@@ -75,8 +76,8 @@ def main(
 ) -> None:
     """Profile both contenders of each race, and the tiny presets unless races are named."""
     use_threads(threads, torch.device("cpu"))
-    seen(norm_act)
-    seen(winograd)
+    seen(norm_act, "norm")
+    seen(winograd.Kernels, "winograd")
     theirs = Numerics(settle_precision("auto", device))
     rows = []
     for race in races or ["unet-small", "unet-lucidrains", "uvit-lucidrains", "rin-lucidrains"]:
