@@ -26,14 +26,14 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from benchmarks.namespaces import Network, network, unavailable, wait_for
+from benchmarks.namespaces import Network, Node, network, unavailable, wait_for
 from diffscale.provenance import source
 
 RESULTS = Path(__file__).parent / "results" / "faults.csv"
 BATCH, STEPS, CHECKPOINT_STEPS = 16, 240, 20
 FAULT_AT = 70  # steps: the run is in full swing
 LIMIT = 420.0  # seconds for one run with its fault
-WORKER = "RayTrainWorker"  # in the title of a training process
+WORKER = {"train": "RayTrainWorker", "sweep": "ImplicitFunc"}  # in the title of a training process
 
 SMALL = [
     "data.resolution=16", "model.model_channels=16", "model.channel_mult=[1,2]", "model.num_blocks=1",
@@ -160,17 +160,20 @@ class Fault:
     elastic: bool = False
 
 
+def training_node(net: Network, run: Program) -> Node:
+    return next(n for n in net.nodes[1:] if n.find(WORKER[run.kind]))
+
+
 def kill_worker(net: Network, run: Program) -> None:
-    victim = next(n for n in net.nodes[1:] if n.find(WORKER))
-    os.kill(victim.find(WORKER)[0], signal.SIGKILL)
+    os.kill(training_node(net, run).find(WORKER[run.kind])[0], signal.SIGKILL)
 
 
 def kill_node(net: Network, run: Program) -> None:
-    next(n for n in net.nodes[1:] if n.find(WORKER)).kill()
+    training_node(net, run).kill()
 
 
 def node_comes_back(net: Network, run: Program) -> None:
-    victim = next(n for n in net.nodes[1:] if n.find(WORKER))
+    victim = training_node(net, run)
     victim.kill()
     time.sleep(5)
     victim.start()
@@ -178,7 +181,7 @@ def node_comes_back(net: Network, run: Program) -> None:
 
 def cut(seconds: float) -> Callable[[Network, Program], None]:
     def do(net: Network, run: Program) -> None:
-        victim = next(n for n in net.nodes[1:] if n.find(WORKER))
+        victim = training_node(net, run)
         victim.unplug()
         time.sleep(seconds)
         victim.plug()
@@ -187,7 +190,7 @@ def cut(seconds: float) -> Callable[[Network, Program], None]:
 
 
 def slow_node(net: Network, run: Program) -> None:
-    victim = next(n for n in net.nodes[1:] if n.find(WORKER))
+    victim = training_node(net, run)
     victim.slow("4mbit")
     time.sleep(20)
     victim.fast()
