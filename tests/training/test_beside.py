@@ -84,7 +84,7 @@ def test_a_run_without_a_free_device_is_evaluated_by_its_workers(shared_storage:
 def test_evaluations_that_a_launch_left_out_are_made_up(shared_storage: Path) -> None:
     """SIGTERM does not wait for them; the same command does."""
     settings = EVALUATED | {"workers": "own", "n_generated": 512, "points": [0.25, 0.5, 1.0]}
-    path = settings_file(shared_storage, name="left", eval=settings, train={"images": 60 * BATCH})
+    path = settings_file(shared_storage, name="left", eval=settings, train={"images": 400 * BATCH})
     command = [sys.executable, "-m", "diffscale.train", str(path)]
     process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     wait_for(lambda: task_of(psutil.Process(process.pid)))
@@ -96,4 +96,4 @@ def test_evaluations_that_a_launch_left_out_are_made_up(shared_storage: Path) ->
     folder = str(next((shared_storage / "runs").glob("left-*")))
     again = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=280, check=False)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert [record.images_seen for record in read_records([folder])] == [15 * BATCH, 30 * BATCH, 60 * BATCH]
+    assert [record.images_seen for record in read_records([folder])] == [100 * BATCH, 200 * BATCH, 400 * BATCH]
