@@ -13,7 +13,7 @@ def one_thread_here() -> None:
 
     For threads beside the one that trains: GNU's OpenMP lets threads that wait for work spin only while all pools of a
     process together have no more threads than it has processors. With a second pool they sleep instead, and being woken
-    for every operation made a training step of a small UNet 1.4 times as long.
+    for every operation made a training step of a small UNet 1.3 times as long.
     """
     torch.get_num_threads()  # or torch would set the number once more when it first computes here
     with contextlib.suppress(OSError, AttributeError):

@@ -26,10 +26,10 @@ from torch import nn
 
 from benchmarks.throughput.contenders import RACES, training_flops
 from benchmarks.throughput.pairs import race, write
-from benchmarks.throughput.training_step import MODES, fastest, parse
+from benchmarks.throughput.training_step import fastest, modes_on, parse
 from diffscale.cli import load_experiment
 from diffscale.compute import Cost, count_cost
-from diffscale.training.numerics import Numerics, settle_precision
+from diffscale.training.numerics import Numerics
 
 Steps = Callable[[int], None]
 BATCH = 16
@@ -239,9 +239,7 @@ def main(
         with tempfile.TemporaryDirectory(prefix="diffscale-trainers-") as folder:
             side = Side(peer, peer, threads, Path(folder))
             write_images(side.folder)
-            emulated = settle_precision("auto", "cpu") == "fp32"
-            modes = [m for m in MODES if (peer_compile or not m.compile) and not (emulated and m.precision == "bf16")]
-            mode = parse(peer_mode) if peer_mode else best_mode(side, modes)
+            mode = parse(peer_mode) if peer_mode else best_mode(side, modes_on("cpu", peer_compile))
             ours, theirs = Contender(side._replace(who="ours")), Contender(side, mode)
             row = race(lambda: ours.step(steps), lambda: theirs.step(steps), steps * BATCH, pairs)  # noqa: B023
             scale = ours.flops / theirs.flops

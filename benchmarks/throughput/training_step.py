@@ -86,6 +86,12 @@ class Contender:
         self.process.join()
 
 
+def modes_on(device: str, compiled: bool) -> list[Numerics]:
+    """Those worth trying: bf16 where it is not emulated, compiled ones if asked for."""
+    emulated = settle_precision("auto", device) == "fp32"
+    return [m for m in MODES if (compiled or not m.compile) and not (emulated and m.precision == "bf16")]
+
+
 def fastest(modes: list[Numerics], seconds: Callable[[Numerics], float]) -> Numerics:
     """The mode of least seconds: the eager ones are tried, then the compiled ones in the precision of the best of them.
 
@@ -191,9 +197,7 @@ def main(
     for race in races:
         if race not in RACES:
             raise typer.BadParameter(f"{race}: expected one of {', '.join(RACES)}")
-        emulated = settle_precision("auto", device) == "fp32"
-        modes = [m for m in MODES if (peer_compile or not m.compile) and compiled in (None, m.compile)]
-        modes = [m for m in modes if not (emulated and m.precision == "bf16")]
+        modes = [m for m in modes_on(device, peer_compile) if compiled in (None, m.compile)]
         modes = [parse(peer_mode)] if peer_mode else modes
         mode = modes[0] if len(modes) == 1 else best_mode(race, setup, modes)
         rows = run_race(race, setup, pairs, mode, parse(our_mode) if our_mode else None)

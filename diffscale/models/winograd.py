@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -32,7 +33,8 @@ class Kernels:
     name: str  # of the source
     dtype: torch.dtype  # of the images
     lanes: int  # channels must be a multiple of it
-    products: int  # of a tile
+    tile: int  # side of a tile of outputs
+    filled: float  # share of the tiles' pixels that images must fill
     apart: int  # values between the planes of transformed filters
 
     @property
@@ -46,13 +48,12 @@ class Kernels:
 
     def cover(self, height: int, width: int) -> bool:
         """Whether tiles cover images of that size well."""
-        if self is BFLOAT16:
-            return height % 2 == 0 and width % 2 == 0
-        return height * width >= 8 * -(-height // 4) * -(-width // 4)
+        tiles = -(-height // self.tile) * -(-width // self.tile)
+        return height * width >= self.filled * self.tile**2 * tiles
 
 
-FLOAT32 = Kernels("models/winograd", torch.float32, lanes=8, products=36, apart=16)
-BFLOAT16 = Kernels("models/winograd_bf16", torch.bfloat16, lanes=16, products=16, apart=512)
+FLOAT32 = Kernels("models/winograd", torch.float32, lanes=8, tile=4, filled=0.5, apart=16)
+BFLOAT16 = Kernels("models/winograd_bf16", torch.bfloat16, lanes=16, tile=2, filled=1.0, apart=512)
 
 
 @functools.cache
@@ -73,12 +74,8 @@ class Conv3x3(nn.Conv2d):
     def forward(self, x: Tensor, shift: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """x (B, C, H, W) → (B, K, H, W), plus shift (B, K) and residual (B, K, H, W) where they are given."""
         sampling = self.winograd and not torch.is_grad_enabled() and not self.weight.is_inference()
-        kernels = suitable(x, self.weight) if sampling else None
-        if kernels is None:
-            return conv3x3(x, self.weight, self.bias, self.winograd, shift, residual)
-        fused, after = _fused(kernels, residual)
-        y = convolve(x.to(kernels.dtype), self._transformed(kernels), shift_of(x, self.bias, shift), fused)
-        return y if after is None else after + y
+        kept = self._transformed if sampling else None
+        return conv3x3(x, self.weight, self.bias, self.winograd, shift, residual, kept)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_filters": None}
@@ -106,25 +103,22 @@ def conv3x3(
     winograd: bool,
     shift: Tensor | None = None,
     residual: Tensor | None = None,
+    kept: Callable[[Kernels], Filters] | None = None,
 ) -> Tensor:
     """Zero-padded convolution, plus what is given of bias (K,), shift (B, K) and residual (B, K, H, W).
 
-    x (B, C, H, W), weight (K, C, 3, 3) → (B, K, H, W). Winograd's adds all of them while it writes its outputs.
+    x (B, C, H, W), weight (K, C, 3, 3) → (B, K, H, W). Winograd's adds all of them while it writes its outputs, but for
+    a residual in another precision, which keeps that. kept: gives the transformed weight, where no gradient is wanted.
     """
     kernels = suitable(x, weight) if winograd else None
     if kernels is None:
         y = F.conv2d(x, weight, bias, padding=1)
         y = y if shift is None else y + shift[:, :, None, None].to(y.dtype)
         return y if residual is None else residual + y
-    fused, after = _fused(kernels, residual)
-    y = Winograd.apply(x.to(kernels.dtype), weight.float(), shift_of(x, bias, shift), fused)
+    after = residual if residual is not None and residual.dtype != kernels.dtype else None
+    x, shift, fused = x.to(kernels.dtype), shift_of(x, bias, shift), residual if after is None else None
+    y = Winograd.apply(x, weight.float(), shift, fused) if kept is None else convolve(x, kept(kernels), shift, fused)
     return y if after is None else after + y
-
-
-def _fused(kernels: Kernels, residual: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """What of a residual the kernel adds, and what is added after it: one in another precision keeps that."""
-    same = residual is None or residual.dtype == kernels.dtype
-    return (residual, None) if same else (None, residual)
 
 
 def shift_of(x: Tensor, bias: Tensor | None, shift: Tensor | None) -> Tensor | None:
@@ -140,13 +134,13 @@ def suitable(x: Tensor, weight: Tensor) -> Kernels | None:
     autocast = torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
     kernels = BFLOAT16 if dtype == torch.bfloat16 else FLOAT32
+    taken = (torch.float32, dtype) if autocast else (torch.float32,)
     fits = (
         x.device.type == "cpu"
         and not torch.compiler.is_compiling()
         and dtype == kernels.dtype
-        and (x.dtype == dtype or (autocast and x.dtype == torch.float32))
-        and weight.dtype in ((torch.float32, dtype) if autocast else (torch.float32,))
-        and (autocast or dtype == torch.float32)
+        and x.dtype in taken
+        and weight.dtype in taken
         and x.shape[1] % kernels.lanes == 0
         and weight.shape[0] % kernels.lanes == 0
         and kernels.cover(*x.shape[2:])
@@ -191,7 +185,7 @@ class Filters(NamedTuple):
 def transform_filters(weight: Tensor, kernels: Kernels, back: bool = False) -> Filters:
     """Of weight (K, C, 3, 3): for its convolution, or for the one that takes dy (B, K, H, W) back to (B, C, H, W)."""
     weight = weight.float().contiguous(memory_format=torch.channels_last)
-    size = kernels.products * (weight.shape[0] * weight.shape[1] + kernels.apart)
+    size = (kernels.tile + 2) ** 2 * (weight.shape[0] * weight.shape[1] + kernels.apart)
     out = weight.new_empty(size, dtype=kernels.dtype)
     kernels.run("filters_back" if back else "filters", (weight, out), weight.shape[:2])
     return Filters(out, weight.shape[1 if back else 0], kernels)
