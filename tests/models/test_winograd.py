@@ -63,7 +63,7 @@ def test_bfloat16_rounds_about_twice_as_much_as_the_direct_convolution(shape):
 
 @pytest.mark.parametrize("kernels", EACH)
 def test_threads_change_no_bit_and_any_part_may_be_left_out(kernels):
-    x, weight, shift, residual, upstream = (t.float() for t in data(5, 32, 48, 12, 12))
+    x, weight, shift, residual, upstream = (t.float() for t in data(5, 32, 32 + kernels.lanes, 12, 12))
     x, residual, upstream = (t.to(kernels.dtype) for t in (x, residual, upstream))
     threads, found = torch.get_num_threads(), []
     try:
@@ -78,6 +78,7 @@ def test_threads_change_no_bit_and_any_part_may_be_left_out(kernels):
         whole = Winograd.apply(x, weight, *parts)
         missing = (0 if with_shift else shift[:, :, None, None]) + (0 if with_residual else residual)
         assert (whole + missing - found[0][0]).norm() < torch.finfo(x.dtype).eps * found[0][0].norm()
+        assert kernels is BFLOAT16 or torch.allclose(whole + missing, found[0][0], atol=1e-5)
 
 
 @needs_kernel
@@ -131,7 +132,7 @@ def test_a_network_gives_the_same_with_it(name, kernels):
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     assert not torch.equal(*outputs)
     tolerance = 1e-4 if kernels is FLOAT32 else 0.05
-    assert (outputs[0] - outputs[1]).norm() < tolerance * outputs[0].norm()
+    assert (outputs[0] - outputs[1]).abs().max() < tolerance * outputs[0].abs().max()
     assert (gradients[0] - gradients[1]).norm() < tolerance * gradients[0].norm()
 
 
