@@ -25,6 +25,7 @@ from diffscale.errors import UserError
 
 NEAR = 1 << 30  # bytes of rows that the blocked order keeps near by default
 FETCHES = 4  # shards fetched at once: one stream does not fill the line to an object store
+STRETCHES = 4  # of a batch that each thread decodes
 MOST_GATHERING = 4  # threads that copy rows at once, each at least 1 MiB: more wait for the same memory
 
 
@@ -155,11 +156,18 @@ class Dataset:
         return max(1, min(16, len(os.sched_getaffinity(0))))
 
     def _in_threads(self, work: Callable[..., None], *arguments: Iterable[Any]) -> None:
-        if self.threads == 1:
-            for values in zip(*arguments, strict=True):
+        """In stretches, some for each thread: handing one image over costs a good part of decoding a small one."""
+        calls = list(zip(*arguments, strict=True))
+        size = len(calls) if self.threads == 1 else max(1, len(calls) // (STRETCHES * self.threads))
+
+        def stretch(first: int) -> None:
+            for values in calls[first : first + size]:
                 work(*values)
+
+        if size >= len(calls):
+            stretch(0)
         else:
-            list(self._pool.map(work, *arguments))
+            list(self._pool.map(stretch, range(0, len(calls), size)))
 
     @cached_property
     def _pool(self) -> ThreadPoolExecutor:

@@ -120,7 +120,7 @@ class TableDataset(Dataset):
             if self.is_latent:
                 out[...] = data
             else:
-                out[...] = decode.to_array(decode.fit(self._image(data), self.resolution, self._preparation))
+                decode.copy_pixels(decode.fit(self._image(data), self.resolution, self._preparation), out)
         except Unusable as error:
             raise ShardError(self.parts[self.groups[group][0]].uri, f"its row {row} is unusable ({error})") from None
 

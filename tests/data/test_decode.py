@@ -139,6 +139,15 @@ def test_encoding_loses_nothing(form, channels):
     assert np.array_equal(out, noise)
 
 
+@pytest.mark.parametrize("side", [1, 2, 5, 17, 2100])  # sixteen bytes at a time and the rest; 2,100: several blocks
+def test_pixels_are_copied_to_the_byte_and_nothing_behind_them(side):
+    noise = np.random.default_rng(side).integers(0, 256, (side, side, 3), np.uint8)
+    room = np.full(noise.size + 64, 77, np.uint8)
+    decode.copy_pixels(Image.fromarray(noise), room[: noise.size].reshape(noise.shape))
+    assert np.array_equal(room[: noise.size].reshape(noise.shape), noise)
+    assert (room[noise.size :] == 77).all()
+
+
 def test_lossy_files_are_told_from_lossless_ones():
     image = Image.fromarray(gradient())
     lossy = {
