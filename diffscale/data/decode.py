@@ -208,8 +208,8 @@ def decode_exact(data: Any, out: NDArray[np.uint8]) -> None:
 
 
 def copy_pixels(image: Image.Image, out: NDArray[np.uint8]) -> None:
-    """Of mode RGB or L to contiguous out (H, W, C). Pillow keeps a pixel of RGB in four bytes, which Arrow can see where
-    they are one block; dropping the fourth straight into `out` saves the copies of `np.asarray`."""
+    """Of mode RGB or L to out (H, W, C). Pillow keeps a pixel of RGB in four bytes, which Arrow can see where they are
+    one block; dropping the fourth straight into `out` saves the copies of `np.asarray`."""
     kernel = native.library("data/rows") if image.mode == "RGB" and out.flags.c_contiguous else None
     if kernel is not None:
         with contextlib.suppress(ValueError):  # a large image, in several blocks

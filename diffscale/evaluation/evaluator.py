@@ -67,8 +67,9 @@ class Evaluator:
     rank, world, gather: for a training job of several workers, where every rank makes one and calls each method;
     gather takes an object of each rank and gives all of them (a collective). actors: Ray actors that generate, 0 for
     this process. reference_file: published statistics (.npz) in place of the dataset's. keep_images: called with every
-    chunk, in any order, for keeping the images. per_class: each
-    metric for each class too.
+    chunk, in any order, for keeping the images. per_class: each metric for each class too. asked: whether to stop,
+    called between chunks; then what runs here or on ranks raises generate.Stopped, and goes on from there when it is
+    called again with the same folder.
     """
 
     settings: EvalSettings
@@ -84,6 +85,7 @@ class Evaluator:
     reference_file: Path | None = None
     keep_images: Callable[[int, Columns], None] | None = None
     per_class: bool = False
+    asked: generate.Asked = lambda: False
     _references: dict[View, Reference] = field(default_factory=dict)
     _heldout: dict[View, Reference] = field(default_factory=dict)
 
@@ -156,8 +158,8 @@ class Evaluator:
                 gpu=torch.device(self.device).type == "cuda", keep_below=keep,
             )  # fmt: skip
         if self.gather is not None:
-            return generate.over_ranks(source, featurise, todo, self.rank, self.world, self.gather, keep)
-        return generate.in_process(source, featurise, todo, keep)
+            return generate.over_ranks(source, featurise, todo, self.rank, self.world, self.gather, keep, self.asked)
+        return generate.in_process(source, featurise, todo, keep, self.asked)
 
     def evaluate(
         self, model: nn.Module, diffusion: Diffusion, sampling: Sampling, *, folder: Path | None = None

@@ -24,8 +24,13 @@ if TYPE_CHECKING:
 
 Columns = dict[str, NDArray]
 Gather = Callable[[Any], list[Any]]
+Asked = Callable[[], bool]
 LEAST_CHUNK = 64
 IMAGES, LABELS = "images", "labels"
+
+
+class Stopped(Exception):
+    """It was asked for between two chunks, all of which have been given; on every rank at the same one."""
 
 
 @dataclass(frozen=True)
@@ -82,27 +87,35 @@ def chunk_ranges(n: int, batch: int, have: Mapping[int, int] = {}) -> list[tuple
 
 
 def in_process(
-    source: Source, featurise: Featuriser, ranges: Sequence[tuple[int, int]], keep_below: int = 0
-) -> Iterator[tuple[int, Columns]]:
-    """Chunks one after the other. Images are kept of chunks that begin below `keep_below`."""
+    source: Source, featurise: Featuriser, ranges: Sequence[tuple[int, int]], keep_below: int = 0,
+    asked: Asked = lambda: False,
+) -> Iterator[tuple[int, Columns]]:  # fmt: skip
+    """Chunks one after the other. Images are kept of chunks that begin below `keep_below`.
+
+    asked: whether to stop; then raises Stopped before the next chunk.
+    """
     for first, last in ranges:
+        if asked():
+            raise Stopped
         yield first, featurise(source, first, last, first < keep_below)
 
 
 def over_ranks(
     source: Source, featurise: Featuriser, ranges: Sequence[tuple[int, int]], rank: int, world: int, gather: Gather,
-    keep_below: int = 0,
+    keep_below: int = 0, asked: Asked = lambda: False,
 ) -> Iterator[tuple[int, Columns]]:  # fmt: skip
     """Chunks shared among the ranks of a training job, in rounds; every rank calls it, rank 0 gets the pairs.
 
-    gather: an object of each rank → all of them, a collective.
+    gather: an object of each rank → all of them, a collective. asked: as above; one rank that is asked stops all.
     """
     for start in range(0, len(ranges), world):
         mine = ranges[start + rank : start + rank + 1]
         done = [(first, featurise(source, first, last, first < keep_below)) for first, last in mine]
-        everyone = gather(done)
+        everyone = gather((done, asked()))
         if rank == 0:
-            yield from (pair for part in everyone for pair in part)
+            yield from (pair for part, _ in everyone for pair in part)
+        if any(stop for _, stop in everyone):
+            raise Stopped
 
 
 def on_ray(

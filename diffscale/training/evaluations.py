@@ -10,6 +10,7 @@ from torch import nn
 
 from diffscale.data import Dataset
 from diffscale.diffusion import Diffusion
+from diffscale.evaluation.generate import Asked
 from diffscale.experiment import Experiment
 from diffscale.records import Record
 from diffscale.training import checkpoint as ck
@@ -24,13 +25,13 @@ class Evaluations:
 
     hand_over: has the checkpoint at so many images evaluated elsewhere, a collective call; without it the ranks do it.
     told: called on rank 0 with images seen and the records of an evaluation here; True ends the run.
-    values: images seen → the first metric's value, of earlier launches too.
+    asked: whether to stop, on rank 0. values: images seen → the first metric's value, of earlier launches too.
     """
 
     def __init__(
         self, experiment: Experiment, run_folder: str, dataset: Dataset, diffusion: Diffusion, world: World,
         numerics: Numerics, values: dict[int, float], hand_over: Callable[[int], None] | None,
-        told: Callable[[int, list[Record]], bool],
+        told: Callable[[int, list[Record]], bool], asked: Asked,
     ) -> None:  # fmt: skip
         self.experiment, self.run_folder, self.world = experiment, run_folder, world
         self.values, self.hand_over, self.told = values, hand_over, told
@@ -40,7 +41,12 @@ class Evaluations:
             if world.rank == 0:  # refuses what cannot be evaluated before it has cost anything
                 make_evaluator(experiment, dataset, World(device=world.device))
         elif experiment.eval.n_generated:
-            self.judge = Judge(experiment, dataset, diffusion, world, numerics)
+            self.judge = Judge(experiment, dataset, diffusion, world, numerics, asked)
+
+    def prepare(self) -> None:
+        """What evaluating needs from the dataset. Raises Stopped."""
+        if self.judge is not None:
+            self.judge.prepare()
 
     def evaluate(self, learner: Learner, columns: dict[str, Any]) -> bool:
         """Of the learner's weights, which are being saved. columns: those of a record that training determines."""

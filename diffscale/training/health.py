@@ -44,6 +44,10 @@ class Watchdog:
     def beat(self) -> None:
         self._last, self._factor = time.monotonic(), 1.0
 
+    def go_on(self) -> None:
+        """Like `beat`, in the middle of what may take long."""
+        self._last = time.monotonic()
+
     @contextmanager
     def slow(self) -> Iterator[None]:
         """For what may take long."""

@@ -20,6 +20,7 @@ from diffscale.build import build_model, build_solver
 from diffscale.data import Dataset
 from diffscale.diffusion import Diffusion, training_loss
 from diffscale.evaluation import Evaluator
+from diffscale.evaluation.generate import Asked
 from diffscale.evaluation.metrics import Measurement, parse_metric
 from diffscale.evaluation.sources import Sampling
 from diffscale.experiment import Experiment
@@ -39,18 +40,23 @@ VALIDATION_IMAGES = 1024
 class Judge:
     """Made before the first step, so that missing weights or metrics stop a run before it has cost anything.
 
-    Its model is a second copy of the network that carries the averaged weights, on every rank.
+    asked: whether to stop; then `prepare` and `judge` raise Stopped on every rank, and lose nothing. Its model is a
+    second copy of the network that carries the averaged weights, on every rank.
     """
 
     def __init__(
-        self, experiment: Experiment, dataset: Dataset, diffusion: Diffusion, world: World, numerics: Numerics
-    ) -> None:
+        self, experiment: Experiment, dataset: Dataset, diffusion: Diffusion, world: World, numerics: Numerics,
+        asked: Asked = lambda: False,
+    ) -> None:  # fmt: skip
         self.experiment, self.dataset, self.diffusion, self.world = experiment, dataset, diffusion, world
         self.numerics = numerics
         self.ema = ema_name(experiment.eval.ema)
-        self.evaluator = make_evaluator(experiment, dataset, world)
-        self.evaluator.prepare()
+        self.evaluator = make_evaluator(experiment, dataset, world, asked)
         self._model: nn.Module | None = None
+
+    def prepare(self) -> None:
+        """The reference's features, where no other run has left them: an hour for 50,000 images on two cores."""
+        self.evaluator.prepare()
 
     def judge(self, model: nn.Module, run_folder: str, columns: dict[str, Any], evaluated_on: str) -> list[Record]:
         """Evaluates a network that carries averaged weights, writes the records and the sample grid; gives the records
@@ -143,12 +149,12 @@ class Judge:
         return float(total.sum() / count.sum()), (total / count.clamp(min=1)).tolist()
 
 
-def make_evaluator(experiment: Experiment, dataset: Dataset, world: World) -> Evaluator:
+def make_evaluator(experiment: Experiment, dataset: Dataset, world: World, asked: Asked = lambda: False) -> Evaluator:
     """Loads the metrics' networks. Raises UserError where one is not to be had or the settings do not fit the data."""
     return Evaluator(
         experiment.eval, dataset, experiment.storage, heldout=dataset.heldout, device=world.device, rank=world.rank,
         world=world.size, gather=world.gather if world.size > 1 else None,
-        at_eval_resolution=_at_eval_resolution(experiment),
+        at_eval_resolution=_at_eval_resolution(experiment), asked=asked,
     )  # fmt: skip
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from diffscale import storage
 from diffscale.build import build_diffusion, build_model, open_training_data
 from diffscale.compute import EnergyMeter
 from diffscale.data import Loader, ShardError, create_loader
+from diffscale.evaluation.generate import Stopped
 from diffscale.experiment import Experiment
 from diffscale.records import Record
 from diffscale.training import checkpoint as ck
@@ -35,11 +35,11 @@ from diffscale.training.numerics import Numerics, set_memory_format
 from diffscale.training.parallel import World, shard
 from diffscale.training.plan import make_plan
 from diffscale.training.setting_up import Cost, settle_numerics, use_threads
+from diffscale.training.stops import SIGNAL, STOPPED, Stops
 
 log = logging.getLogger(__name__)
 
 ShouldStop = Callable[[Record], bool]
-SIGNAL, WALL = 1, 2  # what rank 0 may ask all to stop for
 
 
 class Session:
@@ -52,8 +52,8 @@ class Session:
     ) -> None:  # fmt: skip
         """asked: whether the run is to stop at a checkpoint. hand_over: see Evaluations."""
         self.experiment, self.run_folder, self.world, self.cost = experiment, run_folder, world, cost
-        self.listener, self.should_stop, self.asked = listener, should_stop, asked
-        self.started, self._wish = time.monotonic(), 0
+        self.listener, self.should_stop = listener, should_stop
+        self.stops = Stops(asked, experiment.train.wall_seconds)
         self.phase("loading")
         use_threads(experiment.train.cpus_per_worker, world.device)
         self.watchdog = Watchdog(run_folder, world.rank)
@@ -70,7 +70,8 @@ class Session:
             self._rotate,
         )  # fmt: skip
         self.evaluations = Evaluations(
-            experiment, run_folder, self.dataset, self.diffusion, world, self.numerics, values, hand_over, self._told
+            experiment, run_folder, self.dataset, self.diffusion, world, self.numerics, values, hand_over, self._told,
+            self._between_chunks,
         )  # fmt: skip
         self.monitor = self._monitor() if world.rank == 0 else None
         self._saved_at, self._saved_clock, self._saved_any = self.learner.images_seen, self.device_seconds, False
@@ -145,36 +146,45 @@ class Session:
             self.watchdog.close()
             if self.monitor is not None:
                 self.monitor.close()
+            self.stops.close()
 
     def _run(self) -> dict[str, Any]:
-        plan = self.plan
+        if self.world.rank == 0:
+            self.stops.start()
         with self.loader():
-            points = [i for i in plan.points if i <= self.learner.images_seen]
-            with self._evaluating():
-                stop = self.evaluations.make_up(points)
-            if stop:
-                return self._end("early")
-            self._flag()
-            while not plan.finished(self.learner.images_seen, self.device_seconds):
-                before = self.device_seconds
-                step = self.advance()
-                if self.in_row >= self.experiment.train.nonfinite_limit:
-                    return self._nonfinite()
-                images = self.learner.images_seen
-                due = plan.evaluates(images, before, self.device_seconds, plan.finished(images, self.device_seconds))
-                if due:
-                    columns = self._columns()
-                    self.loss_sum, self.loss_steps = 0.0, 0
-                    self._save(columns)
-                    with self._evaluating():
-                        stop = self.evaluations.evaluate(self.learner, columns)
-                    if stop:
-                        return self._end("early")
-                elif plan.checkpoints(images, self.device_seconds - self._saved_clock):
-                    self._save(self._columns())
-                if step.stop:
-                    return self._end("signal" if step.stop == SIGNAL else "wall")
-            return self._end("finished")
+            try:
+                return self._train()
+            except Stopped:  # in an evaluation, before which everything was saved
+                return self._finish(STOPPED[self.stops.wish or SIGNAL])
+
+    def _train(self) -> dict[str, Any]:
+        plan = self.plan
+        points = [i for i in plan.points if i <= self.learner.images_seen]
+        with self._evaluating():
+            self.evaluations.prepare()
+            stop = self.evaluations.make_up(points)
+        if stop:
+            return self._end("early")
+        while not plan.finished(self.learner.images_seen, self.device_seconds):
+            before = self.device_seconds
+            step = self.advance()
+            if self.in_row >= self.experiment.train.nonfinite_limit:
+                return self._nonfinite()
+            images = self.learner.images_seen
+            due = plan.evaluates(images, before, self.device_seconds, plan.finished(images, self.device_seconds))
+            if due:
+                columns = self._columns()
+                self.loss_sum, self.loss_steps = 0.0, 0
+                self._save(columns)
+                with self._evaluating():
+                    stop = self.evaluations.evaluate(self.learner, columns)
+                if stop:
+                    return self._end("early")
+            elif plan.checkpoints(images, self.device_seconds - self._saved_clock):
+                self._save(self._columns())
+            if step.stop:
+                return self._end(STOPPED[step.stop])
+        return self._end("finished")
 
     def loader(self) -> Loader:
         """Of this rank's share, from where the run is."""
@@ -193,26 +203,11 @@ class Session:
         batch = next(self._batches)
         stalled = time.monotonic() - waited
         extra = {} if batch.augment_label is None else {"augment_label": batch.augment_label}
-        step = self.learner.step(batch, extra=extra, clock=self._clock, stop=self._wish)
+        step = self.learner.step(batch, extra=extra, clock=self._clock, stop=self.stops.wish)
         self.watchdog.beat()
         self._count(step, stalled)
         self.saver.check()
         return step
-
-    def _flag(self) -> None:
-        """Keeps rank 0's wish to stop up to date. A thread asks, so that no step waits for the answer."""
-        limit = self.experiment.train.wall_seconds
-
-        def watch() -> None:
-            while not self._wish:
-                if self.asked():
-                    self._wish = SIGNAL
-                elif limit is not None and time.monotonic() - self.started >= limit:
-                    self._wish = WALL
-                time.sleep(0.25)
-
-        if self.world.rank == 0:
-            threading.Thread(target=watch, daemon=True, name="stop").start()
 
     def _clock(self) -> float:
         """Rank 0's device-seconds now; evaluation, saving's wait and start-up are left out of it."""
@@ -280,6 +275,10 @@ class Session:
         self._mark = time.monotonic()
         self.phase("training")
 
+    def _between_chunks(self) -> bool:
+        self.watchdog.go_on()
+        return bool(self.stops.wish)
+
     def _told(self, images: int, records: list[Record]) -> bool:
         if self.monitor is not None:
             self.monitor.evaluated(images, records)
@@ -290,6 +289,9 @@ class Session:
     def _end(self, reason: str) -> dict[str, Any]:
         if self._saved_at != self.learner.images_seen or not self._saved_any:
             self._save(self._columns())
+        return self._finish(reason)
+
+    def _finish(self, reason: str) -> dict[str, Any]:
         self.phase("saving")
         self.saver.wait()
         self.world.barrier()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import psutil
@@ -13,7 +16,7 @@ import torch
 
 from diffscale.diffusion import SOLVERS, Guidance
 from diffscale.errors import UserError
-from diffscale.evaluation.generate import Featuriser, chunk_ranges, in_process, on_ray, over_ranks
+from diffscale.evaluation.generate import Featuriser, Stopped, chunk_ranges, in_process, on_ray, over_ranks
 from diffscale.evaluation.sources import DatasetSource, ModelSource, draw_labels, to_uint8
 
 from .conftest import write_dataset
@@ -107,6 +110,29 @@ def test_ranks_share_the_chunks_in_order(tmp_path):
     merged = dict(over_ranks(source, featurise, ranges, 0, 3, lambda mine: list(next(rounds)), 200))
     assert list(merged) == list(alone)
     assert all(np.array_equal(merged[k]["images"], alone[k]["images"]) for k in alone)
+
+
+def test_one_rank_that_is_asked_to_stop_stops_all_after_the_same_chunks(tmp_path):
+    source, ranges = DatasetSource(write_dataset(tmp_path, 200, 8), np.arange(200)), chunk_ranges(200, 8)
+    slots: list[Any] = [None, None]
+    barrier = threading.Barrier(2)
+
+    def chunks_of(rank: int) -> list[int]:
+        def gather(mine: Any) -> list[Any]:
+            slots[rank] = mine
+            barrier.wait()
+            everyone = list(slots)
+            barrier.wait()
+            return everyone
+
+        chunks = over_ranks(source, Featuriser([]), ranges, rank, 2, gather, asked=lambda: rank == 1)
+        given = [next(chunks)[0], next(chunks)[0]] if rank == 0 else []
+        with pytest.raises(Stopped):
+            next(chunks)
+        return given
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(chunks_of, range(2))) == [[0, 64], []]
 
 
 def test_samples_are_identical_to_the_bit_on_one_and_two_actors_and_after_one_was_killed(ray_cluster, source):

@@ -12,6 +12,7 @@ from diffscale import storage, train
 from diffscale.compute import Cost
 from diffscale.data import Dataset
 from diffscale.experiment import Experiment
+from diffscale.records import read_records
 from diffscale.training import checkpoint as ck
 from diffscale.training.history import read_history
 from diffscale.training.parallel import World
@@ -73,6 +74,30 @@ def test_wall_seconds_stop_at_a_checkpoint(shared_storage: Path, dataset: Datase
     outcome, folder = launch(short(shared_storage, "wall", train={"images": 10**6, "wall_seconds": 1.0}), dataset)
     assert outcome["reason"] == "wall"
     assert ck.images_of(ck.list_checkpoints(folder)[-1]) == outcome["images_seen"]
+
+
+def test_a_wish_to_stop_does_not_wait_for_an_evaluation(shared_storage: Path, dataset: Dataset) -> None:
+    """It ends after a chunk, which is kept; the next launch comes to the same value."""
+    judged = {"n_generated": 1024, "batch": 64, "points": [1.0], "solver": {"name": "ddim", "steps": 4}}
+    _, whole = launch(short(shared_storage, "judged1", eval=judged), dataset)
+    e = short(shared_storage, "judged2", eval=judged)
+    folder = Path(e.run_folder(dataset.content_hash))
+    outcome, _ = launch(e, dataset, asked=lambda: any(folder.glob("evaluating-*/chunk-*")))
+    assert outcome["reason"] == "signal"
+    assert outcome["checkpoint_images"] == 30 * BATCH
+    assert not list(folder.glob("records/*"))
+    assert list(folder.glob("evaluating-*/chunk-*"))
+    outcome, _ = launch(e, dataset)
+    assert outcome["reason"] == "finished"
+    (theirs,), (ours,) = read_records([whole]), read_records([str(folder)])
+    assert ours.value == theirs.value
+
+
+def test_a_wish_to_stop_does_not_wait_for_the_reference(tmp_path: Path, dataset: Dataset) -> None:
+    outcome, folder = launch(short(tmp_path, "refers", eval={"n_generated": 64}), dataset, asked=lambda: True)
+    assert outcome["reason"] == "signal"
+    assert outcome["images_seen"] == 0
+    assert not ck.list_checkpoints(folder)
 
 
 def test_device_seconds_end_a_run(shared_storage: Path, dataset: Dataset) -> None:
