@@ -52,7 +52,8 @@ up() {
     for _ in $(seq 60); do
         count=$(nodes)
         if [[ $count -eq 1 && ! -e $folder/second.pid ]]; then
-            start second --address="127.0.0.1:$port"
+            # A folder of its own: a node unpacks a job's files anew, in the other's folder under the running job.
+            start second --address="127.0.0.1:$port" --temp-dir="$folder/ray2"
         fi
         if [[ $count -eq 2 ]]; then
             cat << END
