@@ -50,6 +50,8 @@ def connect(address: str | None = None, num_cpus: int | None = None) -> None:
     os.environ.setdefault(START_TIMEOUT, "20")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves the workers beside any other program
+    if not sys.stdout.isatty():
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # or workers' lines carry terminal codes into a job's log
     if address == "local":  # no machine of it is ever taken away: a process fewer to start for each run
         os.environ.setdefault(PREEMPTION_WATCHER, "0")
     if address == "local" and "ray" not in sys.modules:
