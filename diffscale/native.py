@@ -39,6 +39,20 @@ def library(name: str) -> ctypes.CDLL | None:
         return None
 
 
+def available(name: str) -> bool:
+    """Whether there is such a library, and it can run on this processor where it says whether (`available`).
+
+    Once answered, torch.compile can read the answer, as it cannot look into a library.
+    """
+    if name not in _AVAILABLE:
+        found = library(name)
+        _AVAILABLE[name] = found is not None and bool(getattr(found, "available", lambda: True)())
+    return _AVAILABLE[name]
+
+
+_AVAILABLE: dict[str, bool] = {}
+
+
 def pointers(*tensors: Tensor | None) -> list[ctypes.c_void_p]:
     """Where the data of each tensor begins; null for None."""
     return [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors]

@@ -1,4 +1,5 @@
-"""Who races whom in training_step.py: our network with a peer's widths, depths, resolutions and attention places.
+"""Who races whom in training_step.py: our network with a peer's widths, resolutions and attention places, and as many
+blocks as bring its FLOPs for one image nearest to the peer's.
 
 Each entry builds a network that takes (images (B, 3, S, S), noise level (B,)) and returns a prediction of that shape.
 """
@@ -107,14 +108,14 @@ RACES: dict[str, Race] = {
     ),
     "uvit-lucidrains": Race(
         "denoising_diffusion_pytorch.simple_diffusion.UViT", 32, 16,
-        ours("uvit", resolution=32, patch_levels=0, conv_widths=(64, 64), conv_blocks=2, width=256, depth=6,
+        ours("uvit", resolution=32, patch_levels=0, conv_widths=(64, 64), conv_blocks=3, width=256, depth=6,
              num_heads=4, embedding_width=256),
         lucidrains_uvit(dim=64, dim_mults=(1, 4), vit_depth=6, vit_dropout=0.0, attn_heads=4, attn_dim_head=64),
     ),
     "rin-lucidrains": Race(
         "rin_pytorch.RIN", 32, 16,
         ours("rin", resolution=32, patch_size=2, interface_width=128, interface_mlp_ratio=4, latents=64,
-             latent_width=256, num_blocks=3, layers=2, latent_heads=4, rw_heads=4),
+             latent_width=256, num_blocks=3, layers=3, latent_heads=4, rw_heads=4),
         lucidrains_rin(dim=128, image_size=32, patch_size=2, depth=3, latent_self_attn_depth=2, dim_latent=256,
                        num_latents=64, patches_self_attn=False, heads=4, dim_head=64),
     ),

@@ -229,7 +229,7 @@ inline int64_t panel_at(int64_t p, int64_t column, int64_t depth, int64_t column
 
 extern "C" {
 
-int winograd_available() { return 1; }
+int available() { return 1; }
 
 // weight (K, 3, 3, C) → G·g·Gᵀ in panels over K, for the convolution (C → K channels).
 void winograd_filters(const float* weight, float* filters, int64_t K, int64_t C, int threads) {

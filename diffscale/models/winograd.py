@@ -13,7 +13,6 @@ So it is a choice of the run (training/numerics.py measures whether it pays), of
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -23,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from diffscale.native import integers, library, pointers
+from diffscale.native import available, integers, library, pointers
 
 
 @dataclass(frozen=True)
@@ -40,11 +39,11 @@ class Kernels:
     @property
     def available(self) -> bool:
         """Whether this machine can compile and run them."""
-        return _library(self) is not None
+        return available(self.name)
 
     def run(self, name: str, tensors: tuple[Tensor | None, ...], sizes: tuple[int, ...]) -> None:
         threads = ctypes.c_int(torch.get_num_threads())
-        getattr(_library(self), f"winograd_{name}")(*pointers(*tensors), *integers(*sizes), threads)
+        getattr(library(self.name), f"winograd_{name}")(*pointers(*tensors), *integers(*sizes), threads)
 
     def cover(self, height: int, width: int) -> bool:
         """Whether tiles cover images of that size well."""
@@ -54,12 +53,6 @@ class Kernels:
 
 FLOAT32 = Kernels("models/winograd", torch.float32, lanes=8, tile=4, filled=0.5, apart=16)
 BFLOAT16 = Kernels("models/winograd_bf16", torch.bfloat16, lanes=16, tile=2, filled=1.0, apart=512)
-
-
-@functools.cache
-def _library(kernels: Kernels) -> ctypes.CDLL | None:
-    found = library(kernels.name)
-    return found if found is not None and found.winograd_available() else None
 
 
 class Conv3x3(nn.Conv2d):
@@ -117,7 +110,11 @@ def conv3x3(
         return y if residual is None else residual + y
     after = residual if residual is not None and residual.dtype != kernels.dtype else None
     x, shift, fused = x.to(kernels.dtype), shift_of(x, bias, shift), residual if after is None else None
-    y = Winograd.apply(x, weight.float(), shift, fused) if kept is None else convolve(x, kept(kernels), shift, fused)
+    if kept is not None:
+        y = convolve(x, kept(kernels), shift, fused)
+    else:
+        apply = _compiled if torch.compiler.is_compiling() else Winograd.apply
+        y = apply(x, weight.float(), shift, fused)
     return y if after is None else after + y
 
 
@@ -137,7 +134,6 @@ def suitable(x: Tensor, weight: Tensor) -> Kernels | None:
     taken = (torch.float32, dtype) if autocast else (torch.float32,)
     fits = (
         x.device.type == "cpu"
-        and not torch.compiler.is_compiling()
         and dtype == kernels.dtype
         and x.dtype in taken
         and weight.dtype in taken
@@ -151,27 +147,63 @@ def suitable(x: Tensor, weight: Tensor) -> Kernels | None:
     return kernels if fits else None
 
 
+def _forward(x: Tensor, weight: Tensor, shift: Tensor | None, residual: Tensor | None) -> Tensor:
+    return convolve(x, transform_filters(weight, kernels_of(x)), shift, residual)
+
+
+def _backward(dy: Tensor, x: Tensor, weight: Tensor, of_x: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x (empty where it is not wanted), weight (K, C, 3, 3) and shift (B, K)."""
+    kernels = kernels_of(x)
+    x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
+    dx = convolve(dy, transform_filters(weight, kernels, back=True)) if of_x else x.new_empty(0)
+    dweight = torch.empty_like(weight, memory_format=torch.channels_last)
+    dshift = dy.new_empty(dy.shape[:2], dtype=torch.float32)
+    kernels.run("weight_gradient", (x, dy, dweight, dshift), image_sizes(x, len(weight)))
+    return dx, dweight, dshift
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, Tensor | None], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _gradients(ctx: Any, dy: Tensor, backward: Callable[..., tuple[Tensor, ...]]) -> tuple[Tensor | None, ...]:
+    needed = ctx.needs_input_grad
+    dx, dweight, dshift = backward(dy, *ctx.saved_tensors, needed[0])
+    return dx if needed[0] else None, dweight, dshift if needed[2] else None, dy if needed[3] else None
+
+
 class Winograd(torch.autograd.Function):
     """x (B, C, H, W), weight (K, C, 3, 3), shift (B, K) or None, residual (B, K, H, W) or None → (B, K, H, W) with
     channels-last strides. x and residual float32 or bfloat16, like the result; weight and shift float32."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, shift: Tensor | None, residual: Tensor | None) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)
-        ctx.kernels = FLOAT32 if x.dtype == torch.float32 else BFLOAT16
-        ctx.save_for_backward(x, weight)
-        return convolve(x, transform_filters(weight, ctx.kernels), shift, residual)
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        _keep(ctx, inputs, y := _forward(*inputs))
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        dy = dy.contiguous(memory_format=torch.channels_last)
-        dx = convolve(dy, transform_filters(weight, ctx.kernels, back=True)) if ctx.needs_input_grad[0] else None
-        dweight = torch.empty_like(weight, memory_format=torch.channels_last)
-        dshift = dy.new_empty(dy.shape[:2], dtype=torch.float32)
-        ctx.kernels.run("weight_gradient", (x, dy, dweight, dshift), image_sizes(x, len(weight)))
-        return dx, dweight, dshift if ctx.needs_input_grad[2] else None, dy if ctx.needs_input_grad[3] else None
+        return _gradients(ctx, dy, _backward)
+
+
+# The same for torch.compile, slower when called directly. torch keeps compiled graphs on disk by the names of their
+# operations: other arguments need another name.
+_compiled = torch.library.custom_op("diffscale::winograd", _forward, mutates_args=())
+_compiled_backward = torch.library.custom_op("diffscale::winograd_backward", _backward, mutates_args=())
+_compiled.register_autograd(lambda ctx, dy: _gradients(ctx, dy, _compiled_backward), setup_context=_keep)
+
+
+@_compiled.register_fake
+def _(x: Tensor, weight: Tensor, shift: Tensor | None, residual: Tensor | None) -> Tensor:
+    return channels_last_like(x, len(weight))
+
+
+@_compiled_backward.register_fake
+def _(dy: Tensor, x: Tensor, weight: Tensor, of_x: bool) -> tuple[Tensor, Tensor, Tensor]:
+    dweight = torch.empty_like(weight, memory_format=torch.channels_last)
+    dx = channels_last_like(x, x.shape[1]) if of_x else x.new_empty(0)
+    return dx, dweight, dy.new_empty(dy.shape[:2], dtype=torch.float32)
 
 
 class Filters(NamedTuple):
@@ -194,12 +226,21 @@ def transform_filters(weight: Tensor, kernels: Kernels, back: bool = False) -> F
 def convolve(x: Tensor, filters: Filters, shift: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """x (B, C, H, W), shift (B, K), residual (B, K, H, W) → (B, K, H, W) with channels-last strides."""
     x = x.contiguous(memory_format=torch.channels_last)
-    shape = (x.shape[0], filters.channels_out, *x.shape[2:])
-    y = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
+    y = channels_last_like(x, filters.channels_out)
     shift = None if shift is None else shift.contiguous()
     residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
     filters.kernels.run("convolve", (x, filters.data, shift, residual, y), image_sizes(x, filters.channels_out))
     return y
+
+
+def kernels_of(x: Tensor) -> Kernels:
+    return FLOAT32 if x.dtype == torch.float32 else BFLOAT16
+
+
+def channels_last_like(x: Tensor, channels: int) -> Tensor:
+    """New, of x (B, C, H, W) with so many channels."""
+    shape = (len(x), channels, *x.shape[2:])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def image_sizes(x: Tensor, channels_out: int) -> tuple[int, ...]:

@@ -285,7 +285,7 @@ inline int64_t plane_of(int64_t n) { return (n + kApart - 1) / kApart * kApart +
 
 extern "C" {
 
-int winograd_available() { return 1; }
+int available() { return 1; }
 
 // weight (K, 3, 3, C) → G·g·Gᵀ in panels over K, for the convolution (C → K channels).
 void winograd_filters(const float* weight, bfloat* filters, int64_t K, int64_t C, int threads) {
@@ -397,5 +397,5 @@ void winograd_weight_gradient(const bfloat* x, const bfloat* dy, float* dweight,
 }
 
 #else
-extern "C" int winograd_available() { return 0; }  // the processor has no products of bfloat16
+extern "C" int available() { return 0; }  // the processor has no products of bfloat16
 #endif

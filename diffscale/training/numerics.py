@@ -3,8 +3,8 @@
 "auto" for the precision is bf16 where a matrix product is faster in it: processors without bf16 instructions emulate it
 at a fiftieth of their float32 speed. "auto" for the memory format is measured on the real model and batch. "auto" for
 torch.compile weighs what it costs against what it saves: it is on where the run is long enough to earn it back. On a
-CPU that is several times what it costs, because a run that starts again compiles again, and never where Winograd's
-convolutions were chosen: those are not for compiled models, and faster.
+CPU that is several times what it costs, because a run that starts again compiles again; what it saves there beside
+Winograd's convolutions are passes over the tokens of a transformer, and nothing for a UNet.
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffscale.models import winograd
+from diffscale import native
+from diffscale.models import norm_act, winograd
 
 log = logging.getLogger(__name__)
 
 _COMPILE_SECONDS = {"cuda": 150.0, "cpu": 450.0}  # of a large UNet on an H100's host; 3 × a small RIN on 2 cores
-_COMPILE_SAVES = {"cuda": 0.2, "cpu": 0.15}  # of an eager step, at least; on a CPU 15 % (DiT, RIN) to 28 % (JiT)
+# Of an eager step, at least; on a CPU 15 % (DiT, RIN) to 28 % (JiT), beside Winograd's convolutions 8 % (UViT) or none.
+_COMPILE_SAVES = {"cuda": 0.2, "cpu": 0.15}
+_COMPILE_SAVES_WITH_WINOGRAD = 0.05
 _ENOUGH_IMAGES = 16  # of a batch, to compare memory formats on a CPU
 
 Precision = Literal["bf16", "fp16", "tf32", "fp32"]
@@ -63,6 +66,8 @@ class Numerics:
         set_memory_format(model, self.channels_last)
         winograd.use_winograd(model, self.winograd)
         if self.compile:
+            for kernel in (norm_act.KERNEL, winograd.FLOAT32.name, winograd.BFLOAT16.name):
+                native.available(kernel)  # answered before torch.compile asks
             model.compile()
         return model
 
@@ -122,14 +127,24 @@ def choose_numerics(
     chosen = min(candidates, key=lambda candidate: seconds.get(candidate, 0.0))
     compiled = requested.compile
     if compiled == "auto":
-        compiled = False
-        if device.type == "cuda" or (device.type == "cpu" and not chosen.winograd and winograd.FLOAT32.available):
+        compiled, saves = False, _COMPILE_SAVES.get(device.type, 0.0)
+        if device.type == "cpu" and not winograd.FLOAT32.available:  # which needs the same compiler
+            saves = 0.0
+        elif chosen.winograd:
+            saves = _COMPILE_SAVES_WITH_WINOGRAD if _mostly_linear(model) else 0.0
+        if saves:
             eager = seconds.get(chosen) or _step_seconds(model, images, device, chosen)
             eager *= len(example_batch) / len(images)
-            saved = math.inf if steps is None else steps * eager * _COMPILE_SAVES[device.type]
+            saved = math.inf if steps is None else steps * eager * saves
             compiled = saved > _COMPILE_SECONDS[device.type]
             log.info("compile=%s: %s steps of %.3f s", compiled, steps, eager)
     return dataclasses.replace(chosen, compile=bool(compiled))
+
+
+def _mostly_linear(model: nn.Module) -> bool:
+    """Whether most weights are those of linear layers."""
+    linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    return 2 * linear > sum(parameter.numel() for parameter in model.parameters())
 
 
 def _candidates(model: nn.Module, precision: Precision, device: torch.device, requested: Requested) -> list[Numerics]:

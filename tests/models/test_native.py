@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from diffscale import native
 from diffscale.models.norm_act import norm_act
 from diffscale.native import library
 
@@ -13,8 +14,10 @@ from diffscale.native import library
 def forgetful():
     """Libraries are looked for again, and once more afterwards."""
     library.cache_clear()
+    native._AVAILABLE.clear()
     yield
     library.cache_clear()
+    native._AVAILABLE.clear()
 
 
 @pytest.mark.parametrize("name", ["models/norm_act", "models/winograd", "models/winograd_bf16", "data/rows"])

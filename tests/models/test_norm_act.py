@@ -49,6 +49,19 @@ def test_values_and_gradients_are_those_of_the_definition_in_float64(shape, silu
 
 
 @needs_kernel
+def test_compiled_it_is_one_graph_of_the_same_kernels():
+    """fullgraph=True raises at a graph break; `aot_eager` runs the traced operations as they are."""
+    *tensors, upstream = data(3, 48, 4, 4)
+    found = []
+    for run in (norm_act, torch.compile(norm_act, fullgraph=True, backend="aot_eager")):
+        x, weight, bias, scale, shift = (t.clone(memory_format=torch.preserve_format).requires_grad_() for t in tensors)
+        y = run(x, weight, bias, 12, 1e-5, scale=scale, shift=shift)
+        y.backward(upstream)
+        found.append([y, x.grad, weight.grad, bias.grad, scale.grad, shift.grad])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@needs_kernel
 def test_a_large_mean_does_not_cancel():
     x = (1000 + torch.randn(2, 32, 8, 8)).contiguous(memory_format=torch.channels_last)
     ones, zeros = torch.ones(32), torch.zeros(32)

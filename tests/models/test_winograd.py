@@ -136,6 +136,28 @@ def test_a_network_gives_the_same_with_it(name, kernels):
     assert (gradients[0] - gradients[1]).norm() < tolerance * gradients[0].norm()
 
 
+@pytest.mark.parametrize("kernels", EACH)
+def test_compiled_it_is_one_graph_of_the_same_products(kernels):
+    """fullgraph=True raises at a graph break; `aot_eager` runs the traced operations as they are."""
+    torch.manual_seed(0)
+    layer, image = Conv3x3(16, 32), torch.randn(2, 16, 8, 8)
+    shift, residual = torch.randn(2, 32, requires_grad=True), torch.randn(2, 32, 8, 8, requires_grad=True)
+    layer.winograd = True
+    compiled, found = torch.compile(layer, fullgraph=True, backend="aot_eager"), []
+    for run in (layer, compiled):
+        leaves = [
+            image.clone().requires_grad_(),
+            *(t.detach().to(kernels.dtype).requires_grad_() for t in (shift, residual)),
+        ]
+        with torch.autocast("cpu", torch.bfloat16, enabled=kernels is BFLOAT16):
+            y = run(*leaves)
+        y.square().sum().backward()
+        found.append([y, *(leaf.grad for leaf in leaves), layer.weight.grad, layer.bias.grad])
+        layer.zero_grad()
+    assert found[0][0].dtype == kernels.dtype
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 @needs_kernel
 def test_the_kept_filters_follow_the_weights():
     layer, image = Conv3x3(16, 16), torch.randn(2, 16, 8, 8)

@@ -54,11 +54,14 @@ def test_a_long_run_of_a_transformer_is_compiled_and_a_short_one_not():
 
 
 @needs_compiler
-def test_a_network_that_computes_with_winograd_is_not_compiled(monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "steps", "compiled"), [("unet", None, False), ("uvit", None, True), ("uvit", 99, False)]
+)
+def test_beside_winograd_only_transformers_are_compiled(monkeypatch, name, steps, compiled):
     monkeypatch.setattr(numerics, "_step_seconds", lambda *given: 0.1 if given[3].winograd else 1.0)
-    unet, images = create_model("unet-tiny", resolution=8), torch.randn(2, 3, 8, 8)
-    chosen = choose_numerics(unet, images, "cpu", Wanted("fp32"))
-    assert chosen == Numerics("fp32", channels_last=True, winograd=True)
+    model, images = create_model(f"{name}-tiny", resolution=8), torch.randn(2, 3, 8, 8)
+    chosen = choose_numerics(model, images, "cpu", Wanted("fp32"), steps=steps)
+    assert chosen == Numerics("fp32", channels_last=True, winograd=True, compile=compiled)
 
 
 def test_automatic_precision_is_the_faster_one_and_a_given_one_stays():
