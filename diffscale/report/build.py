@@ -12,7 +12,7 @@ from diffscale.errors import UserError
 from diffscale.records import Record, read_records
 from diffscale.report import tables
 from diffscale.report.aggregate import aggregate
-from diffscale.report.facets import facet_table, to_rows
+from diffscale.report.facets import facet_table, is_spread, to_rows
 from diffscale.report.findings import findings
 from diffscale.report.frontier import Curve, curves, pareto
 from diffscale.report.page import render
@@ -27,7 +27,8 @@ from diffscale.report.verdicts import verdicts
 class Analysis:
     """Everything that a report says, before it is drawn. Tables are keyed by `facet` (see facets.py)."""
 
-    rows: pd.DataFrame
+    every: pd.DataFrame  # every evaluation
+    rows: pd.DataFrame  # those of metrics in which something can be better
     facets: pd.DataFrame
     points: pd.DataFrame
     curves: list[Curve]
@@ -64,7 +65,8 @@ def _wanted_grids(analysis: Analysis) -> list[tuple[str, int]]:
 
 def analyse(records: Iterable[Record]) -> Analysis:
     """All tables of a report. Raises UserError where there is no record."""
-    rows = to_rows(records)
+    every = to_rows(records)
+    rows = every[[not is_spread(metric) for metric in every["metric"]]] if len(every) else every
     if rows.empty:
         raise UserError(
             setting="RUNS", value="no records", expected="run folders that hold records/*.json",
@@ -75,8 +77,8 @@ def analyse(records: Iterable[Record]) -> Analysis:
     table, fits = scaling(all_curves)
     facets, verdict_table, sweep = facet_table(rows), verdicts(all_curves), tables.sweep(points)
     return Analysis(
-        rows=rows, facets=facets, points=points, curves=all_curves, pareto=pareto(points), scaling=table, fits=fits,
-        verdicts=verdict_table, sweep=sweep, cost=tables.cost(points),
+        every=every, rows=rows, facets=facets, points=points, curves=all_curves, pareto=pareto(points), scaling=table,
+        fits=fits, verdicts=verdict_table, sweep=sweep, cost=tables.cost(points),
         findings=findings(facets, points, verdict_table, table, sweep),
     )  # fmt: skip
 
@@ -85,8 +87,8 @@ def write_csvs(analysis: Analysis, out: Path) -> list[Path]:
     """The tables as CSV files, joined by their column `facet`, which facets.csv describes."""
     without = ["settings", "runs"]
     files = {
-        "fid_vs_compute": tables.every_evaluation(analysis.rows),
-        "facets": analysis.facets,
+        "fid_vs_compute": tables.every_evaluation(analysis.every),
+        "facets": facet_table(analysis.every),
         "points": analysis.points.drop(columns=["settings"]),
         "pareto": _front(analysis.pareto.drop(columns=without), ["facet", "scope", "scope_value"]),
         "scaling": _described(analysis.scaling, analysis.facets),

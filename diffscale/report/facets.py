@@ -47,6 +47,11 @@ def is_distance(metric: str) -> bool:
     return bool(_DISTANCE.match(metric))
 
 
+def is_spread(metric: str) -> bool:
+    """How much a metric varies over subsets of the samples (`kid_std`): tabulated, nothing to be better in."""
+    return metric.endswith("_std")
+
+
 def metric_name(metric: str) -> str:
     return {"fid": "FID", "kid": "KID"}.get(metric, metric)
 

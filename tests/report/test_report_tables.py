@@ -6,12 +6,13 @@ import json
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 from report_records import make_record
 
 from diffscale.records import Record
 from diffscale.report.aggregate import aggregate
-from diffscale.report.build import analyse
+from diffscale.report.build import analyse, write_csvs
 from diffscale.report.facets import to_rows
 from diffscale.report.tables import cost, every_evaluation, ladder, sweep
 
@@ -44,6 +45,16 @@ def test_resolutions_without_a_common_eval_resolution_are_never_in_one_table() -
     records = [make_record(schedule=s, resolution=r, eval_resolution=r) for s in ("a", "b") for r in (16, 32)]
     table = sweep(aggregate(to_rows(records)))
     assert table.groupby("facet")["train_resolution"].nunique().max() == 1
+
+
+def test_the_spread_of_a_metric_is_tabulated_and_never_compared(tmp_path) -> None:
+    records = [make_record(model=m, metric=k) for m in ("unet", "rin") for k in ("kid", "kid_std")]
+    analysis = analyse(records)
+    write_csvs(analysis, tmp_path)
+    metrics = {path.stem: set(pd.read_csv(path)["metric"]) for path in tmp_path.glob("*.csv")}
+    assert metrics["fid_vs_compute"] == metrics["facets"] == {"kid", "kid_std"}
+    assert all(found <= {"kid"} for name, found in metrics.items() if name not in ("fid_vs_compute", "facets"))
+    assert set(analysis.points["metric"]) == {"kid"}
 
 
 def test_one_schedule_at_one_resolution_is_no_sweep() -> None:
