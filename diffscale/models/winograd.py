@@ -178,7 +178,8 @@ class Winograd(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        _keep(ctx, inputs, y := _forward(*inputs))
+        y = _forward(*inputs)
+        _keep(ctx, inputs, y)
         return y
 
     @staticmethod
