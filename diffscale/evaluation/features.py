@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from diffscale.errors import UserError
 from diffscale.evaluation import fidelity, inception
+from diffscale.evaluation.fast_convolutions import use_fast_convolutions
 from diffscale.evaluation.fuse import fuse_batch_norms
 from diffscale.evaluation.network import Network
 from diffscale.evaluation.resize import resize
@@ -146,9 +147,11 @@ def _create_inception(
 
 
 def _place(model: nn.Module, size: int, device: torch.device) -> None:
-    """Evaluation mode, norms folded, on the device, in the memory format in which convolutions are fastest."""
+    """Evaluation mode, norms folded, on the device, in the memory format and by the algorithms that are fastest."""
     fuse_batch_norms(model.eval().requires_grad_(False), torch.zeros(1, 3, size, size))
     model.to(device).to(memory_format=torch.channels_last)
+    if device.type == "cpu":
+        use_fast_convolutions(model)
 
 
 def _read_lite0(data: bytes) -> State:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import hashlib
 import shutil
 import zipfile
@@ -14,9 +15,11 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 from diffscale.errors import UserError
 from diffscale.evaluation import features, inception
+from diffscale.evaluation.fast_convolutions import FastConv, use_fast_convolutions
 from diffscale.evaluation.features import LITE0, create_extractor
 from diffscale.evaluation.fuse import fuse_batch_norms
 from diffscale.evaluation.weights import load_weights
+from diffscale.models.winograd import FLOAT32
 
 
 def pixels(n: int, side: int = 32, channels: int = 3) -> torch.Tensor:
@@ -145,6 +148,22 @@ def test_folding_batch_norms_changes_nothing_but_rounding():
         fused = fuse_batch_norms(model, x)
         torch.testing.assert_close(fused(x), expected, rtol=1e-3, atol=1e-4)
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in fused.modules())
+
+
+@pytest.mark.skipif(not FLOAT32.available, reason="no C++ compiler on this machine")
+def test_fast_convolutions_stand_for_those_of_stride_one_alone():
+    torch.manual_seed(0)
+    Conv = torch.nn.Conv2d
+    wanted = [Conv(8, 16, 3), Conv(16, 16, 3, padding=1, bias=False)]
+    others = [Conv(16, 16, 3, stride=2), Conv(16, 16, (1, 3)), Conv(16, 16, 3, groups=2), Conv(16, 12, 3, padding=1)]
+    plain = torch.nn.Sequential(*wanted, *others).eval().requires_grad_(False)
+    fast, x = copy.deepcopy(plain), torch.randn(2, 8, 35, 35)
+    use_fast_convolutions(fast)
+    assert [type(layer) for layer in fast] == [FastConv] * 2 + [Conv] * 4
+    torch.testing.assert_close(fast(x), plain(x), rtol=1e-4, atol=1e-5)
+    assert not torch.equal(fast(x), plain(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fast(x), plain(x))
 
 
 def test_inception_is_torch_fidelitys_network(cache, tmp_path, monkeypatch):
