@@ -9,7 +9,7 @@ import pandas as pd
 from benchmarks.peers import RECIPES
 from diffscale.records import GROUP, Record
 from diffscale.report.aggregate import aggregate
-from diffscale.report.facets import to_rows
+from diffscale.report.facets import comparable, to_rows
 from diffscale.report.frontier import first_reach, is_on_frontier
 
 COLUMNS = [
@@ -24,10 +24,10 @@ def against_peers(records: Iterable[Record]) -> pd.DataFrame:
 
     Empty cells: never reached. The kind of endpoint is not compared: a peer's learning rate ends as its recipe says.
     """
-    rows = to_rows(records)
+    rows = comparable(to_rows(records))
     if rows.empty:
         return pd.DataFrame(columns=COLUMNS)
-    rows["group"] = rows.groupby(GROUP, sort=True).ngroup()
+    rows = rows.assign(group=rows.groupby(GROUP, sort=True).ngroup())
     found = []
     for _, part in rows.groupby("group", sort=True):
         points = aggregate(part)

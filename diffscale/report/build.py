@@ -12,7 +12,7 @@ from diffscale.errors import UserError
 from diffscale.records import Record, read_records
 from diffscale.report import tables
 from diffscale.report.aggregate import aggregate
-from diffscale.report.facets import facet_table, is_spread, to_rows
+from diffscale.report.facets import comparable, facet_table, to_rows
 from diffscale.report.findings import findings
 from diffscale.report.frontier import Curve, curves, pareto
 from diffscale.report.page import render
@@ -66,7 +66,7 @@ def _wanted_grids(analysis: Analysis) -> list[tuple[str, int]]:
 def analyse(records: Iterable[Record]) -> Analysis:
     """All tables of a report. Raises UserError where there is no record."""
     every = to_rows(records)
-    rows = every[[not is_spread(metric) for metric in every["metric"]]] if len(every) else every
+    rows = comparable(every)
     if rows.empty:
         raise UserError(
             setting="RUNS", value="no records", expected="run folders that hold records/*.json",

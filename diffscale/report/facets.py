@@ -47,9 +47,9 @@ def is_distance(metric: str) -> bool:
     return bool(_DISTANCE.match(metric))
 
 
-def is_spread(metric: str) -> bool:
-    """How much a metric varies over subsets of the samples (`kid_std`): tabulated, nothing to be better in."""
-    return metric.endswith("_std")
+def comparable(rows: pd.DataFrame) -> pd.DataFrame:
+    """Without how much a metric varies over subsets of the samples (`kid_std`): nothing to be better in."""
+    return rows[[not str(metric).endswith("_std") for metric in rows["metric"]]] if len(rows) else rows
 
 
 def metric_name(metric: str) -> str:
