@@ -180,8 +180,8 @@ def measure_peers(work: str) -> list[dict[str, Any]]:
 def measure_decode(work: str) -> list[dict[str, Any]]:
     """Beside Pillow's own decoding to an array, in as many threads.
 
-    Both begin every turn with new threads, on the same processors: where a thread's memory happens to lie makes JPEG
-    decoding up to 1.5 times as long, for as long as the thread lives.
+    Both begin every turn with new threads, on the same processors: JPEG decoding was seen at two speeds, 1.5 times
+    apart, which a thread mostly kept; why was not found.
     """
     emoji = open_dataset(resolve("builtin:emoji", 64, work)).gather(np.arange(256))[0].numpy()
     everywhere = os.sched_getaffinity(0)
