@@ -1,0 +1,112 @@
+"""The same 24 pictures of three classes as every kind of source that a build takes. `SOURCES`: kind → what writes it
+under a folder and gives its path."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from .helpers import pictures, png
+
+IMAGES = pictures(24, side=16)
+CLASSES = ["ant", "bee", "cat"]
+
+
+def name(i: int) -> str:
+    return f"{CLASSES[i % 3]}/{i:02d}.png"
+
+
+def make_folder(root: Path) -> Path:
+    for i, image in enumerate(IMAGES):
+        (root / name(i)).parent.mkdir(parents=True, exist_ok=True)
+        (root / name(i)).write_bytes(png(image))
+    (root / "notes.txt").write_text("not an image")
+    return root
+
+
+def make_zip(root: Path) -> Path:
+    with zipfile.ZipFile(root / "images.zip", "w") as archive:
+        for i, image in enumerate(IMAGES):
+            archive.writestr(name(i), png(image))
+    return root / "images.zip"
+
+
+def make_edm_zip(root: Path) -> Path:
+    """As EDM's dataset_tool writes it: dataset.json has the labels."""
+    with zipfile.ZipFile(root / "edm.zip", "w") as archive:
+        files = [f"00000/img{i:08d}.png" for i in range(24)]
+        for file, image in zip(files, IMAGES, strict=True):
+            archive.writestr(file, png(image))
+        archive.writestr("dataset.json", json.dumps({"labels": [[file, i % 3] for i, file in enumerate(files)]}))
+    return root / "edm.zip"
+
+
+def add(archive: tarfile.TarFile, file: str, data: bytes) -> None:
+    info = tarfile.TarInfo(file)
+    info.size = len(data)
+    archive.addfile(info, io.BytesIO(data))
+
+
+def make_tar(root: Path, mode="w") -> Path:
+    target = root / ("images.tar.gz" if mode == "w:gz" else "images.tar")
+    with tarfile.open(target, mode) as archive:
+        for i, image in enumerate(IMAGES):
+            add(archive, name(i), png(image))
+    return target
+
+
+def make_webdataset(root: Path) -> Path:
+    for shard in range(2):
+        with tarfile.open(root / f"shard-{shard:03d}.tar", "w") as archive:
+            for i in range(shard * 12, shard * 12 + 12):
+                add(archive, f"{i:05d}.png", png(IMAGES[i]))
+                add(archive, f"{i:05d}.cls", str(i % 3).encode())
+    return root
+
+
+def make_csv(root: Path) -> Path:
+    for i, image in enumerate(IMAGES):
+        (root / f"{i:02d}.png").write_bytes(png(image))
+    (root / "labels.csv").write_text("file,label\n" + "".join(f"{i:02d}.png,{CLASSES[i % 3]}\n" for i in range(24)))
+    return root
+
+
+def hugging_face(kind: str):
+    def make(root: Path) -> Path:
+        from datasets import ClassLabel, Dataset, Features
+        from datasets import Image as ImageFeature
+
+        features = Features({"image": ImageFeature(), "label": ClassLabel(names=CLASSES)})
+        rows = {"image": [{"bytes": png(x), "path": None} for x in IMAGES], "label": [i % 3 for i in range(24)]}
+        data = Dataset.from_dict(rows, features=features)
+        if kind == "arrow":
+            data.save_to_disk(root / "saved", num_shards=2)
+            return root / "saved"
+        (root / "data").mkdir()
+        data.to_parquet(root / "data" / "train-00000-of-00001.parquet", batch_size=7)
+        return root
+
+    return make
+
+
+def make_npz(root: Path) -> Path:
+    np.savez_compressed(root / "images.npz", images=IMAGES, labels=np.arange(24) % 3)
+    return root / "images.npz"
+
+
+def make_npy(root: Path) -> Path:
+    np.save(root / "images.npy", IMAGES)
+    return root / "images.npy"
+
+
+SOURCES = {
+    "folder": make_folder, "zip": make_zip, "edm zip": make_edm_zip, "tar": make_tar,
+    "tar.gz": lambda root: make_tar(root, "w:gz"), "webdataset": make_webdataset, "csv": make_csv,
+    "hugging face arrow": hugging_face("arrow"), "hugging face parquet": hugging_face("parquet"), "npz": make_npz,
+    "npy": make_npy,
+}  # fmt: skip
