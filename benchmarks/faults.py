@@ -11,15 +11,13 @@ import contextlib
 import csv
 import json
 import os
-import platform
 import shutil
 import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
-from datetime import UTC, datetime
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,7 +25,7 @@ import typer
 import yaml
 
 from benchmarks.namespaces import Network, Node, network, unavailable, wait_for
-from diffscale.provenance import source
+from benchmarks.throughput.pairs import made_by
 
 RESULTS = Path(__file__).parent / "results" / "faults.csv"
 BATCH, STEPS, CHECKPOINT_STEPS = 16, 240, 20
@@ -57,9 +55,6 @@ class Row:
     outcome: str  # weights identical, or how the loss compares
     seconds: float  # of the whole run, with the fault
     load: float  # of the machine over five minutes; more than its cores means that others worked on it too
-    machine: str
-    commit: str
-    date: str
 
 
 class Runs:
@@ -237,8 +232,7 @@ def measure(fault: Fault, kind: str, storage: Path, calm: Runs | None) -> Row:
             fault=fault.name, program=kind, workers=fault.workers if kind == "train" else "2 trials x 1",
             recovery_seconds=round(recovery, 1), lost_images=lost, checkpoint_every_images=BATCH * CHECKPOINT_STEPS,
             images=BATCH * STEPS, outcome=compare(run, calm), seconds=round(time.time() - run.started, 1),
-            load=round(os.getloadavg()[1], 1), machine=f"{os.cpu_count()} CPU cores, {platform.machine()}",
-            commit=source().commit[:12], date=datetime.now(UTC).strftime("%Y-%m-%d"),
+            load=round(os.getloadavg()[1], 1),
         )  # fmt: skip
 
 
@@ -274,9 +268,9 @@ def save(row: Row) -> None:
     if RESULTS.exists():
         with open(RESULTS, newline="") as file:
             rows = {(r["fault"], r["program"]): r for r in csv.DictReader(file)}
-    rows[row.fault, row.program] = {k: str(v) for k, v in asdict(row).items()}
+    made = rows[row.fault, row.program] = {k: str(v) for k, v in (asdict(row) | made_by()).items()}
     with open(RESULTS, "w", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
+        writer = csv.DictWriter(file, list(made), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows.values())
 

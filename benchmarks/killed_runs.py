@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import csv
 import os
-import platform
 import random
 import secrets
 import shutil
@@ -22,7 +21,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
-from datetime import UTC, datetime
 from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,7 +28,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import psutil
 import typer
 
-from diffscale.provenance import source
+from benchmarks.throughput.pairs import made_by
 from diffscale.training import checkpoint as ck
 from diffscale.training.history import read_history
 
@@ -60,9 +58,6 @@ class Row:
     resumed_images: int  # of the checkpoint that training went on from
     seconds: float  # from the kill to the next step
     outcome: str  # of the run
-    machine: str
-    commit: str
-    date: str
 
 
 class Run:
@@ -195,8 +190,7 @@ def killed_run(
     return [
         Row(
             seed=seed, kill=number, killed=kind, at_images=images, resumed_images=resumed, seconds=round(seconds, 1),
-            outcome=outcome, machine=f"{os.cpu_count()} CPU cores, {platform.machine()}", commit=source().commit[:12],
-            date=datetime.now(UTC).strftime("%Y-%m-%d"),
+            outcome=outcome,
         )
         for number, (kind, images, resumed, seconds) in enumerate(kills, 1)
     ]  # fmt: skip
@@ -204,14 +198,15 @@ def killed_run(
 
 def save(path: Path, rows: list[Row]) -> None:
     """The table with these rows in the place of those of the same seeds."""
-    kept = []
+    kept, made = [], made_by()
     if path.exists():
         with path.open(newline="") as file:
             kept = [row for row in csv.DictReader(file) if int(row["seed"]) not in {r.seed for r in rows}]
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
+        writer = csv.DictWriter(file, [*(f.name for f in fields(Row)), *made], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(sorted([*kept, *map(asdict, rows)], key=lambda row: (int(row["seed"]), int(row["kill"]))))
+        new = [asdict(row) | made for row in rows]
+        writer.writerows(sorted([*kept, *new], key=lambda row: (int(row["seed"]), int(row["kill"]))))
 
 
 def main(

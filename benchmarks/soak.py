@@ -20,6 +20,8 @@ import numpy as np
 import psutil
 import typer
 
+from benchmarks.throughput.pairs import made_by
+
 RESULTS = Path(__file__).parent / "results" / "soak.csv"
 WARMUP = 0.5  # share of the rounds that is left out: caches and thread pools fill
 MEGABYTES, HANDLES = 1.0, 1.0  # growth per round that is still flat
@@ -119,9 +121,10 @@ def main(minutes: Annotated[float, typer.Option(help="for how long")] = 30.0) ->
 def write(rows: list[dict[str, float | str]]) -> None:
     RESULTS.parent.mkdir(exist_ok=True)
     with open(RESULTS, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        made = made_by()
+        writer = csv.DictWriter(file, list(rows[0] | made), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(row | made for row in rows)
 
 
 if __name__ == "__main__":
