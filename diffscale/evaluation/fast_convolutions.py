@@ -26,7 +26,7 @@ class FastConv(nn.Module):
 def use_fast_convolutions(model: nn.Module) -> None:
     """Replaces the convolutions of a network for inference that FastConv can stand for, where it can run."""
     for name, conv in [*model.named_modules()]:
-        if isinstance(conv, nn.Conv2d) and FLOAT32.available and _stands_for(conv):
+        if isinstance(conv, nn.Conv2d) and _stands_for(conv) and FLOAT32.available:
             parent, _, last = name.rpartition(".")
             setattr(model.get_submodule(parent), last, FastConv(conv))
 

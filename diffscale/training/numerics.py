@@ -66,10 +66,17 @@ class Numerics:
         set_memory_format(model, self.channels_last)
         winograd.use_winograd(model, self.winograd)
         if self.compile:
-            for kernel in (norm_act.KERNEL, winograd.FLOAT32.name, winograd.BFLOAT16.name):
+            for kernel in self._kernels(next(model.parameters()).device):
                 native.available(kernel)  # answered before torch.compile asks
             model.compile()
         return model
+
+    def _kernels(self, device: torch.device) -> list[str]:
+        """The C++ sources that a model there may call."""
+        if device.type != "cpu":
+            return []
+        products = winograd.BFLOAT16 if self.precision == "bf16" else winograd.FLOAT32
+        return [norm_act.KERNEL, products.name] if self.winograd else [norm_act.KERNEL]
 
     def order(self, images: Tensor) -> Tensor:
         """(B, C, H, W) in the chosen memory order."""
