@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import pandas as pd
+import torch
 
 from benchmarks.peers import RECIPES
 from benchmarks.suite import SUITES, Suite, load_suite, suite_names
@@ -50,7 +51,7 @@ def budget(suite: Suite, experiments: list[Experiment]) -> pd.DataFrame:
     like = experiments[0]
     for peer in suite.peers:
         for width in peer.widths:
-            recipe = RECIPES[peer.name](width, like.data.resolution, like.train.flops or 0.0)
+            recipe = RECIPES[peer.name](width, like.data.resolution, like.train.flops or 0.0, torch.device("cpu"))
             rows.append(_row(suite, like, f"{peer.name}-{width}", 0, recipe.cost, 1, None))
     return pd.DataFrame(rows)
 

@@ -64,9 +64,15 @@ def run(peer: PeerRun) -> list[Record]:
     dataset = open_training_data(peer.like)
     folder = peer.run_folder(dataset.content_hash)
     torch.manual_seed(peer.like.train.seed)
-    recipe = RECIPES[peer.peer](peer.width, dataset.resolution, peer.flops)
+    recipe = RECIPES[peer.peer](peer.width, dataset.resolution, peer.flops, device_of(peer.like))
     images_seen, seconds = train(peer, recipe, dataset, Path(folder) / "peer.pt")
     return judge(peer, recipe, dataset, folder, images_seen, seconds)
+
+
+def device_of(like: Experiment) -> torch.device:
+    """Where our runs would train on this machine."""
+    wanted = like.train.gpu if like.train.gpu != "auto" else torch.cuda.is_available()
+    return torch.device("cuda" if wanted else "cpu")
 
 
 def train(peer: PeerRun, recipe: Recipe, dataset: Dataset, file: Path) -> tuple[int, float]:
@@ -95,7 +101,7 @@ def judge(
 ) -> list[Record]:
     """The same evaluation as our runs get at their end, features kept until it is complete."""
     e = peer.like
-    evaluator = Evaluator(e.eval, dataset, e.storage, heldout=dataset.heldout)
+    evaluator = Evaluator(e.eval, dataset, e.storage, heldout=dataset.heldout, device=recipe.device)
     evaluator.prepare()
     sampling = evaluator.sampling(build_solver(e), precision="fp32")
     evaluation = evaluator.evaluate(
@@ -123,7 +129,7 @@ def _columns(peer: PeerRun, recipe: Recipe, dataset: Dataset, images_seen: int, 
         "global_batch": recipe.batch, "precision": "fp32", "images_seen": images_seen,
         "epochs": images_seen / dataset.n, "endpoint": recipe.endpoint, "forward_macs": cost.forward_macs,
         "flops_per_image": cost.flops_per_image, "train_flops": cost.flops_per_image * images_seen,
-        "device_seconds": seconds, "device": device_name(torch.device("cpu")), "devices": 1, "energy_joules": None,
+        "device_seconds": seconds, "device": device_name(recipe.device), "devices": 1, "energy_joules": None,
         "cost": money(seconds, peer.like.train.price_per_device_hour), "train_loss": None, "val_loss": None,
         "val_loss_by_logsnr": None, "commit": commit, "dirty": dirty, "versions": versions(),
         "settings": {f"peer.{k}": v for k, v in settings.items()}, "evaluated_on": "training workers",
@@ -140,7 +146,7 @@ def _save(recipe: Recipe, file: Path, images_seen: int, seconds: float) -> None:
 def _load(recipe: Recipe, file: Path) -> tuple[int, float]:
     if not file.exists():
         return 0, 0.0
-    saved = torch.load(file, map_location="cpu", weights_only=True)
+    saved = torch.load(file, map_location=recipe.device, weights_only=True)
     for name, part in recipe.parts.items():
         part.load_state_dict(saved["parts"][name])
     return int(saved["images_seen"]), float(saved["seconds"])

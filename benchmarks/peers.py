@@ -53,9 +53,10 @@ class Recipe:
 
     step: one optimisation step on images (B,C,H,W) in [-1,1], gives its loss. parts: what has a state_dict, by name,
     for the checkpoint. averaged: the network whose samples are judged, as AtLogsnr. endpoint: what the learning rate
-    has come to at the end (a record's column).
+    has come to at the end (a record's column). device: where all of it is.
     """
 
+    device: torch.device
     batch: int
     flip: bool
     step: Callable[[Tensor], float]
@@ -80,7 +81,7 @@ def diffusers_network(width: int, side: int) -> nn.Module:
     )  # fmt: skip
 
 
-def diffusers_recipe(width: int, side: int, flops: float) -> Recipe:
+def diffusers_recipe(width: int, side: int, flops: float, device: torch.device) -> Recipe:
     """train_unconditional.py of diffusers' examples at its defaults and with the flags of its README's command
     (--use_ema --random_flip): batch 16, AdamW at 1e-4, cosine with 500 steps of warm-up, DDPM's linear betas, ε. Its
     network's six levels are kept and its width (128) is scaled."""
@@ -89,17 +90,19 @@ def diffusers_recipe(width: int, side: int, flops: float) -> Recipe:
     from diffusers.training_utils import EMAModel
 
     batch = 16
-    network = diffusers_network(width, side)
+    network = diffusers_network(width, side).to(device)
     cost = _cost(lambda: diffusers_network(width, side), side, lambda out: out.sample)
     noise: Any = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
     steps = max(1, round(flops / cost.flops_per_image / batch))
     rate = get_scheduler("cosine", optimizer=optimizer, num_warmup_steps=500, num_training_steps=steps)
     ema = EMAModel(network.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+    ema.to(device)
 
     def step(images: Tensor) -> float:
+        images = images.to(device)
         eps = torch.randn_like(images)
-        t = torch.randint(0, 1000, (len(images),))
+        t = torch.randint(0, 1000, (len(images),), device=device)
         noisy = noise.add_noise(images, eps, t)
         loss = F.mse_loss(network(noisy, t).sample, eps)
         loss.backward()
@@ -111,12 +114,12 @@ def diffusers_recipe(width: int, side: int, flops: float) -> Recipe:
         return loss.item()
 
     def averaged() -> nn.Module:
-        other = diffusers_network(width, side).eval()
+        other = diffusers_network(width, side).to(device).eval()
         ema.copy_to(other.parameters())
-        return AtLogsnr(other, noise.alphas_cumprod, lambda out: out.sample)
+        return AtLogsnr(other, noise.alphas_cumprod, lambda out: out.sample).to(device)
 
     return Recipe(
-        batch, True, step, {"network": network, "optimizer": optimizer, "rate": rate, "ema": ema}, averaged,
+        device, batch, True, step, {"network": network, "optimizer": optimizer, "rate": rate, "ema": ema}, averaged,
         create_diffusion(schedule={"name": "ddpm_linear"}, prediction="eps", weighting={"name": "uniform_eps"}),
         "ddpm_linear", "decayed", cost,
         {"width": width, "batch": batch, "lr": 1e-4, "lr_schedule": "cosine", "warmup_steps": 500},
@@ -129,20 +132,20 @@ def lucidrains_network(width: int) -> nn.Module:
     return Unet(dim=width, dim_mults=(1, 2, 4, 8), flash_attn=False)
 
 
-def lucidrains_recipe(width: int, side: int, flops: float) -> Recipe:
+def lucidrains_recipe(width: int, side: int, flops: float, device: torch.device) -> Recipe:
     """denoising-diffusion-pytorch's Trainer and GaussianDiffusion at their defaults: batch 16, Adam at 1e-4, sigmoid
     betas, v, average with decay .995 every 10 steps. Its README's network is kept and its width (64) is scaled."""
     from denoising_diffusion_pytorch import GaussianDiffusion
     from ema_pytorch import EMA
 
     batch = 16
-    process: Any = GaussianDiffusion(lucidrains_network(width), image_size=side)
+    process: Any = GaussianDiffusion(lucidrains_network(width), image_size=side).to(device)
     cost = _cost(lambda: lucidrains_network(width), side, lambda out: out)
     optimizer = torch.optim.Adam(process.parameters(), lr=1e-4, betas=(0.9, 0.99))
     ema: Any = EMA(process, beta=0.995, update_every=10)
 
     def step(images: Tensor) -> float:
-        loss = process((images + 1) / 2)  # it normalises [0, 1] itself
+        loss = process((images.to(device) + 1) / 2)  # it normalises [0, 1] itself
         loss.backward()
         torch.nn.utils.clip_grad_norm_(process.parameters(), 1.0)
         optimizer.step()
@@ -151,18 +154,18 @@ def lucidrains_recipe(width: int, side: int, flops: float) -> Recipe:
         return loss.item()
 
     def averaged() -> nn.Module:
-        other = lucidrains_network(width).eval()
+        other = lucidrains_network(width).to(device).eval()
         other.load_state_dict(ema.ema_model.model.state_dict())
-        return AtLogsnr(other, process.alphas_cumprod, lambda out: out)
+        return AtLogsnr(other, process.alphas_cumprod, lambda out: out).to(device)
 
     return Recipe(
-        batch, True, step, {"process": process, "optimizer": optimizer, "ema": ema}, averaged,
+        device, batch, True, step, {"process": process, "optimizer": optimizer, "ema": ema}, averaged,
         create_diffusion(schedule={"name": "sigmoid_gamma"}, prediction="v", weighting={"name": "uniform_v"}),
         "sigmoid_gamma", "constant", cost, {"width": width, "batch": batch, "lr": 1e-4, "lr_schedule": "constant"},
     )  # fmt: skip
 
 
-RECIPES: dict[str, Callable[[int, int, float], Recipe]] = {
+RECIPES: dict[str, Callable[[int, int, float, torch.device], Recipe]] = {
     "diffusers": diffusers_recipe,
     "denoising-diffusion-pytorch": lucidrains_recipe,
 }

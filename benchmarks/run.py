@@ -74,7 +74,7 @@ def run_suite(suite: Suite, gpu: bool, extra: dict, results: Path, dry_run: bool
     experiments = suite.experiments(gpu, extra)
     suite.make_data(experiments[0])
     hashes = [train.prepare(experiment)[0].content_hash for experiment in experiments]
-    units = units_of(suite, experiments, hashes)
+    units = units_of(suite, experiments, hashes, suite.gpu.ends if gpu else suite.ends)
     out = results / (f"{suite.name}-gpu" if gpu else suite.name)
     for unit in units:
         keep_records(unit.run_folder, out)  # of a run that was killed before it could
@@ -97,16 +97,16 @@ def run_suite(suite: Suite, gpu: bool, extra: dict, results: Path, dry_run: bool
             against_peers(committed(out)).to_csv(out / "peers.csv", index=False, lineterminator="\n")
 
 
-def units_of(suite: Suite, experiments: list[Experiment], hashes: list[str]) -> list[Unit]:
-    """Every run in order, then the peers, then one more evaluation of each run's end where the suite asks for one."""
+def units_of(suite: Suite, experiments: list[Experiment], hashes: list[str], ends: dict) -> list[Unit]:
+    """Every run in order, then the peers, then one more evaluation of each run's end, where there are `ends`."""
     runs = [_run_unit(e, h) for e, h in zip(experiments, hashes, strict=True)]
     peers = [
         _peer_unit(PeerRun(suite.name, peer.name, width, experiments[0]), hashes[0])
         for peer in suite.peers
         for width in peer.widths
     ]
-    ends = [_end_unit(e, h, suite.ends) for e, h in zip(experiments, hashes, strict=True) if suite.ends]
-    return runs + peers + ends
+    judged = [_end_unit(e, h, ends) for e, h in zip(experiments, hashes, strict=True) if ends]
+    return runs + peers + judged
 
 
 def _run_unit(experiment: Experiment, content_hash: str) -> Unit:

@@ -36,10 +36,11 @@ class SuitePeer(Part):
 
 
 class OnGpu(Part):
-    """How the suite grows on a GPU: `flops` times the compute, and settings over those of every run."""
+    """How the suite grows on a GPU: `flops` times the compute, settings over those of every run, and its own `ends`."""
 
     flops: float = Field(50, gt=0)
     settings: dict[str, Any] = {}
+    ends: dict[str, Any] = {}
 
 
 class Suite(Part):

@@ -22,6 +22,7 @@ from diffscale.evaluation.fuse import fuse_batch_norms
 from diffscale.evaluation.network import Network
 from diffscale.evaluation.resize import resize
 from diffscale.evaluation.weights import OFFLINE, Published, Source, State, given_file, load_weights, read_safetensors
+from diffscale.float32 import exact_float32
 
 DEFAULT_NETWORK = "efficientnet_lite0"
 LITE0_SIZE = 128
@@ -65,7 +66,8 @@ class Extractor:
                 group = torch.cat([group, group[-1:].expand(inner - n, -1, -1, -1)])
             x = group.to(self.device).float().expand(-1, 3, -1, -1)
             x = resize(x, self.size, self.filter_name).contiguous(memory_format=torch.channels_last)
-            with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
+            low = self.precision != torch.float32
+            with exact_float32(), torch.autocast(self.device.type, self.precision, enabled=low):
                 out = self.forward(x)
             for name in self.outputs:
                 parts[name].append(out[name][:n].float().cpu())

@@ -21,6 +21,7 @@ from diffscale.diffusion import Diffusion, Guidance, guided_nfe, keyed_noise, sa
 from diffscale.diffusion.solver_settings import SolverSettings
 from diffscale.errors import UserError
 from diffscale.evaluation.statistics import UNREADABLE
+from diffscale.float32 import exact_float32
 from diffscale.keyed_random import Stream
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ class ModelSource:
         training = self.model.training
         self.model.to(device).eval()
         low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(s.precision)
-        with torch.autocast(device.type, low, enabled=low is not None):
+        with exact_float32(), torch.autocast(device.type, low, enabled=low is not None):
             images = sample(
                 self.diffusion, self.model, noise, solver=s.solver, label=labels.to(device) if counts else None,
                 guidance=s.guidance, noise_fn=keyed_noise(s.seed, at, self.shape), callback=callback,

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffscale import native
+from diffscale.float32 import allow_tf32
 from diffscale.models import norm_act, winograd
 
 log = logging.getLogger(__name__)
@@ -62,7 +63,9 @@ class Numerics:
         return torch.autocast(torch.device(device).type, dtype=low)
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """The model set to compute so, and compiled if asked for, in place; the same object."""
+        """The model set to compute so, and compiled if asked for, in place; the same object. TF32 is a choice of the
+        whole process: that of the model prepared last."""
+        allow_tf32(self.precision == "tf32")
         set_memory_format(model, self.channels_last)
         winograd.use_winograd(model, self.winograd)
         if self.compile:

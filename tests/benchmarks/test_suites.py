@@ -57,11 +57,10 @@ def test_a_peer_that_was_killed_goes_on_to_the_same_weights(name: str, tmp_path:
     calm, rough = _peer(name, tmp_path / "calm"), _peer(name, tmp_path / "rough")
     values = [r.value for r in peer_run.run(calm)]
     images = peer_run.open_training_data(rough.like)
-    recipe = RECIPES[name](rough.width, images.resolution, rough.flops)
     short = peer_run.PeerRun(rough.suite, name, rough.width, _with_flops(rough.like, rough.flops / 2))
     file = Path(rough.run_folder(images.content_hash)) / "peer.pt"
     peer_run.torch.manual_seed(0)
-    recipe = RECIPES[name](rough.width, images.resolution, rough.flops)
+    recipe = RECIPES[name](rough.width, images.resolution, rough.flops, peer_run.device_of(rough.like))
     peer_run.train(short, recipe, images, file)
     assert [r.value for r in peer_run.run(rough)] == values
     assert len(read_records([rough.run_folder(images.content_hash)])) == len(values)

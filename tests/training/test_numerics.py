@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from diffscale.float32 import exact_float32
 from diffscale.models import create_model
 from diffscale.models.winograd import FLOAT32
 from diffscale.training import numerics
@@ -103,6 +104,16 @@ def test_a_model_without_convolutions_is_left_contiguous():
             return self.layer(x), None
 
     assert choose_numerics(Linear(), torch.randn(2, 3, 8, 8), "cpu", Wanted()).channels_last is False
+
+
+def test_float32_is_rounded_to_tf32_only_in_a_run_that_asks_for_it_and_never_inside_exact_float32(model):
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    for precision, allowed in (("tf32", True), ("fp32", False), ("bf16", False)):
+        Numerics(precision).prepare(model)
+        assert [backend.allow_tf32 for backend in backends] == [allowed, allowed]
+        with exact_float32():
+            assert [backend.allow_tf32 for backend in backends] == [False, False]
+        assert [backend.allow_tf32 for backend in backends] == [allowed, allowed]
 
 
 def test_prepare_and_order_put_weights_and_images_in_the_chosen_order(model):
