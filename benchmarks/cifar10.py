@@ -71,4 +71,5 @@ def build(folder: str) -> None:
     from diffscale.data.build import Settings
     from diffscale.data.build import build as build_dataset
 
-    build_dataset(Settings(source=str(fetch()), target=folder, resolutions=(32,), workers=0))
+    if not storage.exists(storage.join(folder, "manifest.json")):  # which is written last
+        build_dataset(Settings(source=str(fetch()), target=folder, resolutions=(32,), workers=0))

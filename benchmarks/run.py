@@ -7,6 +7,7 @@ copied there whenever a run ends or is stopped, and the suite's report is made a
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -49,13 +50,23 @@ def main(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the budget table and start nothing")] = False,
     gpu: Annotated[bool, typer.Option("--gpu", help="the suite at its GPU size: 50 times the compute")] = False,
     override: Annotated[list[str] | None, typer.Option("--set", help="key=value for every run")] = None,
+    only: Annotated[str, typer.Option(help="a regular expression: the units in whose names it is found")] = "",
     part: Annotated[str, typer.Option(help="I/N: every N-th unit from the I-th, for N processes or machines")] = "1/1",
     results: Annotated[Path, typer.Option(help="where records are committed")] = RESULTS,
 ) -> None:
     """Run suites of the benchmark, or go on with them. Exit code 143: stopped by SIGTERM, to be resumed."""
-    share = share_of(part)
+    share, wanted = share_of(part), pattern(only)
     for suite in map(load_suite, suites or suite_names()):
-        run_suite(suite, gpu, parse_overrides(override or []), results.resolve(), dry_run, share)
+        suite = suite.on_gpu() if gpu else suite
+        run_suite(suite, gpu, parse_overrides(override or []), results.resolve(), dry_run, share, wanted)
+
+
+def pattern(only: str) -> re.Pattern[str]:
+    """Raises UserError for what is no regular expression."""
+    try:
+        return re.compile(only)
+    except re.error as error:
+        raise UserError(setting="--only", value=only, expected=f"a regular expression ({error})") from None
 
 
 def share_of(part: str) -> slice:
@@ -66,7 +77,9 @@ def share_of(part: str) -> slice:
     return slice(int(first) - 1, None, int(step))
 
 
-def run_suite(suite: Suite, gpu: bool, extra: dict, results: Path, dry_run: bool, share: slice) -> None:
+def run_suite(
+    suite: Suite, gpu: bool, extra: dict, results: Path, dry_run: bool, share: slice, wanted: re.Pattern[str],
+) -> None:  # fmt: skip
     from diffscale import train
     from diffscale.report import write_report
 
@@ -74,7 +87,7 @@ def run_suite(suite: Suite, gpu: bool, extra: dict, results: Path, dry_run: bool
     experiments = suite.experiments(gpu, extra)
     suite.make_data(experiments[0])
     hashes = [train.prepare(experiment)[0].content_hash for experiment in experiments]
-    units = units_of(suite, experiments, hashes, suite.gpu.ends if gpu else suite.ends)
+    units = units_of(suite, experiments, hashes, wanted)
     out = results / (f"{suite.name}-gpu" if gpu else suite.name)
     for unit in units:
         keep_records(unit.run_folder, out)  # of a run that was killed before it could
@@ -97,16 +110,17 @@ def run_suite(suite: Suite, gpu: bool, extra: dict, results: Path, dry_run: bool
             against_peers(committed(out)).to_csv(out / "peers.csv", index=False, lineterminator="\n")
 
 
-def units_of(suite: Suite, experiments: list[Experiment], hashes: list[str], ends: dict) -> list[Unit]:
-    """Every run in order, then the peers, then one more evaluation of each run's end, where there are `ends`."""
+def units_of(suite: Suite, experiments: list[Experiment], hashes: list[str], wanted: re.Pattern[str]) -> list[Unit]:
+    """Every run in order, then the peers, then one more evaluation of each run's end where the suite asks for one; of
+    these the ones in whose names the pattern is found."""
     runs = [_run_unit(e, h) for e, h in zip(experiments, hashes, strict=True)]
     peers = [
         _peer_unit(PeerRun(suite.name, peer.name, width, experiments[0]), hashes[0])
         for peer in suite.peers
         for width in peer.widths
     ]
-    judged = [_end_unit(e, h, ends) for e, h in zip(experiments, hashes, strict=True) if ends]
-    return runs + peers + judged
+    ends = [_end_unit(e, h, suite.ends) for e, h in zip(experiments, hashes, strict=True) if suite.ends]
+    return [unit for unit in runs + peers + ends if wanted.search(unit.name)]
 
 
 def _run_unit(experiment: Experiment, content_hash: str) -> Unit:
@@ -143,13 +157,14 @@ def _peer_unit(peer: PeerRun, content_hash: str) -> Unit:
 
 
 def _end_unit(experiment: Experiment, content_hash: str, ends: dict) -> Unit:
-    from diffscale.evaluate import evaluate_run
+    from diffscale.evaluate import How, evaluate_run
 
     unit = _run_unit(experiment, content_hash)
     run_id, n = experiment.run_id(content_hash), int(ends["n_generated"])
 
     def go() -> bool:
-        evaluate_run(unit.run_folder, [f"eval.{key}={value}" for key, value in ends.items()])
+        how = How(precision="bf16" if experiment.train.precision == "bf16" else "fp32")  # as along the curve
+        evaluate_run(unit.run_folder, [f"eval.{key}={value}" for key, value in ends.items()], how)
         return True
 
     def done(records: list[Record]) -> bool:

@@ -36,11 +36,12 @@ class SuitePeer(Part):
 
 
 class OnGpu(Part):
-    """How the suite grows on a GPU: `flops` times the compute, settings over those of every run, and its own `ends`."""
+    """How the suite grows on a GPU: `flops` times the compute, settings over those of every run, other peers, ends."""
 
     flops: float = Field(50, gt=0)
     settings: dict[str, Any] = {}
-    ends: dict[str, Any] = {}
+    peers: list[SuitePeer] | None = Field(None, description="none: those of the suite")
+    ends: dict[str, Any] | None = Field(None, description="none: those of the suite")
 
 
 class Suite(Part):
@@ -53,6 +54,11 @@ class Suite(Part):
     peers: list[SuitePeer] = []
     ends: dict[str, Any] = Field({}, description="`eval` settings of one more evaluation at each run's end")
     gpu: OnGpu = OnGpu()
+
+    def on_gpu(self) -> Suite:
+        """With the peers and ends that it has there."""
+        own = {"peers": self.gpu.peers, "ends": self.gpu.ends}
+        return self.model_copy(update={name: value for name, value in own.items() if value is not None})
 
     def experiments(self, gpu: bool = False, extra: dict[str, Any] | None = None) -> list[Experiment]:
         """Every run, in the suite's order. extra: nested settings over all others."""

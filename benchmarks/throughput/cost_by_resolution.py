@@ -24,7 +24,7 @@ from benchmarks.throughput.pairs import RESULTS, write
 from benchmarks.throughput.stepper import Automatic, Stepper
 from diffscale.compute import count_cost
 from diffscale.models import PRESETS, create_model
-from diffscale.training.setting_up import use_threads
+from diffscale.training.setting_up import settle_process
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -45,7 +45,7 @@ def settings_at(backbone: str, side: int) -> dict[str, Any]:
 
 def measure(backbone: str, side: int, batch: int, device: str, threads: int, checkpointed: bool, results: Any) -> None:
     """Put (peak bytes above the idle network, median seconds of a step) on the queue; runs in a process of its own."""
-    use_threads(threads, torch.device("cpu"))
+    settle_process(threads, torch.device("cpu"))
 
     def build() -> torch.nn.Module:
         model: Any = create_model(f"{backbone}-tiny", **settings_at(backbone, side))

@@ -45,7 +45,7 @@ from diffscale.data.decode import encode
 from diffscale.data.manifest import Manifest, Shard, Split, rows_hash, write_manifest
 from diffscale.data.order import permutation
 from diffscale.data.shard import make_batch, write_shard
-from diffscale.training.setting_up import use_threads
+from diffscale.training.setting_up import settle_process
 
 BATCH = 256
 PAIRS = 15
@@ -361,7 +361,7 @@ def measure_shuffle(work: str) -> list[dict[str, Any]]:
 
 
 def main(parts: Annotated[list[str] | None, typer.Argument(help=", ".join(PARTS))] = None) -> None:
-    use_threads(int(os.environ.get("OMP_NUM_THREADS", "1")), torch.device("cpu"))  # as a training worker does
+    settle_process(int(os.environ.get("OMP_NUM_THREADS", "1")), torch.device("cpu"))  # as a training worker does
     measures: dict[str, Callable[[str], list[dict[str, Any]]]] = {
         "gather": measure_gather, "peers": measure_peers, "decode": measure_decode, "step": measure_step,
         "memory": measure_memory, "first": measure_first, "build": measure_build, "shuffle": measure_shuffle,

@@ -39,7 +39,7 @@ from diffscale.storage import write_bytes
 from diffscale.training.learner import Learner
 from diffscale.training.numerics import Numerics, choose_numerics
 from diffscale.training.parallel import World
-from diffscale.training.setting_up import use_threads
+from diffscale.training.setting_up import settle_process
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 PRESET = "quickstart-unet"
@@ -83,7 +83,7 @@ def make_learner(experiment: Experiment, numerics: Numerics, world: World | None
 def bare(experiment: Experiment, numerics: Numerics, threads: int, world: World | None = None) -> Callable[[int], None]:
     """A loop over the learner and nothing else; a call runs so many steps."""
     world = world or World()
-    use_threads(threads, torch.device("cpu"))
+    settle_process(threads, torch.device("cpu"))
     learner, dataset = make_learner(experiment, numerics, world)
     batch = experiment.train.global_batch
     batches = iter(Loader(dataset, seed=0, global_batch=batch, shard=world.share(batch), flip=True))

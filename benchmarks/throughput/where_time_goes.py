@@ -19,7 +19,7 @@ from benchmarks.throughput.pairs import write
 from benchmarks.throughput.stepper import Automatic, Stepper
 from diffscale.models import PRESETS, norm_act, winograd
 from diffscale.training.numerics import Numerics, settle_precision
-from diffscale.training.setting_up import use_threads
+from diffscale.training.setting_up import settle_process
 
 KINDS = {  # the first kind one of whose words is in the operation's name
     "convolution": ("conv", "cudnn", "winograd"),
@@ -75,7 +75,7 @@ def main(
     steps: Annotated[int, typer.Option(help="profiled steps")] = 3,
 ) -> None:
     """Profile both contenders of each race, and the tiny presets unless races are named."""
-    use_threads(threads, torch.device("cpu"))
+    settle_process(threads, torch.device("cpu"))
     seen(norm_act, "norm")
     seen(winograd.Kernels, "winograd")
     theirs = Numerics(settle_precision("auto", device))

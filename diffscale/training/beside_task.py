@@ -19,7 +19,7 @@ from diffscale.training.judging import Judge, judged
 from diffscale.training.monitor import EVALUATED, summary
 from diffscale.training.numerics import Numerics
 from diffscale.training.parallel import World
-from diffscale.training.setting_up import use_threads
+from diffscale.training.setting_up import settle_process
 
 CHECKPOINT_WAIT_SECONDS = 600.0
 
@@ -43,7 +43,7 @@ def _evaluate(channel: Channel, config: dict[str, Any], images_seen: int) -> dic
     if images_seen in judged(run_folder, experiment):  # a restart came past here before
         return {}
     device = torch.device("cuda" if config["gpu"] else "cpu")
-    use_threads(experiment.train.cpus_per_worker, device)
+    settle_process(experiment.train.cpus_per_worker, device)
     trained = load_trained(_complete(run_folder, images_seen), experiment.eval.ema, experiment)
     stored = json.loads(storage.read_bytes(storage.join(run_folder, "numerics.json")))
     judge = Judge(

@@ -34,7 +34,7 @@ from diffscale.training.monitor import PHASE, Listener, Monitor
 from diffscale.training.numerics import Numerics, set_memory_format
 from diffscale.training.parallel import World, shard
 from diffscale.training.plan import make_plan
-from diffscale.training.setting_up import Cost, settle_numerics, use_threads
+from diffscale.training.setting_up import Cost, settle_numerics, settle_process
 from diffscale.training.stops import SIGNAL, STOPPED, Stops
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class Session:
         self.listener, self.should_stop = listener, should_stop
         self.stops = Stops(asked, experiment.train.wall_seconds)
         self.phase("loading")
-        use_threads(experiment.train.cpus_per_worker, world.device)
+        settle_process(experiment.train.cpus_per_worker, world.device)
         self.watchdog = Watchdog(run_folder, world.rank)
         self.plan = make_plan(experiment, cost.flops_per_image)
         self.dataset = open_training_data(experiment)

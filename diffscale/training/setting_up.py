@@ -19,16 +19,20 @@ from diffscale.training.numerics import choose_numerics
 from diffscale.training.parallel import World, passes
 from diffscale.training.plan import Plan
 
-__all__ = ["Cost", "settle_numerics", "use_threads"]
+__all__ = ["Cost", "settle_numerics", "settle_process"]
 
 log = logging.getLogger(__name__)
 
 
-def use_threads(count: int, device: torch.device) -> None:
-    """On the CPU: a fixed number of threads, since sums depend on it, and freed memory kept for the next tensors."""
+def settle_process(threads: int, device: torch.device) -> None:
+    """What holds for a worker's whole process: a fixed number of threads, since sums depend on it and other workers
+    have the other cores; on the CPU, freed memory kept for the next tensors; on a GPU, convolutions whose gradients
+    are summed in a fixed order, so that a resumed run is bit-identical there too."""
+    torch.set_num_threads(threads)
     if device.type == "cpu":
-        torch.set_num_threads(count)
         keep_freed_memory()
+    else:
+        torch.backends.cudnn.deterministic = True
 
 
 def settle_numerics(
