@@ -91,6 +91,7 @@ def train(peer: PeerRun, recipe: Recipe, dataset: Dataset, file: Path) -> tuple[
             seconds, mark = seconds + now - mark, now
             if now - saved > SAVE_SECONDS:
                 _save(recipe, file, images_seen, seconds)
+                print(f"{peer.name}: {images_seen:,} images, {seconds:.0f} s", flush=True)
                 saved = mark = time.monotonic()
     _save(recipe, file, images_seen, seconds)
     return images_seen, seconds

@@ -9,27 +9,31 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from diffscale.evaluation.device import there
+from diffscale.float32 import exact_float32
+
 QUERIES, CORPUS = 1024, 8192
 
 
 def _blocks(x: NDArray, rows: int):
     for first in range(0, len(x), rows):
-        yield first, torch.from_numpy(np.ascontiguousarray(x[first : first + rows], dtype=np.float32))
+        yield first, there(np.asarray(x[first : first + rows], dtype=np.float32))
 
 
+@exact_float32()
 def nearest(queries: NDArray, corpus: NDArray, k: int = 1) -> tuple[NDArray, NDArray]:
     """Euclidean distances (n,k), ascending, of each query to its k nearest rows of the corpus, and those rows (n,k)."""
     distances, rows = [], []
     for _, q in _blocks(queries, QUERIES):
-        best_d = torch.empty(len(q), 0)
-        best_i = torch.empty(len(q), 0, dtype=torch.long)
+        best_d = q.new_empty(len(q), 0)
+        best_i = q.new_empty(len(q), 0, dtype=torch.long)
         for first, c in _blocks(corpus, CORPUS):
             d, i = torch.cdist(q, c).topk(min(k, len(c)), largest=False)
             best_d, best_i = torch.cat([best_d, d], 1), torch.cat([best_i, i + first], 1)
             best_d, order = best_d.topk(min(k, best_d.shape[1]), largest=False)
             best_i = best_i.gather(1, order)
-        distances.append(best_d.numpy())
-        rows.append(best_i.numpy())
+        distances.append(best_d.cpu().numpy())
+        rows.append(best_i.cpu().numpy())
     return np.concatenate(distances), np.concatenate(rows)
 
 
@@ -53,6 +57,7 @@ class Neighbourhood:
         return 2 * self.precision * self.recall / max(1e-5, self.precision + self.recall)
 
 
+@exact_float32()
 def neighbourhood(generated: NDArray, reference: NDArray, *, k: int = 3, k_density: int = 5) -> Neighbourhood:
     """Precision and recall (Kynkäänniemi et al. 2019) with k = 3, density and coverage (Naeem et al. 2020) with 5.
 
@@ -64,9 +69,7 @@ def neighbourhood(generated: NDArray, reference: NDArray, *, k: int = 3, k_densi
         raise ValueError(f"precision and recall need more than {k_density} samples on each side")
     ball, ball_density = radii(reference, k), radii(reference, k_density)
     own_ball = radii(generated, k)
-    inside = torch.zeros(len(generated), dtype=torch.bool)
-    recalled = torch.zeros(len(reference), dtype=torch.bool)
-    covered = torch.zeros(len(reference), dtype=torch.bool)
+    inside, recalled, covered = (there(np.zeros(n, bool)) for n in (len(generated), len(reference), len(reference)))
     count = 0
     for g, x in _blocks(generated, QUERIES):
         for r, y in _blocks(reference, CORPUS):
@@ -85,7 +88,7 @@ def neighbourhood(generated: NDArray, reference: NDArray, *, k: int = 3, k_densi
 
 
 def _rows(values: NDArray, first: int, block: Tensor) -> Tensor:
-    return torch.from_numpy(values[first : first + len(block)])
+    return there(values[first : first + len(block)])
 
 
 USUAL = 0.01

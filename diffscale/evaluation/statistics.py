@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffscale.errors import UserError
+from diffscale.evaluation.device import there
 
 Float64 = NDArray[np.float64]
 # What numpy and zipfile raise for damaged archives; RuntimeError: encrypted, NotImplementedError: unknown compression.
@@ -45,7 +46,8 @@ class Moments:
             return cls.empty(x.shape[1])
         mean = x.mean(axis=0)
         centred = x - mean
-        return cls(len(x), mean, centred.T @ centred)
+        on_device = there(centred)
+        return cls(len(x), mean, (on_device.T @ on_device).cpu().numpy())
 
     def merge(self, other: Moments) -> Moments:
         """Moments of both sets of samples together."""
