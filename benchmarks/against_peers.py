@@ -7,9 +7,9 @@ from collections.abc import Iterable
 import pandas as pd
 
 from benchmarks.peers import RECIPES
-from diffscale.records import GROUP, Record
+from diffscale.records import Record
 from diffscale.report.aggregate import aggregate
-from diffscale.report.facets import comparable, to_rows
+from diffscale.report.facets import comparable, groups, to_rows
 from diffscale.report.frontier import first_reach, is_on_frontier
 
 COLUMNS = [
@@ -27,7 +27,7 @@ def against_peers(records: Iterable[Record]) -> pd.DataFrame:
     rows = comparable(to_rows(records))
     if rows.empty:
         return pd.DataFrame(columns=COLUMNS)
-    rows = rows.assign(group=rows.groupby(GROUP, sort=True).ngroup())
+    rows = rows.assign(group=groups(rows))
     found = []
     for _, part in rows.groupby("group", sort=True):
         points = aggregate(part)

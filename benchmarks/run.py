@@ -81,7 +81,6 @@ def run_suite(
     suite: Suite, gpu: bool, extra: dict, results: Path, dry_run: bool, share: slice, wanted: re.Pattern[str],
 ) -> None:  # fmt: skip
     from diffscale import train
-    from diffscale.report import write_report
 
     console = Console()
     experiments = suite.experiments(gpu, extra)
@@ -94,9 +93,10 @@ def run_suite(
     show(console, suite, budget(suite, experiments), {u.name: u.done(committed(out)) for u in units})
     if dry_run:
         return
-    for unit in units[share]:
-        if unit.done(committed(out)):
-            continue
+    left = [unit for unit in units[share] if not unit.done(committed(out))]
+    if not left:  # records may have been put there from several machines
+        tabulate(suite, out)
+    for unit in left:
         console.rule(unit.name, align="left")
         try:
             finished = unit.go()
@@ -105,9 +105,7 @@ def run_suite(
         if not finished:
             console.print("stopped; the same command resumes")
             raise typer.Exit(STOPPED)
-        write_report([str(out)], out, title=f"diffscale: {suite.name}")
-        if suite.peers:
-            against_peers(committed(out)).to_csv(out / "peers.csv", index=False, lineterminator="\n")
+        tabulate(suite, out)
 
 
 def units_of(suite: Suite, experiments: list[Experiment], hashes: list[str], wanted: re.Pattern[str]) -> list[Unit]:
@@ -192,6 +190,15 @@ def keep_records(run_folder: str, out: Path) -> None:
         shutil.rmtree(samples, ignore_errors=True)
         samples.mkdir(parents=True)
         (samples / Path(grids[-1]).name).write_bytes(storage.read_bytes(grids[-1]))
+
+
+def tabulate(suite: Suite, out: Path) -> None:
+    """The suite's tables, plots and page, from all its records."""
+    from diffscale.report import write_report
+
+    write_report([str(out)], out, title=f"diffscale: {suite.name}")
+    if suite.peers:
+        against_peers(committed(out)).to_csv(out / "peers.csv", index=False, lineterminator="\n")
 
 
 def show(console: Console, suite: Suite, table: pd.DataFrame, done: dict[str, bool]) -> None:

@@ -33,6 +33,7 @@ _NOT_RECIPE = re.compile(
     r"|max_failures|nonfinite_limit|checkpoint\..*|log_every_images|trackers|price_per_device_hour"
     r"|compile|channels_last|activation_checkpointing))"
 )
+_PRECISION = re.compile(r'"precision":"\w+"')
 _LENGTH = re.compile(r"optim\.decay_images")
 _HIGHER_IS_BETTER = re.compile(r"precision|recall|density|coverage|inception_score|isc|is$")
 _DISTANCE = re.compile(r"fid$|fd_|fid_")
@@ -69,10 +70,17 @@ def to_rows(records: Iterable[Record]) -> pd.DataFrame:
         return rows.assign(facet=[], recipe=[], recipe_label=[])
     for name in NUMBERS:
         rows[name] = pd.to_numeric(rows[name], errors="coerce").astype(float)
-    rows["facet"] = [identify(**dict(zip(FACET, key, strict=True)))[:8] for key in rows[FACET].itertuples(index=False)]
+    rows["facet"] = groups(rows, FACET)
     rows["recipe"] = recipe_ids(rows)
     rows["recipe_label"] = rows["recipe"].map(_labels(rows))
     return rows
+
+
+def groups(rows: pd.DataFrame, columns: list[str] = GROUP) -> list[str]:
+    """Of each row, a hash of what its value may be compared with. A sampler's rounding is not part of that: a group is
+    one solver and its steps (DECISIONS 1), so bf16 samples of one network stand beside float32 samples of another."""
+    keys = rows[columns].assign(sampler=rows["sampler"].str.replace(_PRECISION, '"precision":"fp32"', regex=True))
+    return [identify(**dict(zip(columns, key, strict=True)))[:8] for key in keys.itertuples(index=False)]
 
 
 def recipe_ids(rows: pd.DataFrame, only: set[str] | None = None) -> list[str]:

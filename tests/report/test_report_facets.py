@@ -21,6 +21,13 @@ def test_records_that_differ_in_any_group_column_or_endpoint_are_in_different_fa
     assert to_rows([base, changed])["facet"].nunique() == 2
 
 
+def test_bf16_and_float32_samples_of_one_solver_are_in_one_facet() -> None:
+    sampler = '{"precision":"%s","solver":{"name":"heun","steps":18}}'
+    rows = to_rows([make_record(sampler=sampler % precision) for precision in ("bf16", "fp32")])
+    assert rows["facet"].nunique() == 1
+    assert list(rows["sampler"]) == [sampler % "bf16", sampler % "fp32"]
+
+
 @pytest.mark.parametrize(
     "setting",
     [("train.seed", 7), ("train.workers", 4), ("train.micro_batch", 8), ("storage", "/elsewhere"), ("name", "again"),
