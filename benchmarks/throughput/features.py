@@ -1,12 +1,13 @@
 """Inception features against torch-fidelity's own extraction: `python -m benchmarks.throughput.features`.
 
 The same CIFAR-10 images: torch-fidelity reads them as it does in its command (PNG files through its DataLoader), ours
-come from an Arrow dataset. Also: what bfloat16 would do to the FID of the check value.
+come from an Arrow dataset. Also: what bfloat16, and TF32 in the convolutions, would do to the FID of the check value.
 """
 
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 import typer
 from PIL import Image
+from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.utils import get_featuresdict_from_dataset, prepare_input_from_id
 
@@ -23,6 +25,7 @@ from diffscale.data import Dataset, open_dataset
 from diffscale.evaluation import inception
 from diffscale.evaluation.distances import Root, frechet_of_features
 from diffscale.evaluation.features import Extractor, create_extractor
+from diffscale.evaluation.fuse import fuse_batch_norms
 from diffscale.evaluation.keeping import Keeper
 from diffscale.evaluation.sources import DatasetSource
 from diffscale.evaluation.statistics import moments_of
@@ -60,6 +63,25 @@ def extract(extractor: Extractor, dataset: Dataset) -> np.ndarray:
     return extractor(images)["features"].numpy()
 
 
+def as_tf32(x: Tensor) -> Tensor:
+    """float32 rounded to the ten bits of mantissa that a GPU's TF32 convolutions read."""
+    bits = x.contiguous().view(torch.int32)
+    rounded = (bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF
+    return rounded.view(torch.float32).to(memory_format=torch.channels_last)
+
+
+def tf32_extractor() -> Extractor:
+    """With both operands of every convolution rounded so."""
+    network = inception.Inception()
+    network.load(load_weights(inception.PUBLISHED))
+    fuse_batch_norms(network.eval().requires_grad_(False), torch.zeros(1, 3, inception.SIZE, inception.SIZE))
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            module.weight.data = as_tf32(module.weight)
+            module.register_forward_pre_hook(lambda _, inputs: (as_tf32(inputs[0]),))
+    return replace(create_extractor("inception"), forward=network)
+
+
 def main(
     images: Annotated[int, typer.Option(help="images in one call")] = 32,
     pairs: Annotated[int, typer.Option(help="alternating pairs")] = 15,
@@ -89,11 +111,11 @@ def main(
             others = arrow(check_images(False), place / "test")
             all_train = arrow(train, place / "train")
             rows = []
-            for precision in (torch.float32, torch.bfloat16):
-                extractor.precision = precision
-                a, b = extract(extractor, all_train), extract(extractor, others)
+            low = replace(extractor, precision=torch.bfloat16)
+            for precision, using in (("fp32", extractor), ("tf32", tf32_extractor()), ("bf16", low)):
+                a, b = extract(using, all_train), extract(using, others)
                 value = frechet_of_features(a, Root.of(moments_of(b)))
-                rows.append({"precision": str(precision), "fid": value, "moved": value - CHECK_VALUE})
+                rows.append({"convolutions": precision, "fid": value, "moved": value - CHECK_VALUE})
             print(rows, write("features_precision", rows))
 
 
