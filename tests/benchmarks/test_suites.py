@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import budget, peer_run
 from benchmarks.peers import RECIPES
-from benchmarks.run import share_of
+from benchmarks.run import pattern, share_of, units_of
 from benchmarks.suite import load_suite, suite_names
 from diffscale.errors import UserError
 from diffscale.records import read_records
@@ -43,6 +43,21 @@ def test_the_cifar10_suite_asks_for_the_samples_that_were_decided() -> None:
     grown = suite.experiments(gpu=True)[0]
     assert grown.train.flops == 50 * experiment.train.flops
     assert grown.eval.n_generated == 50_000
+    assert suite.on_gpu().ends["n_generated"] == 50_000
+
+
+def test_units_are_chosen_by_name_for_several_machines_or_a_short_time() -> None:
+    suite = load_suite("cifar10").on_gpu()
+    experiments = suite.experiments(gpu=True)
+
+    def names(only: str) -> list[str]:
+        return [unit.name for unit in units_of(suite, experiments, ["0"] * len(experiments), pattern(only))]
+
+    assert names("dit seed 0") == ["cifar10-dit seed 0", "cifar10-dit seed 0, n = 50,000"]
+    assert names("diffusers") == [f"cifar10-diffusers-{width}" for width in (64, 32, 128)]
+    assert len(names("")) == 2 * len(experiments) + 6
+    with pytest.raises(UserError, match="--only"):
+        pattern("seed (")
 
 
 def test_an_unknown_suite_names_the_nearest() -> None:
