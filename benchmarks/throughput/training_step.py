@@ -52,7 +52,6 @@ def worker(pipe: Any, race: str, side: str, setup: Setup, mode: Numerics | None)
     if side == "ours" and setup.device == "cpu":
         keep_freed_memory()  # as a run does
     if setup.device == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
     entry, asked = RACES[race], Automatic(compile="auto" if setup.compiled is None else setup.compiled)
     build = entry.ours if side == "ours" else entry.theirs

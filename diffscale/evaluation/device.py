@@ -1,6 +1,7 @@
 """Where products and eigenvalues behind the distances are computed: a GPU that this process sees, else the CPU.
 
-At 2048 dimensions 50,000 samples take minutes of a few processor cores beside seconds of the GPU that made them.
+FID with its interval, KID and one more distance of 5,000 samples take two processor cores half a minute, beside the
+second in which a GPU makes the samples.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 def settle_process(threads: int, device: torch.device) -> None:
     """What holds for a worker's whole process: a fixed number of threads, since sums depend on it and other workers
     have the other cores; on the CPU, freed memory kept for the next tensors; on a GPU, convolutions whose gradients
-    are summed in a fixed order, so that a resumed run is bit-identical there too."""
+    are summed in a fixed order, so that the same steps give the same weights there too."""
     torch.set_num_threads(threads)
     if device.type == "cpu":
         keep_freed_memory()
