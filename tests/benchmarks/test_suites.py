@@ -47,15 +47,15 @@ def test_the_cifar10_suite_asks_for_the_samples_that_were_decided() -> None:
 
 
 def test_units_are_chosen_by_name_for_several_machines_or_a_short_time() -> None:
-    suite = load_suite("cifar10").on_gpu()
+    suite = load_suite("cifar10").on_gpu().model_copy(update={"peers": []})  # whose packages are an optional extra
     experiments = suite.experiments(gpu=True)
 
     def names(only: str) -> list[str]:
         return [unit.name for unit in units_of(suite, experiments, ["0"] * len(experiments), pattern(only))]
 
     assert names("dit seed 0") == ["cifar10-dit seed 0", "cifar10-dit seed 0, n = 50,000"]
-    assert names("diffusers") == [f"cifar10-diffusers-{width}" for width in (64, 32, 128)]
-    assert len(names("")) == 2 * len(experiments) + 6
+    assert names("seed 0$") == [f"cifar10-{backbone} seed 0" for backbone in ("unet", "uvit", "rin", "dit")]
+    assert len(names("")) == 2 * len(experiments)
     with pytest.raises(UserError, match="--only"):
         pattern("seed (")
 
