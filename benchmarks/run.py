@@ -90,13 +90,16 @@ def run_suite(
     out = results / (f"{suite.name}-gpu" if gpu else suite.name)
     for unit in units:
         keep_records(unit.run_folder, out)  # of a run that was killed before it could
-    show(console, suite, budget(suite, experiments), {u.name: u.done(committed(out)) for u in units})
+    records = committed(out)
+    done = {unit.name: unit.done(records) for unit in units}
+    show(console, suite, budget(suite, experiments), done)
     if dry_run:
         return
-    left = [unit for unit in units[share] if not unit.done(committed(out))]
-    if not left:  # records may have been put there from several machines
+    if all(done[unit.name] for unit in units[share]):  # records may have been put there from several machines
         tabulate(suite, out)
-    for unit in left:
+    for unit in units[share]:
+        if unit.done(committed(out)):
+            continue
         console.rule(unit.name, align="left")
         try:
             finished = unit.go()
