@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import pandas as pd
-import torch
 
-from benchmarks.peers import RECIPES
+from benchmarks.peers import COSTS
 from benchmarks.suite import SUITES, Suite, load_suite, suite_names
 from diffscale.build import build_model, build_solver
 from diffscale.compute import Cost, count_cost
@@ -51,8 +50,8 @@ def budget(suite: Suite, experiments: list[Experiment]) -> pd.DataFrame:
     like = experiments[0]
     for peer in suite.peers:
         for width in peer.widths:
-            recipe = RECIPES[peer.name](width, like.data.resolution, like.train.flops or 0.0, torch.device("cpu"))
-            rows.append(_row(suite, like, f"{peer.name}-{width}", 0, recipe.cost, 1, None))
+            cost = COSTS[peer.name](width, like.data.resolution)
+            rows.append(_row(suite, like, f"{peer.name}-{width}", 0, cost, 1, None))
     return pd.DataFrame(rows)
 
 

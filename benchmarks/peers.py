@@ -81,6 +81,10 @@ def diffusers_network(width: int, side: int) -> nn.Module:
     )  # fmt: skip
 
 
+def diffusers_cost(width: int, side: int) -> Cost:
+    return _cost(lambda: diffusers_network(width, side), side, lambda out: out.sample)
+
+
 def diffusers_recipe(width: int, side: int, flops: float, device: torch.device) -> Recipe:
     """train_unconditional.py of diffusers' examples at its defaults and with the flags of its README's command
     (--use_ema --random_flip): batch 16, AdamW at 1e-4, cosine with 500 steps of warm-up, DDPM's linear betas, ε. Its
@@ -91,7 +95,7 @@ def diffusers_recipe(width: int, side: int, flops: float, device: torch.device) 
 
     batch = 16
     network = diffusers_network(width, side).to(device)
-    cost = _cost(lambda: diffusers_network(width, side), side, lambda out: out.sample)
+    cost = diffusers_cost(width, side)
     noise: Any = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
     steps = max(1, round(flops / cost.flops_per_image / batch))
@@ -132,6 +136,10 @@ def lucidrains_network(width: int) -> nn.Module:
     return Unet(dim=width, dim_mults=(1, 2, 4, 8), flash_attn=False)
 
 
+def lucidrains_cost(width: int, side: int) -> Cost:
+    return _cost(lambda: lucidrains_network(width), side, lambda out: out)
+
+
 def lucidrains_recipe(width: int, side: int, flops: float, device: torch.device) -> Recipe:
     """denoising-diffusion-pytorch's Trainer and GaussianDiffusion at their defaults: batch 16, Adam at 1e-4, sigmoid
     betas, v, average with decay .995 every 10 steps. Its README's network is kept and its width (64) is scaled."""
@@ -140,7 +148,7 @@ def lucidrains_recipe(width: int, side: int, flops: float, device: torch.device)
 
     batch = 16
     process: Any = GaussianDiffusion(lucidrains_network(width), image_size=side).to(device)
-    cost = _cost(lambda: lucidrains_network(width), side, lambda out: out)
+    cost = lucidrains_cost(width, side)
     optimizer = torch.optim.Adam(process.parameters(), lr=1e-4, betas=(0.9, 0.99))
     ema: Any = EMA(process, beta=0.995, update_every=10)
 
@@ -168,6 +176,10 @@ def lucidrains_recipe(width: int, side: int, flops: float, device: torch.device)
 RECIPES: dict[str, Callable[[int, int, float, torch.device], Recipe]] = {
     "diffusers": diffusers_recipe,
     "denoising-diffusion-pytorch": lucidrains_recipe,
+}
+COSTS: dict[str, Callable[[int, int], Cost]] = {
+    "diffusers": diffusers_cost,
+    "denoising-diffusion-pytorch": lucidrains_cost,
 }
 
 

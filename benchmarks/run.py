@@ -87,6 +87,8 @@ def run_suite(
     suite.make_data(experiments[0])
     hashes = [train.prepare(experiment)[0].content_hash for experiment in experiments]
     units = units_of(suite, experiments, hashes, wanted)
+    if not units:
+        raise UserError(setting="--only", value=wanted.pattern, expected=f"what a unit of {suite.name} is called by")
     out = results / (f"{suite.name}-gpu" if gpu else suite.name)
     for unit in units:
         keep_records(unit.run_folder, out)  # of a run that was killed before it could
