@@ -1,10 +1,12 @@
-"""`python -m benchmarks.killed_runs [SEED ...]`: runs killed at random moments end with the weights of a calm one.
+"""`python -m benchmarks.killed_runs [CASE ...]`: runs killed at random moments end as a calm run does.
 
-Each seed is one training run of a small UNet on two of three one-CPU Ray nodes of this machine. Five times (`--kills`),
-at a random step and a random part of a second after it, SIGKILL goes to a worker, to the command that trains, or to all
-processes of a node. A killed command is given again, a lost node is replaced by a new one. At the end the weights,
-averages and optimizer state are compared, as files, with those of an uninterrupted run. A row per kill goes to
-benchmarks/results/killed_runs.csv; a seed that is run again replaces its rows.
+Each case is one training run on two of three one-CPU Ray nodes of this machine: the quickstart's UNet as it is by
+default, then small networks of every backbone, over precisions, memory formats, convolution algorithms, compilation,
+optimizers, DDP and FSDP2. At random steps and a random part of a second after them, SIGKILL goes to a worker, to the
+command that trains, or to all processes of a node. A killed command is given again, a lost node is replaced by a new
+one. At the end the weights, averages and optimizer state are compared, as files, with those of an uninterrupted run,
+and the loss history row by row. A row per kill goes to benchmarks/results/killed_runs.csv; a case that is run again
+replaces its rows.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
-from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,6 +30,8 @@ import psutil
 import typer
 
 from benchmarks.throughput.pairs import made_by
+from diffscale.cli import valid
+from diffscale.errors import UserError
 from diffscale.training import checkpoint as ck
 from diffscale.training.history import read_history
 
@@ -36,22 +39,75 @@ if TYPE_CHECKING:
     from ray.cluster_utils import Cluster
 
 RESULTS = Path(__file__).parent / "results" / "killed_runs.csv"
-BATCH, STEPS, CHECKPOINT_STEPS = 12, 600, 40
 KINDS = ("worker", "command", "node")
-LIMIT = 300.0  # seconds for anything that is waited for
+LIMIT = 400.0  # seconds for anything that is waited for
 DYING = 5.0  # seconds in which workers of a killed command or node may still make steps; no recovery is as fast
-SETTINGS = [
-    "data.resolution=8", "model.model_channels=16", "model.channel_mult=[1,2]", "model.num_blocks=1",
-    "model.attn_resolutions=[4]", "eval.n_generated=0", "train.trackers=[]", "train.compile=false",
-    "train.channels_last=false", "train.precision=fp32", "train.workers=2", "train.gpu=false", "train.max_failures=-1",
-    "train.ema.power=[0.05,0.10]", f"train.global_batch={BATCH}", "train.flops=null", f"train.images={BATCH * STEPS}",
-    f"train.log_every_images={BATCH}", f"train.checkpoint.every_images={BATCH * CHECKPOINT_STEPS}",
-]  # fmt: skip
+VARYING = {"time", "images_per_second", "mfu", "data_stall", "memory_bytes", "device_seconds", "cost"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run to be killed `kills` times: a preset with dotted settings over it."""
+
+    kills: int
+    settings: tuple[str, ...] = ()
+    preset: str = "quickstart-unet"
+    batch: int = 32
+    steps: int = 100
+    checkpoint_steps: int = 25
+
+    @property
+    def command(self) -> list[str]:
+        return [
+            sys.executable, "-m", "diffscale.train", self.preset, "eval.n_generated=0", "train.trackers=[]",
+            "train.gpu=false", "train.max_failures=-1", "train.flops=null", f"train.images={self.batch * self.steps}",
+            f"train.checkpoint.every_images={self.batch * self.checkpoint_steps}",
+            f"train.log_every_images={self.batch}", *self.settings,
+        ]  # fmt: skip
+
+
+def small(kills: int, model: str, *settings: str) -> Case:
+    """A network of tens of thousands of weights on 8-pixel images, with two averages for post-hoc EMA."""
+    of_all = "data.resolution=8", "train.global_batch=12", "train.ema.power=[0.05,0.10]", *NETWORKS[model]
+    return Case(kills, (*of_all, *settings), batch=12, steps=240, checkpoint_steps=20)
+
+
+NETWORKS = {
+    "unet": ("model.model_channels=16", "model.attn_resolutions=[4]", "model.channels_per_head=16"),
+    "edm2": ("model={name: edm2, model_channels: 16, channel_mult: [1, 2], num_blocks: 1, channels_per_head: 16}",),
+    "uvit": ("model={name: uvit, conv_widths: [16], conv_blocks: 1, width: 32, depth: 2, num_heads: 2}",),
+    "rin": ("model={name: rin, patch_size: 2, interface_width: 32, latents: 8, latent_width: 32, latent_heads: 2, "
+            "rw_heads: 2, num_blocks: 1, layers: 1}",),
+    "dit": ("model={name: dit, patch_size: 2, width: 32, depth: 2, num_heads: 2}",),
+    "jit": ("model={name: jit, patch_size: 2, bottleneck: 16, width: 32, depth: 2, num_heads: 2, context_start: 1}",),
+    "hdit": ("model={name: hdit, patch_size: 1, widths: [32, 64], depths: [1, 1], global_levels: 1}",),
+}  # fmt: skip
+CASES = {
+    "defaults": Case(3),
+    "defaults-one-worker": Case(2, ("train.workers=1",)),
+    "fp32-contiguous": Case(1, ("train.precision=fp32", "train.channels_last=false")),
+    "fp32-channels-last": Case(1, ("train.precision=fp32", "train.channels_last=true")),
+    "fp32-winograd": small(1, "unet", "train.precision=fp32", "train.channels_last=true", "train.winograd=true"),
+    "bf16-contiguous": small(1, "unet", "train.precision=bf16", "train.channels_last=false"),
+    "bf16-channels-last": small(2, "unet", "train.precision=bf16", "train.channels_last=true"),
+    "lamb": small(1, "unet", "optim.name=lamb"),
+    "muon": small(1, "unet", "optim.name=muon"),
+    "fsdp2": small(1, "unet", "train.parallel=fsdp2"),
+    "fsdp2-lamb": small(1, "rin", "train.parallel=fsdp2", "optim.name=lamb"),
+    "unet-compiled": small(1, "unet", "train.compile=true"),
+    "dit-compiled": small(1, "dit", "train.compile=true"),
+    "edm2": small(1, "edm2"),
+    "uvit": small(1, "uvit"),
+    "rin": small(1, "rin"),
+    "jit": small(1, "jit"),
+    "hdit": small(1, "hdit"),
+}
 
 
 @dataclass(frozen=True)
 class Row:
-    seed: int
+    case: str
+    settings: str  # of the case, over those that all cases share
     kill: int  # of this run, from 1
     killed: str  # worker, command or node
     at_images: int  # seen when it happened
@@ -63,12 +119,11 @@ class Row:
 class Run:
     """`python -m diffscale.train` on the cluster, given again when it was killed."""
 
-    def __init__(self, address: str, storage: Path, name: str) -> None:
-        self.storage, self.name, self.log = storage, name, storage / f"{name}.log"
+    def __init__(self, address: str, storage: Path, name: str, case: Case) -> None:
+        self.storage, self.name, self.case = storage, name, case
+        self.log = storage / f"{name}.log"
         self.environment = {**os.environ, "RAY_ADDRESS": address, "OMP_NUM_THREADS": "1"}
-        self.command = [
-            sys.executable, "-m", "diffscale.train", "quickstart-unet", f"storage={storage}", f"name={name}", *SETTINGS
-        ]  # fmt: skip
+        self.command = [*case.command, f"storage={storage}", f"name={name}"]
         self.start()
 
     def start(self) -> None:
@@ -101,8 +156,12 @@ class Run:
 
     def tensors(self) -> dict[str, bytes]:
         """Every tensor file of the last checkpoint."""
-        last = Path(ck.folder_of(str(self.folder), BATCH * STEPS))
+        last = Path(ck.folder_of(str(self.folder), self.case.batch * self.case.steps))
         return {str(path.relative_to(last)): path.read_bytes() for path in sorted(last.rglob("*.safetensors"))}
+
+    def history(self) -> list[dict[str, Any]]:
+        """Its rows, without what depends on the machine's speed."""
+        return [{k: v for k, v in row.items() if k not in VARYING} for row in read_history(str(self.folder))]
 
 
 def wait_for(condition: Callable[[], Any], what: str) -> Any:
@@ -163,20 +222,20 @@ def cluster_of_three() -> Iterator[tuple[Cluster, list[Any]]]:
         cluster.shutdown()
 
 
-def killed_run(
-    cluster: Cluster, nodes: list[Any], storage: Path, seed: int, count: int, whole: dict[str, bytes]
-) -> list[Row]:
-    """One run with its kills. Raises RuntimeError or TimeoutError when it does not come to its end."""
-    choice = random.Random(seed)
-    kinds = list(islice(cycle(KINDS), count))
-    choice.shuffle(kinds)
-    steps = sorted(choice.sample(range(STEPS // 20, STEPS - CHECKPOINT_STEPS), count))
-    for old in storage.glob(f"runs/killed-{seed}-*"):
+def killed_run(cluster: Cluster, nodes: list[Any], storage: Path, name: str) -> list[Row]:
+    """A calm run of a case, and one with its kills. Raises RuntimeError or TimeoutError where one does not end."""
+    case = CASES[name]
+    for old in storage.glob(f"runs/*{name}-*"):
         shutil.rmtree(old)
-    run = Run(cluster.address, storage, f"killed-{seed}")
+    calm = Run(cluster.address, storage, f"calm-{name}", case)
+    calm.finish()
+    choice = random.Random(name)
+    kinds = choice.sample(KINDS, len(KINDS))[: case.kills]
+    steps = sorted(choice.sample(range(case.steps // 20, case.steps - case.checkpoint_steps), case.kills))
+    run = Run(cluster.address, storage, f"killed-{name}", case)
     killer, kills = Killer(cluster, nodes, run, choice), []
     for step, kind in zip(steps, kinds, strict=True):
-        run.wait(lambda step=step: run.last()[0] >= step * BATCH, f"step {step}")  # type: ignore[misc]
+        run.wait(lambda step=step: run.last()[0] >= step * case.batch, f"step {step}")  # type: ignore[misc]
         time.sleep(choice.random() / 2)
         before, at = run.last()[0], time.time()
         resumed = max([ck.images_of(c) for c in ck.list_checkpoints(str(run.folder))], default=0)
@@ -184,52 +243,52 @@ def killed_run(
         run.wait(lambda at=at: run.last()[1] > at + DYING, "the next step")  # type: ignore[misc]
         following = next(row["time"] for row in read_history(str(run.folder)) if row["time"] > at + DYING)
         kills.append((kind, before, resumed, following - at))
-        print(f"seed {seed}: {kind} killed at {before}, next step after {kills[-1][3]:.1f} s", flush=True)
+        print(f"{name}: {kind} killed at {before}, next step after {kills[-1][3]:.1f} s", flush=True)
     run.finish()
-    outcome = "weights identical" if run.tensors() == whole else "weights differ"
+    differing = [what for what in ("tensors", "history") if getattr(run, what)() != getattr(calm, what)()]
     return [
         Row(
-            seed=seed, kill=number, killed=kind, at_images=images, resumed_images=resumed, seconds=round(seconds, 1),
-            outcome=outcome,
+            case=name, settings=" ".join(case.settings), kill=number, killed=kind, at_images=images,
+            resumed_images=resumed, seconds=round(seconds, 1),
+            outcome=f"{' and '.join(differing)} differ" if differing else "identical",
         )
         for number, (kind, images, resumed, seconds) in enumerate(kills, 1)
     ]  # fmt: skip
 
 
 def save(path: Path, rows: list[Row]) -> None:
-    """The table with these rows in the place of those of the same seeds."""
-    kept, made = [], made_by()
+    """The table with these rows in the place of those of the same cases."""
+    kept, made, order = [], made_by(), list(CASES)
     if path.exists():
         with path.open(newline="") as file:
-            kept = [row for row in csv.DictReader(file) if int(row["seed"]) not in {r.seed for r in rows}]
+            kept = [row for row in csv.DictReader(file) if row["case"] not in {r.case for r in rows}]
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*(f.name for f in fields(Row)), *made], lineterminator="\n")
         writer.writeheader()
         new = [asdict(row) | made for row in rows]
-        writer.writerows(sorted([*kept, *new], key=lambda row: (int(row["seed"]), int(row["kill"]))))
+        writer.writerows(sorted([*kept, *new], key=lambda row: (order.index(row["case"]), int(row["kill"]))))
 
 
 def main(
-    seeds: Annotated[list[int] | None, typer.Argument(help="one run each; default 0 to 3")] = None,
-    kills: Annotated[int, typer.Option(help="of each run")] = 5,
-    storage: Annotated[Path | None, typer.Option(help="kept, so that a later call uses its calm run")] = None,
+    cases: Annotated[list[str] | None, typer.Argument(help="default: all of them")] = None,
+    storage: Annotated[Path | None, typer.Option(help="kept, with the logs of the commands")] = None,
     out: Annotated[Path, typer.Option(help="the table")] = RESULTS,
 ) -> None:
     """Kill runs at random moments and compare what they end with."""
+    for name in cases or []:
+        if name not in CASES:
+            raise UserError(setting="CASE", value=name, expected=valid(name, CASES))
     differing = []
     with tempfile.TemporaryDirectory(prefix="diffscale-killed-") as temporary, cluster_of_three() as (cluster, nodes):
-        folder = storage or Path(temporary)
-        calm = Run(cluster.address, folder, "calm")
-        calm.finish()
-        whole = calm.tensors()
-        print("calm run finished", flush=True)
-        for seed in seeds or range(4):
-            rows = killed_run(cluster, nodes, folder, seed, kills, whole)
+        folder = (storage or Path(temporary)).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in cases or CASES:
+            rows = killed_run(cluster, nodes, folder, name)
             save(out, rows)
-            print(f"seed {seed}: {rows[0].outcome}", flush=True)
-            differing += [seed for row in rows[:1] if row.outcome != "weights identical"]
+            print(f"{name}: {rows[0].outcome}", flush=True)
+            differing += [name] if rows[0].outcome != "identical" else []
     if differing:
-        raise SystemExit(f"not bit-identical: seeds {differing}")
+        raise SystemExit(f"not the same as the calm run: {', '.join(differing)}")
 
 
 if __name__ == "__main__":

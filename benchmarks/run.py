@@ -25,10 +25,12 @@ from benchmarks.budget import budget
 from benchmarks.peer_run import PeerRun
 from benchmarks.suite import RESULTS, Suite, load_suite, suite_names
 from diffscale import storage
+from diffscale.build import open_training_data
 from diffscale.cli import parse_overrides, run_app
 from diffscale.errors import UserError
 from diffscale.experiment import Experiment
 from diffscale.records import Record, read_records
+from diffscale.training.setting_up import settled
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 STOPPED = 143
@@ -132,12 +134,14 @@ def _run_unit(experiment: Experiment, content_hash: str) -> Unit:
     def go() -> bool:
         return train.run(experiment, handle_signals=True).finished
 
-    run_id = experiment.run_id(content_hash)
+    resolved = settled(experiment, open_training_data(experiment))
+    ids = {resolved.run_id(content_hash), experiment.run_id(content_hash)}  # the second: before "auto" was part of it
 
     def done(records: list[Record]) -> bool:
-        return any(r.run_id == run_id and reached(r, experiment) for r in records)
+        return any(r.run_id in ids and reached(r, experiment) for r in records)
 
-    return Unit(f"{experiment.name} seed {experiment.train.seed}", experiment.run_folder(content_hash), done, go)
+    name = f"{experiment.name} seed {experiment.train.seed}"
+    return Unit(name, resolved.run_folder(content_hash), done, go)
 
 
 def reached(record: Record, experiment: Experiment) -> bool:
@@ -162,8 +166,7 @@ def _peer_unit(peer: PeerRun, content_hash: str) -> Unit:
 def _end_unit(experiment: Experiment, content_hash: str, ends: dict) -> Unit:
     from diffscale.evaluate import How, evaluate_run
 
-    unit = _run_unit(experiment, content_hash)
-    run_id, n = experiment.run_id(content_hash), int(ends["n_generated"])
+    unit, n = _run_unit(experiment, content_hash), int(ends["n_generated"])
 
     def go() -> bool:
         how = How(precision="bf16" if experiment.train.precision == "bf16" else "fp32")  # as along the curve
@@ -171,7 +174,7 @@ def _end_unit(experiment: Experiment, content_hash: str, ends: dict) -> Unit:
         return True
 
     def done(records: list[Record]) -> bool:
-        return any(r.run_id == run_id and reached(r, experiment) and r.n_generated == n for r in records)
+        return unit.done([r for r in records if r.n_generated == n])
 
     return Unit(f"{unit.name}, n = {n:,}", unit.run_folder, done, go)
 

@@ -106,9 +106,14 @@ class TrainSettings(Section):
     flops: float | None = Field(None, gt=0, description="stop after so many training FLOPs")
     device_seconds: float | None = Field(None, gt=0, description="stop after so many seconds x devices")
     wall_seconds: float | None = Field(None, gt=0, description="checkpoint and exit (resumable) after so long")
-    precision: Literal["auto", "bf16", "fp16", "tf32", "fp32"] = Field("auto", description="bf16 where it is faster")
-    compile: bool | Literal["auto"] = Field("auto", description="torch.compile, where it pays")
-    channels_last: bool | Literal["auto"] = Field("auto", description="memory format, where it pays")
+    precision: Literal["auto", "bf16", "fp16", "tf32", "fp32"] = Field(
+        "auto", description="of matrix products; auto: bf16 where the device has instructions for it, else fp32"
+    )
+    compile: bool | Literal["auto"] = Field("auto", description="torch.compile; auto: large networks on a GPU")
+    channels_last: bool | Literal["auto"] = Field("auto", description="memory format; auto: networks of convolutions")
+    winograd: bool | Literal["auto"] = Field(
+        "auto", description="3 x 3 convolutions by Winograd's algorithm on a CPU; auto: where channels_last is auto too"
+    )
     activation_checkpointing: bool = Field(False, description="recompute activations of each block")
     workers: int | tuple[int, int] = Field(1, description="Ray Train workers, or (fewest, most) for an elastic run")
     cpus_per_worker: int = Field(1, ge=1)
@@ -188,12 +193,17 @@ class Experiment(Section):
         data = {k: s["data"][k] for k in ("resolution", "class_conditional", "flip", "augment", "order")}
         keys = ("seed", "global_batch", "precision", "compile", "channels_last", "activation_checkpointing", "ema")
         train = {k: s["train"][k] for k in keys}
+        if self.train.winograd is True:
+            train["winograd"] = True
         if self.optim.schedule == "cosine" or self.optim.decay_images:
             train["images"] = s["train"]["images"]
         return {"data": data, "model": s["model"], "diffusion": s["diffusion"], "optim": s["optim"], "train": train}
 
     def run_id(self, content_hash: str) -> str:
-        """16 hex digits; the same for the same weights, whatever the workers, storage, evaluation or budget."""
+        """16 hex digits; the same for the same weights, whatever the workers, storage, evaluation or budget.
+
+        Of settings in which "auto" has been replaced by a choice: see `training.setting_up.settled`.
+        """
         return identify(content_hash=content_hash, **self.weights_settings())
 
     def run_folder(self, content_hash: str) -> str:

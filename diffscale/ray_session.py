@@ -29,6 +29,7 @@ NODE_ENVIRONMENT = {
 }
 
 
+_KIND = "accelerator_type:"
 _private = False
 
 
@@ -75,6 +76,22 @@ def connect(address: str | None = None, num_cpus: int | None = None) -> None:
     else:
         _require_listener(address)
         _start_or_join(address)
+
+
+def gpus() -> list[str]:
+    """Kinds of the cluster's GPUs ("H100", ...), as Ray calls them. Of the cluster that RAY_ADDRESS names or that this
+    process is connected to; before a private one is started, of this machine, which it will consist of."""
+    loaded = sys.modules.get("ray")
+    if os.environ.get("RAY_ADDRESS") or (loaded is not None and loaded.is_initialized()):
+        connect()
+        import ray
+
+        resources = ray.cluster_resources()
+        kinds = [name.removeprefix(_KIND) for name in resources if name.startswith(_KIND)]
+        return (kinds or ["GPU"]) if resources.get("GPU", 0) > 0 else []
+    import torch
+
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 
 
 def _start_or_join(address: str, **settings: Any) -> None:

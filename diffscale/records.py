@@ -63,6 +63,7 @@ class Record(BaseModel):
     device_seconds: float = Field(description="seconds of training x devices, evaluation left out")
     device: str = Field(description="what it trained on")
     devices: int = Field(description="how many of them")
+    launches: int | None = Field(None, description="times that the training was started or resumed up to here")
     energy_joules: float | None = Field(None, description="measured by NVML, empty where it is not")
     cost: float | None = Field(None, description="device-hours x the price in the settings")
     train_loss: float | None = Field(None, description="mean training loss since the last evaluation")

@@ -102,7 +102,10 @@ def run(
     here: the one worker is this process, without Ray Train; it raises what the training raises.
     Raises UserError for what cannot work, before any training is started where that can be known.
     """
+    from diffscale.training.setting_up import settled, uses_gpu
+
     dataset, cost = _prepare_while_ray_starts(experiment)
+    experiment = settled(experiment, dataset)
     run_id, folder = experiment.run_id(dataset.content_hash), experiment.run_folder(dataset.content_hash)
     done = _already(experiment, folder, cost)
     if done is not None:
@@ -195,15 +198,6 @@ def _refuse_unsupported(experiment: Experiment) -> None:
             expected="0, or a model that is told what was done to its images, so that they do not leak into samples",
             fix="model.augment_dim=9 (unet and edm2 have it)",
         )  # fmt: skip
-
-
-def uses_gpu(experiment: Experiment) -> bool:
-    """train.gpu, `auto` being whether the cluster has one."""
-    if experiment.train.gpu != "auto":
-        return bool(experiment.train.gpu)
-    import ray
-
-    return ray.cluster_resources().get("GPU", 0) > 0
 
 
 def _cpus_needed(experiment: Experiment) -> int | None:

@@ -21,15 +21,15 @@ from benchmarks.throughput.contenders import RACES
 from benchmarks.throughput.pairs import race, write
 from diffscale.diffusion import SOLVERS, create_diffusion
 from diffscale.evaluation import ModelSource, Sampling
-from diffscale.training.numerics import Numerics, settle_precision
+from diffscale.training.numerics import Numerics, multiplies_bf16
 
 Mode = tuple[str, bool]
 
 
 def modes() -> list[Mode]:
     """bf16 only where the processor has it."""
-    precisions = {"fp32", settle_precision("auto", "cpu")}
-    return list(itertools.product(sorted(precisions, reverse=True), (False, True)))
+    precisions = ["fp32", "bf16"] if multiplies_bf16("cpu") else ["fp32"]
+    return list(itertools.product(precisions, (False, True)))
 
 
 def set_numerics(network: Any, channels_last: bool) -> None:

@@ -20,6 +20,7 @@ class Automatic:
     precision: Precision | Literal["auto"] = "auto"
     channels_last: bool | Literal["auto"] = "auto"
     compile: bool | Literal["auto"] = "auto"
+    winograd: bool | Literal["auto"] = "auto"
 
 
 class Stepper:
@@ -44,7 +45,7 @@ class Stepper:
         self.device = torch.device(device)
         self.network = build().to(self.device)
         images = torch.randn(batch, 3, side, side, device=self.device)
-        self.numerics = numerics or choose_numerics(_Pair(self.network), images, self.device, asked or Automatic())
+        self.numerics = numerics or choose_numerics(self.network, self.device.type, asked or Automatic())
         self.numerics.prepare(self.network).train()
         self.images = self.numerics.order(images)
         self.noise = torch.linspace(0.01, 0.99, batch, device=self.device)
@@ -68,14 +69,3 @@ class Stepper:
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-
-
-class _Pair(torch.nn.Module):
-    """A contender behind the call that choose_numerics makes."""
-
-    def __init__(self, network: torch.nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return self.network(images, noise), None

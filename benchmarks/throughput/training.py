@@ -68,8 +68,7 @@ def settled(experiment: Experiment, threads: int = 1) -> Numerics:
     """How a run would choose to compute."""
     torch.set_num_threads(threads)
     dataset = open_training_data(experiment)
-    images = torch.zeros(experiment.train.global_batch, dataset.channels, dataset.resolution, dataset.resolution)
-    return choose_numerics(build_model(experiment, dataset), images, "cpu", experiment.train)
+    return choose_numerics(build_model(experiment, dataset), "cpu", experiment.train)
 
 
 def make_learner(experiment: Experiment, numerics: Numerics, world: World | None = None) -> tuple[Learner, Dataset]:

@@ -27,7 +27,7 @@ from benchmarks.throughput.pairs import cpu_name, made_by
 from benchmarks.throughput.stepper import Automatic, Stepper
 from diffscale.compute import matmul_rate
 from diffscale.heap import keep_freed_memory
-from diffscale.training.numerics import Numerics, settle_precision
+from diffscale.training.numerics import Numerics, multiplies_bf16
 
 RESULTS = Path(__file__).parents[1] / "results" / "throughput" / "training_step.csv"
 _PRECISIONS: tuple[Literal["bf16", "fp32"], ...] = ("bf16", "fp32")
@@ -87,7 +87,7 @@ class Contender:
 
 def modes_on(device: str, compiled: bool) -> list[Numerics]:
     """Those worth trying: bf16 where it is not emulated, compiled ones if asked for."""
-    emulated = settle_precision("auto", device) == "fp32"
+    emulated = not multiplies_bf16(device)
     return [m for m in MODES if (compiled or not m.compile) and not (emulated and m.precision == "bf16")]
 
 

@@ -18,7 +18,7 @@ from benchmarks.throughput.contenders import RACES, Build, ours
 from benchmarks.throughput.pairs import write
 from benchmarks.throughput.stepper import Automatic, Stepper
 from diffscale.models import PRESETS, norm_act, winograd
-from diffscale.training.numerics import Numerics, settle_precision
+from diffscale.training.numerics import Numerics, multiplies_bf16
 from diffscale.training.setting_up import settle_process
 
 KINDS = {  # the first kind one of whose words is in the operation's name
@@ -78,7 +78,7 @@ def main(
     settle_process(threads, torch.device("cpu"))
     seen(norm_act, "norm")
     seen(winograd.Kernels, "winograd")
-    theirs = Numerics(settle_precision("auto", device))
+    theirs = Numerics("bf16" if multiplies_bf16(device) else "fp32")
     rows = []
     for race in races or ["unet-small", "unet-lucidrains", "uvit-lucidrains", "rin-lucidrains"]:
         entry = RACES[race]

@@ -7,7 +7,7 @@ about ten times that of a direct sum. In bfloat16, on processors that multiply i
 of 36, and an error about twice that of direct convolution of bfloat16; larger tiles would amplify its rounding tenfold.
 Filters are transformed in float32, before they are rounded.
 
-So it is a choice of the run (training/numerics.py measures whether it pays), off in a model as built.
+So it is a choice of the run (training/numerics.py), off in a model as built.
 """
 
 from __future__ import annotations
@@ -81,12 +81,11 @@ class Conv3x3(nn.Conv2d):
         return self._filters[1]
 
 
-def use_winograd(model: nn.Module, enabled: bool) -> bool:
-    """Set every layer of a model that has the choice. Whether there is any."""
-    layers = [module for module in model.modules() if hasattr(module, "winograd")]
-    for layer in layers:
-        layer.winograd = enabled  # type: ignore[assignment]
-    return bool(layers)
+def use_winograd(model: nn.Module, enabled: bool) -> None:
+    """Set every layer of a model that has the choice."""
+    for module in model.modules():
+        if hasattr(module, "winograd"):
+            module.winograd = enabled  # type: ignore[assignment]
 
 
 def conv3x3(

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import yaml
@@ -24,6 +26,7 @@ from diffscale.records import Record, identify, read_records
 from diffscale.sweep.halving import Decisions
 from diffscale.sweep.settings import Sweep, higher_is_better
 from diffscale.sweep.space import Point, nest, overrides_of, point_id, satisfies
+from diffscale.training.setting_up import settled
 
 End = Literal["finished", "stopped"]
 
@@ -35,7 +38,12 @@ class Trial:
     id: str
     point: Point
     experiments: tuple[Experiment, ...]
-    folders: tuple[str, ...]
+
+    @cached_property
+    def folders(self) -> tuple[str, ...]:
+        """Of the runs, by experiment."""
+        dataset = open_training_data(self.experiments[0])
+        return tuple(settled(e, dataset).run_folder(dataset.content_hash) for e in self.experiments)
 
 
 class Ledger:
@@ -69,8 +77,7 @@ class Ledger:
             return None
         seeds = range(first.train.seed, first.train.seed + self.sweep.replicates)
         experiments = tuple(self._experiment(overrides | {"train.seed": seed}) for seed in seeds)
-        content_hash = open_training_data(first).content_hash
-        return Trial(point_id(point), point, experiments, tuple(e.run_folder(content_hash) for e in experiments))
+        return Trial(point_id(point), point, experiments)
 
     def _experiment(self, overrides: dict[str, Any]) -> Experiment:
         tree = merge(self.base, nest(overrides | self._limits(overrides)))
@@ -126,15 +133,18 @@ class Ledger:
 
     def records(self, trial: Trial) -> list[Record]:
         """The compared metric's rows of a trial, by compute."""
-        folders = [f for f in trial.folders if storage.exists(f)]
-        rows = [r for r in read_records(folders) if r.metric == self.metric] if folders else []
+        return self._records(trial.folders)
+
+    def _records(self, folders: Iterable[str]) -> list[Record]:
+        found = [folder for folder in folders if storage.exists(folder)]
+        rows = [r for r in read_records(found) if r.metric == self.metric] if found else []
         return sorted(rows, key=lambda r: r.train_flops)
 
     def value(self, trial: Trial, flops: float | None = None) -> float | None:
         """The metric (mean over the replicates) at a rung, or at the end; None until every replicate has it."""
         values = []
         for folder in trial.folders:
-            rows = self.records(Trial(trial.id, trial.point, (), (folder,)))
+            rows = self._records([folder])
             reached = [r for r in rows if flops is None or r.train_flops >= flops * (1 - 1e-9)]
             if not reached:
                 return None
@@ -146,7 +156,7 @@ class Ledger:
         total = {"flops": 0.0, "images": 0.0, "device_seconds": 0.0, "money": 0.0}
         for trial in trials:
             for folder in trial.folders:
-                rows = self.records(Trial(trial.id, trial.point, (), (folder,)))
+                rows = self._records([folder])
                 if rows:
                     last = rows[-1]
                     total["flops"] += last.train_flops

@@ -94,8 +94,8 @@ def _fit(
     from ray import tune
     from ray.tune import Callback, FailureConfig, RunConfig, TuneConfig
 
-    from diffscale.train import uses_gpu
     from diffscale.training.channel import STOP, Channel
+    from diffscale.training.setting_up import uses_gpu
 
     running: set[str] = set()
 

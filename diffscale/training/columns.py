@@ -13,7 +13,7 @@ from diffscale.training.parallel import World
 
 def run_columns(
     experiment: Experiment, dataset: Dataset, cost: Cost, world: World, images_seen: int, device_seconds: float,
-    energy_joules: float | None, train_loss: float | None, precision: str,
+    energy_joules: float | None, train_loss: float | None, precision: str, launches: int,
 ) -> dict[str, Any]:  # fmt: skip
     """By column name, plain JSON values. Training is one device per worker; precision: what "auto" came to."""
     d, train = experiment.diffusion, experiment.train
@@ -29,7 +29,8 @@ def run_columns(
         "images_seen": images_seen, "epochs": images_seen / dataset.n, "endpoint": experiment.endpoint(images_seen),
         "forward_macs": cost.forward_macs, "flops_per_image": cost.flops_per_image,
         "train_flops": cost.flops_per_image * images_seen, "device_seconds": device_seconds,
-        "device": device_name(world.device), "devices": world.size, "energy_joules": energy_joules,
+        "device": device_name(world.device), "devices": world.size, "launches": launches,
+        "energy_joules": energy_joules,
         "cost": money(device_seconds, train.price_per_device_hour), "train_loss": train_loss,
         "commit": commit, "dirty": dirty, "versions": versions(), "settings": experiment.dotted(),
     }  # fmt: skip

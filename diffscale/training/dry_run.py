@@ -7,11 +7,13 @@ from diffscale.experiment import Experiment
 from diffscale.train import prepare
 from diffscale.training.checkpoint import save_settings
 from diffscale.training.plan import make_plan
+from diffscale.training.setting_up import settled
 
 
 def describe(experiment: Experiment) -> str:
     """Resolved settings, then parameters, FLOPs, memory and the budget. Raises UserError for what cannot work."""
     dataset, cost = prepare(experiment)
+    experiment = settled(experiment, dataset)
     train, plan = experiment.train, make_plan(experiment, cost.flops_per_image)
     workers = train.workers if isinstance(train.workers, int) else train.workers[1]
     averages = len(train.ema.power) + (train.ema.halflife_images or train.ema.halflife_fraction is not None)

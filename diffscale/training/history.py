@@ -25,7 +25,8 @@ class History:
     """One JSON object per line and log interval, in the order of images seen.
 
     A resumed run drops the lines after the checkpoint that it goes on from, so that no interval is there twice. On a
-    store that cannot append, the lines are kept in memory and the file is written again at each `flush`.
+    store that cannot append, the lines are kept in memory and the file is written again at each `flush`, of which
+    there is one before each checkpoint, from its thread.
     """
 
     def __init__(self, run_folder: str, images_seen: int) -> None:
@@ -44,7 +45,7 @@ class History:
 
     def flush(self) -> None:
         if self._local is None:
-            storage.write_bytes(self.uri, _joined(self.lines))
+            storage.write_bytes(self.uri, _joined(list(self.lines)))
 
 
 def read_lines(uri: str) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import resource
 import time
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -23,55 +24,86 @@ class Listener(Protocol):
     def put(self, topic: str, message: dict[str, Any]) -> None: ...
 
 
+@dataclass
+class Interval:
+    """Sums over the steps since the last row of the history. Steps that updated nothing count as time alone.
+
+    A checkpoint keeps them, so that the first row after a resume averages what the calm run's row does.
+    """
+
+    images: int = 0
+    seconds: float = 0.0
+    stalled: float = 0.0
+    steps: int = 0
+    loss: float = 0.0
+    grad_norm: float = 0.0
+    quartile_sums: list[float] = field(default_factory=lambda: [0.0] * QUARTILES)
+    quartile_counts: list[float] = field(default_factory=lambda: [0.0] * QUARTILES)
+
+    def add(self, step: Step, images: int, seconds: float, stalled: float) -> None:
+        self.images += images
+        self.seconds += seconds
+        self.stalled += stalled
+        if step.skipped or step.overflow:
+            return
+        self.steps += 1
+        self.loss += step.loss
+        self.grad_norm += step.grad_norm
+        for q in range(QUARTILES):
+            self.quartile_sums[q] += step.quartile_sums[q]
+            self.quartile_counts[q] += step.quartile_counts[q]
+
+    @property
+    def speed(self) -> float:
+        """Images per second."""
+        return self.images / max(self.seconds, 1e-9)
+
+    def mean(self, total: float) -> float:
+        return total / self.steps if self.steps else math.nan
+
+
 class Monitor:
-    """Sums steps up to intervals. `rate`: the device's measured matmul FLOP/s."""
+    """Sums steps up to intervals. `rate`: the device's measured matmul FLOP/s. interval: the one that a checkpoint
+    has begun."""
 
     def __init__(
         self, history: History, trackers: list[Tracker], listener: Listener | None, world: World, precision: str,
         flops_per_image: float, price: float | None, log_images: int, end: int | None,
+        interval: Interval | None = None,
     ) -> None:  # fmt: skip
         self.history, self.trackers, self.listener, self.world = history, trackers, listener, world
         self.flops_per_image, self.price, self.log_images, self.end = flops_per_image, price, log_images, end
         self.rate = matmul_rate(world.device, precision)
         self._told = 0.0
-        self._clear()
-
-    def _clear(self) -> None:
-        self._steps: list[Step] = []
-        self._images, self._seconds, self._stalled = 0, 0.0, 0.0
+        self.interval = interval or Interval()
 
     def step(
         self, step: Step, images: int, seconds: float, stalled: float, device_seconds: float, skipped: int
     ) -> None:
         """After each step; `stalled` of its `seconds` were spent waiting for data."""
-        self._steps.append(step)
-        self._images += images
-        self._seconds += seconds
-        self._stalled += stalled
+        self.interval.add(step, images, seconds, stalled)
         if step.images_seen % self.log_images < images:
-            self._log(device_seconds, skipped)
+            self._log(step, device_seconds, skipped)
         elif time.monotonic() - self._told >= PROGRESS_SECONDS:
-            self.tell(step.images_seen, step.loss, self._images / max(self._seconds, 1e-9))
+            self.tell(step.images_seen, step.loss, self.interval.speed)
 
-    def _log(self, device_seconds: float, skipped: int) -> None:
-        last, speed = self._steps[-1], self._images / max(self._seconds, 1e-9)
-        good = [s for s in self._steps if not (s.skipped or s.overflow)]
+    def _log(self, last: Step, device_seconds: float, skipped: int) -> None:
+        interval, speed = self.interval, self.interval.speed
         values: dict[str, float] = {
-            "loss": _mean([s.loss for s in good]),
-            "grad_norm": _mean([s.grad_norm for s in good]),
+            "loss": interval.mean(interval.loss),
+            "grad_norm": interval.mean(interval.grad_norm),
             "lr": last.lr,
             "images_per_second": speed,
             "mfu": mfu(self.flops_per_image, speed, self.world.size, self.rate),
-            "data_stall": self._stalled / max(self._seconds, 1e-9),
+            "data_stall": interval.stalled / max(interval.seconds, 1e-9),
             "memory_bytes": memory_bytes(self.world.device),
             "skipped_steps": skipped,
             "device_seconds": device_seconds,
             "train_flops": self.flops_per_image * last.images_seen,
         }
-        for q in range(QUARTILES):
-            count = sum(s.quartile_counts[q] for s in good)
+        for q, (total, count) in enumerate(zip(interval.quartile_sums, interval.quartile_counts, strict=True)):
             if count:  # quartiles of t, of which the first is the cleanest: the highest logsnr
-                values[f"loss_logsnr_q{QUARTILES - q}"] = sum(s.quartile_sums[q] for s in good) / count
+                values[f"loss_logsnr_q{QUARTILES - q}"] = total / count
         if (cost := money(device_seconds, self.price)) is not None:
             values["cost"] = cost
         values = {k: v for k, v in values.items() if math.isfinite(v)}
@@ -79,7 +111,7 @@ class Monitor:
         for tracker in self.trackers:
             tracker.log(last.images_seen, values)
         self.tell(last.images_seen, values.get("loss"), speed, values["mfu"])
-        self._clear()
+        self.interval = Interval()
 
     def tell(self, images_seen: int, loss: float | None, speed: float, use: float | None = None) -> None:
         """Progress for the command's display."""
@@ -119,7 +151,3 @@ def memory_bytes(device: torch.device) -> float:
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values) if values else math.nan

@@ -1,36 +1,28 @@
-"""How a run computes: precision, memory format, compilation. Chosen once per run, stored, and reused on resume.
+"""How a run computes: precision, memory format, convolution algorithm, compilation.
 
-"auto" for the precision is bf16 where a matrix product is faster in it: processors without bf16 instructions emulate it
-at a fiftieth of their float32 speed. "auto" for the memory format is measured on the real model and batch. "auto" for
-torch.compile weighs what it costs against what it saves: it is on where the run is long enough to earn it back. On a
-CPU that is several times what it costs, because a run that starts again compiles again; what it saves there beside
-Winograd's convolutions are passes over the tokens of a transformer, and nothing for a UNet.
+What the settings leave to "auto" follows from the kind of device, the network and the installed libraries, never from
+a timing, so the same command computes the same whatever else the machine is doing.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import logging
-import math
-import time
+import platform
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffscale import native
 from diffscale.float32 import allow_tf32
 from diffscale.models import norm_act, winograd
+from diffscale.training.sharding import is_sharded
 
-log = logging.getLogger(__name__)
-
-_COMPILE_SECONDS = {"cuda": 150.0, "cpu": 450.0}  # of a large UNet on an H100's host; 3 × a small RIN on 2 cores
-# Of an eager step, at least; on a CPU 15 % (DiT, RIN) to 28 % (JiT), beside Winograd's convolutions 8 % (UViT) or none.
-_COMPILE_SAVES = {"cuda": 0.2, "cpu": 0.15}
-_COMPILE_SAVES_WITH_WINOGRAD = 0.05
-_ENOUGH_IMAGES = 16  # of a batch, to compare memory formats on a CPU
+# On a GPU compiling a large network takes some 150 s and saves 20 % of a step, so it pays within a quarter of an hour:
+# networks of this size train for longer. On a CPU compiling takes minutes and saves at most 15 %.
+_COMPILE_PARAMETERS = 20_000_000
 
 Precision = Literal["bf16", "fp16", "tf32", "fp32"]
 
@@ -44,6 +36,8 @@ class Requested(Protocol):
     def channels_last(self) -> bool | Literal["auto"]: ...
     @property
     def compile(self) -> bool | Literal["auto"]: ...
+    @property
+    def winograd(self) -> bool | Literal["auto"]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,10 +57,14 @@ class Numerics:
         return torch.autocast(torch.device(device).type, dtype=low)
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """The model set to compute so, and compiled if asked for, in place; the same object. TF32 is a choice of the
-        whole process: that of the model prepared last."""
+        """The model set to compute so, and compiled if asked for, in place; the same object.
+
+        Sharded weights stay contiguous, as FSDP2 needs them; the images alone then carry the memory order. TF32 is a
+        choice of the whole process: that of the model prepared last.
+        """
         allow_tf32(self.precision == "tf32")
-        set_memory_format(model, self.channels_last)
+        if not any(is_sharded(parameter) for parameter in model.parameters()):
+            model.to(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
         winograd.use_winograd(model, self.winograd)
         if self.compile:
             for kernel in self._kernels(next(model.parameters()).device):
@@ -86,126 +84,55 @@ class Numerics:
         return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images.contiguous()
 
 
-def set_memory_format(model: nn.Module, channels_last: bool) -> None:
-    """Put the convolution weights of a model in that order, in place."""
-    model.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+def choose_numerics(model: nn.Module, device_type: str, requested: Requested, bf16: bool | None = None) -> Numerics:
+    """Replace every "auto" of `requested` by what the rule gives.
 
-
-def settle_precision(requested: Precision | Literal["auto"], device: torch.device | str) -> Precision:
-    """What "auto" means on a device: bf16 if a matrix product there is 1.3 times as fast in it as in float32."""
-    if requested != "auto":
-        return requested
-    device = torch.device(device)
-    side = 4096 if device.type == "cuda" else 256  # of a product that takes 40 ms where bf16 is emulated
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a, times = torch.ones(side, side, device=device, dtype=dtype), []
-        for _ in range(4):
-            _wait(device)
-            start = time.perf_counter()
-            torch.mm(a, a)
-            _wait(device)
-            times.append(time.perf_counter() - start)
-        seconds[dtype] = min(times[1:])
-    log.info("precision=auto, seconds of a matrix product of side %d: %s", side, seconds)
-    return "bf16" if 1.3 * seconds[torch.bfloat16] < seconds[torch.float32] else "fp32"
-
-
-def choose_numerics(
-    model: nn.Module,
-    example_batch: Tensor,
-    device: torch.device | str,
-    requested: Requested,
-    steps: int | None = None,
-) -> Numerics:
-    """Settle what `requested` leaves to "auto".
-
-    model: on `device`, not yet compiled or wrapped; its weights, gradients and random state are left as they were.
-    example_batch: images (B, C, H, W) of the micro-batch's shape. steps: how many micro-batches the run still has,
-    for the question whether compiling pays; None: many. In a group of workers rank 0 chooses and the others are told.
+    model: of any device, the meta device too; it is not changed.
+    device_type: cpu or cuda.
+    bf16: whether that device multiplies bf16; None asks this machine.
     """
-    device = torch.device(device)
-    precision = settle_precision(requested.precision, device)
-    candidates = _candidates(model, precision, device, requested)
-    seconds: dict[Numerics, float] = {}
-    images = example_batch if device.type == "cuda" else example_batch[:_ENOUGH_IMAGES]
-    if len(candidates) > 1:
-        for candidate in candidates:
-            fastest = min(seconds.values(), default=math.inf)
-            seconds[candidate] = _step_seconds(model, images, device, candidate, fastest)
-        log.info("seconds per step: %s", seconds)
-    chosen = min(candidates, key=lambda candidate: seconds.get(candidate, 0.0))
+    if bf16 is None:
+        bf16 = multiplies_bf16(device_type)
+    precision = requested.precision
+    if precision == "auto":
+        precision = "bf16" if bf16 else "fp32"
+    convolves = any(is_spatial_convolution(module) for module in model.modules())
+    use_winograd = requested.winograd
+    if use_winograd == "auto":
+        layers = any(hasattr(module, "winograd") for module in model.modules())
+        open_to_it = requested.channels_last == "auto" and layers
+        use_winograd = open_to_it and winograd_available(precision, device_type)
+    channels_last = requested.channels_last
+    if channels_last == "auto":
+        # Channels-last pays on a GPU's tensor cores; on a CPU only where group norm has a kernel for it.
+        fast = native.available(norm_act.KERNEL) if device_type == "cpu" else precision != "fp32"
+        channels_last = convolves and fast
     compiled = requested.compile
     if compiled == "auto":
-        compiled, saves = False, _COMPILE_SAVES.get(device.type, 0.0)
-        if device.type == "cpu" and not winograd.FLOAT32.available:  # which needs the same compiler
-            saves = 0.0
-        elif chosen.winograd:
-            saves = _COMPILE_SAVES_WITH_WINOGRAD if _mostly_linear(model) else 0.0
-        if saves:
-            eager = seconds.get(chosen) or _step_seconds(model, images, device, chosen)
-            eager *= len(example_batch) / len(images)
-            saved = math.inf if steps is None else steps * eager * saves
-            compiled = saved > _COMPILE_SECONDS[device.type]
-            log.info("compile=%s: %s steps of %.3f s", compiled, steps, eager)
-    return dataclasses.replace(chosen, compile=bool(compiled))
+        size = sum(parameter.numel() for parameter in model.parameters())
+        compiled = device_type == "cuda" and size >= _COMPILE_PARAMETERS
+    return Numerics(precision, channels_last, compiled, use_winograd)
 
 
-def _mostly_linear(model: nn.Module) -> bool:
-    """Whether most weights are those of linear layers."""
-    linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
-    return 2 * linear > sum(parameter.numel() for parameter in model.parameters())
+def is_spatial_convolution(module: nn.Module) -> bool:
+    """Whether a module convolves with overlapping windows; a patch embedding is a linear layer in disguise."""
+    if hasattr(module, "winograd"):
+        return True
+    return isinstance(module, nn.Conv2d) and any(k > s for k, s in zip(module.kernel_size, module.stride, strict=True))
 
 
-def _candidates(model: nn.Module, precision: Precision, device: torch.device, requested: Requested) -> list[Numerics]:
-    """What to choose from, the likeliest first: memory formats and convolution algorithms, which matter to
-    convolutions alone."""
-    if requested.channels_last != "auto":
-        return [Numerics(precision, requested.channels_last)]
-    found = [Numerics(precision)]
-    has_winograd = winograd.use_winograd(model, False)
-    if has_winograd or any(isinstance(module, nn.Conv2d) for module in model.modules()):
-        found.insert(0, Numerics(precision, channels_last=True))
+def winograd_available(precision: str, device_type: str) -> bool:
+    """Whether this machine can compile and run Winograd's kernels for a precision."""
     kernels = {"fp32": winograd.FLOAT32, "bf16": winograd.BFLOAT16}.get(precision)
-    if has_winograd and device.type == "cpu" and kernels is not None and kernels.available:
-        found.insert(0, Numerics(precision, channels_last=True, winograd=True))
-    return found
+    return device_type == "cpu" and kernels is not None and kernels.available
 
 
-def _step_seconds(
-    model: nn.Module, images: Tensor, device: torch.device, numerics: Numerics, fastest: float = math.inf
-) -> float:
-    """Least seconds of a forward and backward pass, without any lasting effect on the model or the generators.
-
-    fastest: of others; one that needs a quarter more the first time is not looked at again.
-    """
-    dataclasses.replace(numerics, compile=False).prepare(model)
-    images = numerics.order(images.to(device))
-    logsnr = torch.zeros(len(images), device=device)
-    kept = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    training, times = model.training, list[float]()
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        model.train()
-        while len(times) < 4 and min(times[1:], default=0.0) < 1.25 * fastest:
-            model.zero_grad(set_to_none=True)
-            _wait(device)
-            start = time.perf_counter()
-            with numerics.autocast(device):
-                prediction, _ = model(images, logsnr)
-                loss = F.mse_loss(prediction.float(), torch.zeros_like(prediction, dtype=torch.float32))
-            loss.backward()
-            _wait(device)
-            times.append(time.perf_counter() - start)
-    model.train(training)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(kept[name])
-            parameter.grad = gradients[name]
-    return min(times[1:])
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def multiplies_bf16(device_type: str) -> bool:
+    """Whether this machine's processor, or its first GPU, has instructions for bf16 products. A processor without them
+    emulates bf16 at a fiftieth of its float32 speed."""
+    if device_type == "cuda":
+        return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+    if platform.machine() in ("aarch64", "arm64"):
+        features = Path("/proc/cpuinfo")
+        return features.exists() and " bf16" in features.read_text(errors="replace")
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -13,6 +13,13 @@ from diffscale.experiment import OptimSettings
 from diffscale.training.sharding import is_sharded
 
 # What timm makes for these names as well: timm takes as long to import as torch, and these are what most runs use.
+_KRON = "keeps lists and a random generator of its own, which a checkpoint cannot hold"
+_REFUSED = {
+    "adahessian": "needs second derivatives, which training does not compute",
+    "kron": _KRON,
+    "kronc": _KRON,
+    "kronw": _KRON,
+}
 _FROM_TORCH: dict[str, type[torch.optim.Adam]] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 
@@ -33,12 +40,14 @@ def create_optimizer(model: nn.Module, optim: OptimSettings) -> torch.optim.Opti
 
 
 def check_name(name: str) -> None:
-    """Raises UserError with the nearest of timm's names."""
+    """Raises UserError with the nearest of timm's names, or for one that cannot train or resume here."""
     if name in _FROM_TORCH:
         return
     from timm.optim import list_optimizers
 
-    known = [str(n) for n in list_optimizers()]
+    known = [str(n) for n in list_optimizers() if n not in _REFUSED]
+    if name in _REFUSED:
+        raise UserError(setting="optim.name", value=name, expected=f"another optimizer: it {_REFUSED[name]}")
     if name not in known:
         raise UserError(setting="optim.name", value=name, expected=valid(name, known))
 

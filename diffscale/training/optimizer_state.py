@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffscale.training.sharding import Slice, is_sharded, like, local, rows_of, slice_of
+from diffscale.training.sharding import Slice, like, local, rows_of, slice_of
 
 _GROUP = "group"
 
@@ -62,26 +62,41 @@ def rows(model: nn.Module) -> Callable[[str, tuple[int, ...]], tuple[int, int] |
 def restore(
     optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor], numbers: dict[str, Any]
 ) -> None:
-    """The reverse of `flatten`; of each tensor there are the rows that `rows` asks for."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    plain = optimizer.state_dict()
-    ordered = [p for group in optimizer.param_groups for p in group["params"]]
-    by_parameter: dict[str, dict[str, Any]] = {}
+    """The reverse of `flatten`; of each tensor there are the rows that `rows` asks for.
+
+    State comes back with the dtype that it had and, where it has a parameter's shape, with the parameter's strides, as
+    the optimizer makes it: fused optimizers walk weights and moments as flat memory on a CPU, and refuse other strides
+    on a GPU. `Optimizer.load_state_dict` guarantees neither.
+    """
+    parameters = dict(model.named_parameters())
+    group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    optimizer.state.clear()
     for key, value in {**tensors, **numbers}.items():
         owner, _, name = key.rpartition("/")
         if owner.startswith(f"{_GROUP}/"):
-            plain["param_groups"][int(owner.split("/")[1])][name] = value
+            optimizer.param_groups[int(owner.split("/")[1])][name] = value
         else:
-            by_parameter.setdefault(owner, {})[name] = value
-    plain["state"] = {}
-    for i, p in enumerate(ordered):
-        state = by_parameter.get(names[id(p)])
-        if state is not None:
-            plain["state"][i] = {k: _sharded_as(p, v) for k, v in state.items()}
-    optimizer.load_state_dict(plain)
+            p = parameters[owner]
+            optimizer.state[p][name] = _restored(name, value, p, group_of[id(p)])
+    _check_layout(optimizer)
 
 
-def _sharded_as(p: Tensor, value: Any) -> Any:
-    if not isinstance(value, Tensor) or not is_sharded(p) or value.shape != p.to_local().shape:
+def _restored(name: str, value: Any, p: Tensor, group: dict[str, Any]) -> Any:
+    if not isinstance(value, Tensor):
         return value
-    return like(p, value.to(p.device).contiguous())
+    if value.ndim and value.shape == local(p).shape:
+        return like(p, torch.empty_like(local(p), dtype=value.dtype).copy_(value))
+    stays = name == "step" and not (group.get("fused") or group.get("capturable"))  # a step count is read on the host
+    return value if stays else value.to(p.device)
+
+
+def _check_layout(optimizer: torch.optim.Optimizer) -> None:
+    """Assert that state of a parameter's shape is laid out as the parameter."""
+    for p, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.ndim and value.shape == p.shape:
+                got, want = local(value), local(p)
+                assert (got.stride(), got.device) == (want.stride(), want.device), (
+                    f"{name} of a parameter {tuple(p.shape)} came back with strides {got.stride()} on {got.device}; "
+                    f"the parameter has {want.stride()} on {want.device}"
+                )

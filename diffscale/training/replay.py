@@ -19,6 +19,7 @@ from diffscale.training import saving
 from diffscale.training.learner import Batch, Learner
 from diffscale.training.numerics import Numerics
 from diffscale.training.plan import make_plan
+from diffscale.training.setting_up import settled
 
 
 def replay(experiment: Experiment) -> str:
@@ -30,6 +31,7 @@ def replay(experiment: Experiment) -> str:
 
     _, cost = prepare(experiment)
     dataset = open_training_data(experiment)
+    experiment = settled(experiment, dataset)
     folder = experiment.run_folder(dataset.content_hash)
     uri = storage.join(folder, "nonfinite.json")
     if not storage.exists(uri):

@@ -88,13 +88,15 @@ class Saver:
 
     attempt: a string of this launch of the workers, so that rank 0 does not take the shards of an earlier one for its
     own. settings: experiment.yaml. finished: called (in the thread) with the images seen of each completed checkpoint.
+    before: called (in the thread) before a checkpoint is completed, to make durable what belongs to it.
     """
 
     def __init__(
-        self, run_folder: str, rank: int, size: int, attempt: str, settings: bytes, finished: Callable[[int], None]
-    ) -> None:
+        self, run_folder: str, rank: int, size: int, attempt: str, settings: bytes, finished: Callable[[int], None],
+        before: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
         self.run_folder, self.rank, self.size, self.attempt = run_folder, rank, size, attempt
-        self.settings, self.finished = settings, finished
+        self.settings, self.before, self.finished = settings, before, finished
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -151,6 +153,7 @@ class Saver:
             if any(any(slices.values()) for _, slices in snapshot.groups.values()):
                 for rank in range(1, self.size):
                     files |= self._await(uri, rank)
+            self.before()
             ck.complete(uri, files)
         except Exception:
             if not self.rank:

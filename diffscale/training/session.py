@@ -6,6 +6,7 @@ numbers that every rank has alike, so that all ranks make the same calls in the 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import time
@@ -30,8 +31,8 @@ from diffscale.training.evaluations import Evaluations
 from diffscale.training.health import Watchdog
 from diffscale.training.history import History, make_trackers
 from diffscale.training.learner import Learner, Step
-from diffscale.training.monitor import PHASE, Listener, Monitor
-from diffscale.training.numerics import Numerics, set_memory_format
+from diffscale.training.monitor import PHASE, Interval, Listener, Monitor
+from diffscale.training.numerics import Numerics
 from diffscale.training.parallel import World, shard
 from diffscale.training.plan import make_plan
 from diffscale.training.setting_up import Cost, settle_numerics, settle_process
@@ -63,11 +64,13 @@ class Session:
         self.meter = EnergyMeter(world.device)
         self.device_seconds, self.energy_before, self.skipped, self.in_row = 0.0, 0.0, 0, 0
         self.loss_sum, self.loss_steps, self.bit_identical = 0.0, 0, True
+        self.launches = 1
+        self._interval: dict[str, Any] = {}  # of the history's unfinished row, as the checkpoint has it
         self.learner = self._learner()
         values = self._resume()
         self.saver = saving.Saver(
             run_folder, world.rank, world.size, world.from_first(uuid.uuid4().hex), ck.save_settings(experiment),
-            self._rotate,
+            self._rotate, self._flush_history,
         )  # fmt: skip
         self.evaluations = Evaluations(
             experiment, run_folder, self.dataset, self.diffusion, world, self.numerics, values, hand_over, self._told,
@@ -85,19 +88,18 @@ class Session:
         model = build_model(e, self.dataset).to(world.device)
         if e.train.activation_checkpointing:
             model.set_activation_checkpointing(True)  # type: ignore[operator]
-        self.numerics = self._settled(model)
+        self.numerics = self._settled()
         if e.train.parallel == "fsdp2" and world.size > 1:
-            set_memory_format(model, self.numerics.channels_last)
             model = shard(model, world, self.numerics.precision)
         self.numerics.prepare(model)
         classes = self.dataset.num_classes if e.data.class_conditional else 0
         return Learner(model, self.diffusion, e, world, self.numerics, classes, self.plan.end)
 
-    def _settled(self, model: torch.nn.Module) -> Numerics:
-        """The run's stored choices, else new ones by rank 0, stored before the first step."""
+    def _settled(self) -> Numerics:
+        """The run's stored choices, else those of the settings, stored by rank 0 before the first step."""
         stored = None
         if self.world.rank == 0:
-            stored = settle_numerics(self.experiment, self.run_folder, model, self.dataset, self.world, self.plan)
+            stored = settle_numerics(self.experiment, self.run_folder, self.dataset, self.world)
         stored = self.world.from_first(stored)
         self.bit_identical = bool(stored["bit_identical"])
         return Numerics(**stored["numerics"])
@@ -115,6 +117,7 @@ class Session:
         self.device_seconds, self.energy_before = state["device_seconds"], state["energy_joules"] or 0.0
         self.skipped, self.in_row = state["skipped"], state["skipped_in_row"]
         self.loss_sum, self.loss_steps = state["loss_sum"], state["loss_steps"]
+        self._interval, self.launches = state.get("interval") or {}, state.get("launches", 1) + 1
         self.bit_identical &= state["bit_identical"] and state["world_size"] == self.world.size
         log.info("resumed from %s", checkpoint)
         return {int(images): value for images, value in state["values"].items()}
@@ -126,7 +129,7 @@ class Session:
             History(self.run_folder, images),
             make_trackers(e.train.trackers, self.run_folder, e.name, run_id, e.dotted(), images),
             self.listener, self.world, self.numerics.precision, self.cost.flops_per_image,
-            e.train.price_per_device_hour, self.plan.log_images, self.plan.end,
+            e.train.price_per_device_hour, self.plan.log_images, self.plan.end, Interval(**self._interval),
         )  # fmt: skip
 
     # ---- the loop
@@ -232,7 +235,9 @@ class Session:
         classes = data.num_classes if self.experiment.data.class_conditional else 0
         return {
             "device_seconds": self.device_seconds, "energy_joules": self._energy(), "skipped": self.skipped,
-            "skipped_in_row": self.in_row, "loss_sum": self.loss_sum, "loss_steps": self.loss_steps,
+            "launches": self.launches, "skipped_in_row": self.in_row,
+            "loss_sum": self.loss_sum, "loss_steps": self.loss_steps,
+            "interval": dataclasses.asdict(self.monitor.interval) if self.monitor is not None else None,
             "values": {str(images): value for images, value in self.evaluations.values.items()}, "record": columns,
             "world_size": self.world.size, "bit_identical": self.bit_identical,
             "data": {"resolution": data.resolution, "channels": data.channels, "num_classes": classes},
@@ -242,6 +247,7 @@ class Session:
         return run_columns(
             self.experiment, self.dataset, self.cost, self.world, self.learner.images_seen, self.device_seconds,
             self._energy(), self.loss_sum / self.loss_steps if self.loss_steps else None, self.numerics.precision,
+            self.launches,
         )  # fmt: skip
 
     def _energy(self) -> float | None:
@@ -258,6 +264,10 @@ class Session:
         self.saver.save(saving.take(self.learner, self._state(columns), self.world.rank))
         self._saved_any, self._saved_at = True, self.learner.images_seen
         self._saved_clock = self.device_seconds
+
+    def _flush_history(self) -> None:
+        if self.monitor is not None:
+            self.monitor.history.flush()
 
     def _rotate(self, _: int) -> None:
         settings = self.experiment.train

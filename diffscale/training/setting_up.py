@@ -1,27 +1,60 @@
-"""What is settled once per run or process before the first step: threads, and how the run computes."""
+"""What is settled once per run or process before the first step: how the run computes, and threads."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import logging
+import re
 from typing import Any
 
 import torch
-from torch import nn
 
-from diffscale import storage
+from diffscale import native, storage
+from diffscale.build import build_model
 from diffscale.compute import Cost, device_name
 from diffscale.data import Dataset
+from diffscale.errors import UserError
 from diffscale.experiment import Experiment
 from diffscale.heap import keep_freed_memory
-from diffscale.training.numerics import choose_numerics
-from diffscale.training.parallel import World, passes
-from diffscale.training.plan import Plan
+from diffscale.models import norm_act
+from diffscale.ray_session import gpus
+from diffscale.training.numerics import Numerics, choose_numerics, winograd_available
+from diffscale.training.parallel import World
 
-__all__ = ["Cost", "settle_numerics", "settle_process"]
+__all__ = ["Cost", "settle_numerics", "settle_process", "settled", "uses_gpu"]
 
 log = logging.getLogger(__name__)
+
+
+NUMERICS = "numerics.json"
+_WITHOUT_BF16 = {"K80", "P4", "P100", "T4", "V100"}  # as Ray calls GPUs older than Ampere
+
+
+def settled(experiment: Experiment, dataset: Dataset) -> Experiment:
+    """The same experiment with every "auto" of its numerics replaced, so that its run_id says how it computes.
+
+    Runs that were begun when "auto" was a measurement of the moment keep it: their folder holds what was chosen.
+    """
+    train = experiment.train
+    if "auto" not in (train.precision, train.compile, train.channels_last, train.winograd):
+        return experiment
+    if storage.exists(storage.join(experiment.run_folder(dataset.content_hash), NUMERICS)):
+        return experiment
+    bf16 = None
+    found = gpus() if uses_gpu(experiment) else None
+    if found is not None:
+        bf16 = _WITHOUT_BF16.isdisjoint(word for name in found for word in re.split("[ -]", name))
+    with torch.device("meta"):
+        model = build_model(experiment, dataset)
+    chosen = choose_numerics(model, "cpu" if found is None else "cuda", train, bf16)
+    return experiment.model_copy(update={"train": train.model_copy(update=dataclasses.asdict(chosen))})
+
+
+def uses_gpu(experiment: Experiment) -> bool:
+    """train.gpu, `auto` being whether the cluster has one."""
+    wanted = experiment.train.gpu
+    return bool(gpus()) if wanted == "auto" else bool(wanted)
 
 
 def settle_process(threads: int, device: torch.device) -> None:
@@ -35,27 +68,32 @@ def settle_process(threads: int, device: torch.device) -> None:
         torch.backends.cudnn.deterministic = True
 
 
-def settle_numerics(
-    experiment: Experiment, run_folder: str, model: nn.Module, dataset: Dataset, world: World, plan: Plan
-) -> dict[str, Any]:
-    """numerics.json of the run: read, or chosen now and written. On another kind of device than the one that it was
-    chosen on the run goes on, but is marked: it will not be bit-identical (DECISIONS 10)."""
-    uri = storage.join(run_folder, "numerics.json")
-    here = device_name(world.device)
+def settle_numerics(experiment: Experiment, run_folder: str, dataset: Dataset, world: World) -> dict[str, Any]:
+    """numerics.json of the run: read, or written now from the settings.
+
+    Where the run began on another kind of device, or with compiled kernels that this machine lacks, it continues, but
+    is marked: it will not be bit-identical. Raises UserError for Winograd's convolutions where there are none.
+    """
+    uri = storage.join(run_folder, NUMERICS)
+    here = {"device": device_name(world.device), "kernels": native.available(norm_act.KERNEL)}
     if storage.exists(uri):
         stored = json.loads(storage.read_bytes(uri))
-        if stored["device"] != here:
-            log.warning("began on %s, goes on on %s: not bit-identical from here on", stored["device"], here)
-            stored |= {"bit_identical": False, "device": here}
+        if changed := [key for key, value in here.items() if stored.get(key, value) != value]:
+            before = ", ".join(f"{key} {stored[key]}" for key in changed)
+            now = ", ".join(f"{key} {here[key]}" for key in changed)
+            log.warning("resumed with %s after starting with %s: results will not be bit-identical", now, before)
+            stored |= {"bit_identical": False, **here}
             storage.write_bytes(uri, json.dumps(stored).encode())
         return stored
-    train = experiment.train
-    batch = train.micro_batch or -(-train.global_batch // world.size)
-    example = torch.zeros(batch, dataset.channels, dataset.resolution, dataset.resolution, device=world.device)
-    steps = None
-    if plan.end is not None:
-        steps = plan.end // train.global_batch * passes(train.global_batch, world.size, train.micro_batch)
-    chosen = choose_numerics(model, example, world.device, train, steps=steps)
-    stored = {"numerics": dataclasses.asdict(chosen), "device": here, "bit_identical": True}
+    train = settled(experiment, dataset).train
+    chosen = Numerics(train.precision, train.channels_last, train.compile, train.winograd)  # type: ignore[arg-type]
+    if chosen.winograd and not winograd_available(chosen.precision, world.device.type):
+        raise UserError(
+            setting="train.winograd",
+            value=True,
+            expected=f"a CPU and a C++ compiler; this is {here['device']} with train.precision={chosen.precision}",
+            fix="train.winograd=auto",
+        )
+    stored = {"numerics": dataclasses.asdict(chosen), "bit_identical": True, **here}
     storage.write_bytes(uri, json.dumps(stored).encode())
     return stored

@@ -1,17 +1,21 @@
-"""The small real run that these tests train: 8-pixel emoji, a UNet of 50 thousand weights."""
+"""The small real run that these tests train: 8-pixel emoji, a UNet of 50 thousand weights, computed as by default."""
 
 from __future__ import annotations
 
 import os
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
+from diffscale.build import open_training_data
 from diffscale.cli import merge, validate
 from diffscale.experiment import Experiment
 from diffscale.training import checkpoint as ck
+from diffscale.training.setting_up import settled
 
 BATCH = 12
 SETTINGS: dict[str, Any] = {
@@ -20,7 +24,7 @@ SETTINGS: dict[str, Any] = {
     "model": {"name": "unet", "model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4]},
     "optim": {"lr": 2e-4, "weight_decay": 0.01},
     "train": {
-        "images": 120 * BATCH, "global_batch": BATCH, "precision": "fp32", "compile": False, "channels_last": False,
+        "images": 120 * BATCH, "global_batch": BATCH,
         "ema": {"power": [0.05, 0.1]}, "checkpoint": {"every_images": 10 * BATCH}, "trackers": [], "gpu": False,
         "log_every_images": 10 * BATCH,
     },
@@ -34,7 +38,9 @@ def settings(storage: Path | str, **changes: Any) -> dict[str, Any]:
 
 
 def experiment(storage: Path | str, **changes: Any) -> Experiment:
-    return validate(settings(storage, **changes))
+    """The settings as a run resolves them: its folder follows from what "auto" comes to."""
+    e = validate(settings(storage, **changes))
+    return settled(e, open_training_data(e))
 
 
 def settings_file(storage: Path, **changes: Any) -> Path:
@@ -53,6 +59,18 @@ def final_state(run_folder: str) -> dict[str, str]:
 
 def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", **more}
+
+
+def kill_all(process: subprocess.Popen[Any]) -> None:
+    """SIGKILL to the command; its private Ray ends with it, and what remains of it is killed too."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    psutil.wait_procs(children, timeout=5)
+    for child in children:
+        if child.is_running():
+            child.kill()
+    psutil.wait_procs(children, timeout=10)
 
 
 def wait_for(condition: Any, seconds: float = 240) -> Any:

@@ -1,27 +1,38 @@
-"""The automatic choice of precision, memory format and compilation: made once, stored, without side effects."""
+"""How a run computes: a rule, not a measurement; stored with the run, without side effects on the model."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
+from diffscale.cli import load_experiment
+from diffscale.data import Dataset
+from diffscale.errors import UserError
 from diffscale.float32 import exact_float32
 from diffscale.models import create_model
 from diffscale.models.winograd import FLOAT32
-from diffscale.training import numerics
-from diffscale.training.numerics import Numerics, choose_numerics, settle_precision
+from diffscale.training.numerics import Numerics, choose_numerics, multiplies_bf16
+from diffscale.training.parallel import World
+from diffscale.training.setting_up import settle_numerics, settled
+
+from .small import SETTINGS, experiment
+
+needs_compiler = pytest.mark.skipif(not FLOAT32.available, reason="no C++ compiler on this machine")
+NETWORKS_OF_CONVOLUTIONS = {"unet", "edm2", "uvit"}
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Asked:
     precision: str = "auto"
     channels_last: bool | str = "auto"
     compile: bool | str = "auto"
+    winograd: bool | str = "auto"
 
 
 @pytest.fixture
@@ -30,55 +41,102 @@ def model():
     return create_model("edm2-tiny", dropout=0.1, model_channels=16, channels_per_head=16)
 
 
+def tiny(name: str) -> torch.nn.Module:
+    with torch.device("meta"):
+        return create_model(f"{name}-tiny")
+
+
 def test_what_is_asked_for_is_what_is_used(model):
-    images = torch.randn(2, 3, 8, 8)
     for asked in (True, False):
-        chosen = choose_numerics(model, images, "cpu", Wanted("fp32", asked, asked))
-        assert chosen == Numerics("fp32", asked, asked)
+        for device in ("cpu", "cuda"):
+            chosen = choose_numerics(model, device, Asked("fp32", asked, asked, asked))
+            assert chosen == Numerics("fp32", asked, asked, asked)
 
 
-def test_auto_settles_every_choice_and_survives_storage(model):
-    chosen = choose_numerics(model, torch.randn(2, 3, 8, 8), "cpu", Wanted(), steps=10)
-    assert isinstance(chosen.channels_last, bool)
-    assert chosen.compile is False
+@needs_compiler
+@pytest.mark.parametrize("name", ["unet", "edm2", "uvit", "rin", "dit", "jit", "hdit"])
+def test_on_a_cpu_networks_of_convolutions_use_winograd_in_channels_last_order(name):
+    convolves = name in NETWORKS_OF_CONVOLUTIONS
+    chosen = choose_numerics(tiny(name), "cpu", Asked(), bf16=False)
+    assert chosen == Numerics("fp32", channels_last=convolves, winograd=convolves)
+    assert choose_numerics(tiny(name), "cpu", Asked(channels_last=True), bf16=False).winograd is False
+
+
+@pytest.mark.parametrize("name", ["unet", "edm2", "uvit", "rin", "dit", "jit", "hdit"])
+def test_on_a_gpu_networks_of_convolutions_are_channels_last_in_low_precision(name):
+    convolves = name in NETWORKS_OF_CONVOLUTIONS
+    assert choose_numerics(tiny(name), "cuda", Asked(), bf16=True) == Numerics("bf16", channels_last=convolves)
+    assert choose_numerics(tiny(name), "cuda", Asked(), bf16=False) == Numerics("fp32")  # older than Ampere
+
+
+def test_large_networks_are_compiled_on_a_gpu_alone():
+    with torch.device("meta"):
+        large = create_model("dit-b-4", resolution=64, channels=3, num_classes=0)
+    assert choose_numerics(large, "cuda", Asked(), bf16=True).compile is True
+    assert choose_numerics(large, "cpu", Asked(), bf16=True).compile is False
+    assert choose_numerics(tiny("dit"), "cuda", Asked(), bf16=True).compile is False
+
+
+def test_auto_precision_follows_the_processors_instructions():
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    assert multiplies_bf16("cpu") is any(flag in flags for flag in ("avx512_bf16", "amx_bf16", " bf16"))
+    assert multiplies_bf16("cuda") is False or torch.cuda.is_available()
+
+
+def test_settled_settings_say_how_the_run_computes_and_give_it_its_identity(shared_storage: Path, dataset: Dataset):
+    e = load_experiment("quickstart-unet", [f"storage={shared_storage}", "data.resolution=8"])
+    same = settled(e, dataset)
+    assert "auto" not in {same.train.precision, same.train.compile, same.train.channels_last, same.train.winograd}
+    assert settled(same, dataset) == same
+    explicit = [f"train.{key}={json.dumps(getattr(same.train, key))}" for key in dataclasses.asdict(Numerics())]
+    given = load_experiment("quickstart-unet", [f"storage={shared_storage}", "data.resolution=8", *explicit])
+    assert given.run_id("d") == same.run_id("d")  # the same run, chosen or asked for
+    ids = {
+        choice.run_id("d")
+        for choice in (
+            same,
+            load_experiment("quickstart-unet", [*explicit, "data.resolution=8", "train.precision=bf16"]),
+            load_experiment("quickstart-unet", [*explicit, "data.resolution=8", "train.channels_last=false"]),
+            load_experiment("quickstart-unet", [*explicit, "data.resolution=8", "train.compile=true"]),
+        )
+    }
+    assert len(ids) == 4
+
+
+def test_the_identity_of_runs_with_given_numerics_is_that_of_earlier_versions():
+    """Figures of commit 3316457, before winograd was a setting."""
+    given = ["train.precision=fp32", "train.compile=false", "train.channels_last=false", "storage=/s"]
+    assert load_experiment("quickstart-unet", given).run_id("d") == "cf995ea3a0242560"
+    winograd = load_experiment("quickstart-unet", [*given[:2], "train.channels_last=true", "train.winograd=true"])
+    plain = load_experiment("quickstart-unet", [*given[:2], "train.channels_last=true", "train.winograd=false"])
+    assert winograd.run_id("d") != plain.run_id("d")
+
+
+def test_a_run_from_when_auto_was_measured_keeps_what_was_chosen(tmp_path: Path, dataset: Dataset):
+    from diffscale.cli import validate
+
+    e = validate(SETTINGS | {"name": "old", "storage": str(tmp_path)})
+    folder = Path(e.run_folder(dataset.content_hash))
+    folder.mkdir(parents=True)
+    numerics = {"precision": "fp32", "channels_last": True, "compile": False, "winograd": False}
+    stored = {"numerics": numerics, "device": "some CPU", "bit_identical": True}
+    (folder / "numerics.json").write_text(json.dumps(stored))
+    assert settled(e, dataset) == e
+    read = settle_numerics(e, str(folder), dataset, World())
+    assert read["numerics"] == numerics
+    assert read["bit_identical"] is False  # it began on another device
+
+
+def test_winograd_that_the_device_does_not_have_is_refused(tmp_path: Path, dataset: Dataset):
+    e = experiment(tmp_path, train={"precision": "fp16", "winograd": True})
+    with pytest.raises(UserError, match=r"train\.winograd"):
+        settle_numerics(e, str(tmp_path), dataset, World())
+
+
+def test_choices_survive_storage():
+    chosen = choose_numerics(tiny("unet"), "cpu", Asked())
     assert Numerics(**json.loads(json.dumps(dataclasses.asdict(chosen)))) == chosen
-
-
-needs_compiler = pytest.mark.skipif(not FLOAT32.available, reason="no C++ compiler on this machine")
-
-
-@needs_compiler
-def test_a_long_run_of_a_transformer_is_compiled_and_a_short_one_not():
-    dit, images = create_model("dit-tiny", resolution=8, patch_size=4), torch.randn(2, 3, 8, 8)
-    for steps, compiled in ((None, True), (10**9, True), (1000, False)):
-        assert choose_numerics(dit, images, "cpu", Wanted("fp32"), steps=steps).compile is compiled
-
-
-@needs_compiler
-@pytest.mark.parametrize(
-    ("name", "steps", "compiled"), [("unet", None, False), ("uvit", None, True), ("uvit", 99, False)]
-)
-def test_beside_winograd_only_transformers_are_compiled(monkeypatch, name, steps, compiled):
-    monkeypatch.setattr(numerics, "_step_seconds", lambda *given: 0.1 if given[3].winograd else 1.0)
-    model, images = create_model(f"{name}-tiny", resolution=8), torch.randn(2, 3, 8, 8)
-    chosen = choose_numerics(model, images, "cpu", Wanted("fp32"), steps=steps)
-    assert chosen == Numerics("fp32", channels_last=True, winograd=True, compile=compiled)
-
-
-def test_automatic_precision_is_the_faster_one_and_a_given_one_stays():
-    assert settle_precision("fp16", "cpu") == "fp16"
-    chosen = settle_precision("auto", "cpu")
-    layer, x = torch.nn.Linear(512, 512), torch.randn(256, 512)
-    seconds = {}
-    for precision in ("fp32", "bf16"):
-        times = []
-        for _ in range(4):
-            start = time.perf_counter()
-            with Numerics(precision).autocast("cpu"), torch.no_grad():
-                layer(x)
-            times.append(time.perf_counter() - start)
-        seconds[precision] = min(times)
-    assert seconds[chosen] < 1.5 * min(seconds.values())  # another product than the one that decided
+    assert yaml.safe_load(yaml.safe_dump(dataclasses.asdict(chosen))) == dataclasses.asdict(chosen)
 
 
 def test_choosing_leaves_weights_gradients_mode_and_random_state_alone(model):
@@ -86,7 +144,7 @@ def test_choosing_leaves_weights_gradients_mode_and_random_state_alone(model):
     before = {k: v.clone() for k, v in model.state_dict().items()}
     model.conv_in.weight.grad = torch.ones_like(model.conv_in.weight)
     state = torch.get_rng_state()
-    choose_numerics(model, torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), "cpu", Wanted())
+    choose_numerics(model, "cpu", Asked())
     assert torch.equal(torch.get_rng_state(), state)
     assert not model.training
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
@@ -103,7 +161,7 @@ def test_a_model_without_convolutions_is_left_contiguous():
         def forward(self, x, logsnr, label=None, state=None):
             return self.layer(x), None
 
-    assert choose_numerics(Linear(), torch.randn(2, 3, 8, 8), "cpu", Wanted()).channels_last is False
+    assert choose_numerics(Linear(), "cpu", Asked()).channels_last is False
 
 
 def test_float32_is_rounded_to_tf32_only_in_a_run_that_asks_for_it_and_never_inside_exact_float32(model):

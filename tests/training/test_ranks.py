@@ -16,21 +16,27 @@ from diffscale.data import Dataset, Loader
 from diffscale.training import checkpoint as ck
 from diffscale.training import saving
 from diffscale.training.learner import Learner
+from diffscale.training.numerics import Numerics
 from diffscale.training.parallel import World, shard
 from diffscale.training.sharding import whole
 
 from .small import BATCH, experiment
 
 STEPS = 10
+OTHERS = [(optim, parallel) for optim in ("lamb", "muon") for parallel in ("ddp", "fsdp2")]
 
 
-def make(storage: str, dataset: Dataset, world: World, **train: Any) -> Learner:
-    e = experiment(storage, train=train)
+NUMERICS = Numerics(channels_last=True)  # as "auto" chooses for convolutions: moments must be laid out as weights
+
+
+def make(storage: str, dataset: Dataset, world: World, optim: str = "adamw", **train: Any) -> Learner:
+    e = experiment(storage, optim={"name": optim}, train=train)
     torch.manual_seed(0)
     model = build_model(e, dataset)
     if e.train.parallel == "fsdp2" and world.size > 1:
         model = shard(model, world, "fp32")
-    return Learner(model, build_diffusion(e, dataset), e, world, num_classes=dataset.num_classes)
+    NUMERICS.prepare(model)
+    return Learner(model, build_diffusion(e, dataset), e, world, NUMERICS, num_classes=dataset.num_classes)
 
 
 def train(of: Learner, dataset: Dataset, count: int) -> list[float]:
@@ -46,10 +52,16 @@ def full(of: Learner) -> list[torch.Tensor]:
     return weights + [a for average in of.ema.averages.values() for a in average.values()]
 
 
-def resumed_midway(storage: str, dataset: Dataset, world: World, place: Path, **train_settings: Any) -> Learner:
+def identical(a: Learner, b: Learner) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(full(a), full(b), strict=True))
+
+
+def resumed_midway(
+    storage: str, dataset: Dataset, world: World, place: Path, count: int = STEPS, **train_settings: Any
+) -> Learner:
     """Half of the steps, a checkpoint, and the other half by a learner that knows nothing but it."""
     first = make(storage, dataset, world, **train_settings)
-    train(first, dataset, STEPS // 2)
+    train(first, dataset, count // 2)
     saver = saving.Saver(str(place), world.rank, world.size, "a", ck.save_settings(first.experiment), lambda _: None)
     state = {"record": {}, "data": {}}
     saver.save(saving.take(first, state, world.rank))
@@ -59,7 +71,7 @@ def resumed_midway(storage: str, dataset: Dataset, world: World, place: Path, **
     for p in second.model.parameters():
         p.data.zero_()
     saving.load(second, str(ck.newest_good(str(place))))
-    train(second, dataset, STEPS - STEPS // 2)
+    train(second, dataset, count - count // 2)
     return second
 
 
@@ -71,14 +83,19 @@ def rank_main(rank: int, size: int, folder: str, storage: str, dataset: Dataset,
     out["losses"] = train(straight, dataset, count)
     if count == STEPS:
         other = resumed_midway(storage, dataset, world, Path(folder) / f"ddp{size}")
-        out["identical"] = all(torch.equal(a, b) for a, b in zip(full(straight), full(other), strict=True))
+        out["identical"] = identical(straight, other)
         sharded = make(storage, dataset, world, parallel="fsdp2")
         out["fsdp2"] = train(sharded, dataset, STEPS)
         accumulated = make(storage, dataset, world, parallel="fsdp2", micro_batch=BATCH // size - 1)
         out["fsdp2_accumulated"] = train(accumulated, dataset, 3)
         other = resumed_midway(storage, dataset, world, Path(folder) / f"fsdp{size}", parallel="fsdp2")
-        pairs = zip(full(sharded), full(other), strict=True)
-        out["fsdp2_identical"] = all(torch.equal(a, b) for a, b in pairs)
+        out["fsdp2_identical"] = identical(sharded, other)
+        for optim, parallel in OTHERS if size == 2 else ():
+            how = {"optim": optim, "parallel": parallel}
+            calm = make(storage, dataset, world, **how)
+            train(calm, dataset, 4)
+            other = resumed_midway(storage, dataset, world, Path(folder) / f"{optim}-{parallel}", 4, **how)
+            out[f"{optim}_{parallel}_identical"] = identical(calm, other)
     every = world.gather(out)
     assert all(one == every[0] for one in every)
     if rank == 0:
@@ -114,8 +131,9 @@ def test_world_sizes_agree(of_ranks: dict[int, dict[str, Any]], alone: list[floa
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_resume_is_bit_identical(of_ranks: dict[int, dict[str, Any]], size: int) -> None:
-    assert of_ranks[size]["identical"]
-    assert of_ranks[size]["fsdp2_identical"]
+    found = {name: value for name, value in of_ranks[size].items() if name.endswith("identical")}
+    assert len(found) == (2 + len(OTHERS) if size == 2 else 2)
+    assert all(found.values()), found
 
 
 @pytest.mark.parametrize("size", [2, 4])
