@@ -19,17 +19,18 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import peer_run
-from benchmarks.against_peers import against_peers
-from benchmarks.budget import budget
-from benchmarks.peer_run import PeerRun
-from benchmarks.suite import RESULTS, Suite, load_suite, suite_names
-from diffscale import storage
-from diffscale.build import open_training_data
-from diffscale.cli import parse_overrides, run_app
-from diffscale.errors import UserError
-from diffscale.experiment import Experiment
-from diffscale.records import Record, read_records
+from benchmarks.suites import peer_run
+from benchmarks.suites.against_peers import against_peers
+from benchmarks.suites.budget import budget
+from benchmarks.suites.peer_run import PeerRun
+from benchmarks.suites.suite import RESULTS, Suite, load_suite, suite_names
+from diffscale.config.experiment import Experiment
+from diffscale.config.factory import open_training_data
+from diffscale.config.load import parse_overrides
+from diffscale.core import storage
+from diffscale.core.app import run_app
+from diffscale.core.errors import UserError
+from diffscale.records.store import Record, read_records
 from diffscale.training.setting_up import settled
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

@@ -17,14 +17,16 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from diffscale import storage as places
-from diffscale.cli import load_experiment, run_app
-from diffscale.preflight import facts, judge
+from diffscale.config.load import load_experiment
+from diffscale.core import storage as places
+from diffscale.core.app import run_app
+from diffscale.preflight import checks as judge
+from diffscale.preflight import facts
+from diffscale.preflight.checks import Finding
 from diffscale.preflight.facts import NodeFacts, Wanted
-from diffscale.preflight.judge import Finding
 
 if TYPE_CHECKING:
-    from diffscale.experiment import Experiment
+    from diffscale.config.experiment import Experiment
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 STYLES = {"ok": "green", "warning": "yellow", "failure": "bold red"}
@@ -47,7 +49,7 @@ def main(
 
 def examine(experiment: Experiment | None, storage: str, address: str | None = None) -> list[Finding]:
     """All findings, in the order of the table. Connects to Ray (and leaves it connected)."""
-    from diffscale.ray_session import connect
+    from diffscale.distributed.connect import connect
 
     connect(address)
     import ray
@@ -157,7 +159,7 @@ def _workers(experiment: Experiment | None) -> int:
 
 
 def _memory(experiment: Experiment) -> int:
-    from diffscale.build import open_training_data
+    from diffscale.config.factory import open_training_data
     from diffscale.preflight.memory import needed_bytes
 
     return needed_bytes(experiment, open_training_data(experiment))

@@ -13,15 +13,15 @@ import numpy as np
 import torch
 import typer
 
-from diffscale import storage
-from diffscale.cli import run_app
-from diffscale.errors import UserError
-from diffscale.training import checkpoint as ck
+from diffscale.core import storage
+from diffscale.core.app import run_app
+from diffscale.core.errors import UserError
+from diffscale.training.checkpoint import layout as ck
+from diffscale.training.checkpoint.tensors import Damaged, groups_in, read_group, write_group
 from diffscale.training.ema import exponent, profile_error, profile_name, reconstruct
-from diffscale.training.tensor_files import Damaged, groups_in, read_group, write_group
 
 if TYPE_CHECKING:
-    from diffscale.records import Record
+    from diffscale.records.store import Record
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -116,10 +116,10 @@ def _combine(stored: list[tuple[float, int, str]], weights: np.ndarray) -> dict[
 
 def evaluated(checkpoint: str, widths: list[float]) -> list[Record]:
     """The first metric of each average, evaluated as the run's settings say, as records of the run."""
-    from diffscale.build import build_diffusion, build_solver, open_training_data
+    from diffscale.config.factory import build_diffusion, build_solver, open_training_data
     from diffscale.evaluation import Evaluator
-    from diffscale.records import write_record
-    from diffscale.training.judging import make_record
+    from diffscale.records.store import write_record
+    from diffscale.training.checkpoint_evaluation import make_record
 
     experiment = ck.read_experiment(checkpoint)
     dataset = open_training_data(experiment)

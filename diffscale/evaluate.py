@@ -17,19 +17,19 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from diffscale import storage
-from diffscale.build import build_solver
-from diffscale.cli import run_app
-from diffscale.errors import UserError
+from diffscale.config.factory import build_solver
+from diffscale.core import storage
+from diffscale.core.app import run_app
+from diffscale.core.errors import UserError
+from diffscale.distributed.connect import connect
 from diffscale.evaluation import Evaluator, Sampling
+from diffscale.evaluation.distribute import devices
 from diffscale.evaluation.folder import evaluate_folder
-from diffscale.evaluation.generate import devices
-from diffscale.evaluation.keeping import Keeper
-from diffscale.evaluation.weights import cache_folder, weights_from
-from diffscale.ray_session import connect
-from diffscale.records import identify, write_record
-from diffscale.trained import Trained, find_checkpoints, is_run, load_trained, settings_of_run
-from diffscale.training.judging import make_record
+from diffscale.evaluation.networks.weights import cache_folder, weights_from
+from diffscale.evaluation.sample_writer import Keeper
+from diffscale.records.store import identify, write_record
+from diffscale.training.checkpoint_evaluation import make_record
+from diffscale.training.load import Trained, find_checkpoints, is_run, load_trained, settings_of_run
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 console = Console()

@@ -15,7 +15,8 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from diffscale.cli import load_experiment, run_app
+from diffscale.config.load import load_experiment
+from diffscale.core.app import run_app
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -38,8 +39,8 @@ def main(
     shared = [f"storage={place}", f"eval.n_generated={SAMPLES[size]}"]
 
     from diffscale import train, tune
-    from diffscale.build import open_training_data
-    from diffscale.ray_session import connect
+    from diffscale.config.factory import open_training_data
+    from diffscale.distributed.connect import connect
     from diffscale.report import write_report
     from diffscale.sweep.ledger import Ledger
 

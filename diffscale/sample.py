@@ -18,17 +18,17 @@ import typer
 from numpy.typing import NDArray
 from rich.console import Console
 
-from diffscale import storage
-from diffscale.build import build_solver
-from diffscale.cli import run_app
+from diffscale.config.factory import build_solver
+from diffscale.core import storage
+from diffscale.core.app import run_app
+from diffscale.core.errors import UserError
 from diffscale.diffusion import Evaluation, Guidance
-from diffscale.errors import UserError
+from diffscale.distributed.connect import connect
 from diffscale.evaluation import ModelSource, Sampling, pictures
-from diffscale.evaluation.generate import chunk_ranges, devices, kept_images, on_ray
-from diffscale.evaluation.keeping import Keeper
-from diffscale.evaluation.sources import class_counts, to_uint8
-from diffscale.ray_session import connect
-from diffscale.trained import Trained, find_checkpoints, is_run, load_trained, settings_of_run
+from diffscale.evaluation.distribute import chunk_ranges, devices, kept_images, on_ray
+from diffscale.evaluation.image_sources import class_counts, to_uint8
+from diffscale.evaluation.sample_writer import Keeper
+from diffscale.training.load import Trained, find_checkpoints, is_run, load_trained, settings_of_run
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 console = Console()

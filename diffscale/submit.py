@@ -20,9 +20,10 @@ import aiohttp
 import typer
 import yaml
 
-from diffscale.cli import COMMANDS, run_app, valid
-from diffscale.errors import UserError
-from diffscale.provenance import job_environment
+from diffscale.core.app import COMMANDS, run_app
+from diffscale.core.errors import UserError
+from diffscale.core.provenance import job_environment
+from diffscale.core.text import valid
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

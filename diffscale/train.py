@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from diffscale import storage
-from diffscale.cli import load_experiment, run_app
-from diffscale.compute import Cost
-from diffscale.errors import UserError
-from diffscale.experiment import Experiment
-from diffscale.records import Record
+from diffscale.config.experiment import Experiment
+from diffscale.config.load import load_experiment
+from diffscale.core import storage
+from diffscale.core.app import run_app
+from diffscale.core.device import Cost
+from diffscale.core.errors import UserError
+from diffscale.records.store import Record
 
 if TYPE_CHECKING:
     from diffscale.data import Dataset
@@ -98,7 +99,7 @@ def run(
 
     should_stop: asked on rank 0 about each record when it is written (it travels to the worker); True ends the run
     early at a checkpoint. show: progress on the console. handle_signals: SIGTERM and SIGINT end the run at a
-    checkpoint (main thread only). stop_with: the launch of a channel (training/channel.py) whose STOP does the same.
+    checkpoint (main thread only). stop_with: the launch of a channel (distributed/messages.py) whose STOP does the same.
     here: the one worker is this process, without Ray Train; it raises what the training raises.
     Raises UserError for what cannot work, before any training is started where that can be known.
     """
@@ -113,11 +114,11 @@ def run(
             Console().print(f"{experiment.name}: already finished", highlight=False)
         return RunResult(folder, run_id, done, "finished")
     _write_once(folder, experiment, dataset)
-    from diffscale.preflight.shared import require_shared
+    from diffscale.preflight.shared_storage import require_shared
 
     require_shared(experiment.storage)
-    from diffscale.training import beside
-    from diffscale.training.channel import OUTCOME, STOP, Channel
+    from diffscale.distributed.messages import OUTCOME, STOP, Channel
+    from diffscale.training import async_evaluation as beside
     from diffscale.training.progress import Display
 
     channel, gpu = Channel(uuid.uuid4().hex), uses_gpu(experiment)
@@ -151,7 +152,7 @@ def run(
 
 def _prepare_while_ray_starts(experiment: Experiment) -> tuple[Dataset, Cost]:
     """`prepare`, in a thread: the processes that Ray starts end with the thread that has started them."""
-    from diffscale.ray_session import connect
+    from diffscale.distributed.connect import connect
 
     with ThreadPoolExecutor(1, thread_name_prefix="prepare") as pool:
         prepared = pool.submit(prepare, experiment)
@@ -161,8 +162,8 @@ def _prepare_while_ray_starts(experiment: Experiment) -> tuple[Dataset, Cost]:
 
 def prepare(experiment: Experiment) -> tuple[Dataset, Cost]:
     """The dataset and the cost per image; raises UserError for settings that no worker could use."""
-    from diffscale.build import build_diffusion, build_model, build_solver, open_training_data
-    from diffscale.compute import count_cost
+    from diffscale.config.factory import build_diffusion, build_model, build_solver, open_training_data
+    from diffscale.core.device import count_cost
     from diffscale.evaluation import parse_metric
     from diffscale.training.ema import ema_name
     from diffscale.training.optimizer import check_name
@@ -211,10 +212,10 @@ def _cpus_needed(experiment: Experiment) -> int | None:
 
 def _already(experiment: Experiment, folder: str, cost: Cost) -> int | None:
     """Images seen of a run whose newest checkpoint has used the budget and whose evaluations are all there."""
-    from diffscale.training.checkpoint import list_checkpoints, read_state
-    from diffscale.training.judging import unjudged
+    from diffscale.training.checkpoint.layout import list_checkpoints, read_state
+    from diffscale.training.checkpoint.tensors import Damaged
+    from diffscale.training.checkpoint_evaluation import unjudged
     from diffscale.training.plan import make_plan
-    from diffscale.training.tensor_files import Damaged
 
     plan = make_plan(experiment, cost.flops_per_image)
     for checkpoint in reversed(list_checkpoints(folder)):
@@ -231,7 +232,7 @@ def _already(experiment: Experiment, folder: str, cost: Cost) -> int | None:
 
 def _left_unjudged(experiment: Experiment, folder: str, cost: Cost) -> dict[str, str]:
     """What an outcome is instead of finished where evaluations beside the training have failed."""
-    from diffscale.training.judging import unjudged
+    from diffscale.training.checkpoint_evaluation import unjudged
     from diffscale.training.plan import make_plan
 
     left = unjudged(folder, experiment, make_plan(experiment, cost.flops_per_image).points)
@@ -246,8 +247,8 @@ def _write_once(folder: str, experiment: Experiment, dataset: Dataset) -> None:
     import json
     import time
 
-    from diffscale.provenance import source, versions
-    from diffscale.training.checkpoint import save_settings
+    from diffscale.core.provenance import source, versions
+    from diffscale.training.checkpoint.layout import save_settings
 
     storage.write_bytes(storage.join(folder, "experiment.yaml"), save_settings(experiment))
     uri = storage.join(folder, "provenance.json")
@@ -274,11 +275,12 @@ def _fit(
     """Ray Train's part: starts the workers, starts them again when one is lost, waits for evaluations beside them."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
 
-    from diffscale.provenance import job_environment
-    from diffscale.ray_session import HEALTH_TIMEOUT
-    from diffscale.training import beside, health
-    from diffscale.training.process_group import ProcessGroupConfig
-    from diffscale.training.trainer import Trainer
+    from diffscale.core.provenance import job_environment
+    from diffscale.distributed.connect import HEALTH_TIMEOUT
+    from diffscale.distributed.lean_trainer import Trainer
+    from diffscale.distributed.process_group import ProcessGroupConfig
+    from diffscale.training import async_evaluation as beside
+    from diffscale.training import health
     from diffscale.training.worker import train_worker
 
     train = experiment.train

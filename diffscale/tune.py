@@ -15,10 +15,11 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
-from diffscale.build import build_diffusion, open_training_data
-from diffscale.cli import explain, load_tree, merge, parse_overrides, run_app
-from diffscale.errors import UserError
-from diffscale.sweep.halving import promoted
+from diffscale.config.factory import build_diffusion, open_training_data
+from diffscale.config.load import explain, load_tree, merge, parse_overrides
+from diffscale.core.app import run_app
+from diffscale.core.errors import UserError
+from diffscale.sweep.decisions import promoted
 from diffscale.sweep.ledger import Ledger, Trial, check_comparable
 from diffscale.sweep.ray_tune import Stopped, run_suggested, run_trials
 from diffscale.sweep.results import write_results

@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[1]
 PROGRAM = """
 import diffscale, sys
 from pathlib import Path
-from diffscale.cli import load_experiment, preset_names
-from diffscale.build import open_training_data
+from diffscale.config.load import load_experiment, preset_names
+from diffscale.config.factory import open_training_data
 assert Path(diffscale.__file__).is_relative_to(sys.argv[1]), diffscale.__file__
 assert preset_names() and preset_names("sweeps")
 data = open_training_data(load_experiment("quickstart-unet", ["storage=" + sys.argv[2], "data.resolution=16"]))

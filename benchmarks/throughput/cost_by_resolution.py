@@ -19,10 +19,10 @@ import torch
 import torch.multiprocessing as multiprocessing
 import typer
 
-from benchmarks.throughput.contenders import Wrapped
-from benchmarks.throughput.pairs import RESULTS, write
-from benchmarks.throughput.stepper import Automatic, Stepper
-from diffscale.compute import count_cost
+from benchmarks.common.contenders import Wrapped
+from benchmarks.common.measure import RESULTS, write
+from benchmarks.common.stepper import Automatic, Stepper
+from diffscale.core.device import count_cost
 from diffscale.models import PRESETS, create_model
 from diffscale.training.setting_up import settle_process
 

@@ -26,12 +26,12 @@ import typer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from benchmarks.soak import anonymous_megabytes
+from benchmarks.common.measure import RESULTS, write
+from benchmarks.reliability.soak import anonymous_megabytes
 from benchmarks.throughput.features import arrow
-from benchmarks.throughput.pairs import RESULTS, write
+from diffscale.config.experiment import EvalSettings
 from diffscale.evaluation import Evaluator
-from diffscale.evaluation.weights import WEIGHTS
-from diffscale.experiment import EvalSettings
+from diffscale.evaluation.networks.weights import WEIGHTS
 
 NETWORK, DIM, SIDE = "random_layer", 2048, 32
 METRICS = ("fd", "kid", "precision", "fd_inf")

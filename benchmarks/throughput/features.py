@@ -19,17 +19,17 @@ from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.utils import get_featuresdict_from_dataset, prepare_input_from_id
 
-from benchmarks import cifar10
-from benchmarks.throughput.pairs import race, write
+from benchmarks.common.measure import race, write
+from benchmarks.suites import cifar10
 from diffscale.data import Dataset, open_dataset
-from diffscale.evaluation import inception
-from diffscale.evaluation.distances import Root, frechet_of_features
-from diffscale.evaluation.features import Extractor, create_extractor
-from diffscale.evaluation.fuse import fuse_batch_norms
-from diffscale.evaluation.keeping import Keeper
-from diffscale.evaluation.sources import DatasetSource
-from diffscale.evaluation.statistics import moments_of
-from diffscale.evaluation.weights import load_weights
+from diffscale.evaluation.image_sources import DatasetSource
+from diffscale.evaluation.metrics.distances import Root, frechet_of_features
+from diffscale.evaluation.metrics.statistics import moments_of
+from diffscale.evaluation.networks import inception
+from diffscale.evaluation.networks.extractor import Extractor, create_extractor
+from diffscale.evaluation.networks.fold_batch_norm import fuse_batch_norms
+from diffscale.evaluation.networks.weights import load_weights
+from diffscale.evaluation.sample_writer import Keeper
 
 CHECK_VALUE = 110.2808
 

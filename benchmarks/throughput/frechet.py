@@ -9,9 +9,9 @@ import torch
 import typer
 from scipy import linalg
 
-from benchmarks.throughput.pairs import race, write
-from diffscale.evaluation.distances import frechet
-from diffscale.evaluation.statistics import Moments
+from benchmarks.common.measure import race, write
+from diffscale.evaluation.metrics.distances import frechet
+from diffscale.evaluation.metrics.statistics import Moments
 
 
 def statistics(dim: int, seed: int) -> Moments:

@@ -16,12 +16,12 @@ import typer
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.budget import Images
-from benchmarks.suite import load_suite
-from benchmarks.throughput.pairs import write
-from diffscale.build import build_diffusion, build_model
-from diffscale.compute import count_cost, matmul_rate
-from diffscale.experiment import Experiment
+from benchmarks.common.measure import write
+from benchmarks.suites.budget import Images
+from benchmarks.suites.suite import load_suite
+from diffscale.config.experiment import Experiment
+from diffscale.config.factory import build_diffusion, build_model
+from diffscale.core.device import count_cost, matmul_rate
 from diffscale.training.learner import Learner
 from diffscale.training.numerics import Numerics, Precision
 from diffscale.training.parallel import World

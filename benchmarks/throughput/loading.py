@@ -38,13 +38,13 @@ import torch
 import typer
 from PIL import Image
 
-from benchmarks.soak import anonymous_megabytes
-from benchmarks.throughput.pairs import race, write
+from benchmarks.common.measure import race, write
+from benchmarks.reliability.soak import anonymous_megabytes
 from diffscale.data import Dataset, Loader, open_dataset, positions_to_indices, resolve
-from diffscale.data.decode import encode
-from diffscale.data.manifest import Manifest, Shard, Split, rows_hash, write_manifest
-from diffscale.data.order import permutation
-from diffscale.data.shard import make_batch, write_shard
+from diffscale.data.build.decode import encode
+from diffscale.data.format.manifest import Manifest, Shard, Split, rows_hash, write_manifest
+from diffscale.data.format.shard import make_batch, write_shard
+from diffscale.data.loading.order import permutation
 from diffscale.training.setting_up import settle_process
 
 BATCH = 256
@@ -111,7 +111,7 @@ def measure_peers(work: str) -> list[dict[str, Any]]:
     import ray
     import webdataset
 
-    from diffscale import ray_session
+    from diffscale.distributed import connect as ray_session
 
     count = 20_000
     images = pixels(count)

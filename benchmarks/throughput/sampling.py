@@ -1,6 +1,6 @@
 """DDIM sampling against diffusers' DDIMPipeline: `python -m benchmarks.throughput.sampling`.
 
-Networks of equal widths, depths and attention places (benchmarks/throughput/contenders.py), the same steps and batch,
+Networks of equal widths, depths and attention places (benchmarks/common/contenders.py), the same steps and batch,
 pixels out on both sides. Each side runs in the best of its own {fp32, bf16} × {contiguous, channels-last}, the peer
 also compiled in its best one; which was measured first, on this machine.
 """
@@ -17,8 +17,8 @@ import typer
 from diffusers import DDIMPipeline, DDIMScheduler
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.throughput.contenders import RACES
-from benchmarks.throughput.pairs import race, write
+from benchmarks.common.contenders import RACES
+from benchmarks.common.measure import race, write
 from diffscale.diffusion import SOLVERS, create_diffusion
 from diffscale.evaluation import ModelSource, Sampling
 from diffscale.training.numerics import Numerics, multiplies_bf16

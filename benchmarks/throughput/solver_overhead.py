@@ -17,9 +17,9 @@ import torch
 import typer
 from torch import nn
 
-from benchmarks.throughput.pairs import interval, write
+from benchmarks.common.measure import interval, write
+from diffscale.core.keyed_random import Stream, normal
 from diffscale.diffusion import SOLVERS, create_diffusion, keyed_noise, sample
-from diffscale.keyed_random import Stream, normal
 from diffscale.models import create_model
 
 TARGET = 0.03

@@ -24,11 +24,11 @@ import torch.multiprocessing as multiprocessing
 import typer
 from torch import nn
 
-from benchmarks.throughput.contenders import RACES, training_flops
-from benchmarks.throughput.pairs import race, write
+from benchmarks.common.contenders import RACES, training_flops
+from benchmarks.common.measure import race, write
 from benchmarks.throughput.training_step import fastest, modes_on, parse
-from diffscale.cli import load_experiment
-from diffscale.compute import Cost, count_cost
+from diffscale.config.load import load_experiment
+from diffscale.core.device import Cost, count_cost
 from diffscale.training.numerics import Numerics
 
 Steps = Callable[[int], None]
@@ -54,9 +54,9 @@ class Side(NamedTuple):
 
 def our_steps(side: Side) -> tuple[Steps, float, Numerics]:
     """The training of a session, without Ray; what it costs, and how it chose to compute."""
-    from diffscale.build import build_model, open_training_data
+    from diffscale.config.factory import build_model, open_training_data
     from diffscale.training.parallel import World
-    from diffscale.training.session import Session
+    from diffscale.training.trainer import Session
 
     settings = [f"storage={side.folder}", "name=ours", f"train.cpus_per_worker={side.threads}", HEADS[side.peer]]
     experiment = load_experiment("quickstart-unet", [*OURS, *settings])
@@ -198,7 +198,7 @@ def write_images(folder: Path) -> None:
     """The emoji of 32 pixels as PNG files."""
     from PIL import Image
 
-    from diffscale.build import open_training_data
+    from diffscale.config.factory import open_training_data
 
     settings = ["data.resolution=32", f"storage={folder}", "train.flops=1"]
     dataset = open_training_data(load_experiment("quickstart-unet", settings))

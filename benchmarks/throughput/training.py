@@ -29,13 +29,14 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 import typer
 
-from benchmarks.throughput.pairs import race, write
-from diffscale.build import build_diffusion, build_model, open_training_data
-from diffscale.cli import load_experiment, run_app
-from diffscale.compute import device_name
+from benchmarks.common.measure import race, write
+from diffscale.config.experiment import Experiment
+from diffscale.config.factory import build_diffusion, build_model, open_training_data
+from diffscale.config.load import load_experiment
+from diffscale.core.app import run_app
+from diffscale.core.device import device_name
+from diffscale.core.storage import write_bytes
 from diffscale.data import Dataset, Loader
-from diffscale.experiment import Experiment
-from diffscale.storage import write_bytes
 from diffscale.training.learner import Learner
 from diffscale.training.numerics import Numerics, choose_numerics
 from diffscale.training.parallel import World
@@ -99,9 +100,9 @@ def bare(experiment: Experiment, numerics: Numerics, threads: int, world: World 
 
 def ray_side(config: dict[str, Any]) -> None:
     """In a Ray Train worker: answers each turn with nothing but having done it."""
-    from diffscale.compute import Cost
-    from diffscale.training.channel import Channel
-    from diffscale.training.session import Session
+    from diffscale.core.device import Cost
+    from diffscale.distributed.messages import Channel
+    from diffscale.training.trainer import Session
 
     channel = Channel(config["launch"])
     experiment = Experiment.model_validate_json(config["experiment"])
@@ -123,13 +124,13 @@ def ray_side(config: dict[str, Any]) -> None:
 def against_ray(experiment: Experiment, pairs: int, steps: int) -> dict[str, Any]:
     import threading
 
-    from diffscale.ray_session import connect
+    from diffscale.distributed.connect import connect
 
     connect(num_cpus=2)
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from diffscale.training.channel import Channel
+    from diffscale.distributed.messages import Channel
 
     channel = Channel(uuid.uuid4().hex)
     folder, numerics = f"{experiment.storage}/runs/{experiment.name}", settled(experiment)
@@ -166,7 +167,7 @@ def against_ray(experiment: Experiment, pairs: int, steps: int) -> dict[str, Any
 
 def overheads(experiment: Experiment, pairs: int, steps: int) -> dict[str, Any]:
     """Seconds blocked, as shares of the seconds of a step; a checkpoint is spread over the ten minutes between two."""
-    from diffscale.training import saving
+    from diffscale.training.checkpoint import saver as saving
     from diffscale.training.history import History
     from diffscale.training.monitor import Monitor
     from diffscale.training.plan import CHECKPOINT_SECONDS, EVERY_STEPS

@@ -14,10 +14,12 @@ import torch
 import typer
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks.throughput.contenders import RACES, Build, ours
-from benchmarks.throughput.pairs import write
-from benchmarks.throughput.stepper import Automatic, Stepper
-from diffscale.models import PRESETS, norm_act, winograd
+from benchmarks.common.contenders import RACES, Build, ours
+from benchmarks.common.measure import write
+from benchmarks.common.stepper import Automatic, Stepper
+from diffscale.kernels import group_norm as norm_act
+from diffscale.kernels import winograd
+from diffscale.models import PRESETS
 from diffscale.training.numerics import Numerics, multiplies_bf16
 from diffscale.training.setting_up import settle_process
 

@@ -13,7 +13,7 @@ cpus=${DIFFSCALE_CPUS:-$(($(nproc) / 2 > 0 ? $(nproc) / 2 : 1))} # of each of th
 memory=${DIFFSCALE_OBJECT_STORE:-300000000}                      # bytes of shared memory for objects, each node
 
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$folder/auth_token"
-# NODE_ENVIRONMENT of diffscale/ray_session.py, where it says why.
+# NODE_ENVIRONMENT of diffscale/distributed/connect.py, where it says why.
 export RAY_health_check_period_ms=1000 RAY_health_check_timeout_ms=4000 RAY_health_check_failure_threshold=5
 export RAY_worker_niceness=0
 export RAY_API_SERVER_ADDRESS="http://127.0.0.1:$dashboard"

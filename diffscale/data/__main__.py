@@ -10,16 +10,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from diffscale import storage
-from diffscale.cli import run_app
-from diffscale.data import build as building
-from diffscale.data.dataset import available_resolutions
-from diffscale.data.decode import Preparation
-from diffscale.data.manifest import FILE, read_manifest
-from diffscale.data.picture import write_grid
-from diffscale.data.sources import Kind
+from diffscale.core import storage
+from diffscale.core.app import run_app
+from diffscale.core.errors import UserError
+from diffscale.core.image_grids import write_grid
+from diffscale.data.build import build as building
+from diffscale.data.build.decode import Preparation
+from diffscale.data.build.sources import Kind
+from diffscale.data.format.dataset import available_resolutions
+from diffscale.data.format.manifest import FILE, read_manifest
 from diffscale.data.verify import verify
-from diffscale.errors import UserError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Arrow datasets of images.", rich_markup_mode=None)
 console = Console(stderr=False)

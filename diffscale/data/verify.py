@@ -7,12 +7,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from diffscale import storage
-from diffscale.data.cache import ShardCache
-from diffscale.data.dataset import Dataset, available_resolutions
-from diffscale.data.errors import ShardError
-from diffscale.data.manifest import FILE, ContentHash, SplitName, read_manifest
-from diffscale.data.shard import check_size, file_sha256, open_shard
+from diffscale.core import storage
+from diffscale.data.format.cache import ShardCache
+from diffscale.data.format.dataset import Dataset, available_resolutions
+from diffscale.data.format.errors import ShardError
+from diffscale.data.format.manifest import FILE, ContentHash, SplitName, read_manifest
+from diffscale.data.format.shard import check_size, file_sha256, open_shard
 
 
 def verify(folder: str) -> list[str]:

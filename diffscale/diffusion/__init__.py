@@ -5,8 +5,8 @@ its denoiser D(z, logsnr), `sample` draws images with `SOLVERS[name](...)`.
 """
 
 from diffscale.diffusion.beta_schedules import alpha_bars, cosine_betas, linear_betas
-from diffscale.diffusion.corruption import add_noise, corrupt, ddpm_jump, ddpm_step, measured_logsnr
 from diffscale.diffusion.denoiser import Guidance, denoise
+from diffscale.diffusion.forward_process import add_noise, corrupt, ddpm_jump, ddpm_step, measured_logsnr
 from diffscale.diffusion.interpolants import INTERPOLANTS
 from diffscale.diffusion.loss import LossTerms, multiscale_error, training_loss
 from diffscale.diffusion.predictions import PREDICTIONS, convert, from_x0_eps, to_x0_eps

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from diffscale.core.keyed_random import Stream, at_step, normal
 from diffscale.diffusion.denoiser import Guidance, GuidedDenoiser
 from diffscale.diffusion.multistep import DPMpp2M, DPMpp2MSDE, UniPC
 from diffscale.diffusion.process import Diffusion
 from diffscale.diffusion.solver_settings import SolverSettings
 from diffscale.diffusion.solvers import DDIM, DDPM, Euler, Heun
-from diffscale.keyed_random import Stream, at_step, normal
 
 SOLVERS: dict[str, type[SolverSettings]] = {
     "ddpm": DDPM,

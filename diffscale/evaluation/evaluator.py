@@ -13,12 +13,23 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from diffscale.core.errors import UserError
 from diffscale.diffusion import Diffusion, Guidance
 from diffscale.diffusion.solver_settings import SolverSettings
-from diffscale.errors import UserError
-from diffscale.evaluation import generate, pictures, spool
-from diffscale.evaluation.generate import Columns, Featuriser, Gather, View
-from diffscale.evaluation.metrics import (
+from diffscale.evaluation import distribute as generate
+from diffscale.evaluation import feature_store as spool
+from diffscale.evaluation import pictures
+from diffscale.evaluation.distribute import Columns, Featuriser, Gather, View
+from diffscale.evaluation.feature_store import Spool
+from diffscale.evaluation.image_sources import (
+    ModelSource,
+    Sampling,
+    Source,
+    class_counts,
+    source_of,
+    to_uint8,
+)
+from diffscale.evaluation.metrics.registry import (
     LEAST,
     Measurement,
     Metric,
@@ -29,6 +40,7 @@ from diffscale.evaluation.metrics import (
     per_class,
     views_of,
 )
+from diffscale.evaluation.networks.resize import upsample
 from diffscale.evaluation.reference import (
     Reference,
     get_reference,
@@ -36,13 +48,10 @@ from diffscale.evaluation.reference import (
     reference_rows,
     references_folder,
 )
-from diffscale.evaluation.resize import upsample
-from diffscale.evaluation.sources import ModelSource, Sampling, Source, class_counts, source_of, to_uint8
-from diffscale.evaluation.spool import Spool
 
 if TYPE_CHECKING:
+    from diffscale.config.experiment import EvalSettings
     from diffscale.data import Dataset
-    from diffscale.experiment import EvalSettings
 
 Ranges = Sequence[tuple[int, int]]
 FEW_CHUNKS = 16

@@ -9,12 +9,15 @@ from pathlib import Path
 
 import numpy as np
 
-from diffscale import storage
+from diffscale.core import storage
+from diffscale.core.errors import UserError
 from diffscale.data import open_dataset
-from diffscale.errors import UserError
-from diffscale.evaluation import pictures, spool
-from diffscale.evaluation.generate import Columns, Featuriser, View, chunk_ranges, in_process, on_ray
-from diffscale.evaluation.metrics import (
+from diffscale.evaluation import feature_store as spool
+from diffscale.evaluation import pictures
+from diffscale.evaluation.distribute import Columns, Featuriser, View, chunk_ranges, in_process, on_ray
+from diffscale.evaluation.feature_store import Spool
+from diffscale.evaluation.image_sources import FileSource, Source, source_of
+from diffscale.evaluation.metrics.registry import (
     Measurement,
     Metric,
     measure,
@@ -24,6 +27,8 @@ from diffscale.evaluation.metrics import (
     per_class,
     views_of,
 )
+from diffscale.evaluation.networks.resize import upsample
+from diffscale.evaluation.networks.weights import cache_folder
 from diffscale.evaluation.reference import (
     Reference,
     ReferenceImages,
@@ -31,11 +36,7 @@ from diffscale.evaluation.reference import (
     reference_from_npz,
     reference_rows,
 )
-from diffscale.evaluation.resize import upsample
-from diffscale.evaluation.sources import FileSource, Source, source_of
-from diffscale.evaluation.spool import Spool
-from diffscale.evaluation.weights import cache_folder
-from diffscale.records import identify
+from diffscale.records.store import identify
 
 
 def open_images(place: str) -> ReferenceImages:

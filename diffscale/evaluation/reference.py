@@ -17,23 +17,17 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from diffscale import storage
-from diffscale.errors import UserError
-from diffscale.evaluation import spool
-from diffscale.evaluation.distances import Root
-from diffscale.evaluation.generate import (
-    LABELS,
-    Columns,
-    Gather,
-    View,
-    chunk_ranges,
-)
-from diffscale.evaluation.neighbours import usual_distance
-from diffscale.evaluation.sources import FileSource, Source, source_of
-from diffscale.evaluation.spool import Spool
-from diffscale.evaluation.statistics import Moments, load_moments, moments_of, save_moments
-from diffscale.evaluation.weights import cache_folder
-from diffscale.records import identify
+from diffscale.core import storage
+from diffscale.core.errors import UserError
+from diffscale.evaluation import feature_store as spool
+from diffscale.evaluation.distribute import LABELS, Columns, Gather, View, chunk_ranges
+from diffscale.evaluation.feature_store import Spool
+from diffscale.evaluation.image_sources import FileSource, Source, source_of
+from diffscale.evaluation.metrics.distances import Root
+from diffscale.evaluation.metrics.precision_recall import usual_distance
+from diffscale.evaluation.metrics.statistics import Moments, load_moments, moments_of, save_moments
+from diffscale.evaluation.networks.weights import cache_folder
+from diffscale.records.store import identify
 
 if TYPE_CHECKING:
     from diffscale.data import Dataset

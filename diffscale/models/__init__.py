@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from diffscale.models.presets import PRESETS
+from diffscale.models.presets.convolutional import PRESETS
 from diffscale.models.registry import MODELS
 
 __all__ = ["MODELS", "PRESETS", "create_model"]

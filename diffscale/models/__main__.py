@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from diffscale.compute import count_cost
+from diffscale.core.device import count_cost
 from diffscale.models import PRESETS, create_model
 
 BEGIN, END = "<!-- models:begin -->", "<!-- models:end -->"

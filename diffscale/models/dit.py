@@ -20,7 +20,7 @@ from diffscale.models.layers import (
     to_tokens,
     without_autocast,
 )
-from diffscale.models.tokens import (
+from diffscale.models.transformer_layers import (
     LabelTable,
     ScalarMLP,
     fixed_positions,

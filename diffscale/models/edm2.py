@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffscale.kernels.winograd import conv3x3
 from diffscale.models.layers import (
     Backbone,
     Resample,
@@ -27,7 +28,6 @@ from diffscale.models.layers import (
     to_tokens,
     without_autocast,
 )
-from diffscale.models.winograd import conv3x3
 
 _EPS = 1e-4
 

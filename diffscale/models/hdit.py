@@ -22,8 +22,8 @@ from diffscale.models.layers import (
     pad_to_multiple,
     without_autocast,
 )
-from diffscale.models.neighbourhood import Windows, neighbourhood_attention, windows
-from diffscale.models.tokens import head_width, patch_side, rms_normalise
+from diffscale.models.neighbourhood_attention import Windows, neighbourhood_attention, windows
+from diffscale.models.transformer_layers import head_width, patch_side, rms_normalise
 
 
 class GEGLU(nn.Module):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffscale.models.layers import Backbone, attend, pad_to_multiple, to_tokens, without_autocast
-from diffscale.models.tokens import (
+from diffscale.models.transformer_layers import (
     LabelTable,
     ScalarMLP,
     fixed_positions,

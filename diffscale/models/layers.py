@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from diffscale.models.norm_act import norm_act
+from diffscale.kernels.group_norm import norm_act
 
 NoiseInput = Literal["edm", "ddpm", "angle", "gamma"]
 

@@ -23,7 +23,7 @@ from diffscale.models.layers import (
     to_tokens,
     without_autocast,
 )
-from diffscale.models.tokens import (
+from diffscale.models.transformer_layers import (
     head_width,
     patch_side,
     resize_positions,

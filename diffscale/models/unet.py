@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffscale.kernels.winograd import Conv3x3
 from diffscale.models.layers import (
     Backbone,
     FourierEmbedding,
@@ -29,7 +30,6 @@ from diffscale.models.layers import (
     pad_to_multiple,
     without_autocast,
 )
-from diffscale.models.winograd import Conv3x3
 
 
 @dataclass(frozen=True)

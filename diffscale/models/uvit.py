@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffscale.kernels.winograd import Conv3x3
 from diffscale.models.layers import (
     Backbone,
     GroupNorm,
@@ -25,7 +26,7 @@ from diffscale.models.layers import (
     to_tokens,
     without_autocast,
 )
-from diffscale.models.tokens import (
+from diffscale.models.transformer_layers import (
     ScalarMLP,
     head_width,
     modulate,
@@ -37,7 +38,6 @@ from diffscale.models.tokens import (
     zero_,
 )
 from diffscale.models.wavelet import dwt, idwt
-from diffscale.models.winograd import Conv3x3
 
 
 class ConvBlock(nn.Module):

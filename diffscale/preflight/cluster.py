@@ -10,8 +10,8 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from diffscale.preflight.checks import Finding
 from diffscale.preflight.facts import NodeFacts, Wanted, clock, gather
-from diffscale.preflight.judge import Finding
 
 TIMEOUT = 120.0  # seconds for one node to answer: it imports torch first
 

@@ -100,7 +100,7 @@ def _gather_gpus(facts: NodeFacts) -> None:
 
 
 def _gather_storage(facts: NodeFacts, wanted: Wanted) -> None:
-    from diffscale import storage
+    from diffscale.core import storage
 
     try:
         storage.read_bytes(storage.join(wanted.probe_folder, "driver"))
@@ -134,8 +134,8 @@ def _first_and_last(n: int) -> Any:
 
 
 def _metric_error(metric: str) -> str:
-    from diffscale.evaluation.features import create_extractor
-    from diffscale.evaluation.metrics import parse_metric
+    from diffscale.evaluation.metrics.registry import parse_metric
+    from diffscale.evaluation.networks.extractor import create_extractor
 
     try:
         create_extractor(parse_metric(metric).network, "cpu")

@@ -9,8 +9,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 if TYPE_CHECKING:
+    from diffscale.config.experiment import Experiment
     from diffscale.data import Dataset
-    from diffscale.experiment import Experiment
 
 CONTEXT = 500e6  # bytes: CUDA context, cuDNN and communication buffers
 OVERHEAD = 1.15  # workspaces and fragmentation
@@ -34,7 +34,7 @@ def count(experiment: Experiment, dataset: Dataset, images: int) -> tuple[int, i
     With train.activation_checkpointing only the inputs of the checkpointed blocks are kept; the block that is
     recomputed comes on top of them and is not counted.
     """
-    from diffscale.build import build_model
+    from diffscale.config.factory import build_model
 
     # "auto" is counted as float32, the larger: it is settled on the device, which may be another machine's
     low = {"bf16": torch.bfloat16, "fp16": torch.bfloat16}.get(experiment.train.precision)

@@ -17,13 +17,13 @@ from typing import Any, Literal
 
 import yaml
 
-from diffscale import storage
-from diffscale.build import open_training_data
-from diffscale.cli import load_tree, merge, validate
-from diffscale.errors import UserError
-from diffscale.experiment import Experiment
-from diffscale.records import Record, identify, read_records
-from diffscale.sweep.halving import Decisions
+from diffscale.config.experiment import Experiment
+from diffscale.config.factory import open_training_data
+from diffscale.config.load import load_tree, merge, validate
+from diffscale.core import storage
+from diffscale.core.errors import UserError
+from diffscale.records.store import Record, identify, read_records
+from diffscale.sweep.decisions import Decisions
 from diffscale.sweep.settings import Sweep, higher_is_better
 from diffscale.sweep.space import Point, nest, overrides_of, point_id, satisfies
 from diffscale.training.setting_up import settled

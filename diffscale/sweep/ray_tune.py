@@ -84,7 +84,7 @@ def _fit(
     it would take longer to start than a small trial takes. The driver of several workers holds no CPU (else the drivers
     take all and their workers wait for ever): a sliver of the head node instead, and `max_concurrent` bounds them.
     """
-    from diffscale.ray_session import connect
+    from diffscale.distributed.connect import connect
 
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # our own table shows the trials
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # and our own files hold their history
@@ -94,7 +94,7 @@ def _fit(
     from ray import tune
     from ray.tune import Callback, FailureConfig, RunConfig, TuneConfig
 
-    from diffscale.training.channel import STOP, Channel
+    from diffscale.distributed.messages import STOP, Channel
     from diffscale.training.setting_up import uses_gpu
 
     running: set[str] = set()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pandas as pd
 import yaml
 
-from diffscale import storage
-from diffscale.cli import validate
+from diffscale.config.load import validate
+from diffscale.core import storage
 from diffscale.sweep.importance import importance
 from diffscale.sweep.ledger import Ledger, Trial
 from diffscale.sweep.space import overrides_of

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from simpleeval import EvalWithCompoundTypes, InvalidExpression
 
-from diffscale.errors import UserError
-from diffscale.records import identify
+from diffscale.core.errors import UserError
+from diffscale.records.store import identify
 from diffscale.sweep.settings import Dimension, Sweep
 
 VARIANT = "variant"

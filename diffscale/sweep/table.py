@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from diffscale import storage
+from diffscale.core import storage
 from diffscale.sweep.importance import importance
 from diffscale.sweep.space import label, overrides_of
 from diffscale.training.history import read_lines

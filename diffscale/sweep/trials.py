@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from diffscale.experiment import Experiment
-from diffscale.records import Record
+from diffscale.config.experiment import Experiment
+from diffscale.records.store import Record
+from diffscale.sweep.decisions import promoted
 from diffscale.sweep.encoding import point_of
-from diffscale.sweep.halving import promoted
 from diffscale.sweep.ledger import Ledger
 from diffscale.sweep.settings import Sweep
 
@@ -19,7 +19,7 @@ def run_trial(sweep: Sweep, config: dict[str, Any], flops: float | None, stop_wi
     from ray import tune
 
     from diffscale import train
-    from diffscale.training.channel import STOP, Channel
+    from diffscale.distributed.messages import STOP, Channel
 
     ledger = Ledger(sweep)
     point = point_of(sweep, config)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffscale.compute import Cost, device_name, money
+from diffscale.config.experiment import Experiment
+from diffscale.core.device import Cost, device_name, money
+from diffscale.core.provenance import source, versions
 from diffscale.data import Dataset
-from diffscale.experiment import Experiment
-from diffscale.provenance import source, versions
 from diffscale.training.parallel import World
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from diffscale.compute import memory_estimate, money
-from diffscale.experiment import Experiment
+from diffscale.config.experiment import Experiment
+from diffscale.core.device import memory_estimate, money
 from diffscale.train import prepare
-from diffscale.training.checkpoint import save_settings
+from diffscale.training.checkpoint.layout import save_settings
 from diffscale.training.plan import make_plan
 from diffscale.training.setting_up import settled
 

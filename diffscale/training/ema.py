@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffscale.experiment import EmaSettings
+from diffscale.config.experiment import EmaSettings
 from diffscale.training.sharding import local
 
 Values = np.ndarray | np.float64

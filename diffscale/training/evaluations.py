@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import nn
 
+from diffscale.config.experiment import Experiment
 from diffscale.data import Dataset
 from diffscale.diffusion import Diffusion
-from diffscale.evaluation.generate import Asked
-from diffscale.experiment import Experiment
-from diffscale.records import Record
-from diffscale.training import checkpoint as ck
-from diffscale.training.judging import Judge, judged, make_evaluator, unjudged
+from diffscale.evaluation.distribute import Asked
+from diffscale.records.store import Record
+from diffscale.training.checkpoint import layout as ck
+from diffscale.training.checkpoint_evaluation import Judge, judged, make_evaluator, unjudged
 from diffscale.training.learner import Learner
 from diffscale.training.numerics import Numerics
 from diffscale.training.parallel import World

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from diffscale import storage
+from diffscale.core import storage
 
 log = logging.getLogger(__name__)
 

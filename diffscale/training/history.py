@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from diffscale import storage
-from diffscale.cli import valid
-from diffscale.errors import UserError
+from diffscale.core import storage
+from diffscale.core.errors import UserError
+from diffscale.core.text import valid
 
 log = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from diffscale.config.experiment import Experiment
+from diffscale.core.keyed_random import Stream, normal, stratified_uniform, uniform
 from diffscale.diffusion import Diffusion, training_loss
-from diffscale.experiment import Experiment
-from diffscale.keyed_random import Stream, normal, stratified_uniform, uniform
 from diffscale.training.ema import Ema
 from diffscale.training.numerics import Numerics
 from diffscale.training.optimizer import create_optimizer

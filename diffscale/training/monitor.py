@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 import torch
 
-from diffscale.compute import matmul_rate, mfu, money
-from diffscale.records import Record
+from diffscale.core.device import matmul_rate, mfu, money
+from diffscale.records.store import Record
 from diffscale.training.history import History, Tracker
 from diffscale.training.learner import QUARTILES, Step
 from diffscale.training.parallel import World

@@ -15,9 +15,10 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from diffscale import native
-from diffscale.float32 import allow_tf32
-from diffscale.models import norm_act, winograd
+from diffscale.kernels import compile as native
+from diffscale.kernels import group_norm as norm_act
+from diffscale.kernels import winograd
+from diffscale.kernels.float32 import allow_tf32
 from diffscale.training.sharding import is_sharded
 
 # On a GPU compiling a large network takes some 150 s and saves 20 % of a step, so it pays within a quarter of an hour:
@@ -47,7 +48,7 @@ class Numerics:
     precision: Precision = "fp32"  # of matrix products; weights stay float32
     channels_last: bool = False  # memory order of images and convolution weights
     compile: bool = False  # torch.compile of the model
-    winograd: bool = False  # 3 × 3 convolutions on a CPU with fewer multiplications (models/winograd.py)
+    winograd: bool = False  # 3 × 3 convolutions on a CPU with fewer multiplications (kernels/winograd.py)
 
     def autocast(self, device: torch.device | str) -> AbstractContextManager[Any]:
         """The context that a forward pass runs in."""

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffscale.cli import valid
-from diffscale.errors import UserError
-from diffscale.experiment import OptimSettings
+from diffscale.config.experiment import OptimSettings
+from diffscale.core.errors import UserError
+from diffscale.core.text import valid
 from diffscale.training.sharding import is_sharded
 
 # What timm makes for these names as well: timm takes as long to import as torch, and these are what most runs use.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from diffscale.experiment import Experiment, OptimSettings
+from diffscale.config.experiment import Experiment, OptimSettings
 
 CHECKPOINT_SECONDS = 600.0  # between checkpoints, where the settings name no number of images
 EVERY_STEPS = 50  # between log lines, where the settings name no number of images

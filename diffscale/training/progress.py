@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from diffscale.training.channel import Channel
+from diffscale.distributed.messages import Channel
 from diffscale.training.monitor import EVALUATED, PHASE, PROGRESS
 
 POLL_SECONDS = 0.5

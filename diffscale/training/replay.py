@@ -8,14 +8,14 @@ import math
 import torch
 from torch import Tensor, nn
 
-from diffscale import storage
-from diffscale.build import build_diffusion, build_model, open_training_data
+from diffscale.config.experiment import Experiment
+from diffscale.config.factory import build_diffusion, build_model, open_training_data
+from diffscale.core import storage
+from diffscale.core.errors import UserError
 from diffscale.data import Loader
 from diffscale.diffusion import training_loss
-from diffscale.errors import UserError
-from diffscale.experiment import Experiment
-from diffscale.training import checkpoint as ck
-from diffscale.training import saving
+from diffscale.training.checkpoint import layout as ck
+from diffscale.training.checkpoint import saver as saving
 from diffscale.training.learner import Batch, Learner
 from diffscale.training.numerics import Numerics
 from diffscale.training.plan import make_plan

@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 
-from diffscale import native, storage
-from diffscale.build import build_model
-from diffscale.compute import Cost, device_name
+from diffscale.config.experiment import Experiment
+from diffscale.config.factory import build_model
+from diffscale.core import storage
+from diffscale.core.device import Cost, device_name
+from diffscale.core.errors import UserError
 from diffscale.data import Dataset
-from diffscale.errors import UserError
-from diffscale.experiment import Experiment
-from diffscale.heap import keep_freed_memory
-from diffscale.models import norm_act
-from diffscale.ray_session import gpus
+from diffscale.distributed.connect import gpus
+from diffscale.kernels import compile as native
+from diffscale.kernels import group_norm as norm_act
+from diffscale.kernels.heap import keep_freed_memory
 from diffscale.training.numerics import Numerics, choose_numerics, winograd_available
 from diffscale.training.parallel import World
 

@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 
-from diffscale.compute import Cost
+from diffscale.config.experiment import Experiment
+from diffscale.core.device import Cost
+from diffscale.core.errors import UserError
 from diffscale.data import ShardError
-from diffscale.errors import UserError
-from diffscale.experiment import Experiment
-from diffscale.training.beside import hand_over
-from diffscale.training.channel import OUTCOME, STOP, Channel, Notices
+from diffscale.distributed.messages import OUTCOME, STOP, Channel, Notices
+from diffscale.training.async_evaluation import hand_over
+from diffscale.training.checkpoint.saver import StorageFailed
 from diffscale.training.parallel import World
-from diffscale.training.saving import StorageFailed
-from diffscale.training.session import Session
+from diffscale.training.trainer import Session
 
 
 def train_worker(config: dict[str, Any]) -> None:

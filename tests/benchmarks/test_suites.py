@@ -8,12 +8,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from benchmarks import budget, peer_run
-from benchmarks.peers import RECIPES
 from benchmarks.run import pattern, share_of, units_of
-from benchmarks.suite import load_suite, suite_names
-from diffscale.errors import UserError
-from diffscale.records import read_records
+from benchmarks.suites import budget, peer_run
+from benchmarks.suites.peers import RECIPES
+from benchmarks.suites.suite import load_suite, suite_names
+from diffscale.core.errors import UserError
+from diffscale.records.store import read_records
 
 PEER_PACKAGES = ("diffusers", "denoising_diffusion_pytorch")
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from diffscale.preflight import judge
+from diffscale.preflight import checks as judge
 from diffscale.preflight.facts import NodeFacts
 
 VERSIONS = {"python": "3.11.9", "ray": "2.60.0", "torch": "2.15.0", "diffscale": "0.1.0"}
@@ -122,8 +122,8 @@ def test_memory_counted_on_fake_tensors_is_what_a_real_pass_keeps():
 
     import torch
 
-    from diffscale.build import build_model
-    from diffscale.cli import load_experiment
+    from diffscale.config.factory import build_model
+    from diffscale.config.load import load_experiment
     from diffscale.preflight.memory import count
 
     small = ["model.model_channels=16", "model.channel_mult=[1,2]", "model.num_blocks=1", "train.precision=fp32"]

@@ -1,6 +1,6 @@
 """A training run and a sweep on several real Ray nodes survive what clusters do to them; nothing is lost.
 
-Network namespaces stand for the machines (benchmarks/namespaces.py). With the world size kept, the final weights are
+Network namespaces stand for the machines (benchmarks/reliability/namespaces.py). With the world size kept, the final weights are
 those of the calm run to the bit; with another, the losses are as close as DECISIONS 9 asks.
 """
 
@@ -10,8 +10,8 @@ import re
 
 import pytest
 
-from benchmarks import faults
-from benchmarks.namespaces import network, unavailable
+from benchmarks.reliability import faults
+from benchmarks.reliability.namespaces import network, unavailable
 
 pytestmark = [
     pytest.mark.slow,

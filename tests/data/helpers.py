@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from diffscale.data.manifest import Manifest, Split, rows_hash, write_manifest
-from diffscale.data.shard import make_batch, write_shard
+from diffscale.data.format.manifest import Manifest, Split, rows_hash, write_manifest
+from diffscale.data.format.shard import make_batch, write_shard
 
 
 def pictures(n: int, side: int = 8, channels: int = 3, seed: int = 0) -> NDArray[np.uint8]:

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from diffscale.data.augment import Drawn, augment_images, draw, transform
+from diffscale.data.loading.augment import Drawn, augment_images, draw, transform
 
 PARAMETERS = [
     [1.0, 0.0, 0.0, 1.0],  # mirrored

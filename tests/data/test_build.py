@@ -21,13 +21,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from diffscale.data import build as building
+from diffscale.core.errors import UserError
 from diffscale.data import open_dataset, resolve
-from diffscale.data.build import build
-from diffscale.data.decode import Preparation
-from diffscale.data.manifest import read_manifest
+from diffscale.data.build import build as building
+from diffscale.data.build.build import build
+from diffscale.data.build.decode import Preparation
+from diffscale.data.format.manifest import read_manifest
 from diffscale.data.verify import verify
-from diffscale.errors import UserError
 
 from .helpers import pictures, png
 from .sources import CLASSES, IMAGES, SOURCES, add, make_folder, make_npz, make_tar, name
@@ -51,7 +51,7 @@ def Settings(*arguments, workers=0, **settings):
 @pytest.fixture(autouse=True)
 def small_units(monkeypatch):
     """Units of eight images, so that every source is divided."""
-    monkeypatch.setattr("diffscale.data.build.PART", 8 * 16 * 16 * 3)
+    monkeypatch.setattr("diffscale.data.build.build.PART", 8 * 16 * 16 * 3)
 
 
 @pytest.mark.parametrize("kind", SOURCES)

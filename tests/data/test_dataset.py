@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+from diffscale.core.errors import UserError
 from diffscale.data import ShardError, open_dataset
-from diffscale.data.manifest import ContentHash
+from diffscale.data.format.manifest import ContentHash
 from diffscale.data.verify import verify
-from diffscale.errors import UserError
 
 from .helpers import damage, pictures, shard_of, write_dataset
 
@@ -171,7 +171,7 @@ def test_after_a_worker_died_of_a_truncated_shard_opening_the_dataset_names_it(t
 def test_rows_are_the_same_without_a_compiler(dataset, monkeypatch):
     rows = np.random.default_rng(0).integers(0, dataset.n, 200)
     pixels, labels = dataset.gather(rows)
-    monkeypatch.setattr("diffscale.native.library", lambda name: None)
+    monkeypatch.setattr("diffscale.kernels.compile.library", lambda name: None)
     again, labels_again = dataset.gather(rows)
     assert torch.equal(again, pixels)
     assert torch.equal(labels_again, labels)

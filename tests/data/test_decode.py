@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from diffscale.data import decode
-from diffscale.data.decode import Preparation, Unusable, encode, fit, open_image, to_array
+from diffscale.data.build import decode
+from diffscale.data.build.decode import Preparation, Unusable, encode, fit, open_image, to_array
 
 
 def saved(image, form="PNG", **settings) -> bytes:

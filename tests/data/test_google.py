@@ -7,11 +7,11 @@ import time
 import numpy as np
 import pytest
 
-from diffscale import storage
+from diffscale.core import storage
+from diffscale.core.errors import UserError
 from diffscale.data import Loader, ShardCache, ShardError, open_dataset, resolve
-from diffscale.data.build import Settings, build
+from diffscale.data.build.build import Settings, build
 from diffscale.data.verify import verify
-from diffscale.errors import UserError
 
 from .helpers import pictures, png, write_dataset
 

@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from diffscale.core.errors import UserError
 from diffscale.data import Loader, ShardError, open_dataset, resolve
-from diffscale.data.decode import Preparation, fit
-from diffscale.errors import UserError
+from diffscale.data.build.decode import Preparation, fit
 
 from .helpers import pictures
 

@@ -10,9 +10,9 @@ import psutil
 import pytest
 import torch
 
+from diffscale.core.errors import UserError
 from diffscale.data import Loader, ShardError, even_share, open_dataset, positions_to_indices
-from diffscale.data.augment import flip_images
-from diffscale.errors import UserError
+from diffscale.data.loading.augment import flip_images
 
 from .helpers import damage, pictures, shard_of, write_dataset
 
@@ -134,7 +134,7 @@ def test_a_damaged_shard_stops_the_run_and_names_the_position(dataset):
 
 
 def test_checksums_are_compared_once_per_node_while_the_files_stay_the_same(dataset, monkeypatch):
-    from diffscale.data import verification
+    from diffscale.data.format import checksums as verification
 
     read = []
     original = verification.file_sha256

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from diffscale.data.order import first_use, permutation, positions_to_indices
+from diffscale.data.loading.order import first_use, permutation, positions_to_indices
 
 FORMS = [{"order": "rows"}, {"order": "blocks", "block_rows": 16, "window": 4}]
 
@@ -49,7 +49,7 @@ def test_a_position_means_the_same_row_however_it_is_asked_for(form):
 def test_the_order_is_the_same_without_a_compiler(n, monkeypatch):
     positions = np.random.default_rng(0).integers(0, min(3 * n, 1 << 62), (20, 50))
     rows = positions_to_indices(positions, n, seed=5)
-    monkeypatch.setattr("diffscale.native.library", lambda name: None)
+    monkeypatch.setattr("diffscale.kernels.compile.library", lambda name: None)
     assert np.array_equal(positions_to_indices(positions, n, seed=5), rows)
 
 

@@ -21,11 +21,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from diffscale import storage
+from diffscale.core import storage
+from diffscale.core.errors import UserError
 from diffscale.data import Loader, ShardCache, ShardError, open_dataset, resolve
-from diffscale.data.build import Settings, build
+from diffscale.data.build.build import Settings, build
 from diffscale.data.verify import verify
-from diffscale.errors import UserError
 
 from .helpers import pictures, write_dataset
 

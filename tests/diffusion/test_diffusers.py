@@ -7,9 +7,10 @@ import math
 import diffusers
 import pytest
 import torch
-from exact_denoisers import unit_noise
 
 from diffscale.diffusion import SOLVERS, alpha_bars, cosine_betas, linear_betas
+
+from .exact_denoisers import unit_noise
 
 STEPS = 12
 START = unit_noise(2, 3, 4, 4, dtype=torch.float64)

@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from exact_denoisers import GaussianNet, gaussian, unit_noise
 from torch import nn
 
 from diffscale.diffusion import (
@@ -20,6 +19,8 @@ from diffscale.diffusion import (
     training_loss,
 )
 from diffscale.diffusion.interpolants import per_image
+
+from .exact_denoisers import GaussianNet, gaussian, unit_noise
 
 U = (torch.arange(32) + 0.5) / 32
 X = (0.5 * unit_noise(32, 3, 16, 16)).clamp(-1, 1)

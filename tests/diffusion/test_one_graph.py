@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from diffscale.core.keyed_random import Stream, normal, stratified_uniform
 from diffscale.diffusion import create_diffusion, denoise, training_loss
-from diffscale.keyed_random import Stream, normal, stratified_uniform
 from diffscale.models import MODELS, create_model
 
 FAST = ("unet", "rin")  # the others trace for as long again; rin is the one that carries state

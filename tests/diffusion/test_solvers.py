@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from exact_denoisers import GaussianNet, gaussian, unit_noise
 from torch import nn
 
 from diffscale.diffusion import (
@@ -22,6 +21,8 @@ from diffscale.diffusion import (
     sample,
 )
 from diffscale.diffusion.interpolants import per_image
+
+from .exact_denoisers import GaussianNet, gaussian, unit_noise
 
 SHAPE = (3, 8, 8)
 EDM = {"schedule": {"name": "edm_lognormal"}, "interpolant": "ve", "prediction": "F", "weighting": {"name": "edm"}}

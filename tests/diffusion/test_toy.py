@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from diffscale.core.keyed_random import Stream, normal, stratified_uniform
 from diffscale.diffusion import PREDICTIONS, SOLVERS, create_diffusion, sample, training_loss
-from diffscale.keyed_random import Stream, normal, stratified_uniform
 
 SHARES = torch.tensor([0.10, 0.15, 0.20, 0.25, 0.30])
 STEPS, BATCH, DRAWN = 1500, 256, 3000

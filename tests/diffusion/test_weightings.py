@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from exact_denoisers import unit_noise
 from torch import nn
 
 from diffscale.diffusion import (
@@ -17,6 +16,8 @@ from diffscale.diffusion import (
     loss_concentration,
     training_loss,
 )
+
+from .exact_denoisers import unit_noise
 
 LOGSNR = torch.linspace(-12, 12, 49, dtype=torch.float64)
 SNR = LOGSNR.exp()

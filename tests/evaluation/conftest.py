@@ -10,8 +10,8 @@ import torch
 
 from diffscale.data import Dataset, open_dataset
 from diffscale.diffusion import SOLVERS, Diffusion, create_diffusion
-from diffscale.evaluation.keeping import Keeper
-from diffscale.evaluation.sources import Sampling
+from diffscale.evaluation.image_sources import Sampling
+from diffscale.evaluation.sample_writer import Keeper
 from diffscale.models import create_model
 
 CLASSES = ["red", "green", "blue"]

@@ -13,22 +13,22 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from diffscale import evaluate, sample
-from diffscale.build import build_diffusion, build_model, open_training_data
-from diffscale.cli import merge, validate
-from diffscale.compute import count_cost
+from diffscale.config.experiment import Experiment
+from diffscale.config.factory import build_diffusion, build_model, open_training_data
+from diffscale.config.load import merge, validate
+from diffscale.core.device import count_cost
+from diffscale.core.errors import UserError
 from diffscale.data import Dataset, Loader, open_dataset
-from diffscale.errors import UserError
 from diffscale.evaluation import folder
 from diffscale.evaluation.folder import evaluate_folder
-from diffscale.evaluation.statistics import moments_of, save_moments
-from diffscale.experiment import Experiment
-from diffscale.records import read_records
-from diffscale.trained import find_checkpoints, settings_of_run
-from diffscale.training import checkpoint as ck
-from diffscale.training import saving
+from diffscale.evaluation.metrics.statistics import moments_of, save_moments
+from diffscale.records.store import read_records
+from diffscale.training.checkpoint import layout as ck
+from diffscale.training.checkpoint import saver as saving
+from diffscale.training.checkpoint_evaluation import Judge
 from diffscale.training.columns import run_columns
-from diffscale.training.judging import Judge
 from diffscale.training.learner import Learner
+from diffscale.training.load import find_checkpoints, settings_of_run
 from diffscale.training.numerics import Numerics
 from diffscale.training.parallel import World
 
@@ -151,7 +151,7 @@ def test_settings_that_were_fixed_in_training_are_refused(run):
 def test_a_metric_without_weights_stops_before_sampling(ray_cluster, run, own_cache, monkeypatch, tmp_path):
     monkeypatch.setenv("DIFFSCALE_OFFLINE", "1")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr("diffscale.evaluation.weights.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("diffscale.evaluation.networks.weights.importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr(sample.ModelSource, "images", lambda *a: pytest.fail("sampled"))
     with pytest.raises(UserError, match=r"\(3\)"):
         evaluate.evaluate_run(str(run), ["eval.metrics=[fid]"])

@@ -10,11 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
+from diffscale.core.errors import UserError
 from diffscale.diffusion import SOLVERS
-from diffscale.errors import UserError
-from diffscale.evaluation import Evaluator, spool
-from diffscale.evaluation.sources import DatasetSource
-from diffscale.evaluation.statistics import moments_of, save_moments
+from diffscale.evaluation import Evaluator
+from diffscale.evaluation import feature_store as spool
+from diffscale.evaluation.image_sources import DatasetSource
+from diffscale.evaluation.metrics.statistics import moments_of, save_moments
 
 from .conftest import write_dataset
 

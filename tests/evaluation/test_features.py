@@ -13,13 +13,14 @@ import torch
 from safetensors.torch import save_file
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from diffscale.errors import UserError
-from diffscale.evaluation import features, inception
-from diffscale.evaluation.fast_convolutions import FastConv, use_fast_convolutions
-from diffscale.evaluation.features import LITE0, create_extractor
-from diffscale.evaluation.fuse import fuse_batch_norms
-from diffscale.evaluation.weights import load_weights
-from diffscale.models.winograd import FLOAT32
+from diffscale.core.errors import UserError
+from diffscale.evaluation.networks import extractor as features
+from diffscale.evaluation.networks import inception
+from diffscale.evaluation.networks.extractor import LITE0, create_extractor
+from diffscale.evaluation.networks.fold_batch_norm import fuse_batch_norms
+from diffscale.evaluation.networks.weights import load_weights
+from diffscale.kernels.conv_inference import FastConv, use_fast_convolutions
+from diffscale.kernels.winograd import FLOAT32
 
 
 def pixels(n: int, side: int = 32, channels: int = 3) -> torch.Tensor:
@@ -75,7 +76,7 @@ def test_grey_images_are_repeated_and_other_inputs_refused(lite0):
 
 def test_no_weights_and_no_network_is_an_error_that_names_three_ways(cache, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
-    monkeypatch.setattr("diffscale.evaluation.weights.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("diffscale.evaluation.networks.weights.importlib.util.find_spec", lambda name: None)
     for network in ("inception", "efficientnet_lite0", "dinov2_vits14"):
         with pytest.raises(UserError) as error:
             create_extractor(network)

@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from torch import nn
 from torch_fidelity import feature_extractor_clip as clip
 
-from diffscale.errors import UserError
-from diffscale.evaluation import fidelity
-from diffscale.evaluation.features import create_extractor
-from diffscale.evaluation.metrics import parse_metric
+from diffscale.core.errors import UserError
+from diffscale.evaluation.metrics.registry import parse_metric
+from diffscale.evaluation.networks import torch_fidelity as fidelity
+from diffscale.evaluation.networks.extractor import create_extractor
 
 PIXELS = torch.from_numpy(np.random.RandomState(0).randint(0, 256, (2, 3, 48, 48), np.uint8))
 SHAPES = {  # small ones of both kinds: (embed_dim, image_resolution, vision_layers, vision_width, vision_patch_size)

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
-from diffscale.evaluation.distances import Root, frechet, frechet_of_features
-from diffscale.evaluation.statistics import Moments, moments_of
+from diffscale.evaluation.metrics.distances import Root, frechet, frechet_of_features
+from diffscale.evaluation.metrics.statistics import Moments, moments_of
 
 
 def gaussian(mean, covariance) -> Moments:

@@ -14,10 +14,10 @@ import psutil
 import pytest
 import torch
 
+from diffscale.core.errors import UserError
 from diffscale.diffusion import SOLVERS, Guidance
-from diffscale.errors import UserError
-from diffscale.evaluation.generate import Featuriser, Stopped, chunk_ranges, in_process, on_ray, over_ranks
-from diffscale.evaluation.sources import DatasetSource, ModelSource, draw_labels, to_uint8
+from diffscale.evaluation.distribute import Featuriser, Stopped, chunk_ranges, in_process, on_ray, over_ranks
+from diffscale.evaluation.image_sources import DatasetSource, ModelSource, draw_labels, to_uint8
 
 from .conftest import write_dataset
 

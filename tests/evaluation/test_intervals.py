@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from diffscale.evaluation.distances import Root, frechet_of_features
-from diffscale.evaluation.intervals import frechet_at_infinity, frechet_interval
-from diffscale.evaluation.statistics import Moments
+from diffscale.evaluation.metrics.distances import Root, frechet_of_features
+from diffscale.evaluation.metrics.intervals import frechet_at_infinity, frechet_interval
+from diffscale.evaluation.metrics.statistics import Moments
 
 DIM = 32
 SPECTRUM = np.exp(-np.arange(DIM) / 8)

@@ -10,13 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from diffscale.evaluation.distances import Root, frechet, frechet_of_features
-from diffscale.evaluation.features import create_extractor
-from diffscale.evaluation.generate import chunk_ranges
-from diffscale.evaluation.metrics import parse_metric, views_of
-from diffscale.evaluation.neighbours import neighbourhood
-from diffscale.evaluation.resize import resize
-from diffscale.evaluation.statistics import moments_of
+from diffscale.evaluation.distribute import chunk_ranges
+from diffscale.evaluation.metrics.distances import Root, frechet, frechet_of_features
+from diffscale.evaluation.metrics.precision_recall import neighbourhood
+from diffscale.evaluation.metrics.registry import parse_metric, views_of
+from diffscale.evaluation.metrics.statistics import moments_of
+from diffscale.evaluation.networks.extractor import create_extractor
+from diffscale.evaluation.networks.resize import resize
 
 
 def features(n: int, dim: int = 64, seed: int = 0, shift: float = 0.0) -> np.ndarray:
@@ -88,7 +88,7 @@ def test_jpeg_on_one_side_moves_the_distance():
 
 
 def test_fewer_samples_than_reference_images_is_in_the_record():
-    from diffscale.evaluation.metrics import _warnings
+    from diffscale.evaluation.metrics.registry import _warnings
 
     reference = SimpleNamespace(n=50_000, lossy=False)
     text = _warnings(parse_metric("fid"), 2048, 5000, 50_000, reference)

@@ -7,8 +7,13 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from diffscale.evaluation.distances import inception_score, kernel_distance
-from diffscale.evaluation.neighbours import memorisation, nearest, neighbourhood, usual_distance
+from diffscale.evaluation.metrics.distances import inception_score, kernel_distance
+from diffscale.evaluation.metrics.precision_recall import (
+    memorisation,
+    nearest,
+    neighbourhood,
+    usual_distance,
+)
 
 
 def features(n: int, seed: int, dim: int = 32, shift: float = 0.0) -> np.ndarray:
@@ -61,7 +66,7 @@ def test_a_generator_of_one_mode_has_precision_without_recall_and_not_the_other_
 
 
 def test_nearest_is_exact_across_blocks(monkeypatch):
-    from diffscale.evaluation import neighbours
+    from diffscale.evaluation.metrics import precision_recall as neighbours
 
     monkeypatch.setattr(neighbours, "QUERIES", 7)
     monkeypatch.setattr(neighbours, "CORPUS", 11)

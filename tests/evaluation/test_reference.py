@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 
+from diffscale.core.errors import UserError
 from diffscale.data import open_dataset
-from diffscale.errors import UserError
-from diffscale.evaluation.distances import frechet
-from diffscale.evaluation.generate import View
-from diffscale.evaluation.metrics import parse_metric, per_class
+from diffscale.evaluation.distribute import View
+from diffscale.evaluation.feature_store import Spool, write_chunk
+from diffscale.evaluation.image_sources import DatasetSource
+from diffscale.evaluation.metrics.distances import frechet
+from diffscale.evaluation.metrics.registry import parse_metric, per_class
+from diffscale.evaluation.metrics.statistics import moments_of, save_moments
 from diffscale.evaluation.reference import get_reference, reference_from_npz, reference_key, reference_rows
-from diffscale.evaluation.sources import DatasetSource
-from diffscale.evaluation.spool import Spool, write_chunk
-from diffscale.evaluation.statistics import moments_of, save_moments
 
 from .conftest import write_dataset
 

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
-from diffscale.evaluation.resize import resize, upsample
+from diffscale.evaluation.networks.resize import resize, upsample
 
 
 def pixels(side: int, seed: int = 0, channels: int = 3) -> torch.Tensor:

@@ -3,11 +3,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from diffscale.evaluation.distances import Root, inception_score, kernel_distance
-from diffscale.evaluation.intervals import frechet_at_infinity, frechet_interval
-from diffscale.evaluation.neighbours import CORPUS, memorisation, neighbourhood, usual_distance
-from diffscale.evaluation.spool import Spool, ends, rows_of, write_chunk
-from diffscale.evaluation.statistics import moments_of
+from diffscale.evaluation.feature_store import Spool, ends, rows_of, write_chunk
+from diffscale.evaluation.metrics.distances import Root, inception_score, kernel_distance
+from diffscale.evaluation.metrics.intervals import frechet_at_infinity, frechet_interval
+from diffscale.evaluation.metrics.precision_recall import CORPUS, memorisation, neighbourhood, usual_distance
+from diffscale.evaluation.metrics.statistics import moments_of
 
 
 def chunk(first: int, n: int) -> dict[str, np.ndarray]:

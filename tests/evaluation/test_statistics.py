@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffscale.errors import UserError
-from diffscale.evaluation.distances import frechet
-from diffscale.evaluation.statistics import Moments, load_moments, moments_of, save_moments
+from diffscale.core.errors import UserError
+from diffscale.evaluation.metrics.distances import frechet
+from diffscale.evaluation.metrics.statistics import Moments, load_moments, moments_of, save_moments
 
 
 @settings(max_examples=40, deadline=None)

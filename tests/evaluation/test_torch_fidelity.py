@@ -11,13 +11,18 @@ from torch.utils.data import Dataset as TorchDataset
 from torch_fidelity import calculate_metrics, register_feature_extractor
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
-from diffscale.errors import UserError
-from diffscale.evaluation.distances import Root, frechet_of_features, inception_score, kernel_distance
-from diffscale.evaluation.features import create_extractor
+from diffscale.core.errors import UserError
 from diffscale.evaluation.folder import evaluate_folder
-from diffscale.evaluation.neighbours import neighbourhood
-from diffscale.evaluation.sources import DatasetSource
-from diffscale.evaluation.statistics import moments_of
+from diffscale.evaluation.image_sources import DatasetSource
+from diffscale.evaluation.metrics.distances import (
+    Root,
+    frechet_of_features,
+    inception_score,
+    kernel_distance,
+)
+from diffscale.evaluation.metrics.precision_recall import neighbourhood
+from diffscale.evaluation.metrics.statistics import moments_of
+from diffscale.evaluation.networks.extractor import create_extractor
 
 from .conftest import write_dataset
 

@@ -15,7 +15,7 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from diffscale.errors import UserError
+from diffscale.core.errors import UserError
 
 SECONDS = float(os.environ.get("DIFFSCALE_FUZZ_SECONDS", "0"))
 

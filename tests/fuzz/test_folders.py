@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 from hypothesis import strategies as st
-from security.crafted import arrow_file, crafted, make_dataset, pixels_batch, read_everything
 
-from diffscale import cli
+from diffscale.config import load as cli
 from diffscale.models import create_model
-from diffscale.training import checkpoint as checkpoints
-from diffscale.training.tensor_files import checksum, write_group
-from fuzz.mutate import damaged_bytes, damaged_tree, fuzz, fuzz_apart
+from diffscale.training.checkpoint import layout as checkpoints
+from diffscale.training.checkpoint.tensors import checksum, write_group
+
+from .crafted import arrow_file, crafted, make_dataset, pixels_batch, read_everything
+from .mutate import damaged_bytes, damaged_tree, fuzz, fuzz_apart
 
 
 @pytest.fixture

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import yaml
 
-from diffscale import cli, records
-from fuzz.mutate import damaged_bytes, damaged_tree, fuzz
+from diffscale.config import load as cli
+from diffscale.records import store as records
+
+from .mutate import damaged_bytes, damaged_tree, fuzz
 
 RECORD = {
     "schema_version": 1, "record_id": "0123456789abcdef", "run_id": "fedcba9876543210", "run_name": "run",
@@ -88,7 +90,7 @@ def test_overrides_on_the_command_line():
 
 
 def test_reference_statistics(place):
-    from diffscale.evaluation.statistics import load_moments
+    from diffscale.evaluation.metrics.statistics import load_moments
 
     valid = io.BytesIO()
     np.savez(valid, mu=np.zeros(3), sigma=np.eye(3), n=np.int64(10))
@@ -104,7 +106,7 @@ def test_safetensors(place):
     import torch
     from safetensors.torch import save
 
-    from diffscale.evaluation.weights import read_safetensors
+    from diffscale.evaluation.networks.weights import read_safetensors
 
     def read(data: bytes) -> None:
         (place / "w.safetensors").write_bytes(data)

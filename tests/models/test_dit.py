@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffscale.models import create_model
 from diffscale.models.dit import DiT
-from diffscale.models.tokens import rotary_angles, rotate, sincos_positions
+from diffscale.models.transformer_layers import rotary_angles, rotate, sincos_positions
 
 # Made by building facebookresearch/DiT's DiT_models[...]() ; XL/2, B/2, S/2 are also in REFERENCE.md section 8.
 PARAMETERS = {

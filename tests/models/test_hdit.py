@@ -7,7 +7,7 @@ import torch
 
 from diffscale.models import create_model
 from diffscale.models.hdit import HDiT, axial_positions, fold, spread
-from diffscale.models.neighbourhood import neighbourhood_attention, windows
+from diffscale.models.neighbourhood_attention import neighbourhood_attention, windows
 
 # Made by building crowsonkb/k-diffusion's ImageTransformerDenoiserModelV2; arXiv 2401.11605 has 557 M for the last.
 PARAMETERS = {"hdit-flowers256": 22_361_274, "hdit-imagenet128": 101_088_797, "hdit-imagenet256": 557_416_266}

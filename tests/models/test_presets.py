@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from diffscale.models import PRESETS, create_model
-from diffscale.models.presets import UNET_PRESETS
+from diffscale.models.presets.convolutional import UNET_PRESETS
 
 COUNTS = {
     "ddpm-cifar10": 35_746_307,

@@ -3,9 +3,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from report_records import benchmark_records, write_runs
 
 from diffscale.report import write_report
+
+from .records import benchmark_records, write_runs
 
 
 @pytest.fixture(scope="session")

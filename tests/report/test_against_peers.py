@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from report_records import make_record
 
-from benchmarks.against_peers import against_peers
-from diffscale.records import Record
+from benchmarks.suites.against_peers import against_peers
+from diffscale.records.store import Record
+
+from .records import make_record
 
 
 def test_the_compute_to_reach_a_peer_is_read_from_its_best_width() -> None:

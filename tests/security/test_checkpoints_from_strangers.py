@@ -7,9 +7,9 @@ import pickle
 
 import pytest
 
-from diffscale.errors import UserError
-from diffscale.training import checkpoint as checkpoints
-from diffscale.training.tensor_files import Damaged, checksum
+from diffscale.core.errors import UserError
+from diffscale.training.checkpoint import layout as checkpoints
+from diffscale.training.checkpoint.tensors import Damaged, checksum
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from diffscale.data.dataset import open_dataset
-from diffscale.data.shard import make_batch, write_shard
-from diffscale.errors import UserError
-from security.crafted import ROWS, arrow_file, crafted, make_dataset, pixels_batch, read_everything
+from diffscale.core.errors import UserError
+from diffscale.data.format.dataset import open_dataset
+from diffscale.data.format.shard import make_batch, write_shard
+
+from .crafted import ROWS, arrow_file, crafted, make_dataset, pixels_batch, read_everything
 
 
 def test_the_unharmed_dataset_is_read(tmp_path):
@@ -85,8 +86,8 @@ def test_offsets_outside_the_file_are_an_error_and_not_a_crash(tmp_path, offsets
     path = make_dataset(tmp_path / "data", crafted(tmp_path / "data", lying_offsets(offsets)), layout="encoded")
     code = (
         "import sys, numpy as np\n"
-        "from diffscale.data.dataset import open_dataset\n"
-        "from diffscale.errors import UserError\n"
+        "from diffscale.data.format.dataset import open_dataset\n"
+        "from diffscale.core.errors import UserError\n"
         "try:\n"
         "    d = open_dataset(sys.argv[1]); d.gather(np.arange(d.n))\n"
         "except UserError as e:\n"

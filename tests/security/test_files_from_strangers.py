@@ -13,10 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from diffscale import cli, records
-from diffscale.errors import UserError
-from diffscale.evaluation.statistics import load_moments
-from diffscale.evaluation.weights import read_safetensors
+from diffscale.config import load as cli
+from diffscale.core.errors import UserError
+from diffscale.evaluation.metrics.statistics import load_moments
+from diffscale.evaluation.networks.weights import read_safetensors
+from diffscale.records import store as records
 
 
 def test_the_trap_would_be_noticed(tmp_path, trap, mark):
@@ -214,7 +215,7 @@ def folder_with(tmp_path, data: bytes):
     "data", [bomb_png(100_000, 100_000), bomb_png(13_000, 13_000), b"", b"\x89PNG\r\n\x1a\n", b"GIF89a"]
 )
 def test_image_bombs_and_damaged_images_in_a_folder_are_named(tmp_path, data):
-    from diffscale.evaluation.sources import FileSource
+    from diffscale.evaluation.image_sources import FileSource
 
     source = FileSource.open(folder_with(tmp_path, data))
     with pytest.raises(UserError) as error:
@@ -223,7 +224,7 @@ def test_image_bombs_and_damaged_images_in_a_folder_are_named(tmp_path, data):
 
 
 def test_a_folder_archive_with_pickled_or_wrong_arrays_is_refused(tmp_path, trap):
-    from diffscale.evaluation.sources import FileSource
+    from diffscale.evaluation.image_sources import FileSource
 
     for array in (np.array([trap], dtype=object), np.zeros(3), np.zeros((2, 4, 4, 3))):
         with pytest.raises(UserError):

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from diffscale.build import build_diffusion, build_model, open_training_data
-from diffscale.cli import preset_names
+from diffscale.config.factory import build_diffusion, build_model, open_training_data
+from diffscale.config.load import preset_names
 from diffscale.sweep.ledger import Ledger
 from diffscale.tune import load_sweep, planned
 

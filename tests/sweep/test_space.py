@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from diffscale.errors import UserError
-from diffscale.sweep.halving import Decisions, promoted
+from diffscale.core.errors import UserError
+from diffscale.sweep.decisions import Decisions, promoted
 from diffscale.sweep.importance import importance
 from diffscale.sweep.settings import Sweep
 from diffscale.sweep.space import grid, nest, overrides_of, point_id, satisfies

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from diffscale.cli import load_experiment
-from diffscale.errors import UserError
+from diffscale.config.load import load_experiment
+from diffscale.core.errors import UserError
 from diffscale.sweep.ledger import Ledger, check_comparable
 from diffscale.tune import load_sweep, planned
 

@@ -39,7 +39,7 @@ def dataset(shared_storage: Path) -> Dataset:
 def private_ray(dataset: object) -> Iterator[None]:
     import ray
 
-    from diffscale.ray_session import connect
+    from diffscale.distributed.connect import connect
 
     connect(num_cpus=2)
     yield

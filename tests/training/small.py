@@ -11,10 +11,10 @@ from typing import Any
 import psutil
 import yaml
 
-from diffscale.build import open_training_data
-from diffscale.cli import merge, validate
-from diffscale.experiment import Experiment
-from diffscale.training import checkpoint as ck
+from diffscale.config.experiment import Experiment
+from diffscale.config.factory import open_training_data
+from diffscale.config.load import merge, validate
+from diffscale.training.checkpoint import layout as ck
 from diffscale.training.setting_up import settled
 
 BATCH = 12

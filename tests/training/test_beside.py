@@ -14,9 +14,9 @@ import psutil
 import pytest
 
 from diffscale import train
-from diffscale.errors import UserError
-from diffscale.experiment import Experiment
-from diffscale.records import Record, read_records
+from diffscale.config.experiment import Experiment
+from diffscale.core.errors import UserError
+from diffscale.records.store import Record, read_records
 
 from .small import BATCH, environment, experiment, settings_file, wait_for
 
@@ -69,7 +69,7 @@ def test_own_workers_write_the_records_of_training_workers(shared_storage: Path,
 
 @pytest.mark.slow
 def test_a_run_without_a_free_device_is_evaluated_by_its_workers(shared_storage: Path, private_ray: None) -> None:
-    from diffscale.training.beside import wanted
+    from diffscale.training.async_evaluation import wanted
 
     alone = evaluated(shared_storage, "one", "auto")
     assert wait_for(lambda: wanted(alone, gpu=False, deciding=False), 30)  # Ray counts freed devices with some delay

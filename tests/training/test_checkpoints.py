@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from diffscale import storage
+from diffscale.core import storage
+from diffscale.core.errors import UserError
 from diffscale.data import Dataset
-from diffscale.errors import UserError
-from diffscale.training import checkpoint as ck
-from diffscale.training import saving
-from diffscale.training.tensor_files import Damaged, read_group, write_group
+from diffscale.training.checkpoint import layout as ck
+from diffscale.training.checkpoint import saver as saving
+from diffscale.training.checkpoint.tensors import Damaged, read_group, write_group
 
 from .small import BATCH, experiment
 from .test_learner import batches, learner, steps, weights
@@ -194,7 +194,7 @@ def test_slices_of_any_world_size_are_one_tensor(tmp_path: Path) -> None:
 
 
 def test_a_rank_reads_its_rows_of_a_remote_file_and_no_others(tmp_path: Path, bucket: str) -> None:
-    from diffscale.training import tensor_files
+    from diffscale.training.checkpoint import tensors as tensor_files
 
     whole = {"w": torch.randn(1000, 1000), "n": torch.tensor(5, dtype=torch.int64), "empty": torch.zeros(0, 4)}
     write_group(bucket, "slices/model", whole, {}, 0, 1)

@@ -4,8 +4,16 @@ import pytest
 import torch
 from torch import nn
 
-from diffscale.experiment import EmaSettings
-from diffscale.training.ema import Ema, ema_name, exponent, halflife_beta, power_beta, profile_error, reconstruct
+from diffscale.config.experiment import EmaSettings
+from diffscale.training.ema import (
+    Ema,
+    ema_name,
+    exponent,
+    halflife_beta,
+    power_beta,
+    profile_error,
+    reconstruct,
+)
 
 
 @pytest.mark.parametrize(("std", "gamma"), [(0.05, 16.972199), (0.10, 6.937204)])

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from diffscale import storage
+from diffscale.core import storage
+from diffscale.core.errors import UserError
 from diffscale.data import Dataset
-from diffscale.errors import UserError
-from diffscale.training import checkpoint as ck
+from diffscale.training.checkpoint import layout as ck
 from diffscale.training.history import History, make_trackers, read_history
 
 from .small import BATCH, environment, kill_all, settings, wait_for

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from diffscale import train
-from diffscale.training import checkpoint as ck
+from diffscale.training.checkpoint import layout as ck
 from diffscale.training.history import read_history
 
 from .small import BATCH, environment, experiment, final_state, kill_all, settings_file, wait_for
@@ -55,7 +55,7 @@ def kill_a_worker(run_folder: str, after_images: int, choice: random.Random) -> 
 
 
 def run_killing_workers(storage: Path, name: str, moments: list[int], seed: int) -> str:
-    from diffscale.build import open_training_data
+    from diffscale.config.factory import open_training_data
 
     e = experiment(storage, name=name, train=WORKERS)
     folder = e.run_folder(open_training_data(e).content_hash)
@@ -148,8 +148,15 @@ def test_the_same_command_computes_the_same_on_a_busy_machine(tmp_path: Path) ->
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_workers_commands_and_nodes_killed_at_random_moments_leave_the_same_weights(tmp_path: Path) -> None:
-    """The default command, killed three times; `python -m benchmarks.killed_runs` has every way to compute."""
-    command = [sys.executable, "-m", "benchmarks.killed_runs", "defaults", "--out", str(tmp_path / "kills.csv")]
+    """The default command, killed three times; `python -m benchmarks.reliability.killed_runs` has every way to compute."""
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.reliability.killed_runs",
+        "defaults",
+        "--out",
+        str(tmp_path / "kills.csv"),
+    ]
     root = Path(__file__).parents[2]
     done = subprocess.run(
         command, env=environment(), cwd=root, capture_output=True, text=True, timeout=900, check=False
@@ -164,7 +171,7 @@ def test_workers_commands_and_nodes_killed_at_random_moments_leave_the_same_weig
 def test_a_hung_rank_is_noticed_and_the_run_goes_on(
     shared_storage: Path, uninterrupted: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from diffscale.build import open_training_data
+    from diffscale.config.factory import open_training_data
 
     e = experiment(shared_storage, name="hung", train=WORKERS)
     folder = e.run_folder(open_training_data(e).content_hash)

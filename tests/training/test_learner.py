@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from diffscale.build import build_diffusion, build_model
+from diffscale.config.factory import build_diffusion, build_model
+from diffscale.core.errors import UserError
 from diffscale.data import Batch, Dataset, Loader
-from diffscale.errors import UserError
 from diffscale.training.learner import Learner, LossScale, Step
 from diffscale.training.numerics import Numerics
 from diffscale.training.optimizer import create_optimizer, parameter_groups

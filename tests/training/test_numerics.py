@@ -11,12 +11,12 @@ import pytest
 import torch
 import yaml
 
-from diffscale.cli import load_experiment
+from diffscale.config.load import load_experiment
+from diffscale.core.errors import UserError
 from diffscale.data import Dataset
-from diffscale.errors import UserError
-from diffscale.float32 import exact_float32
+from diffscale.kernels.float32 import exact_float32
+from diffscale.kernels.winograd import FLOAT32
 from diffscale.models import create_model
-from diffscale.models.winograd import FLOAT32
 from diffscale.training.numerics import Numerics, choose_numerics, multiplies_bf16
 from diffscale.training.parallel import World
 from diffscale.training.setting_up import settle_numerics, settled
@@ -113,7 +113,7 @@ def test_the_identity_of_runs_with_given_numerics_is_that_of_earlier_versions():
 
 
 def test_a_run_from_when_auto_was_measured_keeps_what_was_chosen(tmp_path: Path, dataset: Dataset):
-    from diffscale.cli import validate
+    from diffscale.config.load import validate
 
     e = validate(SETTINGS | {"name": "old", "storage": str(tmp_path)})
     folder = Path(e.run_folder(dataset.content_hash))

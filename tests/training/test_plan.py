@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from diffscale.experiment import OptimSettings
+from diffscale.config.experiment import OptimSettings
 from diffscale.training.parallel import passes, share
 from diffscale.training.plan import learning_rate, make_plan, whole_batches
 

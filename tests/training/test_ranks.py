@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from diffscale.build import build_diffusion, build_model
+from diffscale.config.factory import build_diffusion, build_model
 from diffscale.data import Dataset, Loader
-from diffscale.training import checkpoint as ck
-from diffscale.training import saving
+from diffscale.training.checkpoint import layout as ck
+from diffscale.training.checkpoint import saver as saving
 from diffscale.training.learner import Learner
 from diffscale.training.numerics import Numerics
 from diffscale.training.parallel import World, shard

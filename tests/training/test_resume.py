@@ -12,16 +12,17 @@ import torch
 from timm.optim import list_optimizers
 from torch import Tensor, nn
 
-from diffscale.build import build_diffusion, build_model
+from diffscale.config.experiment import OptimSettings
+from diffscale.config.factory import build_diffusion, build_model
 from diffscale.data import Dataset
-from diffscale.experiment import OptimSettings
-from diffscale.training import checkpoint as ck
-from diffscale.training import optimizer_state, saving
+from diffscale.training.checkpoint import layout as ck
+from diffscale.training.checkpoint import optimizer_state
+from diffscale.training.checkpoint import saver as saving
+from diffscale.training.checkpoint.tensors import read_group, write_group
 from diffscale.training.learner import Learner
 from diffscale.training.numerics import Numerics, winograd_available
 from diffscale.training.optimizer import create_optimizer
 from diffscale.training.parallel import World
-from diffscale.training.tensor_files import read_group, write_group
 
 from .small import BATCH, experiment
 from .test_learner import batches

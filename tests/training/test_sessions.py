@@ -8,16 +8,17 @@ from typing import Any
 import pytest
 import torch
 
-from diffscale import storage, train
-from diffscale.compute import Cost
+from diffscale import train
+from diffscale.config.experiment import Experiment
+from diffscale.core import storage
+from diffscale.core.device import Cost
 from diffscale.data import Dataset
-from diffscale.experiment import Experiment
-from diffscale.records import read_records
-from diffscale.training import checkpoint as ck
+from diffscale.records.store import read_records
+from diffscale.training.checkpoint import layout as ck
 from diffscale.training.history import read_history
 from diffscale.training.parallel import World
 from diffscale.training.replay import replay
-from diffscale.training.session import Session
+from diffscale.training.trainer import Session
 
 from .small import BATCH, experiment, final_state
 

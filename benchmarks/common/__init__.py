@@ -1,0 +1,1 @@
+"""What the benchmarks share: paired timings, contenders, tables of results."""

@@ -1,0 +1,1 @@
+"""Studies that are no suite: caveats of FID, noise and resolution, scaling."""

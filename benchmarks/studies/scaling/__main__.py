@@ -1,0 +1,81 @@
+"""`python -m benchmarks.studies.scaling [key=value ...]`: measures two workers on this machine, checks the model, and projects.
+
+Writes benchmarks/results/scaling/measured.csv (this machine: the link as all-reduces show it, the step, predicted and
+measured efficiency of two workers) and projected.csv (published networks on 8, 64 and 1,024 GPUs; nothing in it was
+measured: the rates of the GPU and of its links are the manufacturer's, times the shares named in the columns).
+"""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks.common.measure import made_by
+from benchmarks.studies.scaling.measure import measured
+from benchmarks.studies.scaling.model import Link, bytes_per_step, efficiency
+from diffscale.core.device import count_cost
+from diffscale.models import PRESETS, create_model
+
+RESULTS = Path(__file__).parents[2] / "results" / "scaling"
+PEAK = 989e12  # FLOP/s of an H100 SXM in bf16, dense, by its data sheet
+MFU = 0.4  # assumed share of it in training
+# NVLink 4: 450 GB/s a direction, of which rings reach some 80 %; one 400 Gb/s adapter for each GPU between nodes.
+H100 = Link(bandwidth=360e9, latency=5e-6, node=8, bandwidth_between=45e9)
+DEVICES = (8, 64, 1024)
+GLOBAL_BATCH = 2048
+PROJECTED = (
+    "edm-cifar10-ddpmpp", "adm-imagenet64", "edm2-imagenet64-s", "edm2-imagenet512-xxl", "uvit-imagenet256",
+    "rin-imagenet64", "dit-s-2", "dit-xl-2", "jit-b-16", "hdit-imagenet128",
+)  # fmt: skip
+
+
+def main(
+    overrides: Annotated[list[str] | None, typer.Argument(help="dotted settings of what is measured")] = None,
+) -> None:
+    """Measure, check, project."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    _write("measured.csv", measured(overrides or []))
+    _write("projected.csv", projected())
+
+
+def projected() -> list[dict[str, Any]]:
+    """A global batch of 2,048 shared among the devices (strong scaling), against as many devices that need not talk."""
+    rows = []
+    for name in PROJECTED:
+        settings = PRESETS[name]
+        given = {k: v for k, v in settings.items() if k != "name"}
+        resolution, channels = given["resolution"], given.get("channels", 3)
+        model = lambda s=settings, g=given: create_model(s["name"], **g)  # noqa: E731
+        cost = count_cost(model, resolution, channels, given.get("num_classes", 0))
+        for devices in DEVICES:
+            images = GLOBAL_BATCH / devices
+            for parallel in ("ddp", "fsdp2"):
+                value = efficiency(
+                    cost.parameters, cost.flops_per_image, images, devices, PEAK * MFU, H100, parallel, overlap=0.8
+                )
+                rows.append(
+                    {
+                        "preset": name, "devices": devices, "parallel": parallel, "images_per_device": images,
+                        "parameters": cost.parameters, "flops_per_image": cost.flops_per_image,
+                        "flops_per_step_and_device": cost.flops_per_image * images,
+                        "bytes_per_step_and_device": bytes_per_step(cost.parameters, devices, parallel),
+                        "efficiency": round(value, 4), "kind": "projected", "assumed_mfu": MFU, "assumed_overlap": 0.8,
+                    }
+                )  # fmt: skip
+    return rows
+
+
+def _write(name: str, rows: list[dict[str, Any]]) -> None:
+    made = made_by()
+    with open(RESULTS / name, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0] | made))
+        writer.writeheader()
+        writer.writerows(row | made for row in rows)
+    print(RESULTS / name)
+
+
+if __name__ == "__main__":
+    typer.run(main)

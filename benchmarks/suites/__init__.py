@@ -1,0 +1,1 @@
+"""Suites: the runs that a benchmark is made of, and the peers beside them."""

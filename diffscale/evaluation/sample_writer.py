@@ -1,0 +1,80 @@
+"""Keeping the generated images: numbered PNG files, or an Arrow dataset that `diffscale.data` opens."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from diffscale.core import storage
+from diffscale.core.errors import UserError
+from diffscale.data.format.manifest import Manifest, Shard, Split, rows_hash, write_manifest
+from diffscale.data.format.open import made_with
+from diffscale.data.format.shard import make_batch, write_shard
+from diffscale.evaluation.distribute import Columns, kept_images
+
+FORMATS = ("png", "arrow")
+NOTE = "shard-"
+
+
+class Keeper:
+    """Give it to an Evaluator as `keep_images`; `close()` when all chunks are there.
+
+    folder: absolute. shape: (C,H,W). source: what the images are samples of, for an Arrow dataset's manifest.
+    """
+
+    def __init__(
+        self, folder: Path, file_format: str, shape: tuple[int, int, int], class_names: list[str], source: dict
+    ) -> None:
+        if file_format not in FORMATS:
+            raise UserError(setting="keep-format", value=file_format, expected=" or ".join(FORMATS))
+        self.folder, self.shape, self.class_names, self.source = folder, shape, class_names, source
+        self._write: Callable[[int, np.ndarray, np.ndarray], None] = getattr(self, f"_write_{file_format}")
+
+    def __call__(self, first: int, columns: Columns) -> None:
+        """Images of samples first … : complete files before it returns, the same ones when called again."""
+        self._write(first, *kept_images(columns, self.shape))
+
+    def _write_png(self, first: int, images: np.ndarray, labels: np.ndarray) -> None:
+        for i, image in enumerate(images):
+            buffer = io.BytesIO()
+            Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(buffer, "PNG")
+            storage.write_bytes(str(self.folder / f"{first + i:06d}.png"), buffer.getvalue())
+
+    def _write_arrow(self, first: int, images: np.ndarray, labels: np.ndarray) -> None:
+        names = [f"{first + i:06d}" for i in range(len(images))]
+        labels = labels if self.class_names else np.zeros_like(labels)
+        batch = make_batch(images, labels, names)
+        shard = write_shard(str(self.folder), f"train-{first:09d}.arrow", batch)
+        pixels = images.reshape(-1, self.shape[0]).astype(np.float64)
+        sums = [pixels.sum(0).tolist(), np.square(pixels).sum(0).tolist(), len(pixels)]
+        # Beside the shard until the end, so that a run that was cut off still knows the shards it wrote before.
+        note = json.dumps({"shard": shard.model_dump(), "sums": sums}).encode()
+        storage.write_bytes(str(self.folder / f"{NOTE}{first:09d}.json"), note)
+
+    def close(self) -> None:
+        """Writes the manifest of an Arrow dataset; nothing for PNG."""
+        files = sorted(self.folder.glob(f"{NOTE}*.json"))
+        if not files:
+            return
+        notes = [json.loads(file.read_bytes()) for file in files]
+        shards = [Shard.model_validate(note["shard"]) for note in notes]
+        channels, side, _ = self.shape
+        total, squares, count = (np.sum([note["sums"][i] for note in notes], axis=0) for i in range(3))
+        mean = total / count
+        std = np.sqrt((squares / count - mean**2).clip(0))
+        identity = rows_hash("uint8", side, channels, shards)
+        rows = sum(s.rows for s in shards)
+        split = Split(rows=rows, content_hash=identity, mean=mean.tolist(), std=std.tolist(), shards=shards)
+        manifest = Manifest(
+            layout="pixels", dtype="uint8", resolution=side, channels=channels, class_names=self.class_names,
+            content_hash=identity, lossy=False, resize={}, source=self.source, made_with=made_with(),
+            splits={"train": split},
+        )  # fmt: skip
+        write_manifest(str(self.folder), manifest)
+        for file in files:
+            file.unlink()

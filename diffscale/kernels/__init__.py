@@ -1,0 +1,1 @@
+"""CPU kernels in C++ and the tuning of a process that computes on a CPU."""

@@ -1,0 +1,92 @@
+"""C++ sources beside the modules that use them, compiled once by the machine's own compiler into the user's cache and
+called by ctypes.
+
+DIFFSCALE_NATIVE_KERNELS=0 turns them off; without a compiler there are none. Callers then use torch's operations or
+numpy's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+_FLAGS = ("-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
+
+
+@functools.cache
+def library(name: str) -> ctypes.CDLL | None:
+    """The compiled `name`.cpp ("rows"), built on first use; None where that is impossible or not wanted."""
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if os.environ.get("DIFFSCALE_NATIVE_KERNELS") == "0" or compiler is None:
+        return None
+    try:
+        return ctypes.CDLL(str(_build(Path(__file__).parent / f"{name}.cpp", compiler)))
+    except (OSError, subprocess.SubprocessError) as error:
+        log.warning("%s.cpp could not be compiled, slower operations are used instead: %s", name, error)
+        return None
+
+
+def available(name: str) -> bool:
+    """Whether there is such a library, and it can run on this processor where it says whether (`available`).
+
+    Once answered, torch.compile can read the answer, as it cannot look into a library.
+    """
+    if name not in _AVAILABLE:
+        found = library(name)
+        _AVAILABLE[name] = found is not None and bool(getattr(found, "available", lambda: True)())
+    return _AVAILABLE[name]
+
+
+_AVAILABLE: dict[str, bool] = {}
+
+
+def pointers(*tensors: Tensor | None) -> list[ctypes.c_void_p]:
+    """Where the data of each tensor begins; null for None."""
+    return [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors]
+
+
+def addresses(*arrays: np.ndarray) -> list[ctypes.c_void_p]:
+    """Where the data of each array begins."""
+    return [ctypes.c_void_p(array.ctypes.data) for array in arrays]
+
+
+def integers(*numbers: int) -> list[ctypes.c_int64]:
+    return [ctypes.c_int64(number) for number in numbers]
+
+
+def _build(source: Path, compiler: str) -> Path:
+    """Compile into the user's own cache, under a name that changes with source, flags, compiler and processor."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=30).stdout
+    cpu = Path("/proc/cpuinfo")
+    flags = (
+        next((line for line in cpu.read_text().splitlines() if line.startswith("flags")), "") if cpu.exists() else ""
+    )
+    parts = (source.read_bytes(), " ".join(_FLAGS).encode(), version, flags.encode(), platform.machine().encode())
+    key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffscale"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if folder.stat().st_uid != os.getuid() or not os.access(folder, os.W_OK):
+            raise PermissionError(f"{folder} is not this user's own")
+    except OSError:
+        folder = Path(tempfile.mkdtemp(prefix="diffscale-"))
+    target = folder / f"{source.stem}-{key}.so"
+    if not target.exists():
+        descriptor, scratch = tempfile.mkstemp(dir=folder, suffix=".so")
+        os.close(descriptor)
+        subprocess.run([compiler, *_FLAGS, str(source), "-o", scratch], capture_output=True, check=True, timeout=120)
+        os.replace(scratch, target)
+    return target

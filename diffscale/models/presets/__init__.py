@@ -1,0 +1,1 @@
+"""Networks by name: published sizes, and tiny ones for a CPU."""

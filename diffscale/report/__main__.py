@@ -1,0 +1,93 @@
+"""The report's command line, used by `python -m benchmarks.report`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from diffscale.core import storage
+from diffscale.core.errors import UserError
+from diffscale.records.store import read_records
+from diffscale.report.stats.compare import compare as compare_records
+from diffscale.report.stats.compare import regressed
+from diffscale.report.write import write_report
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+SHOWN = 25
+"""Rows of a comparison in the terminal; compare.csv holds them all."""
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[str] | None, typer.Argument(metavar="RUNS...", help="run folders, folders of runs, or record files")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="folder for the report (default for RUNS: report)")] = None,
+    title: Annotated[str, typer.Option(help="heading of index.html")] = "diffscale: quality for compute",
+    compare: Annotated[
+        tuple[str, str] | None,
+        typer.Option(metavar="OLD NEW", help="mark regressions of NEW beyond noise; exit code 1 where there is one"),
+    ] = None,
+) -> None:
+    """Tables, fits, plots and one page (index.html) from records alone."""
+    if compare is None and not runs:
+        raise UserError(setting="RUNS", value="", expected="at least one folder that holds runs, or --compare OLD NEW")
+    console = Console(highlight=False)
+    if runs:
+        target = out or Path("report")
+        analysis = write_report([_absolute(run) for run in runs], _writable(target), title)
+        for finding in analysis.findings[:SHOWN]:
+            console.print(Text(f"- {finding['text']}"))
+        console.print(
+            Text(f"wrote {target}/index.html, plots/ and {', '.join(p.name for p in sorted(target.glob('*.csv')))}")
+        )
+    if compare is not None:
+        raise typer.Exit(_compare(console, *compare, out))
+
+
+def _compare(console: Console, old: str, new: str, out: Path | None) -> int:
+    table = compare_records(read_records([_absolute(old)]), read_records([_absolute(new)]))
+    if out is not None:
+        table.to_csv(_writable(out) / "compare.csv", index=False, float_format="%.10g", lineterminator="\n")
+    shown = Table(
+        "verdict", "recipe", "images", "metric", "old", "new", "change", title=f"{len(table):,} points in both"
+    )
+    for row in table.head(SHOWN).to_dict("records"):
+        shown.add_row(
+            Text(row["verdict"], style={"regression": "bold red", "costs more": "red"}.get(row["verdict"], "")),
+            Text(row["recipe_label"]), f"{row['images_seen']:,}", Text(row["metric"]), _value(row, "old"),
+            _value(row, "new"), f"{row['change_percent']:+.1f} %",
+        )  # fmt: skip
+    console.print(shown)
+    counts = table["verdict"].value_counts()
+    console.print(Text(", ".join(f"{name}: {count:,}" for name, count in counts.items())))
+    if (table["noise"] == "evaluation").any():
+        console.print(Text("No training seed was repeated: intervals hold the noise of the evaluation alone."))
+    return int(regressed(table))
+
+
+def _value(row: dict, side: str) -> Text:
+    low, high = row[f"{side}_low"], row[f"{side}_high"]
+    return Text(f"{row[side]:.4g}" + (f" [{low:.4g}, {high:.4g}]" if low == low else ""))
+
+
+def _absolute(place: str) -> str:
+    return place if storage.is_remote(place) else os.path.abspath(os.path.expanduser(place.removeprefix("file://")))
+
+
+def _writable(out: Path) -> Path:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not os.access(out, os.W_OK):
+            raise PermissionError(13, "no permission to write there")
+    except OSError as error:
+        raise UserError(
+            setting="--out", value=str(out), expected=f"a folder that can be written ({error.strerror})"
+        ) from None
+    return out

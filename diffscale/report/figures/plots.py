@@ -1,0 +1,76 @@
+"""The figures, as PNG and SVG that a paper could print; each caption says metric, n, sampler and what a band is."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from diffscale.report.figures import style
+from diffscale.report.figures.curves import against_compute, against_wall_clock, scaling_figure
+from diffscale.report.figures.recipes import at_equal_compute, recipe_figure
+from diffscale.report.figures.sweep import against_nfe, heat_map, nfe_families
+from diffscale.report.stats.facets import is_distance
+from diffscale.report.stats.frontier import fair
+
+if TYPE_CHECKING:
+    from diffscale.report.write import Analysis
+
+MOST_FACETS = 12
+"""Facets that get figures of their own, the main one first; tables and the page hold them all."""
+
+
+def write_plots(analysis: Analysis, out: Path) -> list[Path]:
+    """plots/<figure>-<facet>.png and .svg; the main facet's also without the facet in their name."""
+    folder = out / "plots"
+    folder.mkdir(parents=True, exist_ok=True)
+    paths: list[Path] = []
+    with style.style(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # names may be in any script; the font may not
+        for name, figure in figures(analysis):
+            for suffix in (".png", ".svg"):
+                path = folder / (name + suffix)
+                figure.savefig(path, metadata={"Date": None} if suffix == ".svg" else {"Software": "diffscale"})
+                paths.append(path)
+            plt.close(figure)
+    return paths
+
+
+def figures(analysis: Analysis) -> Iterator[tuple[str, Figure]]:
+    """(name, figure) of all that the records allow; called within style.style()."""
+    main = True
+    for facet in islice(analysis.facets.to_dict("records"), MOST_FACETS):
+        key, title = facet["facet"], facet["title"]
+        points = fair(analysis.points[analysis.points["facet"] == key])
+        curves = [c for c in analysis.curves if c.facet == key]
+        sides = {str(model): at_equal_compute(part) for model, part in points.groupby("model")}
+        beside = {model: last for model, last in sides.items() if last is not None}
+        along = any(len(c.points) > 1 for c in curves)
+        if not is_distance(facet["metric"]) or not (along or beside):
+            continue
+        suffix, main = ("" if main else f"-{key}"), False
+        for model, last in beside.items():
+            yield f"recipes-{_file(model)}{suffix}", recipe_figure(last, title)
+        if not along:
+            continue
+        yield f"fid_vs_compute{suffix}", against_compute(points, curves, title)
+        yield f"fid_vs_wall_clock{suffix}", against_wall_clock(points, curves, title)
+        fits = {k: f for k, f in analysis.fits.items() if k[0] == key}
+        if fits:
+            crossings = analysis.scaling[(analysis.scaling["facet"] == key) & (analysis.scaling["kind"] == "crossing")]
+            yield f"scaling{suffix}", scaling_figure(curves, fits, crossings, title)
+        table = analysis.sweep[analysis.sweep["facet"] == key]
+        for model, part in table.groupby("model"):
+            if len(part) > 1:
+                yield f"schedule_by_resolution-{_file(str(model))}{suffix}", heat_map(part, facet["metric"], title)
+    for number, (title, part) in enumerate(nfe_families(analysis.points)):
+        yield f"fid_vs_nfe{f'-{number + 1}' if number else ''}", against_nfe(part, title)
+
+
+def _file(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "._-" else "_" for c in name)[:60]

@@ -1,0 +1,113 @@
+"""Figures across samplers and across schedules: value against NFE, and the schedule × resolution heat map."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from diffscale.report.figures import style
+from diffscale.report.figures.curves import bands, extent, figure_and_axes, set_limits
+from diffscale.report.stats.facets import is_distance, metric_name
+from diffscale.report.stats.findings import flops, number
+from diffscale.report.stats.frontier import fair
+
+
+def nfe_families(points: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """Checkpoints sampled at several NFE: the one plot across samplers, everything else being equal."""
+    by = ["metric", "network", "eval_resolution", "n_generated", "n_reference", "guidance_scale", "endpoint", "dataset"]
+    families = []
+    for _, part in fair(points).groupby(by, sort=True):
+        if not is_distance(part["metric"].iloc[0]):
+            continue
+        counts = part.groupby(["recipe", "images_seen", "solver"])["nfe"].transform("nunique")
+        if (counts > 1).any():
+            first = part.iloc[0]
+            side = first["eval_resolution"]
+            title = (
+                f"{metric_name(first['metric'])} to {first['dataset']} at {side}×{side}, "
+                f"n = {first['n_generated']:,} against {first['n_reference']:,}"
+            )
+            families.append((title, part[counts > 1]))
+    return sorted(families, key=lambda family: -len(family[1]))[:4]
+
+
+def against_nfe(part: pd.DataFrame, title: str, most: int = 8) -> Figure:
+    figure, axes = figure_and_axes()
+    looks = style.looks(part["model"])
+    solvers = sorted(set(part["solver"]))
+    lines = sorted(part.groupby(["recipe", "images_seen", "solver"]), key=lambda item: -item[1]["train_flops"].iloc[0])
+    shown = pd.concat([own for _, own in lines[:most]])
+    ends: list[style.End] = []
+    for (_, _, solver), own in lines[:most]:
+        own = own.sort_values("nfe")
+        look = looks[own["model"].iloc[0]]
+        dashes = style.DASHES[solvers.index(solver) % len(style.DASHES)]
+        if own["value_low"].notna().any():
+            axes.fill_between(own["nfe"], own["value_low"], own["value_high"], color=look.color, alpha=0.13, lw=0)
+        axes.plot(own["nfe"], own["value"], color=look.color, marker=look.marker, ls=dashes, mec="white", mew=0.6)
+        name = f"{own['model'].iloc[0]}, {solver}"
+        ends.append(style.End(own["nfe"].iloc[-1], own["value"].iloc[-1], name, look.color))
+    metric = str(part["metric"].iloc[0])
+    set_limits(axes, shown["nfe"].to_numpy(float), extent(shown), metric)
+    ticks = sorted(set(shown["nfe"]))
+    if len(ticks) <= 10:
+        axes.set_xticks(ticks, [str(t) for t in ticks])
+        axes.minorticks_off()
+    axes.set_xlabel("sampling cost (network evaluations per image)")
+    axes.set_ylabel(style.plain(metric_name(metric)))
+    more = f" The {most} most trained of {len(lines)} lines." if len(lines) > most else ""
+    text = f"{title}. One checkpoint for each line, sampled with more and more steps.{more} {bands(shown)}"
+    if len(solvers) > 1:
+        text += f" Solid, then ever more broken: {', '.join(style.plain(s) for s in solvers)}."
+    style.finish(axes, f"{metric_name(metric)} against sampling cost", text, ends)
+    return figure
+
+
+def heat_map(part: pd.DataFrame, metric: str, title: str) -> Figure:
+    """Schedule × resolution at equal compute where every cell has it, else at each cell's own end (and says which)."""
+    equal = bool(part["value"].notna().all())
+    column, low, high = ("value", "value_low", "value_high") if equal else ("final_value", "final_low", "final_high")
+    grid = part.pivot(index="schedule", columns="train_resolution", values=column)
+    grid = grid.loc[grid.mean(axis=1).sort_values().index]
+    cells = part.set_index(["schedule", "train_resolution"])
+    rows, columns = grid.shape
+    longest = max(len(str(name)) for name in grid.index)
+    figure, axes = plt.subplots(figsize=(style.WIDTH, 1.75 + 0.5 * rows))
+    logs = np.log(grid.to_numpy(float))
+    scaled = logs - np.nanmin(logs, axis=0)
+    top = max(float(np.nanmax(scaled)), 1e-3)
+    axes.imshow(scaled, cmap="Blues", vmin=0, vmax=top * 1.5, aspect="auto")
+    for i, schedule in enumerate(grid.index):
+        for j, side in enumerate(grid.columns):
+            if not np.isfinite(logs[i, j]):
+                axes.text(j, i, "not run", ha="center", va="center", size=7, color=style.FAINT)
+                continue
+            cell = cells.loc[(schedule, side)]
+            dark = scaled[i, j] > 0.8 * top
+            best = bool(scaled[i, j] == 0)
+            ink: dict[str, Any] = {"ha": "center", "color": "white" if dark else style.INK}
+            axes.text(j, i, number(cell[column]), va="bottom", size=8, weight="bold" if best else "normal", **ink)
+            if np.isfinite(cell[low]):
+                axes.text(j, i, f"[{number(cell[low])}, {number(cell[high])}]", va="top", size=6.5, **ink)
+    axes.set_xticks(range(columns), [f"{side} px" for side in grid.columns])
+    axes.set_yticks(range(rows), [style.plain(str(name)) for name in grid.index])
+    axes.set_xlabel("training resolution")
+    axes.grid(False)
+    axes.tick_params(which="both", length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.set_xticks(np.arange(-0.5, columns), minor=True)
+    axes.set_yticks(np.arange(-0.5, rows), minor=True)
+    axes.grid(which="minor", color="white", linewidth=2)
+    where = (
+        f"all at {flops(part['train_flops'].iloc[0])} training FLOPs" if equal
+        else "each at the end of its own run (unequal compute: some cells start above the compute all have reached)"
+    )  # fmt: skip
+    text = f"{title}; {where}. Colour: ratio to the best of its column (bold), white is best. Brackets: 95 % intervals."
+    style.finish(axes, f"Schedule × resolution, {part['model'].iloc[0]}: {metric_name(metric)}", text)
+    figure.subplots_adjust(left=min(0.5, 0.03 + 0.0135 * longest), right=0.98)
+    return figure

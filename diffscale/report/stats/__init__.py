@@ -1,0 +1,1 @@
+"""Statistics over records: facets, aggregates, frontiers, fits, verdicts."""

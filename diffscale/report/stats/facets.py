@@ -1,0 +1,197 @@
+"""What may be compared with what: facets, and recipes, which are runs that differ by their seed alone.
+
+A *facet* is one comparability group (`records.GROUP`, DECISIONS 1) and one kind of endpoint (DECISIONS 2): every
+frontier, fit, table and plot lies within one. A *recipe* is everything that was set except the training seed, where
+and how long it ran. A *curve* is one backbone at one training resolution on one training set, whatever its recipe.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping
+from typing import Any
+
+import pandas as pd
+
+from diffscale.records.store import GROUP, Record, identify, to_frame
+
+FACET = [*GROUP, "endpoint"]
+CURVE = ["facet", "model", "train_resolution", "dataset_hash"]
+
+NUMBERS = [
+    "energy_joules", "cost", "train_loss", "val_loss", "value", "value_low", "value_high", "value_heldout",
+    "value_native", "memorisation",
+]  # fmt: skip
+
+FAIR_ENDPOINTS = ("constant", "inverse_sqrt", "decayed")
+"""A checkpoint in the middle of a decay is not a run of that budget (DECISIONS 2): tabulated, never fitted."""
+
+_NOT_RECIPE = re.compile(
+    r"(name|storage|data\.(path|loader|cache|cache_gigabytes)|eval\..*"
+    r"|train\.(seed|images|flops|device_seconds|wall_seconds|micro_batch|workers|cpus_per_worker|gpu|parallel"
+    r"|max_failures|nonfinite_limit|checkpoint\..*|log_every_images|trackers|price_per_device_hour"
+    r"|compile|channels_last|activation_checkpointing))"
+)
+_PRECISION = re.compile(r'"precision":"\w+"')
+_LENGTH = re.compile(r"optim\.decay_images")
+_HIGHER_IS_BETTER = re.compile(r"precision|recall|density|coverage|inception_score|isc|is$")
+_DISTANCE = re.compile(r"fid$|fd_|fid_")
+
+
+def higher_is_better(metric: str) -> bool:
+    return bool(_HIGHER_IS_BETTER.match(metric))
+
+
+def is_distance(metric: str) -> bool:
+    """A Fréchet distance: positive, falls towards a floor, so its noise is relative and power laws are fitted to it."""
+    return bool(_DISTANCE.match(metric))
+
+
+def comparable(rows: pd.DataFrame) -> pd.DataFrame:
+    """Without how much a metric varies over subsets of the samples (`kid_std`): nothing to be better in."""
+    return rows[[not str(metric).endswith("_std") for metric in rows["metric"]]] if len(rows) else rows
+
+
+def metric_name(metric: str) -> str:
+    return {"fid": "FID", "kid": "KID"}.get(metric, metric)
+
+
+def recipe_settings(settings: Mapping[str, object], endpoint: str) -> dict[str, object]:
+    """The dotted settings that make a recipe: those that change the weights, less the seed and the length."""
+    kept = {k: v for k, v in settings.items() if not _NOT_RECIPE.fullmatch(k)}
+    return {k: v for k, v in kept.items() if not (endpoint == "decayed" and _LENGTH.fullmatch(k))}
+
+
+def to_rows(records: Iterable[Record]) -> pd.DataFrame:
+    """Every evaluation, a row each: the record's columns and `facet`, `recipe`, `recipe_label` (hashes and a name)."""
+    rows = to_frame(records)
+    if rows.empty:
+        return rows.assign(facet=[], recipe=[], recipe_label=[])
+    for name in NUMBERS:
+        rows[name] = pd.to_numeric(rows[name], errors="coerce").astype(float)
+    rows["facet"] = groups(rows, FACET)
+    rows["recipe"] = recipe_ids(rows)
+    rows["recipe_label"] = rows["recipe"].map(_labels(rows))
+    return rows
+
+
+def groups(rows: pd.DataFrame, columns: list[str] = GROUP) -> list[str]:
+    """Of each row, a hash of what its value may be compared with. A sampler's rounding is not part of that: a group is
+    one solver and its steps (DECISIONS 1), so bf16 samples of one network stand beside float32 samples of another."""
+    keys = rows[columns].assign(sampler=rows["sampler"].str.replace(_PRECISION, '"precision":"fp32"', regex=True))
+    return [identify(**dict(zip(columns, key, strict=True)))[:8] for key in keys.itertuples(index=False)]
+
+
+def recipe_ids(rows: pd.DataFrame, only: set[str] | None = None) -> list[str]:
+    """The recipe of each row; `only` names the settings that count (for comparing versions whose settings differ)."""
+    cache: dict[tuple[object, ...], str] = {}
+    ids = []
+    columns = ["run_id", "ema", "endpoint", "model", "dataset_hash", "settings"]
+    for run_id, ema, endpoint, model, dataset, given in zip(*(rows[c].tolist() for c in columns), strict=True):
+        key = (run_id, ema, endpoint, model, dataset)
+        if key not in cache:
+            kept = {k: v for k, v in recipe_settings(given, endpoint).items() if only is None or k in only}
+            cache[key] = identify(model=model, ema=ema, dataset=dataset, endpoint=endpoint, settings=kept)[:8]
+        ids.append(cache[key])
+    return ids
+
+
+def _labels(rows: pd.DataFrame) -> dict[str, str]:
+    """A short name for each recipe: the backbone and what sets it apart from most of its fellows (at most three
+    settings). The value that more than half of them share goes without saying."""
+    first = rows.drop_duplicates("recipe")
+    labels: dict[str, str] = {}
+    for (model, _), group in first.groupby(["model", "dataset"], sort=True):
+        texts = {
+            str(row["recipe"]): {k: _plain(v) for k, v in recipe_settings(row["settings"], row["endpoint"]).items()}
+            | {"ema": str(row["ema"]), "endpoint": str(row["endpoint"])}
+            for row in group.to_dict("records")
+        }
+        keys = sorted(
+            {k for tree in texts.values() for k in tree},
+            key=lambda k: (k != "data.resolution", not k.endswith(".name"), k),
+        )
+        usual = {}
+        for k in keys:
+            value, count = Counter(tree.get(k) for tree in texts.values()).most_common(1)[0]
+            if 2 * count > len(texts):
+                usual[k] = value
+        for recipe, tree in texts.items():
+            parts = [_short(k, tree[k]) for k in keys if k in tree and (k not in usual or usual[k] != tree[k])][:3]
+            labels[recipe] = " · ".join([str(model), *parts])
+    repeated = {label for label, n in Counter(labels.values()).items() if n > 1}
+    return {recipe: f"{label} ({recipe})" if label in repeated else label for recipe, label in labels.items()}
+
+
+def _short(key: str, value: str) -> str:
+    if key == "data.resolution":
+        return f"{value} px"
+    last = key.rpartition(".")[2]
+    return value if last in ("name", "endpoint") else f"{last} {value}"
+
+
+def schedule_labels(table: pd.DataFrame) -> list[str]:
+    """The noise schedule of each row, with the parameters in which the table's schedules of that name differ, and the
+    input scale where it is not 1."""
+    prefix = "diffusion.schedule."
+    given = [
+        {k[len(prefix) :]: _plain(v) for k, v in settings.items() if k.startswith(prefix)}
+        for settings in table["settings"]
+    ]
+    seen: dict[tuple[str, str], set[str | None]] = {}
+    for name, own in zip(table["schedule"], given, strict=True):
+        for key in {key for tree in given for key in tree} - {"name"}:
+            seen.setdefault((name, key), set()).add(own.get(key))
+    labels = []
+    for name, scale, own in zip(table["schedule"], table["input_scale"], given, strict=True):
+        parts = [f"{key} {value}" for key, value in sorted(own.items()) if len(seen.get((name, key), ())) > 1]
+        text = f"{name}({', '.join(parts)})" if parts else str(name)
+        labels.append(text if scale == 1 else f"{text} · b {_plain(scale)}")
+    return labels
+
+
+def _plain(value: object) -> str:
+    if value is None:
+        return "none"
+    return f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
+
+
+def facet_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """One row for each facet, the one most worth looking at first: its columns, `runs`, `evaluations`, `title`."""
+    counted = rows.groupby("facet", sort=True).agg(
+        _backbones=("model", "nunique"), runs=("run_id", "nunique"), evaluations=("record_id", "nunique"),
+        dataset=("dataset", _joined),
+        solver=("solver", "first"), nfe=("nfe", "first"), guidance_scale=("guidance_scale", "first"),
+        **{name: (name, "first") for name in FACET},
+    ).reset_index()  # fmt: skip
+    unfair = [endpoint not in FAIR_ENDPOINTS for endpoint in counted["endpoint"]]
+    other = [not is_distance(metric) for metric in counted["metric"]]
+    order = counted.assign(
+        _unfair=unfair, _other=other, _alone=counted["runs"] == 1, _proxy=counted["metric"] != "fid"
+    ).sort_values(
+        ["_unfair", "_other", "_alone", "_proxy", "_backbones", "runs", "evaluations", "n_generated", "facet"],
+        ascending=[True, True, True, True, False, False, False, False, True],
+    )
+    table = order.drop(columns=["_unfair", "_other", "_alone", "_proxy", "_backbones"]).reset_index(drop=True)
+    titles = [facet_title(row) for row in table.to_dict("records")]
+    repeated = {title for title, n in Counter(titles).items() if n > 1}
+    table["title"] = [
+        f"{title} (group {facet})" if title in repeated else title
+        for title, facet in zip(titles, table["facet"], strict=True)
+    ]
+    return table
+
+
+def facet_title(row: Mapping[Hashable, Any]) -> str:
+    """What a caption says of a facet: the metric, n, the reference, the sampler, the learning rate's state."""
+    guidance = "" if row["guidance_scale"] == 1 else f", guidance {_plain(row['guidance_scale'])}"
+    return (
+        f"{metric_name(str(row['metric']))} to {row['dataset']} at {row['eval_resolution']}×{row['eval_resolution']}, "
+        f"n = {row['n_generated']:,} against {row['n_reference']:,}, {row['solver']} {row['nfe']} NFE{guidance}, "
+        f"{str(row['endpoint']).replace('_', ' ')} learning rate"
+    )
+
+
+def _joined(values: pd.Series) -> str:
+    return ", ".join(sorted(set(values)))

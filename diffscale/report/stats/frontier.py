@@ -1,0 +1,147 @@
+"""Pareto frontiers: the best value that so much training compute has bought, and curves read at a given compute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike
+
+from diffscale.report.stats.aggregate import transform
+from diffscale.report.stats.facets import CURVE, FAIR_ENDPOINTS, higher_is_better
+
+SCOPES = {"overall": [], "backbone": ["model"], "resolution": ["train_resolution"]}
+
+
+def fair(points: pd.DataFrame) -> pd.DataFrame:
+    """Points that are the end of a run of that budget; an untrained network (no compute) is none."""
+    return points[points["endpoint"].isin(FAIR_ENDPOINTS) & (points["train_flops"] > 0)]
+
+
+def is_on_frontier(compute: ArrayLike, values: ArrayLike, higher: bool = False) -> np.ndarray:
+    """(n,) bool: no point that costs as little is as good. Of equals in both, the first is kept."""
+    signed = -np.asarray(values, float) if higher else np.asarray(values, float)
+    order = np.lexsort((signed, np.asarray(compute, float)))
+    ranked = signed[order]
+    previous = np.concatenate([[np.inf], np.minimum.accumulate(ranked)[:-1]])
+    mask = np.zeros(len(signed), dtype=bool)
+    mask[order] = ranked < previous
+    return mask
+
+
+def pareto(points: pd.DataFrame) -> pd.DataFrame:
+    """The frontier's points of each facet: overall, for each backbone and for each training resolution."""
+    parts = []
+    for scope, by in SCOPES.items():
+        for key, part in fair(points).groupby(["facet", *by], sort=True):
+            on = is_on_frontier(part["train_flops"], part["value"], higher_is_better(part["metric"].iloc[0]))
+            where = str(key[1]) if by else ""
+            parts.append(part[on].assign(scope=scope, scope_value=where).sort_values("train_flops"))
+    if not parts:
+        return points.head(0).assign(scope=[], scope_value=[])
+    return pd.concat(parts, ignore_index=True)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One backbone at one resolution on one training set within a facet, cheapest point first.
+
+    With one recipe these are all of its points, with more the points of their lower envelope.
+    """
+
+    facet: str
+    model: str
+    train_resolution: int
+    dataset_hash: str
+    points: pd.DataFrame
+    recipes: int
+
+    @property
+    def compute(self) -> np.ndarray:
+        return self.points["train_flops"].to_numpy(float)
+
+    @property
+    def values(self) -> np.ndarray:
+        return self.points["value"].to_numpy(float)
+
+    @property
+    def metric(self) -> str:
+        return str(self.points["metric"].iloc[0])
+
+    def name(self, several_resolutions: bool) -> str:
+        return f"{self.model} {self.train_resolution}²" if several_resolutions else self.model
+
+
+def curves(points: pd.DataFrame) -> list[Curve]:
+    found = []
+    for _, part in fair(points).groupby(CURVE, sort=True):
+        recipes = part["recipe"].nunique()
+        if recipes > 1:
+            higher = higher_is_better(part["metric"].iloc[0])
+            part = part[is_on_frontier(part["train_flops"], part["value"], higher)]
+        part, first = part.sort_values("train_flops"), part.iloc[0]
+        facet, model, resolution, dataset = (first[name] for name in CURVE)
+        found.append(Curve(facet, model, resolution, dataset, part, recipes))
+    return found
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A value read from a curve at some compute. `known` is False where no seed was ever repeated."""
+
+    value: float
+    low: float
+    high: float
+    known: bool
+    interpolated: bool
+
+
+def read_at(points: pd.DataFrame, compute: float, tolerance: float = 0.02) -> Reading | None:
+    """The value at `compute` FLOPs: a point within `tolerance`, else between two neighbours; None outside of them.
+
+    Interpolation is linear in log compute on the scale of `transform`; of two neighbouring intervals the wider
+    (in ratio) is carried over.
+    """
+    x = np.log(points["train_flops"].to_numpy(float))
+    forward, backward = transform(str(points["metric"].iloc[0]))
+    value, low, high = (forward(points[c].to_numpy(float)) for c in ("value", "value_low", "value_high"))
+    known = points["noise"].str.startswith("seeds").to_numpy()
+    target = np.log(compute)
+    near = int(np.argmin(np.abs(x - target)))
+    if abs(x[near] - target) <= np.log1p(tolerance):
+        row = points.iloc[near]
+        return Reading(row["value"], row["value_low"], row["value_high"], bool(known[near]), False)
+    right = int(np.searchsorted(x, target))
+    if right in (0, len(x)):
+        return None
+    left = right - 1
+    middle = float(np.interp(target, x[left : right + 1], value[left : right + 1]))
+    below = max(value[left] - low[left], value[right] - low[right])
+    above = max(high[left] - value[left], high[right] - value[right])
+    return Reading(
+        float(backward(middle)), float(backward(middle - below)), float(backward(middle + above)),
+        bool(known[left] and known[right]), True,
+    )  # fmt: skip
+
+
+def first_reach(points: pd.DataFrame, target: float, column: str) -> float:
+    """How much of `column` (train_flops, device_seconds, ...) the curve had used when it first got to `target`.
+
+    Log-log interpolation between the two points around it; NaN where the target was never reached or the column is
+    empty. `points` are sorted by train_flops. Of a target below the first point, the first point's cost is given.
+    """
+    metric = str(points["metric"].iloc[0])
+    forward, _ = transform(metric)
+    sign = -1.0 if higher_is_better(metric) else 1.0
+    y = sign * forward(points["value"].to_numpy(float))
+    cost = points[column].to_numpy(float)
+    reached = np.flatnonzero(y <= sign * float(forward(np.float64(target))))
+    if len(reached) == 0 or not np.isfinite(cost[reached[0]]):
+        return np.nan
+    first = int(reached[0])
+    if first == 0 or not np.isfinite(cost[first - 1]) or cost[first - 1] <= 0 or cost[first] <= 0:
+        return float(cost[first])
+    goal = sign * float(forward(np.float64(target)))
+    share = (y[first - 1] - goal) / (y[first - 1] - y[first])
+    return float(np.exp(np.log(cost[first - 1]) + share * (np.log(cost[first]) - np.log(cost[first - 1]))))

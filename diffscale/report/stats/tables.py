@@ -1,0 +1,140 @@
+"""The CSVs for people and spreadsheets: every evaluation, schedule by resolution, and what a given quality costs."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pandas as pd
+
+from diffscale.report.stats.facets import CURVE, higher_is_better, schedule_labels
+from diffscale.report.stats.frontier import fair, first_reach, read_at
+
+SWEEP_COLUMNS = [
+    "facet", "model", "dataset", "schedule", "train_resolution", "train_flops", "value", "value_low", "value_high",
+    "seeds", "best_at_resolution", "separated_from_best", "final_value", "final_low", "final_high",
+    "final_train_flops", "final_images_seen",
+]  # fmt: skip
+COST_COLUMNS = [
+    "facet", "metric", "target", "model", "train_resolution", "dataset_hash", "recipe", "recipe_label", "device",
+    "devices", "train_flops", "device_hours", "wall_hours", "energy_kwh", "cost", "images_seen",
+]  # fmt: skip
+
+
+def every_evaluation(rows: pd.DataFrame) -> pd.DataFrame:
+    """The records as they are, `settings` and `versions` as JSON, with their facet and recipe."""
+    table = rows.drop(columns=["recipe_label"])
+    for column in ("settings", "versions", "val_loss_by_logsnr"):
+        cache: dict[int, str] = {}
+        table[column] = [
+            "" if value is None else cache.setdefault(id(value), json.dumps(value, sort_keys=True))
+            for value in table[column]
+        ]
+    return table.sort_values(["facet", "model", "train_flops", "record_id"], ignore_index=True)
+
+
+def sweep(points: pd.DataFrame) -> pd.DataFrame:
+    """Schedule × resolution for each backbone with more than one of either, in each facet.
+
+    `value` is read at `train_flops`, the largest compute that every cell of the table reached, so that a 64-pixel and
+    a 16-pixel cell are compared at equal cost (empty where a cell starts above it); `final_*` is each cell's own end.
+    Of several recipes with one schedule (learning rates, widths) the one with the best end stands for it.
+    """
+    points = fair(points)
+    if points.empty:
+        return pd.DataFrame(columns=SWEEP_COLUMNS)
+    recipes = points.drop_duplicates("recipe")
+    labels = dict(zip(recipes["recipe"], schedule_labels(recipes), strict=True))
+    points = points.assign(_schedule=points["recipe"].map(labels))
+    rows: list[dict[str, object]] = []
+    for (facet, model, dataset), part in points.groupby(["facet", "model", "dataset"], sort=True):
+        if part["_schedule"].nunique() > 1 or part["train_resolution"].nunique() > 1:
+            rows += _sweep_table({"facet": facet, "model": model, "dataset": dataset}, part)
+    return pd.DataFrame(rows, columns=SWEEP_COLUMNS)
+
+
+def _sweep_table(identity: dict[str, object], part: pd.DataFrame) -> list[dict[str, object]]:
+    higher = higher_is_better(part["metric"].iloc[0])
+    cells = {}
+    for key, cell in part.groupby(["_schedule", "train_resolution"], sort=True):
+        ends = cell.sort_values("train_flops").groupby("recipe").tail(1).sort_values("value", ascending=not higher)
+        cells[key] = cell[cell["recipe"] == ends["recipe"].iloc[0]].sort_values("train_flops")
+    common = min(cell["train_flops"].iloc[-1] for cell in cells.values())
+    rows = []
+    for (schedule, resolution), cell in cells.items():
+        last, reading = cell.iloc[-1], read_at(cell, common)
+        row = identity | {
+            "schedule": schedule, "train_resolution": resolution, "train_flops": common, "seeds": last["seeds"],
+            "final_value": last["value"], "final_low": last["value_low"], "final_high": last["value_high"],
+            "final_train_flops": last["train_flops"], "final_images_seen": last["images_seen"],
+        }  # fmt: skip
+        if reading is not None:
+            row |= {
+                "value": reading.value,
+                "value_low": reading.low,
+                "value_high": reading.high,
+                "known": reading.known,
+            }
+        rows.append(row)
+    for resolution in {row["train_resolution"] for row in rows}:
+        _mark_best([r for r in rows if r["train_resolution"] == resolution and "value" in r], higher)
+    return rows
+
+
+def _mark_best(column: list[dict], higher: bool) -> None:
+    if not column:
+        return
+    best = (max if higher else min)(column, key=lambda row: row["value"])
+    for row in column:
+        row["best_at_resolution"] = row is best
+        apart = row["value_high"] < best["value_low"] if higher else row["value_low"] > best["value_high"]
+        row["separated_from_best"] = bool(apart and row["known"] and best["known"])
+
+
+def cost(points: pd.DataFrame, levels: int = 6) -> pd.DataFrame:
+    """What each recipe spent until it first reached each of a ladder of values, and each backbone's cheapest recipe.
+
+    A recipe that never got there has empty cells, so the table also says what did not reach a value. Interpolated
+    between evaluations (log-log), so never cheaper than the evaluation before it.
+    """
+    rows = []
+    for _, part in fair(points).groupby("facet", sort=True):
+        targets = ladder(part["value"].to_numpy(float), levels, higher_is_better(part["metric"].iloc[0]))
+        for (*key, recipe), own in part.groupby([*CURVE, "recipe"], sort=True):
+            own = own.sort_values("train_flops")
+            first = own.iloc[0]
+            for target in targets:
+                spent = {c: first_reach(own, target, c) for c in _SPENT}
+                rows.append(
+                    dict(zip(CURVE, key, strict=True))
+                    | {"recipe": recipe, "recipe_label": first["recipe_label"], "metric": first["metric"]}
+                    | {"device": first["device"], "devices": first["devices"], "target": target}
+                    | {"train_flops": spent["train_flops"], "device_hours": spent["device_seconds"] / 3600}
+                    | {"wall_hours": spent["device_seconds"] / 3600 / first["devices"], "cost": spent["cost"]}
+                    | {"energy_kwh": spent["energy_joules"] / 3.6e6, "images_seen": spent["images_seen"]}
+                )
+    return pd.DataFrame(rows, columns=COST_COLUMNS).sort_values(
+        ["facet", "target", "train_flops", "model", "recipe"], ignore_index=True
+    )
+
+
+_SPENT = ("train_flops", "device_seconds", "energy_joules", "cost", "images_seen")
+
+
+def ladder(values: np.ndarray, levels: int, higher: bool = False) -> list[float]:
+    """Round values (two digits) from the worst to the best that was reached, evenly spaced in the logarithm."""
+    values = values[np.isfinite(values)]
+    if len(values) == 0:
+        return []
+    low, high = float(values.min()), float(values.max())
+    steps = np.linspace(low, high, levels) if low <= 0 or higher else np.geomspace(low, high, levels)
+    return sorted({t for step in steps if low <= (t := _two_digits(float(step), up=not higher)) <= high} or {low})
+
+
+def _two_digits(value: float, up: bool) -> float:
+    """Rounded towards the easier side, so that the best value that was reached still counts as reached."""
+    if value == 0:
+        return 0.0
+    unit = 10.0 ** (math.floor(math.log10(abs(value))) - 1)
+    return float(f"{(math.ceil if up else math.floor)(round(value / unit, 9)) * unit:.2g}")

@@ -1,0 +1,1 @@
+"""Checkpoints: layout on disk, tensor files, optimizer state, saving in the background."""

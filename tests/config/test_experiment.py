@@ -1,0 +1,61 @@
+"""What a run is (`run_id`) and what is only where, how long and how it is looked at."""
+
+from __future__ import annotations
+
+import pytest
+
+from diffscale.config.load import load_experiment
+
+SAME = [
+    "name=other", "storage=/elsewhere", "train.workers=4", "train.micro_batch=8", "train.flops=9e15",
+    "train.price_per_device_hour=3", "eval.n_generated=7", "eval.solver.steps=3", "train.trackers=[]",
+    "train.checkpoint.keep_last=9", "train.max_failures=0",
+]  # fmt: skip
+DIFFERENT = [
+    "train.seed=1", "train.global_batch=48", "optim.lr=1e-5", "diffusion.prediction=eps", "train.precision=fp32",
+    "data.flip=false", "data.resolution=24", "model.name=rin", "train.ema.halflife_fraction=0.2", "train.compile=false",
+    "diffusion.schedule=ddpm_linear", "data.class_conditional=false",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("override", SAME)
+def test_the_same_weights_are_the_same_run(override: str) -> None:
+    assert load_experiment("quickstart-unet", [override]).run_id("d") == load_experiment("quickstart-unet").run_id("d")
+
+
+@pytest.mark.parametrize("override", DIFFERENT)
+def test_other_weights_are_another_run(override: str) -> None:
+    assert load_experiment("quickstart-unet", [override]).run_id("d") != load_experiment("quickstart-unet").run_id("d")
+
+
+def test_other_data_is_another_run() -> None:
+    e = load_experiment("quickstart-unet")
+    assert e.run_id("a") != e.run_id("b")
+
+
+def test_the_length_is_part_of_a_run_only_where_the_learning_rate_depends_on_it() -> None:
+    def run_id(*overrides: str) -> str:
+        return load_experiment("quickstart-unet", overrides).run_id("d")
+
+    assert run_id("train.images=100") == run_id("train.images=200")
+    cosine = "optim.schedule=cosine"
+    assert run_id("train.images=100", cosine) != run_id("train.images=200", cosine)
+    decay = "optim.decay_images=50"
+    assert run_id("train.images=100", decay) != run_id("train.images=200", decay)
+
+
+def test_an_endpoint_says_what_the_learning_rate_was_doing() -> None:
+    constant = load_experiment("quickstart-unet")
+    assert constant.endpoint(10) == "constant"
+    decay = load_experiment("quickstart-unet", ["train.images=100", "optim.decay_images=20"])
+    assert [decay.endpoint(n) for n in (50, 90, 100)] == ["constant", "mid_decay", "decayed"]
+    cosine = load_experiment("quickstart-unet", ["train.images=100", "optim.schedule=cosine"])
+    assert [cosine.endpoint(n) for n in (50, 100)] == ["mid_decay", "decayed"]
+
+
+def test_settings_come_back_from_their_own_dump() -> None:
+    from diffscale.config.experiment import Experiment
+
+    e = load_experiment("quickstart-rin")
+    assert Experiment.model_validate(e.model_dump(mode="json")) == e
+    assert e.dotted()["train.ema.halflife_fraction"] == e.train.ema.halflife_fraction
