@@ -81,8 +81,14 @@ def share_of(part: str) -> slice:
 
 
 def run_suite(
-    suite: Suite, gpu: bool, extra: dict, results: Path, dry_run: bool, share: slice, wanted: re.Pattern[str],
-) -> None:  # fmt: skip
+    suite: Suite,
+    gpu: bool,
+    extra: dict,
+    results: Path,
+    dry_run: bool,
+    share: slice,
+    wanted: re.Pattern[str],
+) -> None:
     from diffscale import train
 
     console = Console()

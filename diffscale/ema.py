@@ -68,9 +68,11 @@ def make(run: str, widths: list[float], images: int | None = None) -> tuple[str,
     stored = _stored([c for c in checkpoints if ck.images_of(c) <= until])
     if not stored:
         raise UserError(
-            setting="RUN", value=run, expected="a run trained with train.ema.power",
+            setting="RUN",
+            value=run,
+            expected="a run trained with train.ema.power",
             fix="train with 'train.ema.power=[0.05,0.10]'",
-        )  # fmt: skip
+        )
     files, residuals = ck.files_of(checkpoint), {}
     for width in widths:
         name = profile_name(width)

@@ -94,9 +94,14 @@ class How:
 
 
 def evaluate_run(
-    target: str, overrides: Iterable[str] = (), how: How = How(), *, checkpoint: str = "last",
-    averages: Sequence[str] | None = None, solvers: Sequence[str] | None = None,
-) -> list[dict[str, Any]]:  # fmt: skip
+    target: str,
+    overrides: Iterable[str] = (),
+    how: How = How(),
+    *,
+    checkpoint: str = "last",
+    averages: Sequence[str] | None = None,
+    solvers: Sequence[str] | None = None,
+) -> list[dict[str, Any]]:
     """Evaluates every checkpoint × average × solver that is asked for and writes records into the run's folder.
 
     Returns the rows, as plain dicts of a record's columns. Weights of the feature networks are loaded before the
@@ -119,17 +124,29 @@ def _evaluate_one(trained: Trained, how: How) -> list[dict[str, Any]]:
     actors, device = devices(how.workers)
     larger = trained.at_eval_resolution()
     evaluator = Evaluator(
-        experiment.eval, trained.dataset, experiment.storage, heldout=(larger or trained.dataset).heldout,
-        at_eval_resolution=larger, device=device, actors=actors, per_class=how.per_class,
+        experiment.eval,
+        trained.dataset,
+        experiment.storage,
+        heldout=(larger or trained.dataset).heldout,
+        at_eval_resolution=larger,
+        device=device,
+        actors=actors,
+        per_class=how.per_class,
         reference_file=Path(how.reference).resolve() if how.reference else None,
-    )  # fmt: skip
+    )
     sampling = evaluator.sampling(build_solver(experiment), precision=how.precision)
     sampling = replace(sampling, labels=how.labels)
     views = [str(v) for v in (*evaluator.views.values(), *evaluator.native.values())]
     identity = identify(
-        run=trained.columns["run_id"], images=trained.images_seen, ema=trained.ema, sampler=sampling.canonical(),
-        seed=sampling.seed, batch=sampling.batch, views=views, keep=how.keep,
-    )  # fmt: skip
+        run=trained.columns["run_id"],
+        images=trained.images_seen,
+        ema=trained.ema,
+        sampler=sampling.canonical(),
+        seed=sampling.seed,
+        batch=sampling.batch,
+        views=views,
+        keep=how.keep,
+    )
     work = cache_folder() / "evaluations" / identity
     keeper = _keeper(trained, sampling, how) if how.keep else None
     evaluator.keep_images = keeper
@@ -172,9 +189,15 @@ def _folder_rows(target: str, metrics: str, resize: str, how: How) -> list[dict[
         connect()
         actors, device = devices(how.workers)
     evaluation = evaluate_folder(
-        target, place, metrics.split(","), resize=resize, actors=actors, device=device, classes=how.per_class,
+        target,
+        place,
+        metrics.split(","),
+        resize=resize,
+        actors=actors,
+        device=device,
+        classes=how.per_class,
         memorised=how.memorised,
-    )  # fmt: skip
+    )
     if evaluation.nearest_png is not None:
         picture = Path(f"{Path(target).stem}-nearest.png").resolve()
         storage.write_bytes(str(picture), evaluation.nearest_png)

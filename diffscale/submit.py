@@ -23,7 +23,7 @@ import yaml
 from diffscale.core.app import COMMANDS, run_app
 from diffscale.core.errors import UserError
 from diffscale.core.provenance import job_environment
-from diffscale.core.text import valid
+from diffscale.core.text import nearest
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -56,7 +56,7 @@ def module_of(command: str) -> str:
     if command.startswith("benchmarks."):
         return command
     if command not in COMMANDS or command == "submit":
-        raise UserError(setting="COMMAND", value=command, expected=valid(command, set(COMMANDS) - {"submit"}))
+        raise UserError(setting="COMMAND", value=command, expected=nearest(command, set(COMMANDS) - {"submit"}))
     return f"diffscale.{command}"
 
 

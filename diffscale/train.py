@@ -92,9 +92,14 @@ def main(
 
 
 def run(
-    experiment: Experiment, *, should_stop: ShouldStop | None = None, show: bool = True, handle_signals: bool = False,
-    stop_with: str | None = None, here: bool = False,
-) -> RunResult:  # fmt: skip
+    experiment: Experiment,
+    *,
+    should_stop: ShouldStop | None = None,
+    show: bool = True,
+    handle_signals: bool = False,
+    stop_with: str | None = None,
+    here: bool = False,
+) -> RunResult:
     """Trains to the budget and evaluates at its points; resumes what is in the run's folder. Callable in a Tune trial.
 
     should_stop: asked on rank 0 about each record when it is written (it travels to the worker); True ends the run
@@ -172,9 +177,10 @@ def prepare(experiment: Experiment) -> tuple[Dataset, Cost]:
     fewest = train.workers if isinstance(train.workers, int) else train.workers[1]
     if fewest > train.global_batch:
         raise UserError(
-            setting="train.workers", value=train.workers,
+            setting="train.workers",
+            value=train.workers,
             expected=f"at most one worker per image of train.global_batch ({train.global_batch})",
-        )  # fmt: skip
+        )
     dataset = open_training_data(experiment)
     build_diffusion(experiment, dataset)
     build_solver(experiment)
@@ -195,10 +201,11 @@ def _refuse_unsupported(experiment: Experiment) -> None:
     """Raises UserError for settings that would otherwise be ignored or fail in the middle."""
     if experiment.data.augment and getattr(experiment.model, "augment_dim", 0) != 9:
         raise UserError(
-            setting="data.augment", value=experiment.data.augment,
+            setting="data.augment",
+            value=experiment.data.augment,
             expected="0, or a model that is told what was done to its images, so that they do not leak into samples",
             fix="model.augment_dim=9 (unet and edm2 have it)",
-        )  # fmt: skip
+        )
 
 
 def _cpus_needed(experiment: Experiment) -> int | None:
@@ -255,9 +262,14 @@ def _write_once(folder: str, experiment: Experiment, dataset: Dataset) -> None:
     launches = json.loads(storage.read_bytes(uri))["launches"] if storage.exists(uri) else []
     commit, dirty = source()
     launches.append(
-        {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "commit": commit, "dirty": dirty,
-         "versions": versions(), "dataset_hash": dataset.content_hash}
-    )  # fmt: skip
+        {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "commit": commit,
+            "dirty": dirty,
+            "versions": versions(),
+            "dataset_hash": dataset.content_hash,
+        }
+    )
     storage.write_bytes(uri, json.dumps({"launches": launches}, indent=1).encode())
 
 
@@ -269,9 +281,12 @@ def _train_here(config: dict[str, Any]) -> None:
 
 
 def _fit(
-    experiment: Experiment, folder: str, config: dict[str, Any], stop: Callable[[], None] | None,
+    experiment: Experiment,
+    folder: str,
+    config: dict[str, Any],
+    stop: Callable[[], None] | None,
     interrupted: Callable[[], bool],
-) -> Exception | None:  # fmt: skip
+) -> Exception | None:
     """Ray Train's part: starts the workers, starts them again when one is lost, waits for evaluations beside them."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
 
@@ -358,12 +373,10 @@ def on_signals(stop: Callable[[], None] | None) -> Iterator[None]:
 
 def _result(folder: str, run_id: str, outcome: dict[str, Any]) -> RunResult:
     if outcome["reason"] == "refused":
-        setting, value, expected, fix = outcome["error"]
-        raise UserError(setting=setting, value=value, expected=expected, fix=fix)
+        raise UserError(**outcome["error"])
     message = outcome.get("message", "")
     if "error" in outcome:
-        setting, value, expected, fix = outcome["error"]
-        message = UserError(setting=setting, value=value, expected=expected, fix=fix).text()
+        message = UserError(**outcome["error"]).text()
     return RunResult(folder, run_id, int(outcome.get("images_seen", 0)), outcome["reason"], message)
 
 

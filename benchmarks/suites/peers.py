@@ -76,9 +76,13 @@ def diffusers_network(width: int, side: int) -> nn.Module:
     up = ("UpBlock2D", "AttnUpBlock2D") + ("UpBlock2D",) * 4
     channels = tuple(width * m for m in (1, 1, 2, 2, 4, 4))
     return UNet2DModel(  # type: ignore[return-value]
-        sample_size=side, layers_per_block=2, block_out_channels=channels, down_block_types=down, up_block_types=up,
+        sample_size=side,
+        layers_per_block=2,
+        block_out_channels=channels,
+        down_block_types=down,
+        up_block_types=up,
         norm_num_groups=min(32, width),
-    )  # fmt: skip
+    )
 
 
 def diffusers_cost(width: int, side: int) -> Cost:
@@ -123,11 +127,18 @@ def diffusers_recipe(width: int, side: int, flops: float, device: torch.device) 
         return AtLogsnr(other, noise.alphas_cumprod, lambda out: out.sample).to(device)
 
     return Recipe(
-        device, batch, True, step, {"network": network, "optimizer": optimizer, "rate": rate, "ema": ema}, averaged,
+        device,
+        batch,
+        True,
+        step,
+        {"network": network, "optimizer": optimizer, "rate": rate, "ema": ema},
+        averaged,
         create_diffusion(schedule={"name": "ddpm_linear"}, prediction="eps", weighting={"name": "uniform_eps"}),
-        "ddpm_linear", "decayed", cost,
+        "ddpm_linear",
+        "decayed",
+        cost,
         {"width": width, "batch": batch, "lr": 1e-4, "lr_schedule": "cosine", "warmup_steps": 500},
-    )  # fmt: skip
+    )
 
 
 def lucidrains_network(width: int) -> nn.Module:
@@ -167,10 +178,18 @@ def lucidrains_recipe(width: int, side: int, flops: float, device: torch.device)
         return AtLogsnr(other, process.alphas_cumprod, lambda out: out).to(device)
 
     return Recipe(
-        device, batch, True, step, {"process": process, "optimizer": optimizer, "ema": ema}, averaged,
+        device,
+        batch,
+        True,
+        step,
+        {"process": process, "optimizer": optimizer, "ema": ema},
+        averaged,
         create_diffusion(schedule={"name": "sigmoid_gamma"}, prediction="v", weighting={"name": "uniform_v"}),
-        "sigmoid_gamma", "constant", cost, {"width": width, "batch": batch, "lr": 1e-4, "lr_schedule": "constant"},
-    )  # fmt: skip
+        "sigmoid_gamma",
+        "constant",
+        cost,
+        {"width": width, "batch": batch, "lr": 1e-4, "lr_schedule": "constant"},
+    )
 
 
 RECIPES: dict[str, Callable[[int, int, float, torch.device], Recipe]] = {

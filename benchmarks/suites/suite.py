@@ -13,7 +13,7 @@ from diffscale.config.experiment import Experiment
 from diffscale.config.load import explain, load_tree, merge, validate
 from diffscale.core import storage
 from diffscale.core.errors import UserError
-from diffscale.core.text import valid
+from diffscale.core.text import nearest
 
 SUITES = Path(__file__).parent
 RESULTS = Path(__file__).parents[1] / "results"
@@ -89,7 +89,7 @@ def suite_names() -> list[str]:
 def load_suite(name: str) -> Suite:
     """Raises UserError with the nearest name, or for what is wrong in the file."""
     if name not in suite_names():
-        raise UserError(setting="SUITE", value=name, expected=valid(name, suite_names()))
+        raise UserError(setting="SUITE", value=name, expected=nearest(name, suite_names()))
     tree: dict[str, Any] = yaml.safe_load((SUITES / f"{name}.yaml").read_text())
     try:
         return Suite.model_validate(tree)

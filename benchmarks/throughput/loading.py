@@ -66,9 +66,18 @@ def write_dataset(folder: str, parts: Iterator[np.ndarray | list[bytes]], side: 
     content = rows_hash("uint8", side, 3, shards)
     split = Split(rows=start, content_hash=content, mean=[0.0] * 3, std=[1.0] * 3, shards=shards)
     manifest = Manifest(
-        layout=layout, dtype="uint8", resolution=side, channels=3, class_names=[*"0123456789"],
-        content_hash=content, lossy=False, resize={}, source={}, made_with={}, splits={"train": split},
-    )  # fmt: skip
+        layout=layout,
+        dtype="uint8",
+        resolution=side,
+        channels=3,
+        class_names=[*"0123456789"],
+        content_hash=content,
+        lossy=False,
+        resize={},
+        source={},
+        made_with={},
+        splits={"train": split},
+    )
     write_manifest(folder, manifest)
     return open_dataset(folder)
 
@@ -316,10 +325,16 @@ def measure_build(work: str) -> list[dict[str, Any]]:
             time.sleep(0.1)
         if build.returncode:
             raise RuntimeError(f"{' '.join(command)}: exit code {build.returncode}")
-        rows.append({
-            "images": count, "side": side, "limit_mb": 1e3 * limit, "tasks_peak_mb": round(tasks, 1),
-            "all_processes_peak_mb": round(everything, 1), "seconds": round(time.perf_counter() - started, 1),
-        })  # fmt: skip
+        rows.append(
+            {
+                "images": count,
+                "side": side,
+                "limit_mb": 1e3 * limit,
+                "tasks_peak_mb": round(tasks, 1),
+                "all_processes_peak_mb": round(everything, 1),
+                "seconds": round(time.perf_counter() - started, 1),
+            }
+        )
     return rows
 
 
@@ -348,15 +363,20 @@ def measure_shuffle(work: str) -> list[dict[str, Any]]:
         index = positions_to_indices(np.arange(n), n, 0, **form)
         labels = (index if stored == "sorted" else storing[index]) * classes // n
         found = [len(np.unique(labels[i : i + BATCH])) for i in range(0, n - BATCH, BATCH)]
-        rows.append({
-            "stored": stored, "order": form["order"], "block_rows": form.get("block_rows", 1),
-            "window": form.get("window", n),
-            "share_near": round(form.get("block_rows", 1) * form.get("window", n) / n, 4),
-            "classes_per_batch": round(np.mean(found), 1), "fewest": min(found),
-            "classes_per_batch_uniform": round(expected, 1),
-            "neighbours_of_one_class": round(float(np.mean(labels[1:] == labels[:-1])), 5),
-            "neighbours_of_one_class_uniform": 1 / classes,
-        })  # fmt: skip
+        rows.append(
+            {
+                "stored": stored,
+                "order": form["order"],
+                "block_rows": form.get("block_rows", 1),
+                "window": form.get("window", n),
+                "share_near": round(form.get("block_rows", 1) * form.get("window", n) / n, 4),
+                "classes_per_batch": round(np.mean(found), 1),
+                "fewest": min(found),
+                "classes_per_batch_uniform": round(expected, 1),
+                "neighbours_of_one_class": round(float(np.mean(labels[1:] == labels[:-1])), 5),
+                "neighbours_of_one_class_uniform": 1 / classes,
+            }
+        )
     return rows
 
 

@@ -46,9 +46,12 @@ def ours(name: str, steps: int, batch: int) -> tuple[Any, Callable[[Mode], Any]]
     entry = RACES[name]
     network: Any = _inner(entry.ours())
     diffusion = create_diffusion(
-        schedule={"name": "ddpm_linear"}, interpolant="vp", prediction="eps", weighting={"name": "uniform_eps"},
+        schedule={"name": "ddpm_linear"},
+        interpolant="vp",
+        prediction="eps",
+        weighting={"name": "uniform_eps"},
         resolution=entry.side,
-    )  # fmt: skip
+    )
 
     def run(mode: Mode) -> None:
         sampling = Sampling(SOLVERS["ddim"](steps=steps), "ddim", batch=batch, precision=mode[0])

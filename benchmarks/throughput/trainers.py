@@ -82,9 +82,14 @@ def diffusers_steps(network: nn.Module, mode: Numerics, folder: Path) -> Steps:
     from torchvision import transforms
 
     augment = transforms.Compose(
-        [transforms.Resize(32), transforms.CenterCrop(32), transforms.RandomHorizontalFlip(), transforms.ToTensor(),
-         transforms.Normalize([0.5], [0.5])]
-    )  # fmt: skip
+        [
+            transforms.Resize(32),
+            transforms.CenterCrop(32),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize([0.5], [0.5]),
+        ]
+    )
     files = sorted(folder.glob("*.png"))
 
     class Images(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
@@ -96,9 +101,7 @@ def diffusers_steps(network: nn.Module, mode: Numerics, folder: Path) -> Steps:
 
     accelerator = Accelerator(mixed_precision="bf16" if mode.precision == "bf16" else "no")
     noising: Any = DDPMScheduler(num_train_timesteps=1000)
-    average = EMAModel(
-        network.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=3 / 4
-    )  # fmt: skip
+    average = EMAModel(network.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=3 / 4)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
     loader = torch.utils.data.DataLoader(Images(), batch_size=BATCH, shuffle=True, drop_last=True)
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=500, num_training_steps=100_000)
@@ -138,10 +141,16 @@ def lucidrains_steps(network: nn.Module, mode: Numerics, folder: Path) -> Steps:
     from denoising_diffusion_pytorch import GaussianDiffusion, Trainer
 
     trainer = Trainer(
-        GaussianDiffusion(network, image_size=32), str(folder), train_batch_size=BATCH, calculate_fid=False,
-        save_and_sample_every=10**9, train_num_steps=0, amp=mode.precision == "bf16", mixed_precision_type="bf16",
+        GaussianDiffusion(network, image_size=32),
+        str(folder),
+        train_batch_size=BATCH,
+        calculate_fid=False,
+        save_and_sample_every=10**9,
+        train_num_steps=0,
+        amp=mode.precision == "bf16",
+        mixed_precision_type="bf16",
         results_folder=str(folder / "results"),
-    )  # fmt: skip
+    )
 
     def steps(count: int) -> None:
         trainer.train_num_steps = trainer.step + count

@@ -138,10 +138,12 @@ def against_ray(experiment: Experiment, pairs: int, steps: int) -> dict[str, Any
     write_bytes(f"{folder}/numerics.json", json.dumps(stored).encode())
     config = {"launch": channel.launch, "experiment": experiment.model_dump_json(), "folder": folder}
     trainer = TorchTrainer(
-        ray_side, train_loop_config=config, torch_config=TorchConfig(backend="gloo"),
+        ray_side,
+        train_loop_config=config,
+        torch_config=TorchConfig(backend="gloo"),
         scaling_config=ScalingConfig(num_workers=1),
         run_config=RunConfig(name="bench", storage_path=f"{experiment.storage}/ray"),
-    )  # fmt: skip
+    )
     thread = threading.Thread(target=trainer.fit, daemon=True)
     thread.start()
     loop = bare(experiment, numerics, threads=1)

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from yaml import YAMLError
 
 from diffscale.core.errors import UserError
-from diffscale.core.text import one_line, valid
+from diffscale.core.text import nearest, one_line
 
 if TYPE_CHECKING:
     from diffscale.config.experiment import Experiment
@@ -32,14 +32,15 @@ def load_tree(preset_or_file: str, kind: str = "presets") -> dict[str, Any]:
         path = Path(preset_or_file).expanduser()
         if not path.is_file():
             raise UserError(
-                setting="PRESET_OR_FILE", value=preset_or_file,
+                setting="PRESET_OR_FILE",
+                value=preset_or_file,
                 expected="a YAML file that exists, or a preset: " + ", ".join(preset_names(kind)),
-            )  # fmt: skip
+            )
         text = path.read_text(encoding="utf-8", errors="replace")
     elif preset_or_file in preset_names(kind):
         text = (resources.files("diffscale.config") / kind / f"{preset_or_file}.yaml").read_text(encoding="utf-8")
     else:
-        expected = valid(preset_or_file, preset_names(kind)) + "; or a YAML file"
+        expected = nearest(preset_or_file, preset_names(kind)) + "; or a YAML file"
         raise UserError(setting="PRESET_OR_FILE", value=preset_or_file, expected=expected)
     tree = parse_yaml(text, preset_or_file)
     base = tree.pop("base", None) if kind == "presets" else None
@@ -114,7 +115,7 @@ def _expand_model_preset(tree: dict[str, Any]) -> dict[str, Any]:
     rest = {k: v for k, v in model.items() if k != "preset"}
     name = str(model["preset"])
     if name not in PRESETS:
-        raise UserError(setting="model.preset", value=name, expected=valid(name, PRESETS))
+        raise UserError(setting="model.preset", value=name, expected=nearest(name, PRESETS))
     given = {k: v for k, v in PRESETS[name].items() if k not in ("resolution", "channels", "num_classes")}
     return tree | {"model": merge(given, rest)}
 
@@ -127,14 +128,14 @@ def explain(error: ValidationError, schema: Any, tree: dict[str, Any]) -> UserEr
     dotted = ".".join(_without_tags(location, tree))
     if kind == "extra_forbidden":
         known = _known_keys(schema, location[:-1])
-        return UserError(setting=dotted, value=first["input"], expected="a known key: " + valid(location[-1], known))
+        return UserError(setting=dotted, value=first["input"], expected="a known key: " + nearest(location[-1], known))
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         tags = [t.strip(" '") for t in str(context.get("expected_tags", "")).split(",") if t.strip()]
         tag = str(context.get("tag", ""))
-        return UserError(setting=f"{dotted}.name", value=tag, expected=valid(tag, tags) if tags else first["msg"])
+        return UserError(setting=f"{dotted}.name", value=tag, expected=nearest(tag, tags) if tags else first["msg"])
     if kind == "literal_error":
         choices = re.findall(r"'([^']*)'", str(context.get("expected", "")))
-        return UserError(setting=dotted, value=first["input"], expected=valid(str(first["input"]), choices))
+        return UserError(setting=dotted, value=first["input"], expected=nearest(str(first["input"]), choices))
     if kind == "missing":
         return UserError(setting=dotted, value=None, expected="a value; it has no default")
     message = first["msg"].removeprefix("Value error, ")

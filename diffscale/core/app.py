@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from diffscale.core.errors import EXIT_USER_ERROR, UserError
 from diffscale.core.storage import unreachable
-from diffscale.core.text import valid
+from diffscale.core.text import nearest
 
 if TYPE_CHECKING:
     from typer import Typer
@@ -23,7 +23,7 @@ def main() -> None:
         print(f"diffscale COMMAND ...   COMMAND is one of {', '.join(COMMANDS)}; each has --help")
         return
     if command not in COMMANDS:
-        sys.exit(_show(UserError(setting="COMMAND", value=command, expected=valid(command, COMMANDS))))
+        sys.exit(_show(UserError(setting="COMMAND", value=command, expected=nearest(command, COMMANDS))))
     sys.argv = [f"diffscale {command}", *sys.argv[2:]]
     module = importlib.import_module(f"diffscale.{command}.__main__" if command == "data" else f"diffscale.{command}")
     run_app(module.app)

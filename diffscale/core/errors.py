@@ -6,25 +6,37 @@ EXIT_USER_ERROR = 2
 
 
 class UserError(ValueError):
-    """Something the user set, wrote or pointed to cannot be used. Entry points print it and exit with code 2.
+    """Something the user set, wrote or pointed to cannot be used. Commands print it and exit with code 2.
 
-    setting: the dotted name of what is wrong (`data.path`, `model.name`), value: what it was,
-    expected: what would be valid, fix: what to do about it (optional).
+    setting: the dotted name of what is wrong (`data.path`, `model.name`)
+    value: what it was
+    expected: what would be valid; never a cause
+    reason: the cause, where the value alone does not show it
+    fix: what to do about it
     """
 
-    def __init__(self, *, setting: str, value: object, expected: str, fix: str = "") -> None:
-        self.setting, self.value, self.expected, self.fix = setting, value, expected, fix
+    def __init__(self, *, setting: str, value: object, expected: str, reason: str = "", fix: str = "") -> None:
+        self.setting, self.value, self.expected, self.reason, self.fix = setting, value, expected, reason, fix
         super().__init__(self.text())
 
     def text(self) -> str:
         lines = [f"{self.setting} = {self.value!r}", f"  expected: {self.expected}"]
-        if self.fix:
-            lines.append(f"  fix: {self.fix}")
+        lines += [f"  {name}: {text}" for name, text in (("reason", self.reason), ("fix", self.fix)) if text]
         return "\n".join(lines)
 
+    def fields(self) -> dict[str, str]:
+        """Return the arguments that make it again, as text: what crosses from a worker to the command."""
+        return {
+            "setting": self.setting,
+            "value": str(self.value),
+            "expected": self.expected,
+            "reason": self.reason,
+            "fix": self.fix,
+        }
+
     def __reduce__(self):  # Ray carries it from a worker to the driver
-        return _rebuild, (self.setting, str(self.value), self.expected, self.fix)
+        return _rebuild, (self.fields(),)
 
 
-def _rebuild(setting: str, value: str, expected: str, fix: str) -> UserError:
-    return UserError(setting=setting, value=value, expected=expected, fix=fix)
+def _rebuild(fields: dict[str, str]) -> UserError:
+    return UserError(**fields)

@@ -30,9 +30,11 @@ def check_absolute(uri: str, setting: str = "storage") -> str:
     path = uri.removeprefix("file://")
     if is_remote(uri) and "@" in uri.split("://", 1)[1].split("/", 1)[0]:
         raise UserError(
-            setting=setting, value="a URI with a user and a password in it", expected="a URI without credentials",
+            setting=setting,
+            value="a URI with a user and a password in it",
+            expected="a URI without credentials",
             fix="give them in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, or the machine's role",
-        )  # fmt: skip
+        )
     if "://" in uri and uri.split("://", 1)[0] not in SCHEMES:
         raise UserError(
             setting=setting, value=uri, expected="an absolute path, s3://bucket/folder or gs://bucket/folder"

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable
 
 
-def valid(value: str, choices: Iterable[str]) -> str:
+def nearest(value: str, choices: Iterable[str]) -> str:
     """Return "one of ...", with the nearest first where there is one."""
     names = sorted(choices)
     near = difflib.get_close_matches(value, names, n=1, cutoff=0.5)

@@ -66,11 +66,13 @@ def build_command(
     """Make a dataset. The same command goes on after an interruption."""
     colour = tuple(int(c) for c in background.split(",") if c.strip().isdigit())
     choices: tuple[tuple[str, object, tuple[object, ...]], ...] = (
-        ("--kind", kind, get_args(Kind)), ("--crop", crop, ("center", "none")),
+        ("--kind", kind, get_args(Kind)),
+        ("--crop", crop, ("center", "none")),
         ("--filter", filter, ("lanczos", "box")),
-        ("--channels", channels, (1, 3)), ("--layout", layout, ("auto", "pixels", "encoded")),
+        ("--channels", channels, (1, 3)),
+        ("--layout", layout, ("auto", "pixels", "encoded")),
         ("--encoding", encoding, ("webp", "png")),
-    )  # fmt: skip
+    )
     for setting, value, valid in choices:
         if value not in valid:
             raise UserError(setting=setting, value=value, expected=f"one of {', '.join(map(str, valid))}")
@@ -80,13 +82,22 @@ def build_command(
         )
     preparation = Preparation(crop, filter, colour, channels, upsample, max_pixels)  # type: ignore[arg-type]
     settings = building.Settings(
-        source=_absolute(source), target=_absolute(target), resolutions=tuple(resolution or ()),
+        source=_absolute(source),
+        target=_absolute(target),
+        resolutions=tuple(resolution or ()),
         kind=kind,  # type: ignore[arg-type]
-        preparation=preparation, layout=layout, encoding=encoding, split=split, split_seed=split_seed,  # type: ignore[arg-type]
+        preparation=preparation,
+        layout=layout,  # type: ignore[arg-type]
+        encoding=encoding,  # type: ignore[arg-type]
+        split=split,
+        split_seed=split_seed,
         shuffle=shuffle,
-        labels=labels and _absolute(labels), memory=int(memory * 1e9) if memory else None, workers=workers,
-        strict=strict, shard_bytes=shard_megabytes << 20,
-    )  # fmt: skip
+        labels=labels and _absolute(labels),
+        memory=int(memory * 1e9) if memory else None,
+        workers=workers,
+        strict=strict,
+        shard_bytes=shard_megabytes << 20,
+    )
     for folder in building.build(settings):
         _describe(folder)
 

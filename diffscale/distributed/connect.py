@@ -101,9 +101,11 @@ def _start_or_join(address: str, **settings: Any) -> None:
         ray.init(address=address, logging_level=logging.WARNING, **settings)
     except Exception as error:  # Ray raises no narrower one when its processes are not up within 30 s
         raise UserError(
-            setting="RAY_ADDRESS", value=address, expected=f"a Ray that answers; it said: {error}",
+            setting="RAY_ADDRESS",
+            value=address,
+            expected=f"a Ray that answers; it said: {error}",
             fix="on a busy machine: once more; else see the newest /tmp/ray/session_*/logs of that machine",
-        ) from error  # fmt: skip
+        ) from error
 
 
 def _require_listener(address: str) -> None:
@@ -115,9 +117,11 @@ def _require_listener(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
     except (OSError, OverflowError) as error:
         raise UserError(
-            setting="RAY_ADDRESS", value=address, expected=f"HOST:PORT of a running cluster's head ({error})",
+            setting="RAY_ADDRESS",
+            value=address,
+            expected=f"HOST:PORT of a running cluster's head ({error})",
             fix="`ray start --head` prints it; without RAY_ADDRESS this machine alone is used",
-        ) from None  # fmt: skip
+        ) from None
 
 
 def _require_token() -> None:

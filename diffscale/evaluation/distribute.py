@@ -89,9 +89,12 @@ def chunk_ranges(n: int, batch: int, have: Mapping[int, int] = {}) -> list[tuple
 
 
 def in_process(
-    source: Source, featurise: Featuriser, ranges: Sequence[tuple[int, int]], keep_below: int = 0,
+    source: Source,
+    featurise: Featuriser,
+    ranges: Sequence[tuple[int, int]],
+    keep_below: int = 0,
     asked: Asked = lambda: False,
-) -> Iterator[tuple[int, Columns]]:  # fmt: skip
+) -> Iterator[tuple[int, Columns]]:
     """Chunks one after the other. Images are kept of chunks that begin below `keep_below`.
 
     asked: whether to stop; then raises Stopped before the next chunk.
@@ -103,9 +106,15 @@ def in_process(
 
 
 def over_ranks(
-    source: Source, featurise: Featuriser, ranges: Sequence[tuple[int, int]], rank: int, world: int, gather: Gather,
-    keep_below: int = 0, asked: Asked = lambda: False,
-) -> Iterator[tuple[int, Columns]]:  # fmt: skip
+    source: Source,
+    featurise: Featuriser,
+    ranges: Sequence[tuple[int, int]],
+    rank: int,
+    world: int,
+    gather: Gather,
+    keep_below: int = 0,
+    asked: Asked = lambda: False,
+) -> Iterator[tuple[int, Columns]]:
     """Chunks shared among the ranks of a training job, in rounds; every rank calls it, rank 0 gets the pairs.
 
     gather: an object of each rank → all of them, a collective. asked: as above; one rank that is asked stops all.
@@ -121,9 +130,15 @@ def over_ranks(
 
 
 def on_ray(
-    source: Source, views: Sequence[View], ranges: Sequence[tuple[int, int]], *, workers: int, gpu: bool = False,
-    threads: int = 1, keep_below: int = 0,
-) -> Iterator[tuple[int, Columns]]:  # fmt: skip
+    source: Source,
+    views: Sequence[View],
+    ranges: Sequence[tuple[int, int]],
+    *,
+    workers: int,
+    gpu: bool = False,
+    threads: int = 1,
+    keep_below: int = 0,
+) -> Iterator[tuple[int, Columns]]:
     """Chunks over `workers` Ray actors, as they get done. A lost actor is restarted and its chunk done again.
 
     threads is the same for any number of workers: sums inside a convolution may depend on it.

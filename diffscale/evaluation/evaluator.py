@@ -108,16 +108,19 @@ class Evaluator:
         self.views = views_of(self.metrics, resolution, self.settings.resize)
         if self.metrics and self.dataset.is_latent:
             raise UserError(
-                setting="data.decoder", value=None, expected="pixels: this dataset holds latents, which have no FID",
+                setting="data.decoder",
+                value=None,
+                expected="pixels: this dataset holds latents, which have no FID",
                 fix="evaluate the validation loss alone (eval.metrics=[]), or train on pixels",
-            )  # fmt: skip
+            )
         compared = self.dataset if resolution == self.dataset.resolution else self.at_eval_resolution
         if compared is None or compared.resolution != resolution:
             raise UserError(
-                setting="eval.eval_resolution", value=resolution,
+                setting="eval.eval_resolution",
+                value=resolution,
                 expected=f"a resolution that the dataset was built at (this one: {self.dataset.resolution})",
                 fix="build the dataset at both resolutions: python -m diffscale.data build ... --resolution",
-            )  # fmt: skip
+            )
         self.compared: Dataset = compared
         # The native distance is a second column beside the common one (DECISIONS 1).
         self.native: dict[str, View] = {}
@@ -150,9 +153,14 @@ class Evaluator:
     def _reference(self, dataset: Dataset, view: View, n: int | None) -> Reference:
         view = replace(view, outputs=tuple(o for o in view.outputs if o != "logits"))
         return get_reference(
-            dataset, view, n_reference=n, place=references_folder(self.storage), compute=self._compute_one,
-            rank=self.rank, gather=self.gather,
-        )  # fmt: skip
+            dataset,
+            view,
+            n_reference=n,
+            place=references_folder(self.storage),
+            compute=self._compute_one,
+            rank=self.rank,
+            gather=self.gather,
+        )
 
     def _compute_one(self, source: Source, view: View, todo: Ranges) -> Iterator[tuple[int, Columns]]:
         if self.actors and len(todo) <= FEW_CHUNKS:  # done here before actors would have loaded the network
@@ -163,9 +171,13 @@ class Evaluator:
         """Chunks by Ray actors, by the ranks of a training job, or here."""
         if self.actors:
             return generate.on_ray(
-                source, featurise.views, todo, workers=min(self.actors, max(len(todo), 1)),
-                gpu=torch.device(self.device).type == "cuda", keep_below=keep,
-            )  # fmt: skip
+                source,
+                featurise.views,
+                todo,
+                workers=min(self.actors, max(len(todo), 1)),
+                gpu=torch.device(self.device).type == "cuda",
+                keep_below=keep,
+            )
         if self.gather is not None:
             return generate.over_ranks(source, featurise, todo, self.rank, self.world, self.gather, keep, self.asked)
         return generate.in_process(source, featurise, todo, keep, self.asked)

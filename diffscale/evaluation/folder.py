@@ -55,9 +55,18 @@ class FolderEvaluation:
 
 
 def evaluate_folder(
-    place: str, reference: str, metrics: Sequence[str], *, resolution: int | None = None, resize: str = "default",
-    n_reference: int | None = None, actors: int = 0, device: str = "cpu", classes: bool = False, memorised: int = 0,
-) -> FolderEvaluation:  # fmt: skip
+    place: str,
+    reference: str,
+    metrics: Sequence[str],
+    *,
+    resolution: int | None = None,
+    resize: str = "default",
+    n_reference: int | None = None,
+    actors: int = 0,
+    device: str = "cpu",
+    classes: bool = False,
+    memorised: int = 0,
+) -> FolderEvaluation:
     """Every metric of the images at `place` against those at `reference` (or its .npz of statistics).
 
     Both are looked at at `resolution` (default: the larger of the two; smaller images are enlarged by LANCZOS).
@@ -133,9 +142,13 @@ def _side_by_side(left: Source, right: Source, side: int, captions: Sequence[str
 
 
 def _measure(
-    parsed: Sequence[Metric], views: dict[str, View], generated: Spool, references: dict[str, Reference], lossy: bool,
+    parsed: Sequence[Metric],
+    views: dict[str, View],
+    generated: Spool,
+    references: dict[str, Reference],
+    lossy: bool,
     classes: bool,
-) -> list[Measurement]:  # fmt: skip
+) -> list[Measurement]:
     out: list[Measurement] = []
     copied = {net: memorised(view, generated, references[net], None) for net, view in views.items()}
     for metric in parsed:

@@ -139,9 +139,15 @@ class ModelSource:
         low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(s.precision)
         with exact_float32(), torch.autocast(device.type, low, enabled=low is not None):
             images = sample(
-                self.diffusion, self.model, noise, solver=s.solver, label=labels.to(device) if counts else None,
-                guidance=s.guidance, noise_fn=keyed_noise(s.seed, at, self.shape), callback=callback,
-            )  # fmt: skip
+                self.diffusion,
+                self.model,
+                noise,
+                solver=s.solver,
+                label=labels.to(device) if counts else None,
+                guidance=s.guidance,
+                noise_fn=keyed_noise(s.seed, at, self.shape),
+                callback=callback,
+            )
         self.model.train(training)
         return images.float(), labels
 

@@ -78,9 +78,11 @@ class Reference:
     def _spool(self) -> Spool:
         if self.folder is None:
             raise UserError(
-                setting="reference", value=str(self.file), expected="a dataset: an .npz of statistics has no features",
+                setting="reference",
+                value=str(self.file),
+                expected="a dataset: an .npz of statistics has no features",
                 fix="leave out KID, precision, recall, density, coverage, memorisation and classes",
-            )  # fmt: skip
+            )
         return Spool(self.folder)
 
     def usual(self, heldout: Reference | None) -> float:
@@ -113,9 +115,15 @@ def reference_key(images: ReferenceImages, view: View, n_reference: int | None) 
 
 
 def get_reference(
-    images: ReferenceImages, view: View, *, n_reference: int | None, place: Path, compute: Compute, rank: int = 0,
+    images: ReferenceImages,
+    view: View,
+    *,
+    n_reference: int | None,
+    place: Path,
+    compute: Compute,
+    rank: int = 0,
     gather: Gather | None = None,
-) -> Reference:  # fmt: skip
+) -> Reference:
     """The reference from its folder under `place`, built there first when it is not complete.
 
     Many processes may ask at the same time: one builds, holding a lock that the kernel releases if it dies, and goes

@@ -71,10 +71,18 @@ class Keeper:
         rows = sum(s.rows for s in shards)
         split = Split(rows=rows, content_hash=identity, mean=mean.tolist(), std=std.tolist(), shards=shards)
         manifest = Manifest(
-            layout="pixels", dtype="uint8", resolution=side, channels=channels, class_names=self.class_names,
-            content_hash=identity, lossy=False, resize={}, source=self.source, made_with=made_with(),
+            layout="pixels",
+            dtype="uint8",
+            resolution=side,
+            channels=channels,
+            class_names=self.class_names,
+            content_hash=identity,
+            lossy=False,
+            resize={},
+            source=self.source,
+            made_with=made_with(),
             splits={"train": split},
-        )  # fmt: skip
+        )
         write_manifest(str(self.folder), manifest)
         for file in files:
             file.unlink()

@@ -212,9 +212,17 @@ class EDM2(Backbone):
 
         def block(c: int, out: int, encoder: bool, mode: Literal["keep", "down", "up"] = "keep", heads: int = 0):
             return EDM2Block(
-                c, out, width, encoder=encoder, resample=mode, heads=heads, dropout=dropout,
-                residual_balance=residual_balance, attention_balance=attention_balance, clip=clip,
-            )  # fmt: skip
+                c,
+                out,
+                width,
+                encoder=encoder,
+                resample=mode,
+                heads=heads,
+                dropout=dropout,
+                residual_balance=residual_balance,
+                attention_balance=attention_balance,
+                clip=clip,
+            )
 
         def heads_of(out: int, level: int) -> int:
             attends = attention_at(level, resolution, attn_resolutions)

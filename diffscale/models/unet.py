@@ -203,9 +203,16 @@ class UNet(Backbone):
         widths = [int(model_channels * m) for m in channel_mult]
         noise_width, width = model_channels * noise_mult, model_channels * embedding_mult
         settings = BlockSettings(
-            width, residual, residual_scale, norm, norm_eps, adaptive_scale, dropout, tuple(resample_filter),
+            width,
+            residual,
+            residual_scale,
+            norm,
+            norm_eps,
+            adaptive_scale,
+            dropout,
+            tuple(resample_filter),
             resample_projection,
-        )  # fmt: skip
+        )
 
         def heads_of(level: int, out: int, wanted: bool = True) -> int:
             attends = wanted and attention_at(level, resolution, attn_resolutions)

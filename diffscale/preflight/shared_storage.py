@@ -39,9 +39,11 @@ def require_shared(storage: str) -> None:
         shutil.rmtree(probe, ignore_errors=True)
     if blind:
         raise UserError(
-            setting="storage", value=storage, expected=f"one place for all nodes; not seen from {', '.join(blind)}",
+            setting="storage",
+            value=storage,
+            expected=f"one place for all nodes; not seen from {', '.join(blind)}",
             fix="use s3:// or gs://, or mount one file system at this path on all nodes (python -m diffscale.doctor)",
-        )  # fmt: skip
+        )
 
 
 def _answer(task: Any) -> bool | None:

@@ -118,13 +118,28 @@ def identify(**parts: object) -> str:
 
 
 def record_id(
-    *, run_id: str, images_seen: int, ema: str, sampler: str, n_generated: int, sample_seed: int, reference: str,
-    metric: str, eval_resolution: int,
-) -> str:  # fmt: skip
+    *,
+    run_id: str,
+    images_seen: int,
+    ema: str,
+    sampler: str,
+    n_generated: int,
+    sample_seed: int,
+    reference: str,
+    metric: str,
+    eval_resolution: int,
+) -> str:
     return identify(
-        run_id=run_id, images_seen=images_seen, ema=ema, sampler=sampler, n=n_generated, seed=sample_seed,
-        reference=reference, metric=metric, eval_resolution=eval_resolution,
-    )  # fmt: skip
+        run_id=run_id,
+        images_seen=images_seen,
+        ema=ema,
+        sampler=sampler,
+        n=n_generated,
+        seed=sample_seed,
+        reference=reference,
+        metric=metric,
+        eval_resolution=eval_resolution,
+    )
 
 
 def write_record(run_folder: str, record: Record) -> str:
@@ -162,9 +177,11 @@ def read_record(uri: str) -> Record:
         return Record.model_validate(data)
     except (ValueError, ValidationError, RecursionError) as error:
         raise UserError(
-            setting="record", value=uri, expected=f"a record of diffscale ({_first_line(error)})",
+            setting="record",
+            value=uri,
+            expected=f"a record of diffscale ({_first_line(error)})",
             fix="move the damaged file away; the evaluation can be repeated",
-        ) from None  # fmt: skip
+        ) from None
 
 
 def to_frame(records: Iterable[Record]) -> pd.DataFrame:

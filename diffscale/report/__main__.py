@@ -61,9 +61,13 @@ def _compare(console: Console, old: str, new: str, out: Path | None) -> int:
     for row in table.head(SHOWN).to_dict("records"):
         shown.add_row(
             Text(row["verdict"], style={"regression": "bold red", "costs more": "red"}.get(row["verdict"], "")),
-            Text(row["recipe_label"]), f"{row['images_seen']:,}", Text(row["metric"]), _value(row, "old"),
-            _value(row, "new"), f"{row['change_percent']:+.1f} %",
-        )  # fmt: skip
+            Text(row["recipe_label"]),
+            f"{row['images_seen']:,}",
+            Text(row["metric"]),
+            _value(row, "old"),
+            _value(row, "new"),
+            f"{row['change_percent']:+.1f} %",
+        )
     console.print(shown)
     counts = table["verdict"].value_counts()
     console.print(Text(", ".join(f"{name}: {count:,}" for name, count in counts.items())))

@@ -69,18 +69,29 @@ def analyse(records: Iterable[Record]) -> Analysis:
     rows = comparable(every)
     if rows.empty:
         raise UserError(
-            setting="RUNS", value="no records", expected="run folders that hold records/*.json",
+            setting="RUNS",
+            value="no records",
+            expected="run folders that hold records/*.json",
             fix="evaluate a run first: python -m diffscale.evaluate RUN",
-        )  # fmt: skip
+        )
     points = aggregate(rows)
     all_curves = curves(points)
     table, fits = scaling(all_curves)
     facets, verdict_table, sweep = facet_table(rows), verdicts(all_curves), tables.sweep(points)
     return Analysis(
-        every=every, rows=rows, facets=facets, points=points, curves=all_curves, pareto=pareto(points), scaling=table,
-        fits=fits, verdicts=verdict_table, sweep=sweep, cost=tables.cost(points),
+        every=every,
+        rows=rows,
+        facets=facets,
+        points=points,
+        curves=all_curves,
+        pareto=pareto(points),
+        scaling=table,
+        fits=fits,
+        verdicts=verdict_table,
+        sweep=sweep,
+        cost=tables.cost(points),
         findings=findings(facets, points, verdict_table, table, sweep),
-    )  # fmt: skip
+    )
 
 
 def write_csvs(analysis: Analysis, out: Path) -> list[Path]:

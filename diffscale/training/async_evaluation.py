@@ -43,9 +43,11 @@ def wanted(experiment: Experiment, gpu: bool, deciding: bool) -> bool:
     short = [name for name, count in needs.items() if have.get(name, 0) < count * (most + 1)]
     if short and settings.workers == "own":
         raise UserError(
-            setting="eval.workers", value="own", expected=f"a {short[0]} besides those of {most} training workers",
+            setting="eval.workers",
+            value="own",
+            expected=f"a {short[0]} besides those of {most} training workers",
             fix="eval.workers=auto: the training workers evaluate where nothing is free",
-        )  # fmt: skip
+        )
     return not short
 
 
@@ -61,9 +63,11 @@ def validation_config(config: dict[str, Any]) -> ValidationConfig:
         fn=evaluate,
         task_config=ValidationTaskConfig(fn_kwargs={"config": ours}),
         ray_remote_kwargs={
-            "num_cpus": cpus, "num_gpus": int(config["gpu"]), "runtime_env": {"env_vars": job_environment()},
+            "num_cpus": cpus,
+            "num_gpus": int(config["gpu"]),
+            "runtime_env": {"env_vars": job_environment()},
         },
-    )  # fmt: skip
+    )
 
 
 def hand_over(images_seen: int, rank: int) -> None:

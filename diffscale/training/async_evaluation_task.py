@@ -46,9 +46,7 @@ def _evaluate(channel: Channel, config: dict[str, Any], images_seen: int) -> dic
     settle_process(experiment.train.cpus_per_worker, device)
     trained = load_trained(_complete(run_folder, images_seen), experiment.eval.ema, experiment)
     stored = json.loads(storage.read_bytes(storage.join(run_folder, "numerics.json")))
-    judge = Judge(
-        experiment, trained.dataset, trained.diffusion, World(device=device), Numerics(**stored["numerics"])
-    )  # fmt: skip
+    judge = Judge(experiment, trained.dataset, trained.diffusion, World(device=device), Numerics(**stored["numerics"]))
     model = trained.model.to(device).requires_grad_(False)
     values = summary(judge.judge(model, run_folder, trained.columns, "own workers"))
     run_id = experiment.run_id(trained.dataset.content_hash)

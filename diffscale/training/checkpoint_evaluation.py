@@ -45,9 +45,14 @@ class Judge:
     """
 
     def __init__(
-        self, experiment: Experiment, dataset: Dataset, diffusion: Diffusion, world: World, numerics: Numerics,
+        self,
+        experiment: Experiment,
+        dataset: Dataset,
+        diffusion: Diffusion,
+        world: World,
+        numerics: Numerics,
         asked: Asked = lambda: False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.experiment, self.dataset, self.diffusion, self.world = experiment, dataset, diffusion, world
         self.numerics = numerics
         self.ema = ema_name(experiment.eval.ema)
@@ -92,9 +97,13 @@ class Judge:
             return None
         views = [str(view) for view in (*self.evaluator.views.values(), *self.evaluator.native.values())]
         identity = identify(
-            images=images_seen, ema=self.ema, sampler=sampling.canonical(), seed=sampling.seed, batch=sampling.batch,
+            images=images_seen,
+            ema=self.ema,
+            sampler=sampling.canonical(),
+            seed=sampling.seed,
+            batch=sampling.batch,
             views=views,
-        )  # fmt: skip
+        )
         return Path(run_folder) / f"evaluating-{images_seen:09d}-{identity}"
 
     def averaged(self, learner: Learner) -> nn.Module:
@@ -152,10 +161,17 @@ class Judge:
 def make_evaluator(experiment: Experiment, dataset: Dataset, world: World, asked: Asked = lambda: False) -> Evaluator:
     """Loads the metrics' networks. Raises UserError where one is not to be had or the settings do not fit the data."""
     return Evaluator(
-        experiment.eval, dataset, experiment.storage, heldout=dataset.heldout, device=world.device, rank=world.rank,
-        world=world.size, gather=world.gather if world.size > 1 else None,
-        at_eval_resolution=_at_eval_resolution(experiment), asked=asked,
-    )  # fmt: skip
+        experiment.eval,
+        dataset,
+        experiment.storage,
+        heldout=dataset.heldout,
+        device=world.device,
+        rank=world.rank,
+        world=world.size,
+        gather=world.gather if world.size > 1 else None,
+        at_eval_resolution=_at_eval_resolution(experiment),
+        asked=asked,
+    )
 
 
 def judged(run_folder: str, experiment: Experiment) -> dict[int, float]:
@@ -187,10 +203,16 @@ def make_record(
     """One row from what training, evaluation and sampling each determine."""
     fields = measurement.fields() | sampling.fields(diffusion)
     identity = record_id(
-        run_id=columns["run_id"], images_seen=columns["images_seen"], ema=ema, sampler=fields["sampler"],
-        n_generated=fields["n_generated"], sample_seed=fields["sample_seed"], reference=fields["reference"],
-        metric=fields["metric"], eval_resolution=fields["eval_resolution"],
-    )  # fmt: skip
+        run_id=columns["run_id"],
+        images_seen=columns["images_seen"],
+        ema=ema,
+        sampler=fields["sampler"],
+        n_generated=fields["n_generated"],
+        sample_seed=fields["sample_seed"],
+        reference=fields["reference"],
+        metric=fields["metric"],
+        eval_resolution=fields["eval_resolution"],
+    )
     created = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
     flops = fields["nfe"] * 2 * columns["forward_macs"]
     return Record(record_id=identity, created=created, ema=ema, sampling_flops=flops, **columns, **fields)

@@ -12,9 +12,17 @@ from diffscale.training.parallel import World
 
 
 def run_columns(
-    experiment: Experiment, dataset: Dataset, cost: Cost, world: World, images_seen: int, device_seconds: float,
-    energy_joules: float | None, train_loss: float | None, precision: str, launches: int,
-) -> dict[str, Any]:  # fmt: skip
+    experiment: Experiment,
+    dataset: Dataset,
+    cost: Cost,
+    world: World,
+    images_seen: int,
+    device_seconds: float,
+    energy_joules: float | None,
+    train_loss: float | None,
+    precision: str,
+    launches: int,
+) -> dict[str, Any]:
     """By column name, plain JSON values. Training is one device per worker; precision: what "auto" came to."""
     d, train = experiment.diffusion, experiment.train
     commit, dirty = source()

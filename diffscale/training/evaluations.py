@@ -29,10 +29,18 @@ class Evaluations:
     """
 
     def __init__(
-        self, experiment: Experiment, run_folder: str, dataset: Dataset, diffusion: Diffusion, world: World,
-        numerics: Numerics, values: dict[int, float], hand_over: Callable[[int], None] | None,
-        told: Callable[[int, list[Record]], bool], asked: Asked,
-    ) -> None:  # fmt: skip
+        self,
+        experiment: Experiment,
+        run_folder: str,
+        dataset: Dataset,
+        diffusion: Diffusion,
+        world: World,
+        numerics: Numerics,
+        values: dict[int, float],
+        hand_over: Callable[[int], None] | None,
+        told: Callable[[int, list[Record]], bool],
+        asked: Asked,
+    ) -> None:
         self.experiment, self.run_folder, self.world = experiment, run_folder, world
         self.values, self.hand_over, self.told = values, hand_over, told
         self._handed_over: set[int] = set()

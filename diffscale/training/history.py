@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from diffscale.core import storage
 from diffscale.core.errors import UserError
-from diffscale.core.text import valid
+from diffscale.core.text import nearest
 
 log = logging.getLogger(__name__)
 
@@ -71,9 +71,14 @@ def _joined(lines: list[str]) -> bytes:
 
 
 def make_trackers(
-    names: tuple[str, ...], run_folder: str, run_name: str, run_id: str, settings: dict[str, Any], images_seen: int,
+    names: tuple[str, ...],
+    run_folder: str,
+    run_name: str,
+    run_id: str,
+    settings: dict[str, Any],
+    images_seen: int,
     part: str = "",
-) -> list[Tracker]:  # fmt: skip
+) -> list[Tracker]:
     """part: of a second writer, whose log is kept apart from the run's own.
 
     Raises UserError for a tracker whose package is missing.
@@ -84,14 +89,16 @@ def make_trackers(
     trackers: list[Tracker] = []
     for name in names:
         if name not in makers:
-            raise UserError(setting="train.trackers", value=name, expected=valid(name, makers))
+            raise UserError(setting="train.trackers", value=name, expected=nearest(name, makers))
         try:
             trackers.append(makers[name](run_folder, run_name, run_id, settings, images_seen, part))
         except ImportError as error:
             raise UserError(
-                setting="train.trackers", value=name, expected=f"an installed package ({error})",
+                setting="train.trackers",
+                value=name,
+                expected=f"an installed package ({error})",
                 fix=f"pip install {name}",
-            ) from None  # fmt: skip
+            ) from None
     return trackers
 
 

@@ -67,10 +67,18 @@ class Monitor:
     has begun."""
 
     def __init__(
-        self, history: History, trackers: list[Tracker], listener: Listener | None, world: World, precision: str,
-        flops_per_image: float, price: float | None, log_images: int, end: int | None,
+        self,
+        history: History,
+        trackers: list[Tracker],
+        listener: Listener | None,
+        world: World,
+        precision: str,
+        flops_per_image: float,
+        price: float | None,
+        log_images: int,
+        end: int | None,
         interval: Interval | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.history, self.trackers, self.listener, self.world = history, trackers, listener, world
         self.flops_per_image, self.price, self.log_images, self.end = flops_per_image, price, log_images, end
         self.rate = matmul_rate(world.device, precision)
@@ -121,7 +129,7 @@ class Monitor:
             self.listener.put(
                 PROGRESS,
                 {"images_seen": images_seen, "end": self.end, "loss": loss, "images_per_second": speed, "mfu": use},
-            )  # fmt: skip
+            )
 
     def evaluated(self, images_seen: int, records: list[Record]) -> None:
         """Values of an evaluation, to the trackers; the records themselves are files of their own."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from diffscale.config.experiment import OptimSettings
 from diffscale.core.errors import UserError
-from diffscale.core.text import valid
+from diffscale.core.text import nearest
 from diffscale.training.sharding import is_sharded
 
 # What timm makes for these names as well: timm takes as long to import as torch, and these are what most runs use.
@@ -49,7 +49,7 @@ def check_name(name: str) -> None:
     if name in _REFUSED:
         raise UserError(setting="optim.name", value=name, expected=f"another optimizer: it {_REFUSED[name]}")
     if name not in known:
-        raise UserError(setting="optim.name", value=name, expected=valid(name, known))
+        raise UserError(setting="optim.name", value=name, expected=nearest(name, known))
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -52,9 +52,15 @@ def replay(experiment: Experiment) -> str:
     train, data = experiment.train, experiment.data
     lines = [f"replaying positions {found['first']} to {found['last'] - 1} from {checkpoint or 'the start'}"]
     with Loader(
-        dataset, seed=train.seed, global_batch=train.global_batch, start=learner.images_seen, stop=found["last"],
-        flip=data.flip, augment=data.augment, order=data.order,
-    ) as loader:  # fmt: skip
+        dataset,
+        seed=train.seed,
+        global_batch=train.global_batch,
+        start=learner.images_seen,
+        stop=found["last"],
+        flip=data.flip,
+        augment=data.augment,
+        order=data.order,
+    ) as loader:
         for batch in loader:
             extra = {} if batch.augment_label is None else {"augment_label": batch.augment_label}
             if learner.images_seen >= found["first"]:

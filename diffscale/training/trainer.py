@@ -47,10 +47,16 @@ class Session:
     """One launch of the workers of one run. `run` returns the outcome, plain JSON, on every rank."""
 
     def __init__(
-        self, experiment: Experiment, run_folder: str, world: World, cost: Cost, listener: Listener | None = None,
-        should_stop: ShouldStop | None = None, asked: Callable[[], bool] = lambda: False,
+        self,
+        experiment: Experiment,
+        run_folder: str,
+        world: World,
+        cost: Cost,
+        listener: Listener | None = None,
+        should_stop: ShouldStop | None = None,
+        asked: Callable[[], bool] = lambda: False,
         hand_over: Callable[[int], None] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """asked: whether the run is to stop at a checkpoint. hand_over: see Evaluations."""
         self.experiment, self.run_folder, self.world, self.cost = experiment, run_folder, world, cost
         self.listener, self.should_stop = listener, should_stop
@@ -69,13 +75,26 @@ class Session:
         self.learner = self._learner()
         values = self._resume()
         self.saver = saving.Saver(
-            run_folder, world.rank, world.size, world.from_first(uuid.uuid4().hex), ck.save_settings(experiment),
-            self._rotate, self._flush_history,
-        )  # fmt: skip
+            run_folder,
+            world.rank,
+            world.size,
+            world.from_first(uuid.uuid4().hex),
+            ck.save_settings(experiment),
+            self._rotate,
+            self._flush_history,
+        )
         self.evaluations = Evaluations(
-            experiment, run_folder, self.dataset, self.diffusion, world, self.numerics, values, hand_over, self._told,
+            experiment,
+            run_folder,
+            self.dataset,
+            self.diffusion,
+            world,
+            self.numerics,
+            values,
+            hand_over,
+            self._told,
             self._between_chunks,
-        )  # fmt: skip
+        )
         self.monitor = self._monitor() if world.rank == 0 else None
         self._saved_at, self._saved_clock, self._saved_any = self.learner.images_seen, self.device_seconds, False
 
@@ -128,9 +147,15 @@ class Session:
         return Monitor(
             History(self.run_folder, images),
             make_trackers(e.train.trackers, self.run_folder, e.name, run_id, e.dotted(), images),
-            self.listener, self.world, self.numerics.precision, self.cost.flops_per_image,
-            e.train.price_per_device_hour, self.plan.log_images, self.plan.end, Interval(**self._interval),
-        )  # fmt: skip
+            self.listener,
+            self.world,
+            self.numerics.precision,
+            self.cost.flops_per_image,
+            e.train.price_per_device_hour,
+            self.plan.log_images,
+            self.plan.end,
+            Interval(**self._interval),
+        )
 
     # ---- the loop
 
@@ -193,10 +218,17 @@ class Session:
         """Of this rank's share, from where the run is."""
         train, data = self.experiment.train, self.experiment.data
         self._loader = create_loader(
-            data.loader, self.dataset, seed=train.seed, global_batch=train.global_batch, start=self.learner.images_seen,
-            shard=self.world.share(train.global_batch), device=self.world.device, flip=data.flip,
-            augment=data.augment, order=data.order,
-        )  # fmt: skip
+            data.loader,
+            self.dataset,
+            seed=train.seed,
+            global_batch=train.global_batch,
+            start=self.learner.images_seen,
+            shard=self.world.share(train.global_batch),
+            device=self.world.device,
+            flip=data.flip,
+            augment=data.augment,
+            order=data.order,
+        )
         self._batches, self._mark = iter(self._loader), time.monotonic()
         return self._loader
 
@@ -245,10 +277,17 @@ class Session:
 
     def _columns(self) -> dict[str, Any]:
         return run_columns(
-            self.experiment, self.dataset, self.cost, self.world, self.learner.images_seen, self.device_seconds,
-            self._energy(), self.loss_sum / self.loss_steps if self.loss_steps else None, self.numerics.precision,
+            self.experiment,
+            self.dataset,
+            self.cost,
+            self.world,
+            self.learner.images_seen,
+            self.device_seconds,
+            self._energy(),
+            self.loss_sum / self.loss_steps if self.loss_steps else None,
+            self.numerics.precision,
             self.launches,
-        )  # fmt: skip
+        )
 
     def _energy(self) -> float | None:
         """Joules of all devices since the run began, None where one cannot tell. Every rank calls it."""

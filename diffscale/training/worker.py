@@ -43,10 +43,15 @@ def run_session(config: dict[str, Any], world: World) -> None:
     logger.addHandler(notices)
     try:
         session = Session(
-            experiment, config["run_folder"], world, Cost(*config["cost"]), channel, config["should_stop"],
+            experiment,
+            config["run_folder"],
+            world,
+            Cost(*config["cost"]),
+            channel,
+            config["should_stop"],
             lambda: any(c.get(STOP) is not None for c in stops),
             (lambda images: hand_over(images, world.rank)) if config["evaluate_beside"] else None,
-        )  # fmt: skip
+        )
         outcome = session.run()
     except (UserError, StorageFailed) as error:
         channel.put(OUTCOME, failure(error))
@@ -63,5 +68,5 @@ def failure(error: Exception) -> dict[str, Any]:
     """The outcome of a run that cannot go on, whatever is tried again."""
     if isinstance(error, UserError):
         reason = "data" if isinstance(error, ShardError) else "refused"
-        return {"reason": reason, "error": [error.setting, str(error.value), error.expected, error.fix]}
+        return {"reason": reason, "error": error.fields()}
     return {"reason": "storage", "message": str(error)}

@@ -93,9 +93,21 @@ def test_a_job_is_stopped_with_a_checkpoint_and_submitting_it_again_finishes_it(
 @pytest.mark.slow
 def test_rays_own_command_submits_the_same_job(local_cluster, tmp_path):
     done = local_cluster.run(
-        "ray", "job", "submit", "--working-dir", ".", "--runtime-env", "cluster/runtime_env.yaml", "--",
-        "python", "-m", "diffscale.train", "quickstart-unet", f"storage={tmp_path}", "train.images=nonsense",
-    )  # fmt: skip
+        "ray",
+        "job",
+        "submit",
+        "--working-dir",
+        ".",
+        "--runtime-env",
+        "cluster/runtime_env.yaml",
+        "--",
+        "python",
+        "-m",
+        "diffscale.train",
+        "quickstart-unet",
+        f"storage={tmp_path}",
+        "train.images=nonsense",
+    )
     assert done.returncode == 1, "Ray's command exits with 1 for every failure"
     assert "train.images" in done.stdout + done.stderr
     assert "Traceback" not in done.stdout

@@ -46,9 +46,16 @@ def test_the_jobs_api_refuses_who_has_no_token(local_cluster, headers):
 
 def test_submit_without_the_token_is_refused_in_one_screen(local_cluster, tmp_path):
     done = local_cluster.run(
-        sys.executable, "-m", "diffscale.submit", "--", "train", "quickstart-unet",
-        RAY_AUTH_MODE="disabled", RAY_AUTH_TOKEN_PATH="", HOME=str(tmp_path),
-    )  # fmt: skip
+        sys.executable,
+        "-m",
+        "diffscale.submit",
+        "--",
+        "train",
+        "quickstart-unet",
+        RAY_AUTH_MODE="disabled",
+        RAY_AUTH_TOKEN_PATH="",
+        HOME=str(tmp_path),
+    )
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     assert "RAY_AUTH_MODE=token" in done.stderr

@@ -19,9 +19,11 @@ def bucket():
     host, port = server.get_host_and_port()
     with pytest.MonkeyPatch.context() as patch:
         for key, value in {
-            "AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_ACCESS_KEY_ID": "testing",
+            "AWS_SECRET_ACCESS_KEY": "testing",
+            "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        }.items():  # fmt: skip
+        }.items():
             patch.setenv(key, value)
         boto3.client("s3").create_bucket(Bucket="storage")  # its own: the server of a process keeps its buckets
         yield "s3://storage"

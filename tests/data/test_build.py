@@ -296,9 +296,11 @@ def test_a_build_killed_at_any_moment_gives_the_same_dataset(tmp_path):
     kept: dict[Path, int] = {}
     for files, enough in (("done/*.json", 1), ("done/*.json", 2), ("shards/*.json", 3)):
         process = subprocess.Popen(
-            [*command, str(tmp_path / "cut")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            [*command, str(tmp_path / "cut")],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
             start_new_session=True,
-        )  # fmt: skip
+        )
         deadline = time.monotonic() + 120
         while len(list(work.glob(files))) < enough and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.005)

@@ -64,9 +64,16 @@ def dataset(tmp_path) -> Dataset:
 def network() -> torch.nn.Module:
     torch.manual_seed(0)
     model = create_model(
-        "unet", resolution=16, channels=3, num_classes=3, model_channels=16, channel_mult=(1, 2), num_blocks=1,
-        attn_resolutions=(8,), channels_per_head=16,
-    )  # fmt: skip
+        "unet",
+        resolution=16,
+        channels=3,
+        num_classes=3,
+        model_channels=16,
+        channel_mult=(1, 2),
+        num_blocks=1,
+        attn_resolutions=(8,),
+        channels_per_head=16,
+    )
     for parameter in model.parameters():  # so that outputs that begin at zero say something
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.1)

@@ -84,12 +84,21 @@ def dinov2_state(width: int = 384, depth: int = 12) -> dict[str, torch.Tensor]:
     }  # fmt: skip
     for i in range(depth):
         for name, shape in {
-            "norm1.weight": (width,), "norm1.bias": (width,), "attn.qkv.weight": (3 * width, width),
-            "attn.qkv.bias": (3 * width,), "attn.proj.weight": (width, width), "attn.proj.bias": (width,),
-            "ls1.gamma": (width,), "norm2.weight": (width,), "norm2.bias": (width,),
-            "mlp.fc1.weight": (4 * width, width), "mlp.fc1.bias": (4 * width,), "mlp.fc2.weight": (width, 4 * width),
-            "mlp.fc2.bias": (width,), "ls2.gamma": (width,),
-        }.items():  # fmt: skip
+            "norm1.weight": (width,),
+            "norm1.bias": (width,),
+            "attn.qkv.weight": (3 * width, width),
+            "attn.qkv.bias": (3 * width,),
+            "attn.proj.weight": (width, width),
+            "attn.proj.bias": (width,),
+            "ls1.gamma": (width,),
+            "norm2.weight": (width,),
+            "norm2.bias": (width,),
+            "mlp.fc1.weight": (4 * width, width),
+            "mlp.fc1.bias": (4 * width,),
+            "mlp.fc2.weight": (width, 4 * width),
+            "mlp.fc2.bias": (width,),
+            "ls2.gamma": (width,),
+        }.items():
             shapes[f"blocks.{i}.{name}"] = shape
     shapes |= {"norm.weight": (width,), "norm.bias": (width,)}
     scales = {name: name.endswith(("gamma", "norm1.weight", "norm2.weight", "norm.weight")) for name in shapes}

@@ -48,9 +48,13 @@ def test_inception_score_agrees_with_torch_fidelity():
 def test_precision_and_recall_agree_with_torch_fidelity_where_the_first_is_generated():
     generated, reference = features(300, 0, dim=8, shift=0.7), features(420, 1, dim=8)
     theirs = prc_features_to_metric(
-        torch.from_numpy(generated), torch.from_numpy(reference),
-        prc_neighborhood=3, prc_batch_size=100, save_cpu_ram=False, verbose=False,
-    )  # fmt: skip
+        torch.from_numpy(generated),
+        torch.from_numpy(reference),
+        prc_neighborhood=3,
+        prc_batch_size=100,
+        save_cpu_ram=False,
+        verbose=False,
+    )
     ours = neighbourhood(generated, reference)
     values = (ours.precision, ours.recall, ours.f_score)
     assert values == pytest.approx((theirs["precision"], theirs["recall"], theirs["f_score"]), rel=1e-6)

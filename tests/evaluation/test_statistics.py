@@ -47,9 +47,13 @@ def test_files_of_adm_and_edm_are_read(tmp_path):
     random = np.random.default_rng(0)
     x, s = random.normal(size=(60, 4)), random.normal(size=(60, 3))
     np.savez(
-        tmp_path / "adm.npz", mu=x.mean(0), sigma=np.cov(x, rowvar=False), mu_s=s.mean(0).astype(np.float32),
-        sigma_s=np.cov(s, rowvar=False).astype(np.float32), arr_0=np.zeros((1, 2, 2, 3), np.uint8),
-    )  # fmt: skip
+        tmp_path / "adm.npz",
+        mu=x.mean(0),
+        sigma=np.cov(x, rowvar=False),
+        mu_s=s.mean(0).astype(np.float32),
+        sigma_s=np.cov(s, rowvar=False).astype(np.float32),
+        arr_0=np.zeros((1, 2, 2, 3), np.uint8),
+    )
     pool, spatial = load_moments(tmp_path / "adm.npz"), load_moments(tmp_path / "adm.npz", spatial=True)
     assert (pool.n, pool.dim, spatial.dim) == (0, 4, 3)
     assert frechet(pool, moments_of(x)) == pytest.approx(0, abs=1e-9)

@@ -77,10 +77,21 @@ def test_every_metric_agrees_with_calculate_metrics_to_1e6(extract, fid_toleranc
     name = f"diffscale-{extract.__name__}"
     register_feature_extractor(name, type(name, (Plugin,), {"extract": staticmethod(extract)}))
     theirs = calculate_metrics(
-        input1=Images(sources[0]), input2=Images(sources[1]), feature_extractor=name, cuda=False, cache=False,
-        fid=True, kid=True, prc=True, isc=True, kid_subsets=10, kid_subset_size=40, verbose=False, save_cpu_ram=True,
+        input1=Images(sources[0]),
+        input2=Images(sources[1]),
+        feature_extractor=name,
+        cuda=False,
+        cache=False,
+        fid=True,
+        kid=True,
+        prc=True,
+        isc=True,
+        kid_subsets=10,
+        kid_subset_size=40,
+        verbose=False,
+        save_cpu_ram=True,
         batch_size=13,
-    )  # fmt: skip
+    )
     generated, reference = (extract(s.images(0, s.n)[0]).numpy() for s in sources)
     kid = kernel_distance(generated, reference, subsets=10, subset_size=40)
     near, score = neighbourhood(generated, reference), inception_score(generated)

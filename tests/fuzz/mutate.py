@@ -20,9 +20,13 @@ from diffscale.core.errors import UserError
 SECONDS = float(os.environ.get("DIFFSCALE_FUZZ_SECONDS", "0"))
 
 scalars = (
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=20)
     | st.sampled_from([2**63, -(2**63), 2**1000, 1e308, "nan", "../../etc/passwd", "s3://", "\0", "${a}", "!!x"])
-)  # fmt: skip
+)
 anything = st.recursive(
     scalars,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
@@ -89,9 +93,13 @@ def fuzz(inputs: st.SearchStrategy[Any], read: Callable[[Any], object]) -> int:
 
         @seed(rounds)
         @settings(
-            max_examples=100 if SECONDS else 15, database=None, deadline=None, suppress_health_check=list(HealthCheck),
-            phases=[Phase.generate, Phase.shrink], report_multiple_bugs=False,
-        )  # fmt: skip
+            max_examples=100 if SECONDS else 15,
+            database=None,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+            phases=[Phase.generate, Phase.shrink],
+            report_multiple_bugs=False,
+        )
         @given(inputs)
         def one_round(value: Any) -> None:
             nonlocal tried

@@ -13,8 +13,8 @@ from diffscale.config import load as cli
 from diffscale.models import create_model
 from diffscale.training.checkpoint import layout as checkpoints
 from diffscale.training.checkpoint.tensors import checksum, write_group
+from tests.support.crafted import arrow_file, crafted, make_dataset, pixels_batch, read_everything
 
-from .crafted import arrow_file, crafted, make_dataset, pixels_batch, read_everything
 from .mutate import damaged_bytes, damaged_tree, fuzz, fuzz_apart
 
 

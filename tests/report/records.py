@@ -19,11 +19,25 @@ FLOPS_PER_IMAGE = {"unet": 2.4e8, "uvit": 2.1e8, "rin": 1.7e8, "dit": 1.9e8}
 
 
 def make_record(
-    *, model: str = "unet", seed: int = 0, images_seen: int = 65536, schedule: str = "simple_cosine",
-    resolution: int = 32, endpoint: str = "constant", metric: str = "fid", nfe: int = 20, solver: str = "dpmpp_2m",
-    n_generated: int = 2048, dataset: str = "cifar10", noise: float = 0.03, value: float | None = None,
-    settings: dict | None = None, eval_resolution: int = 32, sample_seed: int = 0, **changes: object,
-) -> Record:  # fmt: skip
+    *,
+    model: str = "unet",
+    seed: int = 0,
+    images_seen: int = 65536,
+    schedule: str = "simple_cosine",
+    resolution: int = 32,
+    endpoint: str = "constant",
+    metric: str = "fid",
+    nfe: int = 20,
+    solver: str = "dpmpp_2m",
+    n_generated: int = 2048,
+    dataset: str = "cifar10",
+    noise: float = 0.03,
+    value: float | None = None,
+    settings: dict | None = None,
+    eval_resolution: int = 32,
+    sample_seed: int = 0,
+    **changes: object,
+) -> Record:
     """One row. The value follows LAWS unless given, with relative normal noise keyed by everything that names it."""
     flops_per_image = FLOPS_PER_IMAGE.get(model, 2e8) * (resolution / 32) ** 2
     tree = {
@@ -32,9 +46,15 @@ def make_record(
         "train.images": images_seen, "train.global_batch": 64, "train.workers": 1, "eval.n_generated": n_generated,
         "storage": "/storage", "name": f"{model}-{schedule}-{resolution}", **(settings or {}),
     }  # fmt: skip
-    run = identify(model=model, seed=seed, schedule=schedule, resolution=resolution, dataset=dataset,
-                   endpoint=endpoint if endpoint == "constant" else [endpoint, images_seen],
-                   settings=settings or {})  # fmt: skip
+    run = identify(
+        model=model,
+        seed=seed,
+        schedule=schedule,
+        resolution=resolution,
+        dataset=dataset,
+        endpoint=endpoint if endpoint == "constant" else [endpoint, images_seen],
+        settings=settings or {},
+    )
     sampler = json.dumps({"name": solver, "nfe": nfe})
     reference = identify(dataset=dataset, resolution=eval_resolution)
     flops = flops_per_image * images_seen
@@ -44,21 +64,67 @@ def make_record(
         rng = np.random.default_rng(zlib.crc32(f"{run}{images_seen}{sampler}{metric}{sample_seed}".encode()))
         value = shift * (floor + scale * (flops / 1e14) ** -exponent) * math.exp(noise * rng.standard_normal())
     row: dict = dict(  # noqa: C408
-        record_id=record_id(run_id=run, images_seen=images_seen, ema="halflife", sampler=sampler,
-                            n_generated=n_generated, sample_seed=sample_seed, reference=reference, metric=metric,
-                            eval_resolution=eval_resolution),
-        run_id=run, run_name=str(tree["name"]), created="2026-01-01T00:00:00Z", model=model, parameters=2_000_000,
-        schedule=schedule, interpolant="vp", prediction="v", weighting="min_snr", input_scale=1.0, dataset=dataset,
-        dataset_hash=identify(dataset=dataset, side=resolution), dataset_lossy=False, train_resolution=resolution,
-        seed=seed, global_batch=64, precision="fp32", images_seen=images_seen, epochs=images_seen / 50_000,
-        endpoint=endpoint, ema="halflife", forward_macs=flops_per_image / 6, flops_per_image=flops_per_image,
-        train_flops=flops, device_seconds=flops / 6e10, device="2 CPU cores", devices=1,
-        cost=flops / 6e10 / 3600 * 0.05, train_loss=0.1, metric=metric, value=value, value_low=value * 0.98,
-        value_high=value * 1.02, network="inception-2015", resize="default", eval_resolution=eval_resolution,
-        reference=reference, n_generated=n_generated, n_reference=50_000, solver=solver, nfe=nfe, sampler=sampler,
-        sample_seed=sample_seed, sampling_flops=flops_per_image / 3 * nfe, evaluated_on="training workers",
-        commit="0123456", dirty=False, versions={"torch": "2.15"}, settings=tree,
-    )  # fmt: skip
+        record_id=record_id(
+            run_id=run,
+            images_seen=images_seen,
+            ema="halflife",
+            sampler=sampler,
+            n_generated=n_generated,
+            sample_seed=sample_seed,
+            reference=reference,
+            metric=metric,
+            eval_resolution=eval_resolution,
+        ),
+        run_id=run,
+        run_name=str(tree["name"]),
+        created="2026-01-01T00:00:00Z",
+        model=model,
+        parameters=2_000_000,
+        schedule=schedule,
+        interpolant="vp",
+        prediction="v",
+        weighting="min_snr",
+        input_scale=1.0,
+        dataset=dataset,
+        dataset_hash=identify(dataset=dataset, side=resolution),
+        dataset_lossy=False,
+        train_resolution=resolution,
+        seed=seed,
+        global_batch=64,
+        precision="fp32",
+        images_seen=images_seen,
+        epochs=images_seen / 50_000,
+        endpoint=endpoint,
+        ema="halflife",
+        forward_macs=flops_per_image / 6,
+        flops_per_image=flops_per_image,
+        train_flops=flops,
+        device_seconds=flops / 6e10,
+        device="2 CPU cores",
+        devices=1,
+        cost=flops / 6e10 / 3600 * 0.05,
+        train_loss=0.1,
+        metric=metric,
+        value=value,
+        value_low=value * 0.98,
+        value_high=value * 1.02,
+        network="inception-2015",
+        resize="default",
+        eval_resolution=eval_resolution,
+        reference=reference,
+        n_generated=n_generated,
+        n_reference=50_000,
+        solver=solver,
+        nfe=nfe,
+        sampler=sampler,
+        sample_seed=sample_seed,
+        sampling_flops=flops_per_image / 3 * nfe,
+        evaluated_on="training workers",
+        commit="0123456",
+        dirty=False,
+        versions={"torch": "2.15"},
+        settings=tree,
+    )
     return Record(**(row | changes))
 
 
@@ -76,10 +142,15 @@ def benchmark_records() -> Iterator[Record]:
             for seed in range(2):
                 for step in range(4):
                     yield make_record(
-                        schedule=schedule, resolution=side, seed=seed, dataset="emoji", eval_resolution=64,
-                        images_seen=int(65536 * 2**step * (32 / side) ** 2), metric="fd_efficientnet_lite0",
+                        schedule=schedule,
+                        resolution=side,
+                        seed=seed,
+                        dataset="emoji",
+                        eval_resolution=64,
+                        images_seen=int(65536 * 2**step * (32 / side) ** 2),
+                        metric="fd_efficientnet_lite0",
                         network="efficientnet_lite0",
-                    )  # fmt: skip
+                    )
 
 
 def write_runs(storage: Path, records: Iterator[Record] | list[Record], grids: bool = True) -> str:

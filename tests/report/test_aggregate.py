@@ -78,8 +78,11 @@ def test_coverage_of_the_interval_on_simulated_seeds() -> None:
         for images, seeds in ((4096, 3), (8192, 3), (16384, 1)):
             for seed in range(seeds):
                 value = truth * math.exp(0.05 * rng.standard_normal())
-                records.append(make_record(model=f"m{model}", seed=seed, images_seen=images, value=value,
-                                           value_low=None, value_high=None))  # fmt: skip
+                records.append(
+                    make_record(
+                        model=f"m{model}", seed=seed, images_seen=images, value=value, value_low=None, value_high=None
+                    )
+                )
     table = points(records)
     covered = ((table["value_low"] <= truth) & (truth <= table["value_high"])).mean()
     assert 0.92 <= covered <= 0.98

@@ -31,9 +31,18 @@ def test_bf16_and_float32_samples_of_one_solver_are_in_one_facet() -> None:
 
 @pytest.mark.parametrize(
     "setting",
-    [("train.seed", 7), ("train.workers", 4), ("train.micro_batch", 8), ("storage", "/elsewhere"), ("name", "again"),
-     ("data.path", "s3://b/x"), ("train.images", 1), ("eval.n_generated", 5), ("train.checkpoint.keep_last", 9)],
-)  # fmt: skip
+    [
+        ("train.seed", 7),
+        ("train.workers", 4),
+        ("train.micro_batch", 8),
+        ("storage", "/elsewhere"),
+        ("name", "again"),
+        ("data.path", "s3://b/x"),
+        ("train.images", 1),
+        ("eval.n_generated", 5),
+        ("train.checkpoint.keep_last", 9),
+    ],
+)
 def test_seed_place_and_length_do_not_change_the_recipe(setting: tuple[str, object]) -> None:
     base = make_record()
     changed = make_record(seed=3, images_seen=131072, settings={setting[0]: setting[1]})
@@ -65,11 +74,13 @@ def test_decay_branches_of_different_length_are_one_recipe_and_others_are_not() 
 
 def test_schedule_labels_name_the_parameters_that_differ_and_the_input_scale() -> None:
     fixed = {"diffusion.schedule.logsnr_max": 15.0}
-    rows = to_rows([
-        make_record(settings=fixed | {"diffusion.schedule.noise_resolution": 32}, input_scale=0.4),
-        make_record(settings=fixed | {"diffusion.schedule.noise_resolution": None}),
-        make_record(schedule="sigmoid", settings={"diffusion.schedule.tau": 0.9}),
-    ])  # fmt: skip
+    rows = to_rows(
+        [
+            make_record(settings=fixed | {"diffusion.schedule.noise_resolution": 32}, input_scale=0.4),
+            make_record(settings=fixed | {"diffusion.schedule.noise_resolution": None}),
+            make_record(schedule="sigmoid", settings={"diffusion.schedule.tau": 0.9}),
+        ]
+    )
     assert sorted(schedule_labels(rows)) == [
         "sigmoid", "simple_cosine(noise_resolution 32) · b 0.4", "simple_cosine(noise_resolution none)",
     ]  # fmt: skip

@@ -142,8 +142,10 @@ def test_settings_diff_shows_only_what_differs(page: Page) -> None:
 def test_samples_stand_side_by_side_at_the_same_size(page: Page) -> None:
     choose(page, "sample-a", "Object.keys(DATA.grids)[0]")
     choose(page, "sample-b", "Object.keys(DATA.grids)[1]")
-    boxes = page.evaluate("['a', 'b'].map(s => { const b = $('view-' + s).querySelector('img').getBoundingClientRect();"
-                          "return [b.top, b.width]; })")  # fmt: skip
+    boxes = page.evaluate(
+        "['a', 'b'].map(s => { const b = $('view-' + s).querySelector('img').getBoundingClientRect();"
+        "return [b.top, b.width]; })"
+    )
     assert boxes[0] == boxes[1]
     assert boxes[0][1] > 300
 

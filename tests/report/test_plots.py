@@ -36,8 +36,9 @@ def test_backbones_keep_their_colour_and_peers_get_others() -> None:
     assert len({look.color for look in looks([*BACKBONES, "peer-a", "peer-b"]).values()}) == len(BACKBONES) + 2
 
 
-@pytest.mark.parametrize(("value", "text"), [(50, "50"), (0.5, "0.5"), (20000, "20,000"), (1e14, "$10^{14}$"),
-                                             (2e13, r"$2{\cdot}10^{13}$")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("value", "text"), [(50, "50"), (0.5, "0.5"), (20000, "20,000"), (1e14, "$10^{14}$"), (2e13, r"$2{\cdot}10^{13}$")]
+)
 def test_ticks_are_written_plainly(value: float, text: str) -> None:
     assert tick(value) == text
 

@@ -82,8 +82,13 @@ def test_fits_never_mix_groups_endpoints_or_resolutions() -> None:
 
 
 def test_precision_and_kid_are_tabulated_but_not_fitted() -> None:
-    analysis = analyse([make_record(images_seen=n, metric=m, value=0.1 + i / 10)
-                        for i, n in enumerate(IMAGES) for m in ("precision", "kid")])  # fmt: skip
+    analysis = analyse(
+        [
+            make_record(images_seen=n, metric=m, value=0.1 + i / 10)
+            for i, n in enumerate(IMAGES)
+            for m in ("precision", "kid")
+        ]
+    )
     assert analysis.scaling.empty
     assert len(analysis.points) == 2 * len(IMAGES)
     best = analysis.pareto.query("scope == 'overall'").groupby("metric")["value"]

@@ -15,8 +15,7 @@ import pytest
 from diffscale.core.errors import UserError
 from diffscale.data.format.dataset import open_dataset
 from diffscale.data.format.shard import make_batch, write_shard
-
-from .crafted import ROWS, arrow_file, crafted, make_dataset, pixels_batch, read_everything
+from tests.support.crafted import ROWS, arrow_file, crafted, make_dataset, pixels_batch, read_everything
 
 
 def test_the_unharmed_dataset_is_read(tmp_path):

@@ -39,10 +39,17 @@ def write(path, content: bytes | str):
 @pytest.mark.parametrize(
     "content",
     [
-        b"", b"\x80\x04.", b"[" * 100_000, b'{"schema_version": 1e999}', b'{"schema_version": 1, "class": "os.system"}',
-        b"\xff\xfe", b"null", b'"x"', b"{" * 10_000,
+        b"",
+        b"\x80\x04.",
+        b"[" * 100_000,
+        b'{"schema_version": 1e999}',
+        b'{"schema_version": 1, "class": "os.system"}',
+        b"\xff\xfe",
+        b"null",
+        b'"x"',
+        b"{" * 10_000,
     ],
-)  # fmt: skip
+)
 def test_a_damaged_record_is_named(tmp_path, content):
     with pytest.raises(UserError) as error:
         records.read_record(write(tmp_path / "records" / "a.json", content))
@@ -71,10 +78,11 @@ def test_yaml_tags_make_no_objects(tmp_path, mark, text):
 @pytest.mark.parametrize(
     "text",
     [
-        "name: ${oc.env:DIFFSCALE_TEST_SECRET}", "name: ${oc.decode:1}${oc.env:DIFFSCALE_TEST_SECRET}",
+        "name: ${oc.env:DIFFSCALE_TEST_SECRET}",
+        "name: ${oc.decode:1}${oc.env:DIFFSCALE_TEST_SECRET}",
         "a: ${oc.create:{b: 1}}\nname: ${oc.env:DIFFSCALE_TEST_SECRET,none}",
     ],
-)  # fmt: skip
+)
 def test_settings_cannot_read_the_environment(tmp_path, monkeypatch, text):
     """Settings are saved beside checkpoints and in records: a secret must not get into them."""
     monkeypatch.setenv("DIFFSCALE_TEST_SECRET", "hunter2")
@@ -148,10 +156,12 @@ def test_a_pickled_checkpoint_of_weights_is_never_opened(tmp_path, trap):
 @pytest.mark.parametrize(
     "header",
     [
-        b"{}" * 10, b'{"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 99999999]}}',
-        b'{"a": {"dtype": "F32", "shape": [1099511627776], "data_offsets": [0, 4398046511104]}}', b"\x80\x04.",
+        b"{}" * 10,
+        b'{"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 99999999]}}',
+        b'{"a": {"dtype": "F32", "shape": [1099511627776], "data_offsets": [0, 4398046511104]}}',
+        b"\x80\x04.",
     ],
-)  # fmt: skip
+)
 def test_a_safetensors_header_that_lies_is_refused(tmp_path, header):
     path = tmp_path / "model.safetensors"
     path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(16))

@@ -160,7 +160,7 @@ def test_workers_commands_and_nodes_killed_at_random_moments_leave_the_same_weig
     root = Path(__file__).parents[2]
     done = subprocess.run(
         command, env=environment(), cwd=root, capture_output=True, text=True, timeout=900, check=False
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     table = (tmp_path / "kills.csv").read_text()
     assert table.count(",identical,") == 3

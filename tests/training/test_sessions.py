@@ -112,9 +112,11 @@ def test_losses_that_are_not_finite_stop_the_run_and_can_be_replayed(
 ) -> None:
     """An absurd learning rate without clipping makes the weights overflow."""
     e = short(
-        shared_storage, "diverges", optim={"name": "sgd", "lr": 1e30, "clip_grad_norm": None},
+        shared_storage,
+        "diverges",
+        optim={"name": "sgd", "lr": 1e30, "clip_grad_norm": None},
         train={"images": 100 * BATCH, "nonfinite_limit": 3, "checkpoint": {"every_images": 100 * BATCH}},
-    )  # fmt: skip
+    )
     outcome, folder = launch(e, dataset)
     assert outcome["reason"] == "nonfinite"
     assert "3 steps in a row" in outcome["message"]

@@ -27,9 +27,17 @@ H100 = Link(bandwidth=360e9, latency=5e-6, node=8, bandwidth_between=45e9)
 DEVICES = (8, 64, 1024)
 GLOBAL_BATCH = 2048
 PROJECTED = (
-    "edm-cifar10-ddpmpp", "adm-imagenet64", "edm2-imagenet64-s", "edm2-imagenet512-xxl", "uvit-imagenet256",
-    "rin-imagenet64", "dit-s-2", "dit-xl-2", "jit-b-16", "hdit-imagenet128",
-)  # fmt: skip
+    "edm-cifar10-ddpmpp",
+    "adm-imagenet64",
+    "edm2-imagenet64-s",
+    "edm2-imagenet512-xxl",
+    "uvit-imagenet256",
+    "rin-imagenet64",
+    "dit-s-2",
+    "dit-xl-2",
+    "jit-b-16",
+    "hdit-imagenet128",
+)
 
 
 def main(
@@ -58,13 +66,20 @@ def projected() -> list[dict[str, Any]]:
                 )
                 rows.append(
                     {
-                        "preset": name, "devices": devices, "parallel": parallel, "images_per_device": images,
-                        "parameters": cost.parameters, "flops_per_image": cost.flops_per_image,
+                        "preset": name,
+                        "devices": devices,
+                        "parallel": parallel,
+                        "images_per_device": images,
+                        "parameters": cost.parameters,
+                        "flops_per_image": cost.flops_per_image,
                         "flops_per_step_and_device": cost.flops_per_image * images,
                         "bytes_per_step_and_device": bytes_per_step(cost.parameters, devices, parallel),
-                        "efficiency": round(value, 4), "kind": "projected", "assumed_mfu": MFU, "assumed_overlap": 0.8,
+                        "efficiency": round(value, 4),
+                        "kind": "projected",
+                        "assumed_mfu": MFU,
+                        "assumed_overlap": 0.8,
                     }
-                )  # fmt: skip
+                )
     return rows
 
 

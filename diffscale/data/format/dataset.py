@@ -113,9 +113,13 @@ class Dataset:
                 mapped.check_unchanged()
 
     def _fill(
-        self, indices: NDArray[np.int64], which: NDArray[np.int64], pieces: list[int], pixels: NDArray[Any],
+        self,
+        indices: NDArray[np.int64],
+        which: NDArray[np.int64],
+        pieces: list[int],
+        pixels: NDArray[Any],
         labels: NDArray[np.int64],
-    ) -> None:  # fmt: skip
+    ) -> None:
         """which: the entry of `starts` that each index lies in. pieces: those that there are."""
         if self.manifest.layout == "encoded":
             self._decode_into(indices, which, pixels, labels)
@@ -253,9 +257,11 @@ def open_dataset(path: str, split: SplitName = "train", cache: ShardCache | None
     manifest = read_manifest(path)
     if split not in manifest.splits or not manifest.splits[split].rows:
         raise UserError(
-            setting="split", value=split, expected=f"one of {sorted(manifest.splits)} in {path}",
+            setting="split",
+            value=split,
+            expected=f"one of {sorted(manifest.splits)} in {path}",
             fix="build the dataset with --split 0.1 to hold out a tenth",
-        )  # fmt: skip
+        )
     cache = (cache or ShardCache()) if storage.is_remote(path) else None
     dataset = Dataset(path, manifest, split, cache)
     dataset.check_files()

@@ -77,11 +77,18 @@ class TableDataset(Dataset):
         self._look_at_samples()
         self.content_hash = self._fingerprint()
         self.manifest = Manifest(
-            layout="latents" if self.tables.latents else "encoded", dtype=self.dtype, resolution=self.resolution,
-            channels=self.channels, class_names=self.class_names, content_hash=self.content_hash, lossy=self.lossy,
-            resize=PREPARATION.recorded(), source={"path": place, "kind": "huggingface"}, made_with={},
+            layout="latents" if self.tables.latents else "encoded",
+            dtype=self.dtype,
+            resolution=self.resolution,
+            channels=self.channels,
+            class_names=self.class_names,
+            content_hash=self.content_hash,
+            lossy=self.lossy,
+            resize=PREPARATION.recorded(),
+            source={"path": place, "kind": "huggingface"},
+            made_with={},
             splits={split: Split(rows=self.n, content_hash=self.content_hash, mean=self.mean, std=self.std, shards=[])},
-        )  # fmt: skip
+        )
         self.split = self.manifest.splits[split]
 
     def __reduce__(self):
@@ -98,9 +105,13 @@ class TableDataset(Dataset):
         return self.tables.latents is not None
 
     def _fill(
-        self, indices: NDArray[np.int64], which: NDArray[np.int64], pieces: list[int], pixels: NDArray[Any],
+        self,
+        indices: NDArray[np.int64],
+        which: NDArray[np.int64],
+        pieces: list[int],
+        pixels: NDArray[Any],
         labels: NDArray[np.int64],
-    ) -> None:  # fmt: skip
+    ) -> None:
         for group in pieces:  # one row group at a time is in memory
             images, numbers = self._group(group)
             places = np.flatnonzero(which == group)

@@ -76,9 +76,11 @@ def read_manifest(folder: str) -> Manifest:
         data = storage.read_bytes(uri)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
-            setting="data.path", value=folder, expected="a dataset folder with a manifest.json",
+            setting="data.path",
+            value=folder,
+            expected="a dataset folder with a manifest.json",
             fix="python -m diffscale.data build SOURCE DATASET makes one, and goes on with an interrupted one",
-        ) from None  # fmt: skip
+        ) from None
     try:
         manifest = Manifest.model_validate_json(data)
         for name, split in manifest.splits.items():
@@ -94,9 +96,11 @@ def read_manifest(folder: str) -> Manifest:
         first = error.errors()[0] if isinstance(error, ValidationError) else None
         reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else str(error)
         raise UserError(
-            setting="data.path", value=uri, expected=f"a manifest of version {VERSION} ({reason})",
+            setting="data.path",
+            value=uri,
+            expected=f"a manifest of version {VERSION} ({reason})",
             fix="restore the file, or build the dataset again",
-        ) from None  # fmt: skip
+        ) from None
     return manifest
 
 

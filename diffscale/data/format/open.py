@@ -41,9 +41,11 @@ def resolve(path: str, resolution: int | None, storage_uri: str) -> str:
         found = read_manifest(path).resolution
         if resolution not in (None, found):
             raise UserError(
-                setting="data.resolution", value=resolution, expected=f"{found}, the resolution of {path}",
+                setting="data.resolution",
+                value=resolution,
+                expected=f"{found}, the resolution of {path}",
                 fix=f"python -m diffscale.data build SOURCE DATASET --resolution {found} --resolution {resolution}",
-            )  # fmt: skip
+            )
         return path
     several = [] if path.endswith((".arrow", ".parquet")) else available_resolutions(path)
     if several:
@@ -56,9 +58,11 @@ def resolve(path: str, resolution: int | None, storage_uri: str) -> str:
     if not storage.exists(path):
         raise UserError(setting="data.path", value=path, expected="a dataset folder, and there is nothing")
     raise UserError(
-        setting="data.path", value=path, expected="a dataset folder with a manifest.json, or Arrow or Parquet files",
+        setting="data.path",
+        value=path,
+        expected="a dataset folder with a manifest.json, or Arrow or Parquet files",
         fix=f"python -m diffscale.data build {path} DATASET --resolution {resolution or 64}",
-    )  # fmt: skip
+    )
 
 
 def _builtin(path: str, resolution: int | None, storage_uri: str) -> str:
@@ -67,9 +71,11 @@ def _builtin(path: str, resolution: int | None, storage_uri: str) -> str:
         raise UserError(setting="data.path", value=path, expected=f"{EMOJI}, a folder or a URI")
     if not 4 <= side <= EMOJI_RESOLUTION:
         raise UserError(
-            setting="data.resolution", value=resolution, expected=f"4 to {EMOJI_RESOLUTION} for {EMOJI}",
+            setting="data.resolution",
+            value=resolution,
+            expected=f"4 to {EMOJI_RESOLUTION} for {EMOJI}",
             fix="for larger images build a dataset of your own: python -m diffscale.data build",
-        )  # fmt: skip
+        )
     asset = resources.files("diffscale.data").joinpath("assets/emoji.arrow").read_bytes()
     digest = hashlib.sha256(asset).hexdigest()
     base = storage.check_absolute(storage_uri)
@@ -97,15 +103,25 @@ def build_emoji(asset: bytes, digest: str, resolution: int, folder: str) -> None
         shard = write_shard(folder, f"{name}-00000.arrow", batch)
         values = pixels[chosen].reshape(-1, 3).astype(np.float64)
         splits[name] = Split(
-            rows=shard.rows, content_hash=rows_hash("uint8", resolution, 3, [shard]), shards=[shard],
-            mean=values.mean(0).tolist(), std=values.std(0).tolist(),
-        )  # fmt: skip
+            rows=shard.rows,
+            content_hash=rows_hash("uint8", resolution, 3, [shard]),
+            shards=[shard],
+            mean=values.mean(0).tolist(),
+            std=values.std(0).tolist(),
+        )
     manifest = Manifest(
-        layout="pixels", dtype="uint8", resolution=resolution, channels=3, class_names=class_names,
-        content_hash=splits["train"].content_hash, lossy=False, resize=preparation.recorded(),
+        layout="pixels",
+        dtype="uint8",
+        resolution=resolution,
+        channels=3,
+        class_names=class_names,
+        content_hash=splits["train"].content_hash,
+        lossy=False,
+        resize=preparation.recorded(),
         source={"path": EMOJI, "sha256": digest, "split": EMOJI_HELD_OUT, "licence": "MIT, Microsoft and LobeHub"},
-        made_with=made_with(), splits=splits,
-    )  # fmt: skip
+        made_with=made_with(),
+        splits=splits,
+    )
     write_manifest(folder, manifest)
 
 

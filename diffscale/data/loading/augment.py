@@ -75,9 +75,14 @@ def draw(seed: int, positions: Tensor, p: float, flip: bool) -> Drawn:
     invert, scale, rotate, stretch, move = ((u[i] < p).double() for i in range(5))
     return Drawn(
         mirrored=_mirrored(seed, positions).double() if flip else torch.zeros_like(u[0]),
-        inverted=invert * (u[5] < 0.5), scale=scale * z[0], angle=rotate * (2 * u[6] - 1) * math.pi,
-        strength=stretch * z[1], axis=(u[7] < TURNED) * (2 * u[8] - 1) * math.pi, right=move * z[2], down=move * z[3],
-    )  # fmt: skip
+        inverted=invert * (u[5] < 0.5),
+        scale=scale * z[0],
+        angle=rotate * (2 * u[6] - 1) * math.pi,
+        strength=stretch * z[1],
+        axis=(u[7] < TURNED) * (2 * u[8] - 1) * math.pi,
+        right=move * z[2],
+        down=move * z[3],
+    )
 
 
 def transform(x: Tensor, drawn: Drawn) -> Tensor:

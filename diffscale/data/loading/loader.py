@@ -106,11 +106,24 @@ class Loader:
     """
 
     def __init__(
-        self, dataset: Dataset, *, seed: int, global_batch: int, start: int = 0, stop: int | None = None,
-        shard: tuple[int, int] | None = None, device: str | torch.device = "cpu", flip: bool = False,
-        augment: float = 0.0, order: Literal["rows", "blocks"] = "rows", block_rows: int | None = None,
-        window: int | None = None, raw: bool = False, prefetch: int = 3, verify: bool = True,
-    ) -> None:  # fmt: skip
+        self,
+        dataset: Dataset,
+        *,
+        seed: int,
+        global_batch: int,
+        start: int = 0,
+        stop: int | None = None,
+        shard: tuple[int, int] | None = None,
+        device: str | torch.device = "cpu",
+        flip: bool = False,
+        augment: float = 0.0,
+        order: Literal["rows", "blocks"] = "rows",
+        block_rows: int | None = None,
+        window: int | None = None,
+        raw: bool = False,
+        prefetch: int = 3,
+        verify: bool = True,
+    ) -> None:
         first, last = shard if shard is not None else (0, global_batch)
         if global_batch < 1 or start < 0 or prefetch < 1:
             raise ValueError(f"global_batch = {global_batch}, start = {start}, prefetch = {prefetch}: at least 1, 0, 1")
@@ -118,10 +131,11 @@ class Loader:
             raise ValueError(f"shard = {shard}: 0 <= first <= last <= global_batch = {global_batch}")
         if dataset.is_latent and (flip or augment):
             raise UserError(
-                setting="data.flip" if flip else "data.augment", value=flip or augment,
+                setting="data.flip" if flip else "data.augment",
+                value=flip or augment,
                 expected="off for a dataset of latents: a mirrored latent is not the latent of the mirrored image",
                 fix="data.flip=false data.augment=0",
-            )  # fmt: skip
+            )
         self.dataset, self.seed, self.global_batch, self.start, self.stop = dataset, seed, global_batch, start, stop
         self.first, self.last, self.device = first, last, torch.device(device)
         self.flip, self.augment, self.raw, self.prefetch = flip, augment, raw, prefetch

@@ -87,9 +87,11 @@ class Permutation:
             return self._walk(x, self._rounds)
         out, keys = x.astype(np.int64, order="C"), np.array(self.keys, np.uint64)
         kernel.permute(
-            *native.addresses(out), *native.integers(out.size, self.n, self.a, self.b), *native.addresses(keys),
+            *native.addresses(out),
+            *native.integers(out.size, self.n, self.a, self.b),
+            *native.addresses(keys),
             *native.integers(len(keys)),
-        )  # fmt: skip
+        )
         return out
 
     def inverse(self, y: Int64) -> Int64:

@@ -63,7 +63,8 @@ def check_cache(dataset: Dataset, form: dict[str, Any]) -> None:
     if dataset.cache.gigabytes < needed:
         rows = form["order"] == "rows"
         raise UserError(
-            setting="data.cache_gigabytes", value=dataset.cache.gigabytes,
+            setting="data.cache_gigabytes",
+            value=dataset.cache.gigabytes,
             expected=f"at least {needed:.3g} for data.order={form['order']} on {dataset.path}",
             fix="allow more" + (", or data.order=blocks, which needs few shards at a time" if rows else ""),
-        )  # fmt: skip
+        )

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffscale.core.errors import UserError
-from diffscale.core.text import valid
+from diffscale.core.text import nearest as nearest_name
 from diffscale.evaluation.distribute import LABELS, View
 from diffscale.evaluation.feature_store import Spool, rows_of
 from diffscale.evaluation.metrics.distances import (
@@ -60,7 +60,7 @@ def parse_metric(name: str) -> Metric:
                 raise UserError(setting="eval.metrics", value=name, expected=expected)
             return Metric(name, kind, network)
     named = [*INCEPTION_NAMES, *(k for k in KINDS if not k.startswith("fd"))]
-    expected = valid(name, [*named, "fd_efficientnet_lite0", "fd_dinov2_vitl14", "fd_clip-vit-b-32"])
+    expected = nearest_name(name, [*named, "fd_efficientnet_lite0", "fd_dinov2_vitl14", "fd_clip-vit-b-32"])
     expected += "; or fd_<network of timm>"
     raise UserError(setting="eval.metrics", value=name, expected=expected)
 
@@ -90,9 +90,14 @@ class Measurement:
 
 
 def measure(
-    metric: Metric, view: View, generated: Spool, reference: Reference, heldout: Reference | None = None,
-    rows: NDArray | None = None, label: int | None = None,
-) -> list[Measurement]:  # fmt: skip
+    metric: Metric,
+    view: View,
+    generated: Spool,
+    reference: Reference,
+    heldout: Reference | None = None,
+    rows: NDArray | None = None,
+    label: int | None = None,
+) -> list[Measurement]:
     """The metric's value with its interval and warnings; `kid` and `is` give a second row, `<name>_std`.
 
     rows, label: compare one class only, the samples at these rows with reference images of that label.
@@ -133,11 +138,19 @@ def measure(
             generated.known[key] = neighbourhood(features, _class_features(reference, label))
         value = getattr(generated.known[key], kind)
     made = Measurement(
-        metric=name, value=float(value), network=view.network, resize=view.resize, eval_resolution=view.resolution,
-        reference=reference.key, n_generated=n, n_reference=n_reference, value_low=_finite(low),
-        value_high=_finite(high), value_heldout=value_heldout,
+        metric=name,
+        value=float(value),
+        network=view.network,
+        resize=view.resize,
+        eval_resolution=view.resolution,
+        reference=reference.key,
+        n_generated=n,
+        n_reference=n_reference,
+        value_low=_finite(low),
+        value_high=_finite(high),
+        value_heldout=value_heldout,
         warning=_warnings(metric, features.shape[1], n, n_reference, reference),
-    )  # fmt: skip
+    )
     out = [made]
     if spread is not None and label is None:
         out.append(Measurement(**made.fields() | {"metric": f"{name}_std", "value": spread, "value_heldout": None}))

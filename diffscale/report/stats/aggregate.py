@@ -61,9 +61,12 @@ def _aggregate_metric(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
     per_run = measured.groupby([*cell, "run_id"], sort=False).agg(_y=("_y", "mean"), _evaluation=("_evaluation", "max"))
     runs = per_run.reset_index().groupby(cell, sort=True)
     points = runs.agg(
-        seeds=("_y", "size"), _y=("_y", "mean"), _s2=("_y", "var"),
-        _evaluation=("_evaluation", "mean"), runs=("run_id", lambda ids: " ".join(sorted(ids))),
-    )  # fmt: skip
+        seeds=("_y", "size"),
+        _y=("_y", "mean"),
+        _s2=("_y", "var"),
+        _evaluation=("_evaluation", "mean"),
+        runs=("run_id", lambda ids: " ".join(sorted(ids))),
+    )
     grouped = measured.groupby(cell, sort=True)
     points = points.join(grouped[MEANS].mean()).join(grouped[FIRSTS].first()).reset_index()
     points["value"] = backward(points["_y"])

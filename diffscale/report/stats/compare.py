@@ -45,16 +45,18 @@ def compare(old: Iterable[Record], new: Iterable[Record]) -> pd.DataFrame:
     both = list(sides["old"].index.intersection(sides["new"].index)) if len(sides) == 2 else []
     if len(both) == 0:
         raise UserError(
-            setting="--compare", value="OLD NEW",
+            setting="--compare",
+            value="OLD NEW",
             expected="records of the same recipe, evaluation group and images_seen on both sides; there is none",
             fix="evaluate both with the same eval settings, at the same points",
-        )  # fmt: skip
+        )
     table = pd.DataFrame([_row(k, sides["old"].loc[k], sides["new"].loc[k]) for k in both], columns=COLUMNS)
     order = {v: i for i, v in enumerate(VERDICTS)}
     return table.sort_values(
         ["verdict", "metric", "recipe_label", "images_seen"],
-        key=lambda column: column.map(order) if column.name == "verdict" else column, ignore_index=True,
-    )  # fmt: skip
+        key=lambda column: column.map(order) if column.name == "verdict" else column,
+        ignore_index=True,
+    )
 
 
 VERDICTS = ("regression", "costs more", "noise unknown", "improvement", "same within noise")

@@ -159,12 +159,20 @@ def _plain(value: object) -> str:
 
 def facet_table(rows: pd.DataFrame) -> pd.DataFrame:
     """One row for each facet, the one most worth looking at first: its columns, `runs`, `evaluations`, `title`."""
-    counted = rows.groupby("facet", sort=True).agg(
-        _backbones=("model", "nunique"), runs=("run_id", "nunique"), evaluations=("record_id", "nunique"),
-        dataset=("dataset", _joined),
-        solver=("solver", "first"), nfe=("nfe", "first"), guidance_scale=("guidance_scale", "first"),
-        **{name: (name, "first") for name in FACET},
-    ).reset_index()  # fmt: skip
+    counted = (
+        rows.groupby("facet", sort=True)
+        .agg(
+            _backbones=("model", "nunique"),
+            runs=("run_id", "nunique"),
+            evaluations=("record_id", "nunique"),
+            dataset=("dataset", _joined),
+            solver=("solver", "first"),
+            nfe=("nfe", "first"),
+            guidance_scale=("guidance_scale", "first"),
+            **{name: (name, "first") for name in FACET},
+        )
+        .reset_index()
+    )
     unfair = [endpoint not in FAIR_ENDPOINTS for endpoint in counted["endpoint"]]
     other = [not is_distance(metric) for metric in counted["metric"]]
     order = counted.assign(

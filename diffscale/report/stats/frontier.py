@@ -120,9 +120,12 @@ def read_at(points: pd.DataFrame, compute: float, tolerance: float = 0.02) -> Re
     below = max(value[left] - low[left], value[right] - low[right])
     above = max(high[left] - value[left], high[right] - value[right])
     return Reading(
-        float(backward(middle)), float(backward(middle - below)), float(backward(middle + above)),
-        bool(known[left] and known[right]), True,
-    )  # fmt: skip
+        float(backward(middle)),
+        float(backward(middle - below)),
+        float(backward(middle + above)),
+        bool(known[left] and known[right]),
+        True,
+    )
 
 
 def first_reach(points: pd.DataFrame, target: float, column: str) -> float:

@@ -76,9 +76,14 @@ def solve(compute: np.ndarray, values: np.ndarray, free_floor: bool = True) -> P
 
 
 def fit(
-    compute: np.ndarray, values: np.ndarray, spread: float = np.nan, df: float = 0, *, resamples: int = 400,
+    compute: np.ndarray,
+    values: np.ndarray,
+    spread: float = np.nan,
+    df: float = 0,
+    *,
+    resamples: int = 400,
     seed: int = 0,
-) -> Fit | None:  # fmt: skip
+) -> Fit | None:
     """One curve with a parametric bootstrap. compute, values (n,); None below three different compute points.
 
     The noise of log y is estimated from the residuals and, where given, from replicates (`spread` with `df` degrees

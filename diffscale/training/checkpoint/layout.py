@@ -176,9 +176,11 @@ def load_for_sampling(checkpoint: str, ema: str) -> tuple[Experiment, nn.Module,
             raise Damaged(f"{checkpoint}: {' '.join(str(error).split())[:300]}") from None
     except (Damaged, FileNotFoundError) as error:
         raise UserError(
-            setting="CHECKPOINT", value=checkpoint, expected=f"an undamaged checkpoint ({error})",
+            setting="CHECKPOINT",
+            value=checkpoint,
+            expected=f"an undamaged checkpoint ({error})",
             fix="use an earlier one of the run",
-        ) from None  # fmt: skip
+        ) from None
 
 
 def save_settings(experiment: Experiment) -> bytes:

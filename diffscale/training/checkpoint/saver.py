@@ -92,9 +92,15 @@ class Saver:
     """
 
     def __init__(
-        self, run_folder: str, rank: int, size: int, attempt: str, settings: bytes, finished: Callable[[int], None],
+        self,
+        run_folder: str,
+        rank: int,
+        size: int,
+        attempt: str,
+        settings: bytes,
+        finished: Callable[[int], None],
         before: Callable[[], None] = lambda: None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.run_folder, self.rank, self.size, self.attempt = run_folder, rank, size, attempt
         self.settings, self.before, self.finished = settings, before, finished
         self._thread: threading.Thread | None = None

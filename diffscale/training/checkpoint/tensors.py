@@ -122,9 +122,17 @@ def _read(uri: str, rows: Rows | None) -> dict[str, tuple[int, Tensor]]:
                 out[name] = start + first, part[first:last] if first < last else part[:1][:0]
         return out
     except (
-        SafetensorError, OSError, ValueError, struct.error, TypeError, AttributeError, LookupError, RecursionError,
-        RuntimeError, OverflowError,
-    ) as error:  # fmt: skip
+        SafetensorError,
+        OSError,
+        ValueError,
+        struct.error,
+        TypeError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        RuntimeError,
+        OverflowError,
+    ) as error:
         raise Damaged(f"{uri}: {error}") from None
 
 

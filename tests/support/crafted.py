@@ -21,9 +21,18 @@ def make_dataset(folder: Path, shard: Shard, layout: str = "pixels") -> str:
     content = rows_hash("uint8", SIDE, 3, [shard])
     split = Split(rows=shard.rows, content_hash=content, mean=[0.0] * 3, std=[1.0] * 3, shards=[shard])
     manifest = Manifest(
-        layout=layout, dtype="uint8", resolution=SIDE, channels=3, class_names=[], content_hash=content, lossy=False,
-        resize={}, source={}, made_with={}, splits={"train": split},
-    )  # fmt: skip
+        layout=layout,
+        dtype="uint8",
+        resolution=SIDE,
+        channels=3,
+        class_names=[],
+        content_hash=content,
+        lossy=False,
+        resize={},
+        source={},
+        made_with={},
+        splits={"train": split},
+    )
     write_manifest(str(folder), manifest)
     return str(folder)
 
