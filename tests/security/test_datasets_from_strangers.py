@@ -98,7 +98,7 @@ def test_offsets_outside_the_file_are_an_error_and_not_a_crash(tmp_path, offsets
 
 
 def test_an_image_that_claims_to_be_huge_is_refused(tmp_path):
-    from security.test_files_from_strangers import bomb_png
+    from tests.security.test_files_from_strangers import bomb_png
 
     bombs = [bomb_png(60_000, 60_000)] * ROWS
     batch = make_batch(bombs, [0] * ROWS, ["a", "b", "c"])
