@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SCHEMA_VERSION = 1
+RECORDS_FILE = "records.jsonl"
+"""Name of a file that holds the rows of many runs, one line of JSON each."""
 
 Endpoint = Literal["constant", "inverse_sqrt", "decayed", "mid_decay"]
 
@@ -146,8 +148,7 @@ def write_record(run_folder: str, record: Record) -> str:
     """Appends the row durably; returns its URI. Writing it twice is a no-op."""
     uri = storage.join(run_folder, "records", f"{record.record_id}.json")
     if not storage.exists(uri):
-        data = {k: _plain(v) for k, v in record.model_dump().items()}
-        storage.write_bytes(uri, json.dumps(data, indent=1, allow_nan=False).encode())
+        storage.write_bytes(uri, json.dumps(_as_json(record), indent=1, allow_nan=False).encode())
     return uri
 
 
@@ -159,26 +160,51 @@ def read_records(places: Iterable[str]) -> list[Record]:
     rows: dict[str, Record] = {}
     for place in places:
         place = storage.check_absolute(place, "RUNS")
-        files = [place] if place.endswith(".json") else storage.list_files(place, ".json", recursive=True)
-        files = [f for f in files if f == place or "/records/" in f]
+        is_file = place.endswith((".json", ".jsonl"))
+        files = [place] if is_file else [f for f in storage.list_files(place, recursive=True) if _holds_records(f)]
         if not storage.exists(place):
             raise UserError(setting="RUNS", value=place, expected="a run's folder, a folder of runs or a record file")
         for file in files:
-            row = read_record(file)
-            rows[row.record_id] = row
-    return sorted(rows.values(), key=lambda r: (r.run_name, r.run_id, r.images_seen, r.metric, r.record_id))
+            for row in read_records_file(file) if file.endswith(".jsonl") else [read_record(file)]:
+                rows[row.record_id] = row
+    return _in_order(rows.values())
+
+
+def write_records_file(uri: str, records: Iterable[Record]) -> None:
+    """Write rows into one file, a line of JSON for each, in the order in which `read_records` returns them."""
+    lines = [json.dumps(_as_json(row), separators=(",", ":"), allow_nan=False) for row in _in_order(records)]
+    storage.write_bytes(uri, "".join(line + "\n" for line in lines).encode())
+
+
+def read_records_file(uri: str) -> list[Record]:
+    """Return the rows of a file that `write_records_file` wrote. Raise UserError that names the damaged line."""
+    lines = storage.read_bytes(uri).splitlines()
+    return [_record(line, f"{uri}, line {number}") for number, line in enumerate(lines, 1)]
+
+
+def _in_order(records: Iterable[Record]) -> list[Record]:
+    return sorted(records, key=lambda r: (r.run_name, r.run_id, r.images_seen, r.metric, r.record_id))
+
+
+def _holds_records(uri: str) -> bool:
+    return (uri.endswith(".json") and "/records/" in uri) or uri.rpartition("/")[2] == RECORDS_FILE
 
 
 def read_record(uri: str) -> Record:
+    """Return the row of a file that `write_record` wrote. Raise UserError that names a damaged file."""
+    return _record(storage.read_bytes(uri), uri)
+
+
+def _record(text: bytes, where: str) -> Record:
     try:
-        data = json.loads(storage.read_bytes(uri))
+        data = json.loads(text)
         if isinstance(data, dict) and data.get("schema_version") != SCHEMA_VERSION:
             raise ValueError(f"schema_version {data.get('schema_version')!r}, this diffscale reads {SCHEMA_VERSION}")
         return Record.model_validate(data)
     except (ValueError, ValidationError, RecursionError) as error:
         raise UserError(
             setting="record",
-            value=uri,
+            value=where,
             expected=f"a record of diffscale ({_first_line(error)})",
             fix="move the damaged file away; the evaluation can be repeated",
         ) from None
@@ -195,6 +221,10 @@ def columns_table() -> str:
     """The README's table of columns, Markdown."""
     rows = [f"| `{name}` | {field.description} |" for name, field in Record.model_fields.items()]
     return "\n".join(["| column | meaning |", "|---|---|", *rows])
+
+
+def _as_json(record: Record) -> dict[str, object]:
+    return {k: _plain(v) for k, v in record.model_dump().items()}
 
 
 def _plain(value: object) -> object:

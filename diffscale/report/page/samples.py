@@ -33,7 +33,7 @@ def find_grids(places: Iterable[str]) -> dict[tuple[str, int], str]:
     or `NAME-<run_id>/images-XXXXXXXXX.png` as benchmark results keep it."""
     found = {}
     for place in places:
-        if not place.endswith(".json"):
+        if not place.endswith((".json", ".jsonl")):
             for uri in storage.list_files(place, ".png", recursive=True):
                 if match := _GRID.search(uri):
                     found[match["run"], int(match["images"])] = uri
