@@ -1,4 +1,4 @@
-"""Figures of values against what training cost: FLOPs, wall-clock time, and the fitted power laws."""
+"""Figures of values against the cost of training: FLOPs, wall-clock time, and the fitted power laws."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from diffscale.report.stats.scaling import BEYOND
 
 
 def bands(points: pd.DataFrame) -> str:
+    """Return the sentence of a caption that says what the bands are."""
     noise = set(points["noise"])
     seeds = sorted(set(points["seeds"]))
     count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
@@ -42,7 +43,7 @@ def set_limits(axes: Axes, x: np.ndarray, y: np.ndarray, metric: str) -> None:
 def _draw_curves(
     axes: Axes, points: pd.DataFrame, curves: list[Curve], column: str, factor: float = 1.0
 ) -> list[style.End]:
-    """All recipes faintly, each backbone's curve with markers and band; returns the ends for the labels."""
+    """Draw all recipes faintly and each backbone's curve with markers and band; return the ends for the labels."""
     looks = style.looks(c.model for c in curves)
     sides = sorted({c.train_resolution for c in curves})
     for _, own in points.groupby("recipe"):
@@ -65,7 +66,7 @@ def figure_and_axes() -> tuple[Figure, Axes]:
 
 
 def against_compute(points: pd.DataFrame, curves: list[Curve], title: str) -> Figure:
-    """Value against training FLOPs with the frontier; published systems where dataset and resolution match."""
+    """Draw values against training FLOPs with the frontier, and published systems of this dataset and resolution."""
     figure, axes = figure_and_axes()
     ends = _draw_curves(axes, points, curves, "train_flops")
     metric = str(points["metric"].iloc[0])
@@ -94,7 +95,7 @@ def _ring_frontier(axes: Axes, points: pd.DataFrame) -> None:
 
 
 def _draw_published(axes: Axes, systems: list[Published]) -> list[style.End]:
-    """Ticks on the right edge (a point where the training compute is known and within the axis); their labels.
+    """Draw published systems as ticks on the right edge, or as points if their compute is known; return their labels.
 
     Systems below the axis are named in one line at its foot instead of stretching it.
     """
@@ -116,6 +117,7 @@ def _draw_published(axes: Axes, systems: list[Published]) -> list[style.End]:
 
 
 def against_wall_clock(points: pd.DataFrame, curves: list[Curve], title: str) -> Figure:
+    """Draw values against training time."""
     figure, axes = figure_and_axes()
     hours = points["device_seconds"] / points["devices"] / 3600
     unit, factor = ("hours", 1.0) if hours.max() >= 1 else ("minutes", 60.0)
@@ -136,7 +138,7 @@ def against_wall_clock(points: pd.DataFrame, curves: list[Curve], title: str) ->
 
 
 def scaling_figure(curves: list[Curve], fits: dict[tuple, Fit], crossings: pd.DataFrame, title: str) -> Figure:
-    """Points and fitted power laws with their bootstrap bands, ten times beyond what was trained."""
+    """Draw points and fitted power laws with their bootstrap bands, up to ten times the largest compute."""
     figure, axes = figure_and_axes()
     looks = style.looks(c.model for c in curves)
     sides = sorted({c.train_resolution for c in curves})

@@ -1,4 +1,4 @@
-"""The figures, as PNG and SVG that a paper could print; each caption says metric, n, sampler and what a band is."""
+"""Writes the figures as PNG and SVG; each caption says metric, n, sampler and what a band is."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import warnings
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+from diffscale.report.analysis import Analysis
 from diffscale.report.figures import style
 from diffscale.report.figures.curves import against_compute, against_wall_clock, scaling_figure
 from diffscale.report.figures.recipes import at_equal_compute, recipe_figure
@@ -18,15 +18,12 @@ from diffscale.report.figures.sweep import against_nfe, heat_map, nfe_families
 from diffscale.report.stats.facets import is_distance
 from diffscale.report.stats.frontier import fair
 
-if TYPE_CHECKING:
-    from diffscale.report.write import Analysis
-
 MOST_FACETS = 12
-"""Facets that get figures of their own, the main one first; tables and the page hold them all."""
+"""Largest number of facets with figures, the main one first; tables and the page have all of them."""
 
 
 def write_plots(analysis: Analysis, out: Path) -> list[Path]:
-    """plots/<figure>-<facet>.png and .svg; the main facet's also without the facet in their name."""
+    """Write plots/<figure>-<facet>.png and .svg; names of the main facet's figures leave the facet out."""
     folder = out / "plots"
     folder.mkdir(parents=True, exist_ok=True)
     paths: list[Path] = []
@@ -42,19 +39,19 @@ def write_plots(analysis: Analysis, out: Path) -> list[Path]:
 
 
 def figures(analysis: Analysis) -> Iterator[tuple[str, Figure]]:
-    """(name, figure) of all that the records allow; called within style.style()."""
+    """Yield (name, figure) for every figure that the records allow; call it within style.style()."""
     main = True
     for facet in islice(analysis.facets.to_dict("records"), MOST_FACETS):
         key, title = facet["facet"], facet["title"]
         points = fair(analysis.points[analysis.points["facet"] == key])
         curves = [c for c in analysis.curves if c.facet == key]
         sides = {str(model): at_equal_compute(part) for model, part in points.groupby("model")}
-        beside = {model: last for model, last in sides.items() if last is not None}
+        at_equal = {model: last for model, last in sides.items() if last is not None}
         along = any(len(c.points) > 1 for c in curves)
-        if not is_distance(facet["metric"]) or not (along or beside):
+        if not is_distance(facet["metric"]) or not (along or at_equal):
             continue
         suffix, main = ("" if main else f"-{key}"), False
-        for model, last in beside.items():
+        for model, last in at_equal.items():
             yield f"recipes-{_file(model)}{suffix}", recipe_figure(last, title)
         if not along:
             continue

@@ -1,4 +1,4 @@
-"""Published systems to stand beside (faint marks in the plots), from the papers; see each entry's source."""
+"""Published results, drawn as faint marks for comparison; each entry names its paper."""
 
 from __future__ import annotations
 
@@ -8,19 +8,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Published:
-    """fid: of 50,000 samples, as published. nfe: network evaluations per sample; train_flops: 2 × the multiply-adds
-    of training (3 × forward × images); None where REFERENCE section 9 does not give it."""
+    """One system of a paper."""
 
     system: str
     dataset: str
-    resolution: int
-    fid: float
-    nfe: int | None = None
-    train_flops: float | None = None
-    source: str = ""
+    resolution: int  # side in pixels
+    fid: float  # of 50,000 samples
+    nfe: int | None = None  # network evaluations per sample; None if the paper does not report it
+    train_flops: float | None = None  # twice the multiply-adds of 3 forward passes per image; None if not reported
+    source: str = ""  # first author and year
 
 
-_ZETTA_MACS = 2e21
+_ZETTA_MACS = 2e21  # FLOPs
 
 PUBLISHED = [
     Published("EDM", "cifar10", 32, 1.97, nfe=35, source="Karras 2022"),
@@ -43,11 +42,11 @@ PUBLISHED = [
     Published("SiD2", "imagenet", 512, 1.48, source="Hoogeboom 2024"),
     Published("JiT-H/32", "imagenet", 512, 1.94, source="Li 2025"),
     Published("EDM2-XXL", "imagenet", 512, 1.81, source="Karras 2024"),
-]  # fmt: skip
+]
 
 
 def matching(metric: str, dataset: str, resolution: int) -> list[Published]:
-    """Systems published on that dataset at that resolution; none unless the metric is the real FID."""
+    """Return the systems published on a dataset at a resolution; none unless the metric is FID."""
     if metric != "fid":
         return []
     name = _plain(dataset)

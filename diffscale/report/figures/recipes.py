@@ -1,4 +1,4 @@
-"""Recipes of one backbone side by side at equal compute: what an ablation or a choice of settings is worth."""
+"""Recipes of one backbone at equal compute: the effect of an ablation or of a setting."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from diffscale.records.schema import higher_is_better
 from diffscale.report.figures import style
 from diffscale.report.figures.curves import bands
-from diffscale.report.stats.facets import higher_is_better, metric_name
+from diffscale.report.stats.facets import metric_name
 from diffscale.report.stats.findings import flops, number
 
-EQUAL = 1.1  # the most by which their training FLOPs may differ
+EQUAL = 1.1  # largest ratio of training FLOPs that counts as equal
 
 
 def at_equal_compute(points: pd.DataFrame, fewest: int = 3) -> pd.DataFrame | None:
-    """The last point of each recipe, the best first; None where they are too few or did not train equally long."""
+    """Return the last point of each recipe, best first; None if they are too few or did not train equally long."""
     last = points.sort_values("train_flops").groupby("recipe").tail(1)
     if len(last) < fewest or last["train_flops"].max() > EQUAL * last["train_flops"].min():
         return None
@@ -24,7 +25,7 @@ def at_equal_compute(points: pd.DataFrame, fewest: int = 3) -> pd.DataFrame | No
 
 
 def recipe_figure(last: pd.DataFrame, title: str) -> Figure:
-    """last: from `at_equal_compute`. A dot with its interval for each recipe."""
+    """Draw a dot with its interval for each recipe. last: from `at_equal_compute`."""
     figure, axes = plt.subplots(figsize=(style.WIDTH, 1.3 + 0.27 * len(last)))
     model, places = last["model"].iloc[0], np.arange(len(last))
     look = style.looks([model])[model]

@@ -1,4 +1,4 @@
-"""How every figure looks, on paper and in the browser: one colour and marker for each backbone, everywhere."""
+"""The style of all figures, on paper and in the browser: one colour and marker for each backbone."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 @dataclass(frozen=True)
 class Look:
+    """Colour and marker of one backbone."""
+
     color: str
-    marker: str
-    symbol: str
-    """matplotlib's name of the marker and plotly's"""
+    marker: str  # matplotlib's name
+    symbol: str  # plotly's name of the same marker
 
 
 BACKBONES = {
@@ -47,18 +48,38 @@ WIDTH, HEIGHT = 6.6, 4.3
 """Inches: a text column of a paper in one column."""
 
 _SETTINGS: dict[Any, Any] = {
-    "font.size": 9, "axes.titlesize": 10, "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#555b63", "axes.linewidth": 0.7,
-    "axes.labelcolor": INK, "xtick.color": "#555b63", "ytick.color": "#555b63", "text.color": INK,
-    "axes.grid": True, "grid.color": "#e6e9ec", "grid.linewidth": 0.6, "axes.axisbelow": True,
-    "lines.linewidth": 1.6, "lines.markersize": 4.5, "lines.solid_capstyle": "round", "figure.dpi": 100,
-    "savefig.dpi": 200, "svg.hashsalt": "diffscale", "pdf.fonttype": 42, "axes.unicode_minus": True,
-    "font.family": "DejaVu Sans", "mathtext.fontset": "dejavusans",
-}  # fmt: skip
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.labelsize": 9,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#555b63",
+    "axes.linewidth": 0.7,
+    "axes.labelcolor": INK,
+    "xtick.color": "#555b63",
+    "ytick.color": "#555b63",
+    "text.color": INK,
+    "axes.grid": True,
+    "grid.color": "#e6e9ec",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4.5,
+    "lines.solid_capstyle": "round",
+    "figure.dpi": 100,
+    "savefig.dpi": 200,
+    "svg.hashsalt": "diffscale",
+    "pdf.fonttype": 42,
+    "axes.unicode_minus": True,
+    "font.family": "DejaVu Sans",
+    "mathtext.fontset": "dejavusans",
+}
 
 
 def looks(models: Iterable[str]) -> dict[str, Look]:
-    """The known backbones keep their looks; others (peers) take the remaining ones in alphabetical order."""
+    """Return a look for each model: known backbones keep theirs, others (peers) take the rest in alphabetical order."""
     names = sorted(set(models))
     unknown = [name for name in names if name not in BACKBONES]
     others = {name: _OTHERS[i % len(_OTHERS)] for i, name in enumerate(unknown)}
@@ -67,19 +88,19 @@ def looks(models: Iterable[str]) -> dict[str, Look]:
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Matplotlib's settings for the block; nothing outside it changes."""
+    """Apply the figures' matplotlib settings within a block."""
     with mpl.rc_context(_SETTINGS):
         yield
 
 
 def plain(text: str) -> str:
-    """Text of a user's (names of runs, datasets) so that matplotlib does not read `$` as mathematics."""
+    """Escape a user's text (names of runs, datasets), in which matplotlib would read `$` as mathematics."""
     return text.replace("$", r"\$")
 
 
 @dataclass(frozen=True)
 class End:
-    """A line's last point in data coordinates, and what to write beside it."""
+    """A line's last point in data coordinates, and its label."""
 
     x: float
     y: float
@@ -89,7 +110,7 @@ class End:
 
 
 def finish(axes: Axes, title: str, text: str, ends: list[End] | None = None) -> None:
-    """Makes room for, and draws: a bold title, a caption in small print, labels beside the lines' ends.
+    """Draw a bold title, a caption in small print and labels at the lines' ends, and make room for them.
 
     Call it last, when the limits of the axes are final.
     """
@@ -115,7 +136,7 @@ def finish(axes: Axes, title: str, text: str, ends: list[End] | None = None) -> 
 
 
 def log_axis(axis: Axis, low: float, high: float) -> None:
-    """1, 2, 5 ticks within two decades, powers of ten beyond, written plainly up to 10,000."""
+    """Set ticks at 1, 2, 5 within two decades and at powers of ten beyond, written out below 100,000."""
     decades = np.log10(high / low) if low > 0 else 1.0
     few = decades < 2.2
     axis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0) if few else (1.0,), numticks=20))
@@ -128,6 +149,7 @@ def log_axis(axis: Axis, low: float, high: float) -> None:
 
 
 def tick(value: float) -> str:
+    """Format a value of an axis."""
     if value <= 0:
         return f"{value:g}"
     if 1e-3 <= value < 1e5:
@@ -139,7 +161,7 @@ def tick(value: float) -> str:
 
 
 def _label_ends(axes: Axes, ends: list[End]) -> None:
-    """Writes each end's text right of the axes, moved apart where they would overlap, with a leader line."""
+    """Write each end's text right of the axes with a leader line, moving texts apart that would overlap."""
     dots = axes.figure.dpi / 72
     heights = [axes.transData.transform((end.x, end.y))[1] / dots for end in ends]
     order = sorted(range(len(ends)), key=heights.__getitem__)
@@ -162,7 +184,7 @@ def _label_ends(axes: Axes, ends: list[End]) -> None:
 
 
 def _spread(wanted: list[float], sizes: list[float], lowest: float) -> list[float]:
-    """Ascending centres of labels of the given sizes, near the wanted ones: labels that touch form one block."""
+    """Return ascending centres of labels near the wanted ones. Labels that touch form one block."""
     blocks: list[tuple[float, list[float]]] = []
     for position, size in zip(wanted, sizes, strict=True):
         blocks.append((position, [size]))

@@ -17,7 +17,7 @@ from diffscale.report.stats.frontier import fair
 
 
 def nfe_families(points: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """Checkpoints sampled at several NFE: the one plot across samplers, everything else being equal."""
+    """Return (title, points) of checkpoints that were sampled with several numbers of steps, all else being equal."""
     by = ["metric", "network", "eval_resolution", "n_generated", "n_reference", "guidance_scale", "endpoint", "dataset"]
     families = []
     for _, part in fair(points).groupby(by, sort=True):
@@ -36,6 +36,7 @@ def nfe_families(points: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 
 
 def against_nfe(part: pd.DataFrame, title: str, most: int = 8) -> Figure:
+    """Draw values against the number of network evaluations, one line per checkpoint and solver, at most `most`."""
     figure, axes = figure_and_axes()
     looks = style.looks(part["model"])
     solvers = sorted(set(part["solver"]))
@@ -68,7 +69,7 @@ def against_nfe(part: pd.DataFrame, title: str, most: int = 8) -> Figure:
 
 
 def heat_map(part: pd.DataFrame, metric: str, title: str) -> Figure:
-    """Schedule × resolution at equal compute where every cell has it, else at each cell's own end (and says which)."""
+    """Draw schedule × resolution at equal compute, or at each cell's end if a cell starts above the common compute."""
     equal = bool(part["value"].notna().all())
     column, low, high = ("value", "value_low", "value_high") if equal else ("final_value", "final_low", "final_high")
     grid = part.pivot(index="schedule", columns="train_resolution", values=column)

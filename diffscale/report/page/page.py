@@ -1,4 +1,4 @@
-"""index.html: one file with everything in it, no network, nothing of the user's ever read as markup or script."""
+"""index.html: one self-contained file that uses no network and treats all data as text."""
 
 from __future__ import annotations
 
@@ -8,21 +8,18 @@ import html
 import json
 import re
 from importlib import resources
-from typing import TYPE_CHECKING
 
 from plotly.offline import get_plotlyjs
 
+from diffscale.report.analysis import Analysis
 from diffscale.report.page.page_data import page_data
 from diffscale.report.page.samples import Grids
-
-if TYPE_CHECKING:
-    from diffscale.report.write import Analysis
 
 SCRIPTS = ("common.js", "charts.js", "tables.js", "main.js")
 
 
 def render(analysis: Analysis, grids: Grids, title: str) -> str:
-    """The whole page. `title` and everything in the records may hold anything.
+    """Return the page. `title` and the records may contain any text.
 
     Three things keep it harmless: the JSON cannot end its element, the scripts put text into the page as text, and
     the page's content security policy runs only the two scripts whose hashes it names and reaches no network.
@@ -42,7 +39,7 @@ def render(analysis: Analysis, grids: Grids, title: str) -> str:
 
 
 def to_json(data: object) -> str:
-    """JSON that can stand in a <script> element: no `<`, so neither </script> nor <!-- can end or change it."""
+    """Return JSON for a <script> element: without `<`, so neither </script> nor <!-- can end it."""
     return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 

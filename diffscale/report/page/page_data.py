@@ -1,51 +1,106 @@
-"""What the page shows, as plain JSON values."""
+"""The page's data as plain JSON values."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from diffscale.records.store import Record
+from diffscale.records.schema import Record, higher_is_better
+from diffscale.report.analysis import Analysis
 from diffscale.report.figures.curves import bands
 from diffscale.report.figures.published import matching
 from diffscale.report.figures.style import looks
 from diffscale.report.figures.sweep import nfe_families
 from diffscale.report.page.samples import Grids
-from diffscale.report.stats.facets import higher_is_better, is_distance, metric_name
+from diffscale.report.stats.facets import is_distance, metric_name
 from diffscale.report.stats.findings import flops, number
 from diffscale.report.stats.frontier import Curve, fair
 from diffscale.report.stats.scaling import BEYOND
 
-if TYPE_CHECKING:
-    from diffscale.report.write import Analysis
-
 TABLE = [
-    "run_name", "model", "schedule", "train_resolution", "seed", "images_seen", "epochs", "train_flops", "device_hours",
-    "metric", "value", "value_low", "value_high", "value_heldout", "value_native", "memorisation", "val_loss",
-    "n_generated", "eval_resolution", "solver", "nfe", "guidance_scale", "ema", "endpoint", "prediction", "weighting",
-    "input_scale", "parameters", "flops_per_image", "dataset", "device", "devices", "precision", "commit", "warning",
-]  # fmt: skip
+    "run_name",
+    "model",
+    "schedule",
+    "train_resolution",
+    "seed",
+    "images_seen",
+    "epochs",
+    "train_flops",
+    "device_hours",
+    "metric",
+    "value",
+    "value_low",
+    "value_high",
+    "value_heldout",
+    "value_native",
+    "memorisation",
+    "val_loss",
+    "n_generated",
+    "eval_resolution",
+    "solver",
+    "nfe",
+    "guidance_scale",
+    "ema",
+    "endpoint",
+    "prediction",
+    "weighting",
+    "input_scale",
+    "parameters",
+    "flops_per_image",
+    "dataset",
+    "device",
+    "devices",
+    "precision",
+    "commit",
+    "warning",
+]
 PRINTED = {
-    "run_name", "model", "schedule", "train_resolution", "seed", "images_seen", "train_flops", "metric", "value",
-    "value_low", "value_high", "n_generated", "nfe",
-}  # fmt: skip
+    "run_name",
+    "model",
+    "schedule",
+    "train_resolution",
+    "seed",
+    "images_seen",
+    "train_flops",
+    "metric",
+    "value",
+    "value_low",
+    "value_high",
+    "n_generated",
+    "nfe",
+}
 """Columns that fit on paper."""
 _POINT = {
-    "facet": "facet", "recipe": "recipe", "recipe_label": "label", "model": "model", "value": "value",
-    "train_resolution": "train_resolution", "train_flops": "train_flops", "images_seen": "images_seen",
-    "epochs": "epochs", "cost": "cost", "value_low": "low", "value_high": "high", "value_heldout": "heldout",
-    "parameters": "parameters", "seeds": "seeds", "noise": "noise", "nfe": "nfe", "solver": "solver", "ema": "ema",
+    "facet": "facet",
+    "recipe": "recipe",
+    "recipe_label": "label",
+    "model": "model",
+    "value": "value",
+    "train_resolution": "train_resolution",
+    "train_flops": "train_flops",
+    "images_seen": "images_seen",
+    "epochs": "epochs",
+    "cost": "cost",
+    "value_low": "low",
+    "value_high": "high",
+    "value_heldout": "heldout",
+    "parameters": "parameters",
+    "seeds": "seeds",
+    "noise": "noise",
+    "nfe": "nfe",
+    "solver": "solver",
+    "ema": "ema",
     "runs": "runs",
-}  # fmt: skip
+}
 
 
 def page_data(analysis: Analysis, grids: Grids) -> dict[str, Any]:
-    """Everything the page's scripts show, as plain JSON values (no NaN)."""
+    """Return everything that the page's scripts show, as plain JSON values without NaN."""
     rows, points = analysis.rows, analysis.points.reset_index(drop=True)
     higher = {row["facet"]: higher_is_better(str(row["metric"])) for row in analysis.facets.to_dict("records")}
     index = {(p.facet, p.recipe, p.images_seen): i for i, p in enumerate(points.itertuples())}
@@ -78,7 +133,7 @@ def page_data(analysis: Analysis, grids: Grids) -> dict[str, Any]:
 
 
 def clean(value: object) -> object:
-    """A JSON value: numpy scalars unwrapped, NaN and infinities as null, floats to 6 digits."""
+    """Return a JSON value: numpy scalars unwrapped, NaN and infinities as null, floats with 6 digits."""
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float):
@@ -95,16 +150,21 @@ def _summary(rows: pd.DataFrame) -> str:
     when = created.min() if created.min() == created.max() else f"{created.min()} to {created.max()}"
     return (
         f"{rows['record_id'].nunique():,} evaluations of {rows['run_id'].nunique():,} runs, {when}; "
-        f"{flops(float(rows.groupby('run_id')['train_flops'].max().sum()))} training FLOPs in all."
+        f"{flops(float(rows.groupby('run_id')['train_flops'].max().sum()))} training FLOPs in total."
     )
 
 
 def _facet(row: dict, points: pd.DataFrame) -> dict[str, Any]:
     own = points[points["facet"] == row["facet"]]
     return {
-        "facet": row["facet"], "title": row["title"], "name": metric_name(str(row["metric"])), "runs": int(row["runs"]),
-        "log": is_distance(str(row["metric"])), "higher": higher_is_better(str(row["metric"])), "bands": bands(own),
-    }  # fmt: skip
+        "facet": row["facet"],
+        "title": row["title"],
+        "name": metric_name(str(row["metric"])),
+        "runs": int(row["runs"]),
+        "log": is_distance(str(row["metric"])),
+        "higher": higher_is_better(str(row["metric"])),
+        "bands": bands(own),
+    }
 
 
 def _points(points: pd.DataFrame, frontier: pd.DataFrame) -> list[dict[str, Any]]:
@@ -137,10 +197,14 @@ def _curve(curve: Curve, analysis: Analysis, index: dict) -> dict[str, Any]:
         }
     keys = zip(curve.points["recipe"], curve.points["images_seen"], strict=True)
     return {
-        "facet": curve.facet, "model": curve.model, "train_resolution": int(curve.train_resolution),
-        "dataset_hash": curve.dataset_hash, "name": curve.name(several), "fit": fit,
+        "facet": curve.facet,
+        "model": curve.model,
+        "train_resolution": int(curve.train_resolution),
+        "dataset_hash": curve.dataset_hash,
+        "name": curve.name(several),
+        "fit": fit,
         "points": [index[(curve.facet, recipe, images)] for recipe, images in keys],
-    }  # fmt: skip
+    }
 
 
 def _sweep(facet: object, model: object, part: pd.DataFrame, higher: bool) -> dict[str, Any]:
@@ -161,10 +225,14 @@ def _sweep(facet: object, model: object, part: pd.DataFrame, higher: bool) -> di
 
     where = f"at {flops(part['train_flops'].iloc[0])} training FLOPs" if equal else "each at the end of its own run"
     return {
-        "facet": facet, "model": model, "schedules": list(grid.index), "resolutions": [int(s) for s in grid.columns],
-        "shade": [[clean(float(v)) for v in row] for row in shade], "where": f"{model} {where}",
+        "facet": facet,
+        "model": model,
+        "schedules": list(grid.index),
+        "resolutions": [int(s) for s in grid.columns],
+        "shade": [[clean(float(v)) for v in row] for row in shade],
+        "where": f"{model} {where}",
         "text": [[text((schedule, side)) for side in grid.columns] for schedule in grid.index],
-    }  # fmt: skip
+    }
 
 
 def _published(analysis: Analysis) -> list[dict[str, Any]]:
@@ -183,7 +251,7 @@ def _runs(rows: pd.DataFrame) -> dict[str, Any]:
 
 
 def _settings(rows: pd.DataFrame) -> dict[str, Any]:
-    """The commonest value of each setting once, and for each run what differs from it; values as JSON text."""
+    """Return the commonest value of each setting, and for each run the settings that differ; values as JSON text."""
     trees = {
         run: {key: json.dumps(value) for key, value in settings.items()}
         for run, settings in rows.drop_duplicates("run_id")[["run_id", "settings"]].itertuples(index=False, name=None)
@@ -237,5 +305,5 @@ def _notes(rows: pd.DataFrame, grids: Grids) -> list[str]:
         notes.append(f"{dirty:,} evaluations were made from uncommitted source.")
     return [
         *notes,
-        "Made by diffscale from records alone; the CSV files beside this page hold everything that it shows.",
+        "Made by diffscale from records alone; the CSV files next to this page have everything that it shows.",
     ]

@@ -13,24 +13,27 @@ from PIL import Image
 from diffscale.core import storage
 
 SIDE = 384
-"""Longest side in pixels of an embedded grid. The grids in the run folders stay as they are."""
+"""Longest side in pixels of an embedded grid; the files in the run folders are unchanged."""
 BUDGET_BYTES = 16_000_000
-"""The page stays one that a mail or a wiki takes."""
+"""Largest total of embedded grids; a page of this size can be mailed."""
 _GRID = re.compile(r"-(?P<run>[0-9a-f]{16})/(?:samples/)?images-(?P<images>\d+)\.png$")
 
 
 @dataclass
 class Grids:
-    """uris: `run_id/images_seen` to a data URI. left_out: how many did not fit; damaged: files that do not open."""
+    """Embedded sample grids."""
 
-    uris: dict[str, str] = field(default_factory=dict)
-    left_out: int = 0
-    damaged: list[str] = field(default_factory=list)
+    uris: dict[str, str] = field(default_factory=dict)  # `run_id/images_seen` to a data URI
+    left_out: int = 0  # how many did not fit
+    damaged: list[str] = field(default_factory=list)  # files that do not open
 
 
 def find_grids(places: Iterable[str]) -> dict[tuple[str, int], str]:
-    """(run_id, images_seen) to the URI of the grid `NAME-<run_id>/samples/images-XXXXXXXXX.png` of a run's folder,
-    or `NAME-<run_id>/images-XXXXXXXXX.png` as benchmark results keep it."""
+    """Return the URIs of sample grids by (run_id, images_seen).
+
+    A grid is `NAME-<run_id>/samples/images-XXXXXXXXX.png` in a run's folder and `NAME-<run_id>/images-XXXXXXXXX.png`
+    in committed benchmark results.
+    """
     found = {}
     for place in places:
         if not place.endswith((".json", ".jsonl")):
@@ -41,9 +44,9 @@ def find_grids(places: Iterable[str]) -> dict[tuple[str, int], str]:
 
 
 def embed_grids(found: dict[tuple[str, int], str], wanted: list[tuple[str, int]], budget: int = BUDGET_BYTES) -> Grids:
-    """Reads the wanted grids in their order of importance until `budget` bytes of the page are used.
+    """Embed the wanted grids in their order of importance until `budget` bytes of the page are used.
 
-    A grid that is no PNG, or is damaged, or unreasonably large, is named and left out: it never stops a report.
+    A grid that is not a PNG, is damaged or is unreasonably large is named and left out; it does not stop a report.
     """
     grids, used = Grids(), 0
     for key in wanted:

@@ -1,0 +1,68 @@
+"""The analysis of records: every table, fit and sentence of a report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import pandas as pd
+
+from diffscale.core.errors import UserError
+from diffscale.records.store import Record
+from diffscale.report.stats import tables
+from diffscale.report.stats.aggregate import aggregate
+from diffscale.report.stats.facets import comparable, facet_table, to_rows
+from diffscale.report.stats.findings import findings
+from diffscale.report.stats.frontier import Curve, curves, pareto
+from diffscale.report.stats.power_law import Fit
+from diffscale.report.stats.scaling import scaling
+from diffscale.report.stats.verdicts import verdicts
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """Everything that a report says, before it is drawn. Tables are keyed by `facet` (see stats/facets.py)."""
+
+    every: pd.DataFrame  # every evaluation
+    rows: pd.DataFrame  # evaluations by a metric in which one value can be better than another
+    facets: pd.DataFrame  # one row per group of comparable values
+    points: pd.DataFrame  # training seeds aggregated, with intervals
+    curves: list[Curve]  # one backbone at one resolution
+    pareto: pd.DataFrame  # the points that no cheaper point beats
+    scaling: pd.DataFrame  # fitted power laws and their crossings
+    fits: dict[tuple, Fit]  # by (facet, model, train_resolution, dataset_hash)
+    verdicts: pd.DataFrame  # every pair of backbones
+    sweep: pd.DataFrame  # schedule by resolution
+    cost: pd.DataFrame  # what reaching a value cost
+    findings: list[dict[str, str]]  # sentences: facet, kind, text
+
+
+def analyse(records: Iterable[Record]) -> Analysis:
+    """Compute all tables of a report. Raises UserError if there is no record."""
+    every = to_rows(records)
+    rows = comparable(every)
+    if rows.empty:
+        raise UserError(
+            setting="RUNS",
+            value="no records",
+            expected="run folders that hold records/*.json",
+            fix="evaluate a run first: python -m diffscale.evaluate RUN",
+        )
+    points = aggregate(rows)
+    all_curves = curves(points)
+    table, fits = scaling(all_curves)
+    facets, verdict_table, sweep = facet_table(rows), verdicts(all_curves), tables.sweep(points)
+    return Analysis(
+        every=every,
+        rows=rows,
+        facets=facets,
+        points=points,
+        curves=all_curves,
+        pareto=pareto(points),
+        scaling=table,
+        fits=fits,
+        verdicts=verdict_table,
+        sweep=sweep,
+        cost=tables.cost(points),
+        findings=findings(facets, points, verdict_table, table, sweep),
+    )
