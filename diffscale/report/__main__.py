@@ -12,13 +12,14 @@ from rich.table import Table
 from rich.text import Text
 
 from diffscale.core import storage
+from diffscale.core.app import command_app
 from diffscale.core.errors import UserError
 from diffscale.records.store import read_records
 from diffscale.report.stats.compare import compare as compare_records
 from diffscale.report.stats.compare import regressed
 from diffscale.report.write import write_report
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = command_app()
 SHOWN = 25
 """Rows of a comparison in the terminal; compare.csv holds them all."""
 

@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from diffscale.records.store import Record, identify, record_id, write_record
+from diffscale.core.hashing import identify
+from diffscale.records.schema import Record, record_id
+from diffscale.records.store import write_record
 
 LAWS = {"unet": (11.0, 22.0, 0.42), "uvit": (6.5, 25.5, 0.46), "rin": (5.0, 62.0, 0.55), "dit": (13.0, 48.0, 0.4)}
 """floor, scale, exponent of the distance against train FLOPs / 1e14."""
@@ -41,11 +43,21 @@ def make_record(
     """One row. The value follows LAWS unless given, with relative normal noise keyed by everything that names it."""
     flops_per_image = FLOPS_PER_IMAGE.get(model, 2e8) * (resolution / 32) ** 2
     tree = {
-        "data.resolution": resolution, "data.path": f"/data/{dataset}", "model.name": model,
-        "diffusion.schedule.name": schedule, "diffusion.prediction": "v", "optim.lr": 2e-4, "train.seed": seed,
-        "train.images": images_seen, "train.global_batch": 64, "train.workers": 1, "eval.n_generated": n_generated,
-        "storage": "/storage", "name": f"{model}-{schedule}-{resolution}", **(settings or {}),
-    }  # fmt: skip
+        "data.resolution": resolution,
+        "data.path": f"/data/{dataset}",
+        "model.name": model,
+        "diffusion.schedule.name": schedule,
+        "diffusion.prediction": "v",
+        "optim.lr": 2e-4,
+        "train.seed": seed,
+        "train.images": images_seen,
+        "train.global_batch": 64,
+        "train.workers": 1,
+        "eval.n_generated": n_generated,
+        "storage": "/storage",
+        "name": f"{model}-{schedule}-{resolution}",
+        **(settings or {}),
+    }
     run = identify(
         model=model,
         seed=seed,

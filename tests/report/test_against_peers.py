@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.suites.against_peers import against_peers
-from diffscale.records.store import Record
+from diffscale.records.schema import Record
 
 from .records import make_record
 

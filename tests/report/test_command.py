@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from diffscale.records.store import Record
+from diffscale.records.schema import Record
 from diffscale.report import write_report
 from diffscale.report.__main__ import app
 

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import pytest
 
-from diffscale.records.store import GROUP
+from diffscale.records.schema import GROUP
 from diffscale.report.stats.facets import facet_table, recipe_settings, schedule_labels, to_rows
 
 from .records import make_record
 
 OTHER = {
-    "network": "dinov2", "reference": "feedfacefeedface", "eval_resolution": 64, "resize": "box", "n_generated": 5000,
-    "n_reference": 10_000, "sampler": '{"name":"heun"}', "metric": "fd_dinov2", "endpoint": "decayed",
-}  # fmt: skip
+    "network": "dinov2",
+    "reference": "feedfacefeedface",
+    "eval_resolution": 64,
+    "resize": "box",
+    "n_generated": 5000,
+    "n_reference": 10_000,
+    "sampler": '{"name":"heun"}',
+    "metric": "fd_dinov2",
+    "endpoint": "decayed",
+}
 
 
 @pytest.mark.parametrize("column", [*GROUP, "endpoint"])
@@ -82,8 +89,10 @@ def test_schedule_labels_name_the_parameters_that_differ_and_the_input_scale() -
         ]
     )
     assert sorted(schedule_labels(rows)) == [
-        "sigmoid", "simple_cosine(noise_resolution 32) · b 0.4", "simple_cosine(noise_resolution none)",
-    ]  # fmt: skip
+        "sigmoid",
+        "simple_cosine(noise_resolution 32) · b 0.4",
+        "simple_cosine(noise_resolution none)",
+    ]
 
 
 def test_main_facet_is_real_fid_with_most_runs_and_mid_decay_comes_last() -> None:
@@ -91,8 +100,11 @@ def test_main_facet_is_real_fid_with_most_runs_and_mid_decay_comes_last() -> Non
     records = [make_record(seed=seed, metric=metric, endpoint=end) for seed in range(2) for metric, end in kinds]
     table = facet_table(to_rows(records))
     assert [(r.metric, r.endpoint) for r in table.itertuples()] == [
-        ("fid", "constant"), ("fd_lite", "constant"), ("kid", "constant"), ("fid", "mid_decay"),
-    ]  # fmt: skip
+        ("fid", "constant"),
+        ("fd_lite", "constant"),
+        ("kid", "constant"),
+        ("fid", "mid_decay"),
+    ]
 
 
 def test_facets_that_read_alike_are_told_apart() -> None:

@@ -37,8 +37,12 @@ def table(records: list):
 
 
 def test_pareto_has_overall_backbone_and_resolution_scopes() -> None:
-    records = [make_record(model=m, resolution=r, images_seen=n, eval_resolution=64)
-               for m in ("unet", "rin") for r in (32, 64) for n in (4096, 8192, 16384)]  # fmt: skip
+    records = [
+        make_record(model=m, resolution=r, images_seen=n, eval_resolution=64)
+        for m in ("unet", "rin")
+        for r in (32, 64)
+        for n in (4096, 8192, 16384)
+    ]
     front = pareto(table(records))
     assert set(front["scope"]) == {"overall", "backbone", "resolution"}
     assert set(front.loc[front["scope"] == "backbone", "scope_value"]) == {"unet", "rin"}
@@ -56,9 +60,11 @@ def test_middle_of_a_decay_and_untrained_networks_are_in_no_frontier_or_curve() 
 
 
 def test_curve_of_several_recipes_is_their_envelope() -> None:
-    records = [make_record(images_seen=n, settings={"optim.lr": lr}, value=v)
-               for lr, values in ((1e-4, (50, 40, 38)), (1e-3, (45, 42, 30)))
-               for n, v in zip((4096, 8192, 16384), values, strict=True)]  # fmt: skip
+    records = [
+        make_record(images_seen=n, settings={"optim.lr": lr}, value=v)
+        for lr, values in ((1e-4, (50, 40, 38)), (1e-3, (45, 42, 30)))
+        for n, v in zip((4096, 8192, 16384), values, strict=True)
+    ]
     (curve,) = curves(table(records))
     assert curve.recipes == 2
     assert curve.values.tolist() == pytest.approx([45, 40, 30])

@@ -18,11 +18,18 @@ from .records import make_record
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (apt-get install chromium)")
 
 HOSTILE = [
-    "</script><script>window.hacked=1</script>", "<img src=x onerror='window.hacked=1'>",
-    "\"'><svg/onload=window.hacked=1>", "<!--<script>", "${window.hacked=1}", "日本語 🙂", "&lt;b&gt;",
-    "</textarea><iframe src='javascript:parent.hacked=1'>", "<a href='javascript:window.hacked=1'>x</a>",
-    "]]>", "\u2028window.hacked=1",
-]  # fmt: skip
+    "</script><script>window.hacked=1</script>",
+    "<img src=x onerror='window.hacked=1'>",
+    "\"'><svg/onload=window.hacked=1>",
+    "<!--<script>",
+    "${window.hacked=1}",
+    "日本語 🙂",
+    "&lt;b&gt;",
+    "</textarea><iframe src='javascript:parent.hacked=1'>",
+    "<a href='javascript:window.hacked=1'>x</a>",
+    "]]>",
+    "\u2028window.hacked=1",
+]
 
 
 @pytest.fixture(scope="module")
@@ -174,11 +181,22 @@ def test_prints_on_a_few_pages(page: Page) -> None:
 @needs_chromium
 def test_nothing_a_user_wrote_is_read_as_markup_or_script(browser: Page, tmp_path: Path) -> None:
     records = [
-        make_record(model=text, dataset=HOSTILE[0], schedule=text, images_seen=4096 * 2**step, device=text,
-                    solver=HOSTILE[1], warning=text, nfe=10 * (1 + step % 2), run_name=text, ema=text,
-                    settings={text: text, "optim.lr": text, "eval.seed": text})
-        for text in HOSTILE for step in range(3)
-    ]  # fmt: skip
+        make_record(
+            model=text,
+            dataset=HOSTILE[0],
+            schedule=text,
+            images_seen=4096 * 2**step,
+            device=text,
+            solver=HOSTILE[1],
+            warning=text,
+            nfe=10 * (1 + step % 2),
+            run_name=text,
+            ema=text,
+            settings={text: text, "optim.lr": text, "eval.seed": text},
+        )
+        for text in HOSTILE
+        for step in range(3)
+    ]
     for i, record in enumerate(records):
         write_record(str(tmp_path / "runs" / f"r{i}-{record.run_id}"), record)
     write_report([str(tmp_path)], tmp_path / "out", title=HOSTILE[0])

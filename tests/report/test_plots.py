@@ -58,8 +58,12 @@ def texts(figure: object) -> str:
 
 
 def test_captions_name_metric_n_sampler_and_what_a_band_is() -> None:
-    records = [make_record(model=m, seed=s, images_seen=4096 * 2**i) for m in ("unet", "rin") for s in range(2)
-               for i in range(4)]  # fmt: skip
+    records = [
+        make_record(model=m, seed=s, images_seen=4096 * 2**i)
+        for m in ("unet", "rin")
+        for s in range(2)
+        for i in range(4)
+    ]
     with style():
         drawn = dict(figures(analyse(records)))
     assert set(drawn) == {"fid_vs_compute", "fid_vs_wall_clock", "scaling"}

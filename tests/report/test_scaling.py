@@ -22,11 +22,18 @@ IMAGES = [16384 * 2**i for i in range(7)]
 def records_of(model: str, floor: float, scale: float, exponent: float, noise: float = 0.0, seeds: int = 1) -> list:
     rng = np.random.default_rng(3)
     return [
-        make_record(model=model, seed=seed, images_seen=n, value_low=None, value_high=None,
-                    value=(floor + scale * (n * FLOPS_PER_IMAGE[model] / 1e14) ** -exponent)
-                    * math.exp(noise * rng.standard_normal()))
-        for n in IMAGES for seed in range(seeds)
-    ]  # fmt: skip
+        make_record(
+            model=model,
+            seed=seed,
+            images_seen=n,
+            value_low=None,
+            value_high=None,
+            value=(floor + scale * (n * FLOPS_PER_IMAGE[model] / 1e14) ** -exponent)
+            * math.exp(noise * rng.standard_normal()),
+        )
+        for n in IMAGES
+        for seed in range(seeds)
+    ]
 
 
 def table_of(records: list):

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from diffscale.records.store import Record
+from diffscale.records.schema import Record
 from diffscale.report.stats.aggregate import aggregate
 from diffscale.report.stats.facets import to_rows
 from diffscale.report.stats.tables import cost, every_evaluation, ladder, sweep
@@ -63,9 +63,11 @@ def test_one_schedule_at_one_resolution_is_no_sweep() -> None:
 
 
 def test_cost_says_what_each_backbone_spent_and_what_never_got_there() -> None:
-    records = [make_record(model=m, images_seen=n, value=v, energy_joules=n * 2.0)
-               for m, values in (("unet", (80, 40, 20)), ("rin", (90, 80, 70)))
-               for n, v in zip((1000, 2000, 4000), values, strict=True)]  # fmt: skip
+    records = [
+        make_record(model=m, images_seen=n, value=v, energy_joules=n * 2.0)
+        for m, values in (("unet", (80, 40, 20)), ("rin", (90, 80, 70)))
+        for n, v in zip((1000, 2000, 4000), values, strict=True)
+    ]
     table = cost(aggregate(to_rows(records)))
     best = table.sort_values("target").groupby("model").head(1).set_index("model")
     assert best.loc["unet", "target"] == pytest.approx(20)

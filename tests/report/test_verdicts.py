@@ -76,8 +76,11 @@ def test_equal_backbones_are_almost_never_separated() -> None:
 
 
 def test_best_schedule_is_claimed_only_where_it_separates() -> None:
-    records = [r for name, values in (("cosine", [20, 20.2]), ("sigmoid", [20.1, 20.3]), ("linear", [30, 31]))
-               for r in runs("unet", values, schedule=name)]  # fmt: skip
+    records = [
+        r
+        for name, values in (("cosine", [20, 20.2]), ("sigmoid", [20.1, 20.3]), ("linear", [30, 31]))
+        for r in runs("unet", values, schedule=name)
+    ]
     text = said(records)
     assert "cosine 20.1" in text
     assert "beats linear; not separated from sigmoid" in text

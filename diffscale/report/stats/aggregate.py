@@ -1,4 +1,4 @@
-"""Replicates become one point with an interval that holds the variance between training seeds (DECISIONS 3)."""
+"""Aggregates replicates into one point whose interval includes the variance between training seeds."""
 
 from __future__ import annotations
 
@@ -12,35 +12,64 @@ from scipy import stats
 from diffscale.report.stats.facets import is_distance
 
 MEANS = [
-    "epochs", "train_flops", "device_seconds", "energy_joules", "cost", "value_heldout", "value_native",
-    "memorisation", "val_loss",
-]  # fmt: skip
+    "epochs",
+    "train_flops",
+    "device_seconds",
+    "energy_joules",
+    "cost",
+    "value_heldout",
+    "value_native",
+    "memorisation",
+    "val_loss",
+]
 FIRSTS = [
-    "recipe_label", "model", "parameters", "schedule", "input_scale", "dataset", "dataset_hash", "train_resolution",
-    "ema", "endpoint", "device", "devices", "flops_per_image", "forward_macs", "metric", "network", "eval_resolution",
-    "n_generated", "n_reference", "solver", "nfe", "guidance_scale", "sampling_flops", "settings",
-]  # fmt: skip
+    "recipe_label",
+    "model",
+    "parameters",
+    "schedule",
+    "input_scale",
+    "dataset",
+    "dataset_hash",
+    "train_resolution",
+    "ema",
+    "endpoint",
+    "device",
+    "devices",
+    "flops_per_image",
+    "forward_macs",
+    "metric",
+    "network",
+    "eval_resolution",
+    "n_generated",
+    "n_reference",
+    "solver",
+    "nfe",
+    "guidance_scale",
+    "sampling_flops",
+    "settings",
+]
 NORMAL_95 = 1.959964
 
 
 def transform(metric: str) -> tuple[Callable, Callable]:
-    """The scale on which noise is even: the logarithm for Fréchet distances, the value itself for everything else."""
+    """Return (forward, backward) of the scale with even noise: the logarithm for Fréchet distances, else the value."""
     if is_distance(metric):
         return lambda value: np.log(np.maximum(value, 1e-12)), np.exp
     return lambda value: np.asarray(value, dtype=float), lambda value: value
 
 
 def aggregate(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row for each (facet, recipe, images_seen).
+    """Return one row for each (facet, recipe, images_seen).
 
     `value` is the mean over seeds (geometric for distances), `value_low`/`value_high` its 95 % t-interval, `se` the
     standard error and `spread` the standard deviation of a single seed, both on the scale of `transform`; `df` are
     the degrees of freedom. `noise` says what the interval holds:
 
-    - `seeds`: the spread between seeds, pooled over all replicated points of the same backbone in the facet (of all
-      backbones where that gives fewer than 2 degrees of freedom, then `seeds of all backbones`), so a point that has
-      one seed gets an interval from points that have more. Never less than the noise of the evaluation itself.
-    - `evaluation`: nothing was replicated; only the metric's own interval is known. - `unknown`: not even that.
+    - `seeds`: the spread between seeds, pooled over all replicated points of the same backbone in the facet. A point
+      with one seed gets its interval from points with more. Never less than the noise of the evaluation itself.
+    - `seeds of all backbones`: the same, pooled over backbones, if one backbone gives fewer than 2 degrees of freedom.
+    - `evaluation`: nothing was replicated; only the metric's own interval is known.
+    - `unknown`: the metric has no interval either.
     """
     if rows.empty:
         return pd.DataFrame(columns=["facet", "recipe", "images_seen", *MEANS, *FIRSTS, "seeds", "value"])
@@ -93,7 +122,7 @@ def _with_intervals(points: pd.DataFrame, backward: Callable) -> pd.DataFrame:
 
 
 def _pooled_variances(points: pd.DataFrame) -> dict[tuple[Hashable, Hashable], tuple[float, int]]:
-    """Variance between seeds and its degrees of freedom, by (facet, model) and by (facet, None)."""
+    """Return the variance between seeds and its degrees of freedom, by (facet, model) and by (facet, None)."""
     replicated = points[points["seeds"] > 1]
     freedom = replicated["seeds"] - 1
     parts = pd.DataFrame(

@@ -1,4 +1,4 @@
-"""Is NEW worse than OLD, beyond noise? What `--compare` answers, for continuous integration."""
+"""Compares two sets of records beyond noise: `--compare OLD NEW`, for continuous integration."""
 
 from __future__ import annotations
 
@@ -7,30 +7,48 @@ from collections.abc import Iterable
 import pandas as pd
 
 from diffscale.core.errors import UserError
-from diffscale.records.store import Record
+from diffscale.records.schema import Record, higher_is_better
 from diffscale.report.stats.aggregate import aggregate
-from diffscale.report.stats.facets import higher_is_better, recipe_ids, recipe_settings, to_rows
+from diffscale.report.stats.facets import recipe_ids, recipe_settings, to_rows
 from diffscale.report.stats.frontier import fair
 
 COLUMNS = [
-    "verdict", "model", "recipe_label", "metric", "train_resolution", "endpoint", "images_seen", "old", "old_low",
-    "old_high", "old_seeds", "new", "new_low", "new_high", "new_seeds", "change_percent", "noise",
-    "flops_per_image_change_percent", "facet", "recipe",
-]  # fmt: skip
+    "verdict",
+    "model",
+    "recipe_label",
+    "metric",
+    "train_resolution",
+    "endpoint",
+    "images_seen",
+    "old",
+    "old_low",
+    "old_high",
+    "old_seeds",
+    "new",
+    "new_low",
+    "new_high",
+    "new_seeds",
+    "change_percent",
+    "noise",
+    "flops_per_image_change_percent",
+    "facet",
+    "recipe",
+]
 FLOPS_TOLERANCE_PERCENT = 0.5
 """FLOPs are counted, not measured: they have no noise, but torch versions count small operators differently."""
 
 
 def compare(old: Iterable[Record], new: Iterable[Record]) -> pd.DataFrame:
-    """Each point (facet, recipe, images_seen) that both sides have. verdict, worst first:
+    """Compare each point (facet, recipe, images_seen) that both sides have. Verdicts, worst first:
 
-    - `regression`: the 95 % intervals do not touch and NEW is worse. - `costs more`: training on one image takes more
-      FLOPs than before. - `noise unknown`: one evaluation on each side without an interval; only a change is shown.
-    - `same within noise`, `improvement`.
+    - `regression`: the 95 % intervals do not touch and NEW is worse.
+    - `costs more`: training on one image takes more FLOPs than before.
+    - `noise unknown`: one evaluation on each side without an interval; only the change is shown.
+    - `improvement`, `same within noise`.
 
-    Intervals hold the variance between seeds where either side repeats any (pooled over both), else `noise` says
+    Intervals include the variance between seeds if either side repeats any (pooled over both), else `noise` says
     `evaluation`. Recipes are matched by the settings that both sides know, so a new setting's default changes nothing.
-    Raises UserError where no point is in both.
+    Raises UserError if no point is in both.
     """
     rows = pd.concat([to_rows(old).assign(side="old"), to_rows(new).assign(side="new")], ignore_index=True)
     known = [
@@ -47,7 +65,8 @@ def compare(old: Iterable[Record], new: Iterable[Record]) -> pd.DataFrame:
         raise UserError(
             setting="--compare",
             value="OLD NEW",
-            expected="records of the same recipe, evaluation group and images_seen on both sides; there is none",
+            expected="records of the same recipe, evaluation group and images_seen on both sides",
+            reason="no such pair of records was found",
             fix="evaluate both with the same eval settings, at the same points",
         )
     table = pd.DataFrame([_row(k, sides["old"].loc[k], sides["new"].loc[k]) for k in both], columns=COLUMNS)
@@ -63,6 +82,7 @@ VERDICTS = ("regression", "costs more", "noise unknown", "improvement", "same wi
 
 
 def regressed(table: pd.DataFrame) -> bool:
+    """Return whether any point became worse or more expensive."""
     return bool(table["verdict"].isin(["regression", "costs more"]).any())
 
 
@@ -74,13 +94,27 @@ def _row(key: tuple, old: pd.Series, new: pd.Series) -> dict[str, object]:
     flops = 100 * (new["flops_per_image"] / old["flops_per_image"] - 1)
     facet, recipe, images_seen = key
     return {
-        "verdict": _verdict(old, new, flops), "model": new["model"], "recipe_label": new["recipe_label"],
-        "metric": new["metric"], "train_resolution": new["train_resolution"], "endpoint": new["endpoint"],
-        "images_seen": images_seen, "old": old["value"], "old_low": old["value_low"], "old_high": old["value_high"],
-        "old_seeds": old["seeds"], "new": new["value"], "new_low": new["value_low"], "new_high": new["value_high"],
-        "new_seeds": new["seeds"], "change_percent": 100 * (new["value"] / old["value"] - 1) if old["value"] else None,
-        "noise": new["noise"], "flops_per_image_change_percent": flops, "facet": facet, "recipe": recipe,
-    }  # fmt: skip
+        "verdict": _verdict(old, new, flops),
+        "model": new["model"],
+        "recipe_label": new["recipe_label"],
+        "metric": new["metric"],
+        "train_resolution": new["train_resolution"],
+        "endpoint": new["endpoint"],
+        "images_seen": images_seen,
+        "old": old["value"],
+        "old_low": old["value_low"],
+        "old_high": old["value_high"],
+        "old_seeds": old["seeds"],
+        "new": new["value"],
+        "new_low": new["value_low"],
+        "new_high": new["value_high"],
+        "new_seeds": new["seeds"],
+        "change_percent": 100 * (new["value"] / old["value"] - 1) if old["value"] else None,
+        "noise": new["noise"],
+        "flops_per_image_change_percent": flops,
+        "facet": facet,
+        "recipe": recipe,
+    }
 
 
 def _verdict(old: pd.Series, new: pd.Series, flops_change: float) -> str:

@@ -1,8 +1,9 @@
-"""What may be compared with what: facets, and recipes, which are runs that differ by their seed alone.
+"""Facets, the groups of comparable values, and recipes, the runs that differ only by their seed.
 
-A *facet* is one comparability group (`records.GROUP`, DECISIONS 1) and one kind of endpoint (DECISIONS 2): every
-frontier, fit, table and plot lies within one. A *recipe* is everything that was set except the training seed, where
-and how long it ran. A *curve* is one backbone at one training resolution on one training set, whatever its recipe.
+A *facet* is one comparability group (`GROUP` of records/schema.py) and one kind of endpoint (CONTRIBUTING.md,
+decisions 1 and 2). Every frontier, fit, table and plot lies within one facet. A *recipe* is every setting except the
+training seed, the place and the length of the run. A *curve* is one backbone at one training resolution on one training
+set, over all of its recipes.
 """
 
 from __future__ import annotations
@@ -14,42 +15,41 @@ from typing import Any
 
 import pandas as pd
 
-from diffscale.records.store import GROUP, Record, identify, to_frame
+from diffscale.core.hashing import identify
+from diffscale.records.schema import GROUP, Record, is_recipe_setting
+from diffscale.records.store import to_frame
 
 FACET = [*GROUP, "endpoint"]
 CURVE = ["facet", "model", "train_resolution", "dataset_hash"]
 
 NUMBERS = [
-    "energy_joules", "cost", "train_loss", "val_loss", "value", "value_low", "value_high", "value_heldout",
-    "value_native", "memorisation",
-]  # fmt: skip
+    "energy_joules",
+    "cost",
+    "train_loss",
+    "val_loss",
+    "value",
+    "value_low",
+    "value_high",
+    "value_heldout",
+    "value_native",
+    "memorisation",
+]
 
 FAIR_ENDPOINTS = ("constant", "inverse_sqrt", "decayed")
-"""A checkpoint in the middle of a decay is not a run of that budget (DECISIONS 2): tabulated, never fitted."""
+"""A checkpoint in the middle of a decay is not the end of a run of that budget: tabulated, never fitted."""
 
-_NOT_RECIPE = re.compile(
-    r"(name|storage|data\.(path|loader|cache|cache_gigabytes)|eval\..*"
-    r"|train\.(seed|images|flops|device_seconds|wall_seconds|micro_batch|workers|cpus_per_worker|gpu|parallel"
-    r"|max_failures|nonfinite_limit|checkpoint\..*|log_every_images|trackers|price_per_device_hour"
-    r"|compile|channels_last|activation_checkpointing))"
-)
 _PRECISION = re.compile(r'"precision":"\w+"')
 _LENGTH = re.compile(r"optim\.decay_images")
-_HIGHER_IS_BETTER = re.compile(r"precision|recall|density|coverage|inception_score|isc|is$")
 _DISTANCE = re.compile(r"fid$|fd_|fid_")
 
 
-def higher_is_better(metric: str) -> bool:
-    return bool(_HIGHER_IS_BETTER.match(metric))
-
-
 def is_distance(metric: str) -> bool:
-    """A Fréchet distance: positive, falls towards a floor, so its noise is relative and power laws are fitted to it."""
+    """Return whether a metric is a Fréchet distance: positive, with relative noise, and fitted by power laws."""
     return bool(_DISTANCE.match(metric))
 
 
 def comparable(rows: pd.DataFrame) -> pd.DataFrame:
-    """Without how much a metric varies over subsets of the samples (`kid_std`): nothing to be better in."""
+    """Drop the rows in which no value is better than another: spreads over subsets of the samples (`kid_std`)."""
     return rows[[not str(metric).endswith("_std") for metric in rows["metric"]]] if len(rows) else rows
 
 
@@ -58,13 +58,13 @@ def metric_name(metric: str) -> str:
 
 
 def recipe_settings(settings: Mapping[str, object], endpoint: str) -> dict[str, object]:
-    """The dotted settings that make a recipe: those that change the weights, less the seed and the length."""
-    kept = {k: v for k, v in settings.items() if not _NOT_RECIPE.fullmatch(k)}
+    """Return the dotted settings that make a recipe: those that change the weights, except seed and length."""
+    kept = {k: v for k, v in settings.items() if is_recipe_setting(k)}
     return {k: v for k, v in kept.items() if not (endpoint == "decayed" and _LENGTH.fullmatch(k))}
 
 
 def to_rows(records: Iterable[Record]) -> pd.DataFrame:
-    """Every evaluation, a row each: the record's columns and `facet`, `recipe`, `recipe_label` (hashes and a name)."""
+    """Return one row per evaluation: the record's columns, `facet` and `recipe` (hashes), `recipe_label` (a name)."""
     rows = to_frame(records)
     if rows.empty:
         return rows.assign(facet=[], recipe=[], recipe_label=[])
@@ -77,14 +77,17 @@ def to_rows(records: Iterable[Record]) -> pd.DataFrame:
 
 
 def groups(rows: pd.DataFrame, columns: list[str] = GROUP) -> list[str]:
-    """Of each row, a hash of what its value may be compared with. A sampler's rounding is not part of that: a group is
-    one solver and its steps (DECISIONS 1), so bf16 samples of one network stand beside float32 samples of another."""
+    """Return a hash per row that is equal for comparable values.
+
+    A sampler's rounding is not part of it, because a group is one solver and its steps: bf16 samples of one network
+    are compared with float32 samples of another.
+    """
     keys = rows[columns].assign(sampler=rows["sampler"].str.replace(_PRECISION, '"precision":"fp32"', regex=True))
     return [identify(**dict(zip(columns, key, strict=True)))[:8] for key in keys.itertuples(index=False)]
 
 
 def recipe_ids(rows: pd.DataFrame, only: set[str] | None = None) -> list[str]:
-    """The recipe of each row; `only` names the settings that count (for comparing versions whose settings differ)."""
+    """Return the recipe of each row. only: the settings that count, for comparing versions whose settings differ."""
     cache: dict[tuple[object, ...], str] = {}
     ids = []
     columns = ["run_id", "ema", "endpoint", "model", "dataset_hash", "settings"]
@@ -98,8 +101,10 @@ def recipe_ids(rows: pd.DataFrame, only: set[str] | None = None) -> list[str]:
 
 
 def _labels(rows: pd.DataFrame) -> dict[str, str]:
-    """A short name for each recipe: the backbone and what sets it apart from most of its fellows (at most three
-    settings). The value that more than half of them share goes without saying."""
+    """Return a short name for each recipe: the backbone and at most three settings that set it apart.
+
+    A value that more than half of the recipes share is left out.
+    """
     first = rows.drop_duplicates("recipe")
     labels: dict[str, str] = {}
     for (model, _), group in first.groupby(["model", "dataset"], sort=True):
@@ -132,8 +137,11 @@ def _short(key: str, value: str) -> str:
 
 
 def schedule_labels(table: pd.DataFrame) -> list[str]:
-    """The noise schedule of each row, with the parameters in which the table's schedules of that name differ, and the
-    input scale where it is not 1."""
+    """Return the noise schedule of each row.
+
+    The label includes the parameters in which the table's schedules of one name differ, and an input scale other
+    than 1.
+    """
     prefix = "diffusion.schedule."
     given = [
         {k[len(prefix) :]: _plain(v) for k, v in settings.items() if k.startswith(prefix)}
@@ -158,7 +166,7 @@ def _plain(value: object) -> str:
 
 
 def facet_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row for each facet, the one most worth looking at first: its columns, `runs`, `evaluations`, `title`."""
+    """Return one row per facet, the most informative first: its columns, `runs`, `evaluations`, `title`."""
     counted = (
         rows.groupby("facet", sort=True)
         .agg(
@@ -192,7 +200,7 @@ def facet_table(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def facet_title(row: Mapping[Hashable, Any]) -> str:
-    """What a caption says of a facet: the metric, n, the reference, the sampler, the learning rate's state."""
+    """Return a caption: the metric, the reference, n, the sampler and the state of the learning rate."""
     guidance = "" if row["guidance_scale"] == 1 else f", guidance {_plain(row['guidance_scale'])}"
     return (
         f"{metric_name(str(row['metric']))} to {row['dataset']} at {row['eval_resolution']}×{row['eval_resolution']}, "

@@ -1,4 +1,4 @@
-"""The report in sentences. Each says its compute, its interval and its group; nothing is claimed inside the noise."""
+"""The report in sentences: each states its compute and interval, and nothing is claimed within the noise."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ from collections.abc import Iterator
 
 import pandas as pd
 
-from diffscale.report.stats.facets import higher_is_better, is_distance, metric_name
+from diffscale.records.schema import higher_is_better
+from diffscale.report.stats.facets import is_distance, metric_name
 from diffscale.report.stats.frontier import fair
 
 MOST = 60
-"""Sentences of a report; the tables hold the rest."""
+"""Largest number of sentences; the tables have the rest."""
 
 
 def findings(
     facets: pd.DataFrame, points: pd.DataFrame, verdicts: pd.DataFrame, scaling: pd.DataFrame, sweep: pd.DataFrame
 ) -> list[dict[str, str]]:
-    """[{facet, kind, text}], the main facet first. kind: best, beats, open, crossing, heldout, tuning."""
+    """Return [{facet, kind, text}], the main facet first. kind: best, beats, open, crossing, heldout, tuning."""
     found: list[dict[str, str]] = []
     for facet in facets["facet"]:
         own = fair(points[points["facet"] == facet])
@@ -39,7 +40,7 @@ def number(value: float) -> str:
 
 
 def flops(value: float) -> str:
-    """1.23e15 FLOPs as people write it: `1.2e15`."""
+    """Format FLOPs with two digits: `1.2e15`."""
     return f"{value:.2g}".replace("e+", "e")
 
 
@@ -82,7 +83,7 @@ def _verdicts(table: pd.DataFrame, metric: str) -> Iterator[tuple[str, str]]:
 
 
 def _schedules(table: pd.DataFrame) -> Iterator[tuple[str, str]]:
-    """The best schedule of each backbone and resolution at equal compute, and which others are worse beyond noise."""
+    """Yield the best schedule of each backbone and resolution at equal compute, and which ones are separate from it."""
     for (model, side), part in table.dropna(subset=["value"]).groupby(["model", "train_resolution"], sort=True):
         if len(part) > 1:
             best = part[part["best_at_resolution"].astype(bool)].iloc[0]

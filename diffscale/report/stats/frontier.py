@@ -1,4 +1,4 @@
-"""Pareto frontiers: the best value that so much training compute has bought, and curves read at a given compute."""
+"""Pareto frontiers: the best value reached with a given training compute, and curves read at any compute."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
+from diffscale.records.schema import higher_is_better
 from diffscale.report.stats.aggregate import transform
-from diffscale.report.stats.facets import CURVE, FAIR_ENDPOINTS, higher_is_better
+from diffscale.report.stats.facets import CURVE, FAIR_ENDPOINTS
 
 SCOPES = {"overall": [], "backbone": ["model"], "resolution": ["train_resolution"]}
 
 
 def fair(points: pd.DataFrame) -> pd.DataFrame:
-    """Points that are the end of a run of that budget; an untrained network (no compute) is none."""
+    """Keep the points that are the end of a run of their budget; an untrained network is none."""
     return points[points["endpoint"].isin(FAIR_ENDPOINTS) & (points["train_flops"] > 0)]
 
 
 def is_on_frontier(compute: ArrayLike, values: ArrayLike, higher: bool = False) -> np.ndarray:
-    """(n,) bool: no point that costs as little is as good. Of equals in both, the first is kept."""
+    """Return (n,) bool: no cheaper or equally cheap point is as good. Of points equal in both, the first is kept."""
     signed = -np.asarray(values, float) if higher else np.asarray(values, float)
     order = np.lexsort((signed, np.asarray(compute, float)))
     ranked = signed[order]
@@ -31,7 +32,7 @@ def is_on_frontier(compute: ArrayLike, values: ArrayLike, higher: bool = False) 
 
 
 def pareto(points: pd.DataFrame) -> pd.DataFrame:
-    """The frontier's points of each facet: overall, for each backbone and for each training resolution."""
+    """Return the frontier of each facet: overall, for each backbone and for each training resolution."""
     parts = []
     for scope, by in SCOPES.items():
         for key, part in fair(points).groupby(["facet", *by], sort=True):
@@ -47,7 +48,7 @@ def pareto(points: pd.DataFrame) -> pd.DataFrame:
 class Curve:
     """One backbone at one resolution on one training set within a facet, cheapest point first.
 
-    With one recipe these are all of its points, with more the points of their lower envelope.
+    The points of one recipe, or the lower envelope of several.
     """
 
     facet: str
@@ -74,6 +75,7 @@ class Curve:
 
 
 def curves(points: pd.DataFrame) -> list[Curve]:
+    """Return the curves of all facets."""
     found = []
     for _, part in fair(points).groupby(CURVE, sort=True):
         recipes = part["recipe"].nunique()
@@ -88,7 +90,7 @@ def curves(points: pd.DataFrame) -> list[Curve]:
 
 @dataclass(frozen=True)
 class Reading:
-    """A value read from a curve at some compute. `known` is False where no seed was ever repeated."""
+    """A value read from a curve at some compute. known: a training seed was repeated."""
 
     value: float
     low: float
@@ -98,10 +100,10 @@ class Reading:
 
 
 def read_at(points: pd.DataFrame, compute: float, tolerance: float = 0.02) -> Reading | None:
-    """The value at `compute` FLOPs: a point within `tolerance`, else between two neighbours; None outside of them.
+    """Return the value at `compute` FLOPs: a point within `tolerance` (a ratio), or an interpolation; None outside.
 
-    Interpolation is linear in log compute on the scale of `transform`; of two neighbouring intervals the wider
-    (in ratio) is carried over.
+    Interpolation is linear in log compute on the scale of `transform`. It takes the wider (in ratio) of the
+    neighbours' intervals.
     """
     x = np.log(points["train_flops"].to_numpy(float))
     forward, backward = transform(str(points["metric"].iloc[0]))
@@ -129,10 +131,12 @@ def read_at(points: pd.DataFrame, compute: float, tolerance: float = 0.02) -> Re
 
 
 def first_reach(points: pd.DataFrame, target: float, column: str) -> float:
-    """How much of `column` (train_flops, device_seconds, ...) the curve had used when it first got to `target`.
+    """Return how much of `column` a curve had used when it first reached `target`.
 
-    Log-log interpolation between the two points around it; NaN where the target was never reached or the column is
-    empty. `points` are sorted by train_flops. Of a target below the first point, the first point's cost is given.
+    points: sorted by train_flops.
+    column: train_flops, device_seconds, ...
+    The result is interpolated log-log between two points, is the first point's cost if that point reached the target
+    already, and is NaN if the target was never reached or the column is empty.
     """
     metric = str(points["metric"].iloc[0])
     forward, _ = transform(metric)

@@ -1,7 +1,8 @@
 """Least-squares fits of y(C) = floor + (C / C0)^-b · scale to a Fréchet distance against compute, many at a time.
 
-The three parameters are fitted to log y, because the noise of a Fréchet distance is relative; a bootstrap is one
-batched Levenberg-Marquardt, so hundreds of resamples cost what one call of a general optimiser does.
+The three parameters are fitted to log y, because the noise of a Fréchet distance is relative. The solver is not
+`scipy.optimize.least_squares`, because that fits one curve per call and a report needs 400 resamples from three starts
+for each curve: batched Levenberg-Marquardt takes milliseconds where single calls would take seconds.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ FEWEST_POINTS = 3
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """B fitted laws. floor, scale, exponent: (B,) float64; `reference` is C0 in the unit of the compute."""
+    """B fitted laws. floor, scale, exponent: (B,) float64. reference: C0 in the unit of the compute."""
 
     floor: np.ndarray
     scale: np.ndarray
@@ -25,7 +26,7 @@ class PowerLaw:
     reference: float
 
     def __call__(self, compute: np.ndarray) -> np.ndarray:
-        """Predicted values (B, len(compute))."""
+        """Predict values (B, len(compute))."""
         x = np.log(np.asarray(compute, dtype=float) / self.reference)
         return self.floor[:, None] + self.scale[:, None] * np.exp(-self.exponent[:, None] * x[None, :])
 
@@ -37,7 +38,8 @@ class PowerLaw:
 class Fit:
     """The law through the points, its bootstrap, and the noise of one new measurement.
 
-    `noise` (B,) is the standard deviation of log y that goes with each resample, `rms` that of the residuals.
+    noise: (B,) standard deviation of log y in each resample.
+    rms: standard deviation of the residuals of log y.
     """
 
     law: PowerLaw
@@ -47,7 +49,7 @@ class Fit:
     points: int
 
     def interval(self, compute: np.ndarray, of: str = "curve", seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """95 % bounds (len(compute),) of the curve itself, or of='measurement': of one new value there."""
+        """Return 95 % bounds (len(compute),) of the curve, or with of='measurement' of one new value."""
         values = self.bootstrap(compute)
         if of == "measurement":
             draw = np.random.default_rng(seed).standard_normal(values.shape)
@@ -57,9 +59,11 @@ class Fit:
 
 
 def solve(compute: np.ndarray, values: np.ndarray, free_floor: bool = True) -> PowerLaw:
-    """Fits B curves at once. compute (n,), values (B, n), all positive; n at least the number of parameters.
+    """Fit B curves at once, each from the best of three starts (floor near 0, half or nearly all of the lowest value).
 
-    The best of three starts (floor almost none, half and nearly all of the lowest value) is kept for each curve.
+    compute: (n,) positive, n at least the number of parameters.
+    values: (B, n) positive.
+    free_floor: fit the floor; otherwise it is 0.
     """
     reference = float(np.exp(np.mean(np.log(compute))))
     x, y = np.log(compute / reference), np.log(values)
@@ -84,13 +88,17 @@ def fit(
     resamples: int = 400,
     seed: int = 0,
 ) -> Fit | None:
-    """One curve with a parametric bootstrap. compute, values (n,); None below three different compute points.
+    """Fit one curve with a parametric bootstrap; None if there are fewer than three different compute points.
 
-    The noise of log y is estimated from the residuals and, where given, from replicates (`spread` with `df` degrees
-    of freedom; df = inf: a known lower bound, the noise of the evaluation). Each resample draws its noise's size from
-    the scaled inverse chi-square that belongs to those degrees of freedom, so that few points give wide intervals
-    (Gelman et al., Bayesian Data Analysis, section 3.2). From four points on the floor is free; at three it is 0.
-    Points are taken to err independently of each other.
+    compute, values: (n,).
+    spread: standard deviation of log y between replicates, with `df` degrees of freedom; df = inf makes it a lower
+        bound, the noise of the evaluation.
+    resamples: size of the bootstrap.
+
+    The noise of log y is estimated from the residuals and the replicates. Each resample draws its noise's size from
+    the scaled inverse chi-square distribution of their degrees of freedom, so few points give wide intervals
+    (Gelman et al., Bayesian Data Analysis, section 3.2). The floor is free from four points on, and 0 at three.
+    Points are assumed to err independently.
     """
     order = np.argsort(compute)
     compute, values = np.asarray(compute, float)[order], np.asarray(values, float)[order]
@@ -116,7 +124,7 @@ def fit(
 def _levenberg_marquardt(
     theta: np.ndarray, x: np.ndarray, y: np.ndarray, free_floor: bool, steps: int = 60
 ) -> tuple[np.ndarray, np.ndarray]:
-    """theta (B, 3) = log scale, log exponent, log floor; x (n,), y (B, n) logs. Returns theta and squared residuals."""
+    """Return theta (B, 3) and squared residuals. theta: log scale, log exponent, log floor; x (n,), y (B, n): logs."""
     low = np.stack([y.min(1) - 30, np.full(len(y), np.log(EXPONENTS[0])), y.min(1) - 7], axis=1)
     high = np.stack([y.max(1) + 30, np.full(len(y), np.log(EXPONENTS[1])), y.min(1) + 1], axis=1)
     if not free_floor:
@@ -152,7 +160,7 @@ def _levenberg_marquardt(
 
 
 def _residual(theta: np.ndarray, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """log f - y (B, n) and its derivatives (B, n, 3) by log scale, log exponent and log floor."""
+    """Return log f - y (B, n) and its derivatives (B, n, 3) by log scale, log exponent and log floor."""
     exponent = np.exp(theta[:, 1:2])
     falling, floor = np.exp(theta[:, :1] - exponent * x[None]), np.exp(theta[:, 2:])
     total = falling + floor

@@ -1,4 +1,4 @@
-"""How each backbone's distance falls with compute, where one overtakes another, and how far that can be trusted."""
+"""Scaling of each backbone with compute: power laws, where one overtakes another, and a test of their predictions."""
 
 from __future__ import annotations
 
@@ -12,22 +12,51 @@ from diffscale.report.stats.frontier import Curve
 from diffscale.report.stats.power_law import FEWEST_POINTS, Fit, fit
 
 FIT_COLUMNS = [
-    "facet", "kind", "model", "train_resolution", "dataset_hash", "overtakes", "points", "recipes",
-    "flops_from", "flops_to", "floor", "floor_low", "floor_high", "exponent", "exponent_low", "exponent_high",
-    "rms_percent", "predicted_flops", "predicted", "predicted_low", "predicted_high",
-    "heldout_flops", "heldout_measured", "heldout_predicted", "heldout_low", "heldout_high", "heldout_error_percent",
-    "heldout_inside", "crossing_flops", "crossing_low", "crossing_high", "crossing_probability", "note",
-]  # fmt: skip
+    "facet",
+    "kind",
+    "model",
+    "train_resolution",
+    "dataset_hash",
+    "overtakes",
+    "points",
+    "recipes",
+    "flops_from",
+    "flops_to",
+    "floor",
+    "floor_low",
+    "floor_high",
+    "exponent",
+    "exponent_low",
+    "exponent_high",
+    "rms_percent",
+    "predicted_flops",
+    "predicted",
+    "predicted_low",
+    "predicted_high",
+    "heldout_flops",
+    "heldout_measured",
+    "heldout_predicted",
+    "heldout_low",
+    "heldout_high",
+    "heldout_error_percent",
+    "heldout_inside",
+    "crossing_flops",
+    "crossing_low",
+    "crossing_high",
+    "crossing_probability",
+    "note",
+]
 BEYOND = 10.0
-"""How many times its largest compute a curve is predicted for."""
+"""Factor by which predictions go beyond a curve's largest compute."""
 
 
 def fit_curve(curve: Curve) -> Fit | None:
-    """None where the metric is no distance or there are fewer than three different compute points."""
+    """Fit a curve; None if the metric is not a distance or there are fewer than three different compute points."""
     return fit_points(curve.points) if is_distance(curve.metric) else None
 
 
 def fit_points(points: pd.DataFrame) -> Fit | None:
+    """Fit the points of a curve with the noise that they state."""
     spread = points["se"].to_numpy(float)
     known = spread[np.isfinite(spread)]
     size = float(np.sqrt(np.mean(known**2))) if len(known) else np.nan
@@ -35,7 +64,7 @@ def fit_points(points: pd.DataFrame) -> Fit | None:
 
 
 def scaling(all_curves: list[Curve]) -> tuple[pd.DataFrame, dict[tuple, Fit]]:
-    """The table of fits (kind `fit`, a row for each curve) and of crossings (kind `crossing`), and the fits themselves.
+    """Return the table of fits (kind `fit`, one row per curve) and crossings (kind `crossing`), and the fits.
 
     The fits are keyed by (facet, model, train_resolution, dataset_hash).
     """
@@ -62,10 +91,16 @@ def _key(curve: Curve) -> tuple:
 
 def _identity(curve: Curve, kind: str) -> dict[str, object]:
     return {
-        "facet": curve.facet, "kind": kind, "model": curve.model, "train_resolution": curve.train_resolution,
-        "dataset_hash": curve.dataset_hash, "points": len(curve.points), "recipes": curve.recipes,
-        "flops_from": curve.compute[0], "flops_to": curve.compute[-1],
-    }  # fmt: skip
+        "facet": curve.facet,
+        "kind": kind,
+        "model": curve.model,
+        "train_resolution": curve.train_resolution,
+        "dataset_hash": curve.dataset_hash,
+        "points": len(curve.points),
+        "recipes": curve.recipes,
+        "flops_from": curve.compute[0],
+        "flops_to": curve.compute[-1],
+    }
 
 
 def _fit_row(curve: Curve, found: Fit | None) -> dict[str, object]:
@@ -77,17 +112,24 @@ def _fit_row(curve: Curve, found: Fit | None) -> dict[str, object]:
     floor, exponent = (np.quantile(x, [0.025, 0.975]) for x in (found.bootstrap.floor, found.bootstrap.exponent))
     free = found.law.parameters() == 3 or found.points > FEWEST_POINTS
     row |= {
-        "floor": found.law.floor[0], "floor_low": floor[0], "floor_high": floor[1],
-        "exponent": found.law.exponent[0], "exponent_low": exponent[0], "exponent_high": exponent[1],
-        "rms_percent": 100 * found.rms, "predicted_flops": target[0], "predicted": found.law(target)[0, 0],
-        "predicted_low": low[0], "predicted_high": high[0],
+        "floor": found.law.floor[0],
+        "floor_low": floor[0],
+        "floor_high": floor[1],
+        "exponent": found.law.exponent[0],
+        "exponent_low": exponent[0],
+        "exponent_high": exponent[1],
+        "rms_percent": 100 * found.rms,
+        "predicted_flops": target[0],
+        "predicted": found.law(target)[0, 0],
+        "predicted_low": low[0],
+        "predicted_high": high[0],
         "note": "" if free else "three points: the floor is taken as 0",
-    }  # fmt: skip
+    }
     return row | _held_out(curve)
 
 
 def _held_out(curve: Curve) -> dict[str, object]:
-    """What the curve without its last point foretold of it."""
+    """Predict the last point from the earlier ones."""
     found = fit_points(curve.points.iloc[:-1])
     if found is None:
         return {}
@@ -95,14 +137,18 @@ def _held_out(curve: Curve) -> dict[str, object]:
     low, high = found.interval(last, of="measurement")
     predicted, measured = float(found.law(last)[0, 0]), float(curve.values[-1])
     return {
-        "heldout_flops": last[0], "heldout_measured": measured, "heldout_predicted": predicted, "heldout_low": low[0],
-        "heldout_high": high[0], "heldout_error_percent": 100 * (predicted / measured - 1),
+        "heldout_flops": last[0],
+        "heldout_measured": measured,
+        "heldout_predicted": predicted,
+        "heldout_low": low[0],
+        "heldout_high": high[0],
+        "heldout_error_percent": 100 * (predicted / measured - 1),
         "heldout_inside": bool(low[0] <= measured <= high[0]),
-    }  # fmt: skip
+    }
 
 
 def _crossing_row(a: Curve, b: Curve, fit_a: Fit, fit_b: Fit) -> dict[str, object] | None:
-    """Where the curve that is worse at small compute becomes the better one, up to `BEYOND` times what was trained."""
+    """Return where the curve that is worse at small compute becomes better, within the predicted range."""
     grid = np.geomspace(min(a.compute[0], b.compute[0]), BEYOND * max(a.compute[-1], b.compute[-1]), 400)
     difference = np.log(fit_a.law(grid)) - np.log(fit_b.law(grid))
     place = _last_crossing(difference, grid)[0]
@@ -115,14 +161,18 @@ def _crossing_row(a: Curve, b: Curve, fit_a: Fit, fit_b: Fit) -> dict[str, objec
     crossed = crossed[np.isfinite(crossed)]
     low, high = np.quantile(crossed, [0.025, 0.975]) if len(crossed) else (np.nan, np.nan)
     return {
-        **_identity(winner, "crossing"), "overtakes": loser.model, "crossing_flops": place, "crossing_low": low,
-        "crossing_high": high, "crossing_probability": len(crossed) / len(resampled),
+        **_identity(winner, "crossing"),
+        "overtakes": loser.model,
+        "crossing_flops": place,
+        "crossing_low": low,
+        "crossing_high": high,
+        "crossing_probability": len(crossed) / len(resampled),
         "note": "" if place <= min(a.compute[-1], b.compute[-1]) else "beyond what was trained: an extrapolation",
-    }  # fmt: skip
+    }
 
 
 def _last_crossing(difference: np.ndarray, grid: np.ndarray) -> np.ndarray:
-    """difference (B, n) of logs on the grid (n,): the compute of each row's last change of sign, NaN where none."""
+    """Return the compute of each row's last change of sign, or NaN. difference (B, n) of logs, grid (n,)."""
     changes = np.sign(difference[:, :-1]) * np.sign(difference[:, 1:]) < 0
     index = changes.shape[1] - 1 - np.argmax(changes[:, ::-1], axis=1)
     row = np.arange(len(difference))

@@ -1,4 +1,4 @@
-"""The CSVs for people and spreadsheets: every evaluation, schedule by resolution, and what a given quality costs."""
+"""Tables for people and spreadsheets: every evaluation, schedule by resolution, and what a given quality costs."""
 
 from __future__ import annotations
 
@@ -8,22 +8,51 @@ import math
 import numpy as np
 import pandas as pd
 
-from diffscale.report.stats.facets import CURVE, higher_is_better, schedule_labels
+from diffscale.records.schema import higher_is_better
+from diffscale.report.stats.facets import CURVE, schedule_labels
 from diffscale.report.stats.frontier import fair, first_reach, read_at
 
 SWEEP_COLUMNS = [
-    "facet", "model", "dataset", "schedule", "train_resolution", "train_flops", "value", "value_low", "value_high",
-    "seeds", "best_at_resolution", "separated_from_best", "final_value", "final_low", "final_high",
-    "final_train_flops", "final_images_seen",
-]  # fmt: skip
+    "facet",
+    "model",
+    "dataset",
+    "schedule",
+    "train_resolution",
+    "train_flops",
+    "value",
+    "value_low",
+    "value_high",
+    "seeds",
+    "best_at_resolution",
+    "separated_from_best",
+    "final_value",
+    "final_low",
+    "final_high",
+    "final_train_flops",
+    "final_images_seen",
+]
 COST_COLUMNS = [
-    "facet", "metric", "target", "model", "train_resolution", "dataset_hash", "recipe", "recipe_label", "device",
-    "devices", "train_flops", "device_hours", "wall_hours", "energy_kwh", "cost", "images_seen",
-]  # fmt: skip
+    "facet",
+    "metric",
+    "target",
+    "model",
+    "train_resolution",
+    "dataset_hash",
+    "recipe",
+    "recipe_label",
+    "device",
+    "devices",
+    "train_flops",
+    "device_hours",
+    "wall_hours",
+    "energy_kwh",
+    "cost",
+    "images_seen",
+]
 
 
 def every_evaluation(rows: pd.DataFrame) -> pd.DataFrame:
-    """The records as they are, `settings` and `versions` as JSON, with their facet and recipe."""
+    """Return the records unchanged, `settings` and `versions` as JSON, with their facet and recipe."""
     table = rows.drop(columns=["recipe_label"])
     for column in ("settings", "versions", "val_loss_by_logsnr"):
         cache: dict[int, str] = {}
@@ -35,11 +64,11 @@ def every_evaluation(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def sweep(points: pd.DataFrame) -> pd.DataFrame:
-    """Schedule × resolution for each backbone with more than one of either, in each facet.
+    """Return schedule × resolution for each backbone with more than one of either, in each facet.
 
-    `value` is read at `train_flops`, the largest compute that every cell of the table reached, so that a 64-pixel and
-    a 16-pixel cell are compared at equal cost (empty where a cell starts above it); `final_*` is each cell's own end.
-    Of several recipes with one schedule (learning rates, widths) the one with the best end stands for it.
+    `value` is read at `train_flops`, the largest compute that every cell of the table reached, so a 64-pixel and a
+    16-pixel cell are compared at equal cost. It is empty if a cell starts above that compute. `final_*` is the end of
+    each cell. The recipe with the best end represents a schedule that has several (learning rates, widths).
     """
     points = fair(points)
     if points.empty:
@@ -65,10 +94,16 @@ def _sweep_table(identity: dict[str, object], part: pd.DataFrame) -> list[dict[s
     for (schedule, resolution), cell in cells.items():
         last, reading = cell.iloc[-1], read_at(cell, common)
         row = identity | {
-            "schedule": schedule, "train_resolution": resolution, "train_flops": common, "seeds": last["seeds"],
-            "final_value": last["value"], "final_low": last["value_low"], "final_high": last["value_high"],
-            "final_train_flops": last["train_flops"], "final_images_seen": last["images_seen"],
-        }  # fmt: skip
+            "schedule": schedule,
+            "train_resolution": resolution,
+            "train_flops": common,
+            "seeds": last["seeds"],
+            "final_value": last["value"],
+            "final_low": last["value_low"],
+            "final_high": last["value_high"],
+            "final_train_flops": last["train_flops"],
+            "final_images_seen": last["images_seen"],
+        }
         if reading is not None:
             row |= {
                 "value": reading.value,
@@ -93,10 +128,10 @@ def _mark_best(column: list[dict], higher: bool) -> None:
 
 
 def cost(points: pd.DataFrame, levels: int = 6) -> pd.DataFrame:
-    """What each recipe spent until it first reached each of a ladder of values, and each backbone's cheapest recipe.
+    """Return what each recipe spent until it first reached each of a ladder of values.
 
-    A recipe that never got there has empty cells, so the table also says what did not reach a value. Interpolated
-    between evaluations (log-log), so never cheaper than the evaluation before it.
+    A recipe that did not reach a value has empty cells. Costs are interpolated between evaluations (log-log), so
+    they are never lower than at the evaluation before.
     """
     rows = []
     for _, part in fair(points).groupby("facet", sort=True):
@@ -123,7 +158,7 @@ _SPENT = ("train_flops", "device_seconds", "energy_joules", "cost", "images_seen
 
 
 def ladder(values: np.ndarray, levels: int, higher: bool = False) -> list[float]:
-    """Round values (two digits) from the worst to the best that was reached, evenly spaced in the logarithm."""
+    """Return values of two digits from the worst to the best that was reached, evenly spaced in the logarithm."""
     values = values[np.isfinite(values)]
     if len(values) == 0:
         return []
@@ -133,7 +168,7 @@ def ladder(values: np.ndarray, levels: int, higher: bool = False) -> list[float]
 
 
 def _two_digits(value: float, up: bool) -> float:
-    """Rounded towards the easier side, so that the best value that was reached still counts as reached."""
+    """Round towards the easier side, so the best value still counts as reached."""
     if value == 0:
         return 0.0
     unit = 10.0 ** (math.floor(math.log10(abs(value))) - 1)
