@@ -15,12 +15,12 @@ from benchmarks.suites.peers import RECIPES, Recipe
 from diffscale.config.experiment import Experiment
 from diffscale.config.factory import build_solver, open_training_data
 from diffscale.core import storage
-from diffscale.core.device import device_name, money
-from diffscale.core.provenance import source, versions
+from diffscale.core.hashing import identify
 from diffscale.data import Dataset, Loader
-from diffscale.evaluation import Evaluator
-from diffscale.records.store import Record, identify, write_record
-from diffscale.training.checkpoint_evaluation import make_record
+from diffscale.evaluation import make_evaluator
+from diffscale.records.schema import Record
+from diffscale.training.checkpoint_evaluation import evaluate_checkpoint, record_columns
+from diffscale.training.parallel import World
 
 SAVE_SECONDS = 60.0
 
@@ -71,7 +71,7 @@ def run(peer: PeerRun) -> list[Record]:
     torch.manual_seed(peer.like.train.seed)
     recipe = RECIPES[peer.peer](peer.width, dataset.resolution, peer.flops, device_of(peer.like))
     images_seen, seconds = train(peer, recipe, dataset, Path(folder) / "peer.pt")
-    return judge(peer, recipe, dataset, folder, images_seen, seconds)
+    return evaluate(peer, recipe, dataset, folder, images_seen, seconds)
 
 
 def device_of(like: Experiment) -> torch.device:
@@ -106,44 +106,54 @@ def train(peer: PeerRun, recipe: Recipe, dataset: Dataset, file: Path) -> tuple[
     return images_seen, seconds
 
 
-def judge(
+def evaluate(
     peer: PeerRun, recipe: Recipe, dataset: Dataset, folder: str, images_seen: int, seconds: float
 ) -> list[Record]:
-    """The same evaluation as our runs get at their end, features kept until it is complete."""
-    e = peer.like
-    evaluator = Evaluator(e.eval, dataset, e.storage, heldout=dataset.heldout, device=recipe.device)
-    evaluator.prepare()
-    sampling = evaluator.sampling(build_solver(e), precision="fp32")
-    evaluation = evaluator.evaluate(
-        recipe.averaged(), recipe.diffusion, sampling, folder=Path(folder) / f"evaluating-{images_seen:09d}"
+    """Evaluate the trained network as our runs are evaluated at their end."""
+    evaluator = make_evaluator(peer.like, dataset, device=recipe.device)
+    return evaluate_checkpoint(
+        evaluator,
+        recipe.averaged(),
+        recipe.diffusion,
+        evaluator.sampling(build_solver(peer.like), precision="fp32"),
+        _columns(peer, recipe, dataset, images_seen, seconds),
+        ema="peer",
+        run_folder=folder,
+        evaluated_on="training workers",
+        work=Path(folder),
     )
-    if evaluation.grid_png is not None:
-        storage.write_bytes(storage.join(folder, "samples", f"images-{images_seen:09d}.png"), evaluation.grid_png)
-    columns = _columns(peer, recipe, dataset, images_seen, seconds)
-    records = [make_record(columns, m, sampling, recipe.diffusion, "peer") for m in evaluation.measurements]
-    for record in records:
-        write_record(folder, record)
-    return records
 
 
 def _columns(peer: PeerRun, recipe: Recipe, dataset: Dataset, images_seen: int, seconds: float) -> dict[str, Any]:
-    commit, dirty = source()
-    cost, d = recipe.cost, recipe.diffusion
+    """Return the columns of a record that training determines: those of our runs, with the recipe's own values."""
+    columns = record_columns(
+        peer.like,
+        dataset,
+        recipe.cost,
+        World(device=recipe.device),
+        images_seen,
+        seconds,
+        energy_joules=None,
+        train_loss=None,
+        precision="fp32",
+        launches=None,
+    )
     settings = {"peer": peer.peer, "version": version_of(peer.peer)} | recipe.settings
-    return {
-        "run_id": peer.run_id(dataset.content_hash), "run_name": peer.name, "model": peer.peer,
-        "parameters": cost.parameters, "schedule": recipe.schedule, "interpolant": d.interpolant,
-        "prediction": d.prediction, "weighting": "uniform_" + d.prediction, "input_scale": 1.0,
-        "dataset": peer.like.data.path.rpartition("/")[2], "dataset_hash": dataset.content_hash,
-        "dataset_lossy": dataset.lossy, "train_resolution": dataset.resolution, "seed": peer.like.train.seed,
-        "global_batch": recipe.batch, "precision": "fp32", "images_seen": images_seen,
-        "epochs": images_seen / dataset.n, "endpoint": recipe.endpoint, "forward_macs": cost.forward_macs,
-        "flops_per_image": cost.flops_per_image, "train_flops": cost.flops_per_image * images_seen,
-        "device_seconds": seconds, "device": device_name(recipe.device), "devices": 1, "energy_joules": None,
-        "cost": money(seconds, peer.like.train.price_per_device_hour), "train_loss": None, "val_loss": None,
-        "val_loss_by_logsnr": None, "commit": commit, "dirty": dirty, "versions": versions(),
-        "settings": {f"peer.{k}": v for k, v in settings.items()}, "evaluated_on": "training workers",
-    }  # fmt: skip
+    return columns | {
+        "run_id": peer.run_id(dataset.content_hash),
+        "run_name": peer.name,
+        "model": peer.peer,
+        "schedule": recipe.schedule,
+        "interpolant": recipe.diffusion.interpolant,
+        "prediction": recipe.diffusion.prediction,
+        "weighting": "uniform_" + recipe.diffusion.prediction,
+        "input_scale": 1.0,
+        "global_batch": recipe.batch,
+        "endpoint": recipe.endpoint,
+        "val_loss": None,
+        "val_loss_by_logsnr": None,
+        "settings": {f"peer.{k}": v for k, v in settings.items()},
+    }
 
 
 def _save(recipe: Recipe, file: Path, images_seen: int, seconds: float) -> None:

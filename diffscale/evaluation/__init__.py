@@ -1,7 +1,7 @@
 """Generate, extract features, compare: distances between the samples of a run and its data that can be trusted."""
 
-from diffscale.evaluation.evaluator import Evaluation, Evaluator
-from diffscale.evaluation.image_sources import ModelSource, Sampling
+from diffscale.evaluation.evaluator import Evaluation, Evaluator, make_evaluator
 from diffscale.evaluation.metrics.registry import Measurement, parse_metric
+from diffscale.evaluation.sampling import ModelSource, Sampling
 
-__all__ = ["Evaluation", "Evaluator", "Measurement", "ModelSource", "Sampling", "parse_metric"]
+__all__ = ["Evaluation", "Evaluator", "Measurement", "ModelSource", "Sampling", "make_evaluator", "parse_metric"]

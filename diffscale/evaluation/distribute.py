@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from diffscale.evaluation.image_sources import ModelSource, Source
+from diffscale.evaluation.image_sources import ImageSource
 from diffscale.evaluation.networks.resize import upsample
 from diffscale.evaluation.networks.weights import OFFLINE, WEIGHTS
+from diffscale.evaluation.sampling import ModelSource
 from diffscale.kernels.heap import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 Columns = dict[str, NDArray]
 Gather = Callable[[Any], list[Any]]
-Asked = Callable[[], bool]
+StopRequested = Callable[[], bool]
 LEAST_CHUNK = 64
 IMAGES, LABELS = "images", "labels"
 
@@ -69,7 +70,7 @@ class Featuriser:
         other.views, other._extractors = (view,), self._extractors
         return other
 
-    def __call__(self, source: Source, first: int, last: int, keep_images: bool = False) -> Columns:
+    def __call__(self, source: ImageSource, first: int, last: int, keep_images: bool = False) -> Columns:
         """Columns of samples first … last: labels, each view's outputs, and the images (n, C·H·W) when kept."""
         images, labels = source.images(first, last)
         columns: Columns = {LABELS: labels.numpy()}
@@ -88,49 +89,50 @@ def chunk_ranges(n: int, batch: int, have: Mapping[int, int] = {}) -> list[tuple
     return [(first, end) for first, end in everything if have.get(first, 0) < end]
 
 
-def in_process(
-    source: Source,
+def run_local(
+    source: ImageSource,
     featurise: Featuriser,
     ranges: Sequence[tuple[int, int]],
     keep_below: int = 0,
-    asked: Asked = lambda: False,
+    stop_requested: StopRequested = lambda: False,
 ) -> Iterator[tuple[int, Columns]]:
     """Chunks one after the other. Images are kept of chunks that begin below `keep_below`.
 
-    asked: whether to stop; then raises Stopped before the next chunk.
+    stop_requested: returns whether to stop; then Stopped is raised before the next chunk.
     """
     for first, last in ranges:
-        if asked():
+        if stop_requested():
             raise Stopped
         yield first, featurise(source, first, last, first < keep_below)
 
 
-def over_ranks(
-    source: Source,
+def run_on_ranks(
+    source: ImageSource,
     featurise: Featuriser,
     ranges: Sequence[tuple[int, int]],
     rank: int,
     world: int,
     gather: Gather,
     keep_below: int = 0,
-    asked: Asked = lambda: False,
+    stop_requested: StopRequested = lambda: False,
 ) -> Iterator[tuple[int, Columns]]:
     """Chunks shared among the ranks of a training job, in rounds; every rank calls it, rank 0 gets the pairs.
 
-    gather: an object of each rank → all of them, a collective. asked: as above; one rank that is asked stops all.
+    gather: an object of each rank → all of them, a collective.
+    stop_requested: as above; a request on one rank stops all.
     """
     for start in range(0, len(ranges), world):
         mine = ranges[start + rank : start + rank + 1]
         done = [(first, featurise(source, first, last, first < keep_below)) for first, last in mine]
-        everyone = gather((done, asked()))
+        everyone = gather((done, stop_requested()))
         if rank == 0:
             yield from (pair for part, _ in everyone for pair in part)
         if any(stop for _, stop in everyone):
             raise Stopped
 
 
-def on_ray(
-    source: Source,
+def run_on_ray(
+    source: ImageSource,
     views: Sequence[View],
     ranges: Sequence[tuple[int, int]],
     *,
@@ -191,7 +193,7 @@ class _Actor:
     def __init__(self, views: Sequence[View], device: str, threads: int) -> None:
         torch.set_num_threads(threads)
         keep_freed_memory()
-        self.source: Source | None = None
+        self.source: ImageSource | None = None
         self.featurise = Featuriser(views, device)
 
     def run(self, shared: list[Any], first: int, last: int, keep_images: bool) -> Columns:

@@ -1,4 +1,7 @@
-"""One evaluation from end to end: samples → features → values. Used inside training, by Ray actors and by the CLI."""
+"""One evaluation from end to end: samples → features → values.
+
+Training, Ray actors, the commands and folders of images all use it.
+"""
 
 from __future__ import annotations
 
@@ -8,27 +11,31 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from diffscale.core import image_grids
 from diffscale.core.errors import UserError
-from diffscale.diffusion import Diffusion, Guidance
+from diffscale.data import open_dataset, resolve
+from diffscale.diffusion import Diffusion
 from diffscale.diffusion.solver_settings import SolverSettings
-from diffscale.evaluation import distribute as generate
-from diffscale.evaluation import feature_store as spool
-from diffscale.evaluation import pictures
-from diffscale.evaluation.distribute import Columns, Featuriser, Gather, View
-from diffscale.evaluation.feature_store import Spool
-from diffscale.evaluation.image_sources import (
-    ModelSource,
-    Sampling,
-    Source,
-    class_counts,
-    source_of,
-    to_uint8,
+from diffscale.evaluation.distribute import (
+    IMAGES,
+    LABELS,
+    Columns,
+    Featuriser,
+    Gather,
+    StopRequested,
+    View,
+    chunk_ranges,
+    run_local,
+    run_on_ranks,
+    run_on_ray,
 )
+from diffscale.evaluation.feature_store import FeatureStore, ends, write_chunk
+from diffscale.evaluation.image_sources import Images, ImageSource, select_images
 from diffscale.evaluation.metrics.registry import (
     LEAST,
     Measurement,
@@ -48,9 +55,10 @@ from diffscale.evaluation.reference import (
     reference_rows,
     references_folder,
 )
+from diffscale.evaluation.sampling import ModelSource, Sampling, sampling_of_settings
 
 if TYPE_CHECKING:
-    from diffscale.config.experiment import EvalSettings
+    from diffscale.config.experiment import EvalSettings, Experiment
     from diffscale.data import Dataset
 
 Ranges = Sequence[tuple[int, int]]
@@ -59,42 +67,35 @@ FEW_CHUNKS = 16
 
 @dataclass(frozen=True)
 class Evaluation:
-    """measurements: rows for records, empty on ranks other than 0. grid_png: the first samples, labelled."""
+    """The result of one evaluation."""
 
-    measurements: list[Measurement]
-    grid_png: bytes | None
+    measurements: list[Measurement]  # rows for records, empty on ranks other than 0
+    grid_png: bytes | None  # the first samples, labelled
     seconds: float
 
 
 @dataclass
 class Evaluator:
-    """Evaluates models against one dataset under one set of `eval` settings.
+    """Evaluates models or images against one dataset under one set of `eval` settings.
 
-    Making it loads the feature networks, so that missing weights stop a run before it begins (UserError).
-    dataset: what the model was trained on, at its resolution. at_eval_resolution: the same images at
-    `eval.eval_resolution`, where that is set and higher. heldout: the held-out split at the resolution of evaluation.
-    rank, world, gather: for a training job of several workers, where every rank makes one and calls each method;
-    gather takes an object of each rank and gives all of them (a collective). actors: Ray actors that generate, 0 for
-    this process. reference_file: published statistics (.npz) in place of the dataset's. keep_images: called with every
-    chunk, in any order, for keeping the images. per_class: each metric for each class too. asked: whether to stop,
-    called between chunks; then what runs here or on ranks raises generate.Stopped, and goes on from there when it is
-    called again with the same folder.
+    The constructor loads the feature networks, so that missing weights stop a run before it begins (UserError). In a
+    training job of several workers every rank constructs one and calls each method.
     """
 
     settings: EvalSettings
-    dataset: Dataset
-    storage: str
-    heldout: Dataset | None = None
-    at_eval_resolution: Dataset | None = None
+    dataset: Dataset  # what the model was trained on, at its resolution
+    storage: str  # where references are kept: see references_folder
+    heldout: Dataset | None = None  # the held-out split at the resolution of evaluation
+    compared: Images | None = None  # the reference images; default: `dataset`, whose resolution must be evaluation's
     device: torch.device | str = "cpu"
     rank: int = 0
     world: int = 1
-    gather: Gather | None = None
-    actors: int = 0
-    reference_file: Path | None = None
-    keep_images: Callable[[int, Columns], None] | None = None
-    per_class: bool = False
-    asked: generate.Asked = lambda: False
+    gather: Gather | None = None  # takes an object of each rank and returns all of them, a collective call
+    actors: int = 0  # Ray actors that compute features; 0 computes in this process
+    reference_file: Path | None = None  # published statistics (.npz) in place of the dataset's
+    keep_images: Callable[[int, Columns], None] | None = None  # called with every chunk of samples, in any order
+    per_class: bool = False  # each metric for each class too
+    stop_requested: StopRequested = lambda: False  # called between chunks; then Stopped is raised, chunks are kept
     _references: dict[View, Reference] = field(default_factory=dict)
     _heldout: dict[View, Reference] = field(default_factory=dict)
 
@@ -106,25 +107,23 @@ class Evaluator:
                 expected = f"at least {LEAST[metric.kind]} for {metric.name}"
                 raise UserError(setting="eval.n_generated", value=self.settings.n_generated, expected=expected)
         self.views = views_of(self.metrics, resolution, self.settings.resize)
-        if self.metrics and self.dataset.is_latent:
+        if self.metrics and getattr(self.dataset, "is_latent", False):
             raise UserError(
                 setting="data.decoder",
                 value=None,
-                expected="pixels: this dataset holds latents, which have no FID",
+                expected="pixels",
+                reason="this dataset holds latents, which have no FID",
                 fix="evaluate the validation loss alone (eval.metrics=[]), or train on pixels",
             )
-        compared = self.dataset if resolution == self.dataset.resolution else self.at_eval_resolution
-        if compared is None or compared.resolution != resolution:
-            raise UserError(
-                setting="eval.eval_resolution",
-                value=resolution,
-                expected=f"a resolution that the dataset was built at (this one: {self.dataset.resolution})",
-                fix="build the dataset at both resolutions: python -m diffscale.data build ... --resolution",
-            )
-        self.compared: Dataset = compared
-        # The native distance is a second column beside the common one (DECISIONS 1).
+        self.reference_images: Images = self.dataset if self.compared is None else self.compared
+        if self.compared is None and self.dataset.resolution != resolution:
+            raise _not_built_at(resolution, self.dataset)
+        if self.heldout is not None and self.heldout.resolution != resolution:
+            raise ValueError(f"held-out images of {self.heldout.resolution} pixels, evaluation at {resolution}")
+        # The distance at the training resolution is a second column next to the common one (CONTRIBUTING.md,
+        # decision 1).
         self.native: dict[str, View] = {}
-        if resolution != self.dataset.resolution:
+        if self.reference_images is not self.dataset:
             fd = [m for m in self.metrics if m.kind == "fd"]
             self.native = views_of(fd, self.dataset.resolution, self.settings.resize)
         # With actors this process may be a driver without the GPU that they have.
@@ -132,28 +131,25 @@ class Evaluator:
         self._featurise = Featuriser([*self.views.values(), *self.native.values()], here)
 
     def sampling(self, solver: SolverSettings, *, precision: str = "fp32") -> Sampling:
-        """The settings' sampler: solver's name, seed, batch and guidance as in `eval`."""
-        s = self.settings
-        guidance = Guidance(s.guidance_scale, s.guidance_interval)
-        batch = max(min(s.batch, s.n_generated), 1)
-        return Sampling(solver, s.solver.name, s.seed, batch, guidance, precision=precision)
+        """Return the settings' sampler."""
+        return sampling_of_settings(self.settings, solver, self.settings.n_generated, precision)
 
     def prepare(self) -> None:
-        """Builds the reference statistics that are not in the cache; every rank calls it."""
+        """Compute the reference statistics that are not in the cache; every rank calls it."""
         for view in self.views.values():
             if self.reference_file is not None:
                 self._references[view] = reference_from_npz(self.reference_file, view)
             else:
-                self._references[view] = self._reference(self.compared, view, self.settings.n_reference)
+                self._references[view] = self._reference(self.reference_images, view, self.settings.n_reference)
             if self.heldout is not None and self.settings.n_heldout != 0:
                 self._heldout[view] = self._reference(self.heldout, view, self.settings.n_heldout)
         for view in self.native.values():
             self._references[view] = self._reference(self.dataset, view, self.settings.n_reference)
 
-    def _reference(self, dataset: Dataset, view: View, n: int | None) -> Reference:
+    def _reference(self, images: Images, view: View, n: int | None) -> Reference:
         view = replace(view, outputs=tuple(o for o in view.outputs if o != "logits"))
         return get_reference(
-            dataset,
+            images,
             view,
             n_reference=n,
             place=references_folder(self.storage),
@@ -162,15 +158,17 @@ class Evaluator:
             gather=self.gather,
         )
 
-    def _compute_one(self, source: Source, view: View, todo: Ranges) -> Iterator[tuple[int, Columns]]:
+    def _compute_one(self, source: ImageSource, view: View, todo: Ranges) -> Iterator[tuple[int, Columns]]:
         if self.actors and len(todo) <= FEW_CHUNKS:  # done here before actors would have loaded the network
-            return generate.in_process(source, self._featurise.only(view), todo)
+            return run_local(source, self._featurise.only(view), todo)
         return self._compute(source, self._featurise.only(view), todo, 0)
 
-    def _compute(self, source: Source, featurise: Featuriser, todo: Ranges, keep: int) -> Iterator[tuple[int, Columns]]:
-        """Chunks by Ray actors, by the ranks of a training job, or here."""
+    def _compute(
+        self, source: ImageSource, featurise: Featuriser, todo: Ranges, keep: int
+    ) -> Iterator[tuple[int, Columns]]:
+        """Compute chunks by Ray actors, by the ranks of a training job, or here."""
         if self.actors:
-            return generate.on_ray(
+            return run_on_ray(
                 source,
                 featurise.views,
                 todo,
@@ -179,44 +177,49 @@ class Evaluator:
                 keep_below=keep,
             )
         if self.gather is not None:
-            return generate.over_ranks(source, featurise, todo, self.rank, self.world, self.gather, keep, self.asked)
-        return generate.in_process(source, featurise, todo, keep, self.asked)
+            return run_on_ranks(source, featurise, todo, self.rank, self.world, self.gather, keep, self.stop_requested)
+        return run_local(source, featurise, todo, keep, self.stop_requested)
 
     def evaluate(
         self, model: nn.Module, diffusion: Diffusion, sampling: Sampling, *, folder: Path | None = None
     ) -> Evaluation:
-        """Generates `eval.n_generated` samples of the model and measures them; every rank calls it.
+        """Generate `eval.n_generated` samples of the model and measure them; every rank calls it.
 
-        model: carries the weights to be judged (the EMA's), on any device. folder: where features go and from where
-        an interrupted evaluation resumes; a temporary one by default.
+        model: carries the weights to evaluate (the EMA's), on any device.
+        folder: see evaluate_source.
         """
-        source = self._source(model, diffusion, sampling)
-        return self.evaluate_source(source, folder=folder)
+        return self.evaluate_source(self.samples(model, diffusion, sampling), folder=folder)
 
-    def _source(self, model: nn.Module, diffusion: Diffusion, sampling: Sampling) -> ModelSource:
-        d = self.dataset
-        shape = (d.channels, d.resolution, d.resolution)
-        counts = class_counts(d) if getattr(model, "num_classes", 0) else ()
-        return ModelSource(model, diffusion, sampling, shape, self.settings.n_generated, counts, str(self.device))
+    def samples(self, model: nn.Module, diffusion: Diffusion, sampling: Sampling) -> ModelSource:
+        """Return `eval.n_generated` samples of the model, drawn where they are used."""
+        return ModelSource.of(model, diffusion, sampling, self.dataset, self.settings.n_generated, self.device)
 
-    def nearest_picture(
-        self, model: nn.Module, diffusion: Diffusion, sampling: Sampling, folder: Path, count: int
-    ) -> bytes:
-        """PNG of the `count` samples that are nearest to a training image in feature space, each beside that image.
+    def nearest_picture(self, source: ImageSource, folder: Path, count: int) -> bytes:
+        """Return a PNG of the `count` images that are nearest to a reference image, each next to that image.
 
-        folder: that of an evaluation of the same model and sampler. Raises UserError for a reference without features.
+        Distances are those of the first metric's features. Raises UserError for a reference without features.
+
+        folder: that of an evaluation of the same source.
         """
         view = next(iter(self.views.values()))
-        generated = Spool(folder, self.settings.n_generated)
+        generated = FeatureStore(folder, source.n)
         found = nearest_samples(view, generated, self._references[view], self._heldout.get(view), count)
-        samples, _ = self._source(model, diffusion, sampling).draw(torch.from_numpy(found.samples))
-        theirs = reference_rows(self.compared.n, self.settings.n_reference)[found.rows]
-        images, _ = source_of(self.compared, theirs).images(0, len(theirs))
-        left = upsample(to_uint8(samples).cpu(), self.compared.resolution)
-        return pictures.to_png(pictures.pairs(left, images, found.captions))
+        theirs = reference_rows(self.reference_images.n, self.settings.n_reference)[found.rows]
+        right, _ = select_images(self.reference_images, theirs).images(0, len(theirs))
+        both = [
+            upsample(images, view.resolution).permute(0, 2, 3, 1).numpy()
+            for images in (source.at(found.samples), right)
+        ]
+        return image_grids.to_png(image_grids.pairs(both[0], both[1], found.captions))
 
-    def evaluate_source(self, source: Source, *, folder: Path | None = None) -> Evaluation:
-        """The same for images from anywhere."""
+    def evaluate_source(
+        self, source: ImageSource, *, folder: Path | None = None, lossy: bool | None = None
+    ) -> Evaluation:
+        """Measure images from anywhere; every rank calls it.
+
+        folder: where features go and from where an interrupted evaluation resumes; None for a temporary one.
+        lossy: whether the images were stored lossily, where that is known: a warning if the reference was not.
+        """
         started = time.monotonic()
         if not self._references:
             self.prepare()
@@ -224,26 +227,28 @@ class Evaluator:
             self._fill(source, place)
             if self.rank != 0:
                 return Evaluation([], None, time.monotonic() - started)
-            generated = Spool(place, source.n)
+            generated = FeatureStore(place, source.n)
             grid = self._grid(generated, source)
             measurements = self.measure(generated, self.per_class)
+            if lossy is not None:
+                measurements = [self._with_lossy_warning(m, lossy) for m in measurements]
             return Evaluation(measurements, grid, time.monotonic() - started)
 
-    def _fill(self, source: Source, place: Path) -> None:
-        have = spool.ends(place)
+    def _fill(self, source: ImageSource, place: Path) -> None:
+        have = ends(place)
         if self.gather is not None:
             have = self.gather(have)[0]
-        todo = generate.chunk_ranges(source.n, source.batch, have)
+        todo = chunk_ranges(source.n, source.batch, have)
         keep = self.settings.grid_images if self.keep_images is None else source.n
         for first, columns in self._compute(source, self._featurise, todo, keep):
             if self.keep_images is not None:
                 self.keep_images(first, columns)
                 if first >= self.settings.grid_images:
-                    columns = {name: values for name, values in columns.items() if name != generate.IMAGES}
-            spool.write_chunk(place, first, columns)
+                    columns = {name: values for name, values in columns.items() if name != IMAGES}
+            write_chunk(place, first, columns)
 
-    def measure(self, generated: Spool, classes: bool = False) -> list[Measurement]:
-        """Every metric of the settings for spooled features, per class too when asked; rank 0 only."""
+    def measure(self, generated: FeatureStore, classes: bool = False) -> list[Measurement]:
+        """Return every metric of the settings for stored features; rank 0 only. classes: per class too."""
         out: list[Measurement] = []
         copied: dict[str, float | None] = {}
         for metric in self.metrics:
@@ -261,17 +266,59 @@ class Evaluator:
                 out += per_class(metric, view, generated, reference)
         return out
 
-    def _grid(self, generated: Spool, source: Source) -> bytes | None:
-        if not self.settings.grid_images or generate.IMAGES not in generated:
+    def _with_lossy_warning(self, row: Measurement, lossy: bool) -> Measurement:
+        reference = self._references[self.views[row.network]]
+        if lossy == reference.lossy or not reference.has_features:
+            return row
+        warning = "only one of samples and reference was stored lossily (JPEG)"
+        return replace(row, warning=f"{row.warning}; {warning}" if row.warning else warning)
+
+    def _grid(self, generated: FeatureStore, source: ImageSource) -> bytes | None:
+        if not self.settings.grid_images or IMAGES not in generated:
             return None
-        images = generated[generate.IMAGES][: self.settings.grid_images]
-        labels = generated[generate.LABELS][: len(images)]
+        images = generated[IMAGES][: self.settings.grid_images]
+        labels = generated[LABELS][: len(images)]
         side = self.dataset.resolution
         images = images.reshape(len(images), self.dataset.channels, side, side).transpose(0, 2, 3, 1)
         conditional = not isinstance(source, ModelSource) or source.class_counts
         names = self.dataset.class_names if conditional else []
         captions = [names[i] if i < len(names) else "" for i in labels]
-        return pictures.to_png(pictures.grid(images, captions))
+        return image_grids.to_png(image_grids.grid(images, captions))
+
+
+def make_evaluator(experiment: Experiment, dataset: Dataset, **options: Any) -> Evaluator:
+    """Construct the evaluator of an experiment.
+
+    Samples are compared with the training images at `eval.eval_resolution` and with the held-out split of that
+    resolution. Raises UserError where a network's weights are missing or the settings do not fit the data.
+
+    dataset: the training images at the training resolution.
+    options: further arguments of Evaluator, such as `device` and `actors`.
+    """
+    compared = _at_eval_resolution(experiment, dataset)
+    return Evaluator(
+        experiment.eval, dataset, experiment.storage, heldout=compared.heldout, compared=compared, **options
+    )
+
+
+def _at_eval_resolution(experiment: Experiment, dataset: Dataset) -> Dataset:
+    """Open the training images at `eval.eval_resolution`; latents have no other resolution."""
+    resolution = experiment.eval.eval_resolution
+    if resolution is None or resolution == dataset.resolution:
+        return dataset
+    found = open_dataset(resolve(experiment.data.path, resolution, experiment.storage))
+    if found.resolution != resolution:
+        raise _not_built_at(resolution, dataset)
+    return found
+
+
+def _not_built_at(resolution: int, dataset: Dataset) -> UserError:
+    return UserError(
+        setting="eval.eval_resolution",
+        value=resolution,
+        expected=f"a resolution that the dataset was built at (this one: {dataset.resolution})",
+        fix="build the dataset at both resolutions: python -m diffscale.data build ... --resolution",
+    )
 
 
 @contextmanager

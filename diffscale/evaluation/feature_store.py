@@ -85,12 +85,12 @@ class Rows:
         return self._source[self._rows[key]]
 
 
-def rows_of(source: NDArray, rows: NDArray) -> NDArray:
+def select_rows(source: NDArray, rows: NDArray) -> NDArray:
     """The rows of features, without reading them yet."""
     return cast(NDArray, Rows(source, rows))
 
 
-class Spool:
+class FeatureStore:
     """The chunks of a folder, together: `spool["features"]` is a `Column`.
 
     n: only the first n samples. FileNotFoundError when some are not there (another process may have cleared them away).

@@ -6,34 +6,27 @@ the features themselves (at most 50,000 of them) for what needs neighbours, KID 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from diffscale.core import storage
+from diffscale.core.cache import cache_dir, file_lock
 from diffscale.core.errors import UserError
-from diffscale.evaluation import feature_store as spool
+from diffscale.core.hashing import identify
 from diffscale.evaluation.distribute import LABELS, Columns, Gather, View, chunk_ranges
-from diffscale.evaluation.feature_store import Spool
-from diffscale.evaluation.image_sources import FileSource, Source, source_of
+from diffscale.evaluation.feature_store import FeatureStore, chunks, ends, write_chunk
+from diffscale.evaluation.image_sources import Images, ImageSource, select_images
 from diffscale.evaluation.metrics.distances import Root
 from diffscale.evaluation.metrics.precision_recall import usual_distance
 from diffscale.evaluation.metrics.statistics import Moments, load_moments, moments_of, save_moments
-from diffscale.evaluation.networks.weights import cache_folder
-from diffscale.records.store import identify
 
-if TYPE_CHECKING:
-    from diffscale.data import Dataset
-
-ReferenceImages: TypeAlias = "Dataset | FileSource"
-Compute = Callable[[Source, View, Sequence[tuple[int, int]]], Iterator[tuple[int, Columns]]]
+Compute = Callable[[ImageSource, View, Sequence[tuple[int, int]]], Iterator[tuple[int, Columns]]]
 COMPLETE = "COMPLETE"
 KEPT_FEATURES = 50_000
 REFERENCE_SEED = 2020
@@ -70,12 +63,12 @@ class Reference:
 
     def features(self, output: str = "features") -> NDArray:
         """(n,d) float32 from disk. Raises UserError for a reference that is only an .npz."""
-        return self._spool()[self.view.column(output)]
+        return self._store()[self.view.column(output)]
 
     def labels(self) -> NDArray:
-        return self._spool()[LABELS][:]
+        return self._store()[LABELS][:]
 
-    def _spool(self) -> Spool:
+    def _store(self) -> FeatureStore:
         if self.folder is None:
             raise UserError(
                 setting="reference",
@@ -83,7 +76,7 @@ class Reference:
                 expected="a dataset: an .npz of statistics has no features",
                 fix="leave out KID, precision, recall, density, coverage, memorisation and classes",
             )
-        return Spool(self.folder)
+        return FeatureStore(self.folder)
 
     def usual(self, heldout: Reference | None) -> float:
         """See neighbours.usual_distance; kept for the next time."""
@@ -103,11 +96,11 @@ def reference_rows(n: int, n_reference: int | None) -> NDArray:
 def references_folder(run_storage: str) -> Path:
     """Beside the runs where that is a local folder (shared by all trials), else in this machine's cache."""
     if storage.is_remote(run_storage):
-        return cache_folder() / "references"
+        return cache_dir() / "references"
     return Path(storage.check_absolute(run_storage)) / "references"
 
 
-def reference_key(images: ReferenceImages, view: View, n_reference: int | None) -> str:
+def reference_key(images: Images, view: View, n_reference: int | None) -> str:
     n = min(n_reference or images.n, images.n)
     return identify(
         content=images.content_hash, n=n, network=view.network, resize=view.resize, resolution=view.resolution
@@ -115,7 +108,7 @@ def reference_key(images: ReferenceImages, view: View, n_reference: int | None) 
 
 
 def get_reference(
-    images: ReferenceImages,
+    images: Images,
     view: View,
     *,
     n_reference: int | None,
@@ -138,25 +131,25 @@ def get_reference(
     # One folder serves any set of outputs that were asked for together: sFID adds a column and so another folder.
     folder = place / ("-".join([key, *sorted(set(view.outputs) - {"features"})]))
     reference = Reference(key, len(rows), bool(images.lossy), view, folder)
-    with _lock(folder) if rank == 0 else _nothing():
+    with file_lock(folder.with_suffix(".lock")) if rank == 0 else nullcontext():
         complete = rank == 0 and (folder / COMPLETE).exists()
-        have = spool.ends(folder) if rank == 0 else {}
+        have = ends(folder) if rank == 0 else {}
         if gather is not None:
             complete, have = gather((complete, have))[0]
         if not complete:
-            source = source_of(images, rows)
+            source = select_images(images, rows)
             for first, columns in compute(source, view, chunk_ranges(source.n, source.batch, have)):
-                spool.write_chunk(folder, first, columns)
+                write_chunk(folder, first, columns)
             if rank == 0:
                 _finish(folder, view)
     return reference
 
 
 def _finish(folder: Path, view: View) -> None:
-    everything = Spool(folder)
+    everything = FeatureStore(folder)
     for output in view.outputs:
         save_moments(folder / f"{output}.npz", moments_of(everything[view.column(output)]))
-    for first, (_, path) in spool.chunks(folder).items():
+    for first, (_, path) in chunks(folder).items():
         if first >= KEPT_FEATURES:
             path.unlink()
     storage.write_bytes(str(folder / COMPLETE), b"")
@@ -168,14 +161,3 @@ def reference_from_npz(file: Path, view: View) -> Reference:
     return Reference(hashlib.sha256(file.read_bytes()).hexdigest()[:16], n, False, view, file=file)
 
 
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_suffix(".lock"), "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield

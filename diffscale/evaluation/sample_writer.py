@@ -12,8 +12,7 @@ from PIL import Image
 
 from diffscale.core import storage
 from diffscale.core.errors import UserError
-from diffscale.data.format.manifest import Manifest, Shard, Split, rows_hash, write_manifest
-from diffscale.data.format.open import made_with
+from diffscale.data.format.manifest import Manifest, Shard, Split, made_with, rows_hash, write_manifest
 from diffscale.data.format.shard import make_batch, write_shard
 from diffscale.evaluation.distribute import Columns, kept_images
 
@@ -21,7 +20,7 @@ FORMATS = ("png", "arrow")
 NOTE = "shard-"
 
 
-class Keeper:
+class SampleWriter:
     """Give it to an Evaluator as `keep_images`; `close()` when all chunks are there.
 
     folder: absolute. shape: (C,H,W). source: what the images are samples of, for an Arrow dataset's manifest.

@@ -1,7 +1,7 @@
-"""Evaluation beside training: a task of Ray Train's, with a device of its own, evaluates checkpoints of the run while
-the workers go on. What it writes is what the training workers would have written (DECISIONS 18).
+"""Evaluates checkpoints in a separate Ray Train task, on its own device, while training continues.
 
-Without torch at import, since Ray Train's controller imports it too (process_group.py); the task is beside_task.py.
+Its records are those that the training workers would have written (CONTRIBUTING.md, decision 18). Ray Train's
+controller imports this module, so it does without torch; the task itself is async_evaluation_task.py.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ if TYPE_CHECKING:
 
 
 def wanted(experiment: Experiment, gpu: bool, deciding: bool) -> bool:
-    """Whether a run is evaluated beside its training. `auto`: where the cluster has a device that no worker needs.
+    """Return whether a separate task evaluates the run. `auto`: where the cluster has a device that no worker needs.
 
-    deciding: whether it is a trial of a sweep, which waits for each record to decide if it goes on, and whose other
-    trials need what is free.
-    Raises UserError where eval.workers=own cannot be.
+    Raises UserError where eval.workers=own is impossible.
+
+    gpu: whether the workers train on GPUs.
+    deciding: whether the run is a trial of a sweep, which waits for each record to decide whether the trial continues
+        and whose other trials need the free devices.
     """
     settings, train = experiment.eval, experiment.train
     if not settings.n_generated or settings.workers == "training":
@@ -32,10 +34,13 @@ def wanted(experiment: Experiment, gpu: bool, deciding: bool) -> bool:
     if deciding:
         if settings.workers == "own":
             raise UserError(
-                setting="eval.workers", value="own", expected="auto or training: the sweep waits for each evaluation"
+                setting="eval.workers",
+                value="own",
+                expected="auto or training",
+                reason="the sweep waits for each evaluation",
             )
         return False
-    import ray
+    import ray  # import cost
 
     most = train.workers if isinstance(train.workers, int) else train.workers[1]
     have = ray.cluster_resources() if settings.workers == "own" else ray.available_resources()
@@ -46,16 +51,16 @@ def wanted(experiment: Experiment, gpu: bool, deciding: bool) -> bool:
             setting="eval.workers",
             value="own",
             expected=f"a {short[0]} besides those of {most} training workers",
-            fix="eval.workers=auto: the training workers evaluate where nothing is free",
+            fix="eval.workers=auto: the training workers evaluate where no device is free",
         )
     return not short
 
 
 def validation_config(config: dict[str, Any]) -> ValidationConfig:
-    """For the trainer. config: that of the training workers."""
-    from ray.train import ValidationConfig, ValidationTaskConfig
+    """Return Ray Train's configuration of the task. config: that of the training workers."""
+    from ray.train import ValidationConfig, ValidationTaskConfig  # import cost
 
-    from diffscale.config.experiment import Experiment
+    from diffscale.config.experiment import Experiment  # import cost
 
     cpus = Experiment.model_validate_json(config["experiment"]).train.cpus_per_worker
     ours = {name: config[name] for name in ("experiment", "run_folder", "launch", "gpu")}
@@ -70,10 +75,13 @@ def validation_config(config: dict[str, Any]) -> ValidationConfig:
     )
 
 
-def hand_over(images_seen: int, rank: int) -> None:
-    """Asks Ray Train to evaluate a checkpoint; every rank calls it. Ray's own checkpoint is only a mark: the run's are
-    in its folder, and this one may still be on its way there."""
-    import ray.train
+def submit(images_seen: int, rank: int) -> None:
+    """Have Ray Train evaluate a checkpoint; every rank calls it.
+
+    Ray's own checkpoint only carries the number of images: the run's checkpoints are in its folder, and this one may
+    still be written.
+    """
+    import ray.train  # import cost
 
     with tempfile.TemporaryDirectory(prefix="diffscale-mark-") as folder:
         Path(folder, "images_seen").write_text(str(images_seen))
@@ -84,8 +92,8 @@ def hand_over(images_seen: int, rank: int) -> None:
         )
 
 
-def evaluate(checkpoint: Checkpoint, **asked: Any) -> dict[str, float]:
-    """In Ray Train's validation task: the evaluation's values, after its records were written."""
-    from diffscale.training.async_evaluation_task import evaluate_images
+def evaluate(checkpoint: Checkpoint, **arguments: Any) -> dict[str, float]:
+    """Evaluate in Ray Train's validation task and return the values, after their records were written."""
+    from diffscale.training.async_evaluation_task import evaluate_images  # import cost
 
-    return evaluate_images(asked["config"], asked["images_seen"])
+    return evaluate_images(arguments["config"], arguments["images_seen"])

@@ -1,8 +1,7 @@
-"""The evaluation of one checkpoint beside training, in a process of its own."""
+"""Evaluates one checkpoint in a separate process while training continues."""
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from typing import Any
@@ -11,22 +10,20 @@ import torch
 
 from diffscale.config.experiment import Experiment
 from diffscale.core import storage
-from diffscale.distributed.messages import Channel, Notices
+from diffscale.distributed.messages import EVALUATED, Messages, Notices
 from diffscale.training.checkpoint import layout as ck
-from diffscale.training.checkpoint_evaluation import Judge, judged
-from diffscale.training.history import make_trackers
+from diffscale.training.checkpoint_evaluation import CheckpointEvaluator, evaluated_points
 from diffscale.training.load import load_trained
-from diffscale.training.monitor import EVALUATED, summary
-from diffscale.training.numerics import Numerics
+from diffscale.training.metrics_log import make_trackers, summary
+from diffscale.training.numerics import settle_process
 from diffscale.training.parallel import World
-from diffscale.training.setting_up import settle_process
 
 CHECKPOINT_WAIT_SECONDS = 600.0
 
 
 def evaluate_images(config: dict[str, Any], images_seen: int) -> dict[str, float]:
-    """Evaluates the checkpoint at `images_seen` of the run of these training workers, and tells the command."""
-    channel = Channel(config["launch"])
+    """Evaluate the checkpoint at `images_seen` and report its values to the command. config: that of the workers."""
+    channel = Messages(config["launch"])
     logger, notices = logging.getLogger("diffscale"), Notices(channel, "evaluation")
     logger.addHandler(notices)
     try:
@@ -38,17 +35,18 @@ def evaluate_images(config: dict[str, Any], images_seen: int) -> dict[str, float
         logger.removeHandler(notices)
 
 
-def _evaluate(channel: Channel, config: dict[str, Any], images_seen: int) -> dict[str, float]:
+def _evaluate(channel: Messages, config: dict[str, Any], images_seen: int) -> dict[str, float]:
     experiment, run_folder = Experiment.model_validate_json(config["experiment"]), config["run_folder"]
-    if images_seen in judged(run_folder, experiment):  # a restart came past here before
+    if images_seen in evaluated_points(run_folder, experiment):  # by an earlier attempt
         return {}
     device = torch.device("cuda" if config["gpu"] else "cpu")
     settle_process(experiment.train.cpus_per_worker, device)
     trained = load_trained(_complete(run_folder, images_seen), experiment.eval.ema, experiment)
-    stored = json.loads(storage.read_bytes(storage.join(run_folder, "numerics.json")))
-    judge = Judge(experiment, trained.dataset, trained.diffusion, World(device=device), Numerics(**stored["numerics"]))
+    evaluator = CheckpointEvaluator(
+        experiment, trained.dataset, trained.diffusion, World(device=device), trained.numerics
+    )
     model = trained.model.to(device).requires_grad_(False)
-    values = summary(judge.judge(model, run_folder, trained.columns, "own workers"))
+    values = summary(evaluator.evaluate(model, trained.columns, run_folder=run_folder, evaluated_on="own workers"))
     run_id = experiment.run_id(trained.dataset.content_hash)
     for tracker in make_trackers(
         experiment.train.trackers, run_folder, experiment.name, run_id, experiment.dotted(), images_seen, "evaluation"
@@ -60,7 +58,7 @@ def _evaluate(channel: Channel, config: dict[str, Any], images_seen: int) -> dic
 
 
 def _complete(run_folder: str, images_seen: int) -> str:
-    """The checkpoint at `images_seen`, once it is complete."""
+    """Wait until the checkpoint at `images_seen` is complete and return its folder."""
     checkpoint = ck.folder_of(run_folder, images_seen)
     end = time.monotonic() + CHECKPOINT_WAIT_SECONDS
     while not storage.exists(storage.join(checkpoint, ck.COMPLETE)):

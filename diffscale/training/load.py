@@ -1,8 +1,7 @@
-"""A trained network and all that it takes to draw images from it: what `sample` and `evaluate` start from."""
+"""Loads trained networks with all that drawing images from them takes: where `sample` and `evaluate` start."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,35 +13,27 @@ from diffscale.config.factory import build_diffusion, open_training_data
 from diffscale.config.load import merge, parse_overrides, parse_yaml, validate
 from diffscale.core import storage
 from diffscale.core.errors import UserError
-from diffscale.data import Dataset, open_dataset, resolve
+from diffscale.data import Dataset
 from diffscale.diffusion import Diffusion
 from diffscale.training.checkpoint import layout as ck
 from diffscale.training.numerics import Numerics
-
-__all__ = ["Trained", "find_checkpoints", "is_run", "load_trained", "settings_of_run", "solver_settings"]
 
 CHANGEABLE = ("eval", "storage")
 
 
 @dataclass(frozen=True)
-class Trained:
-    """One checkpoint with one average of its weights. columns: those of a record that training determined."""
+class TrainedModel:
+    """A checkpoint with one average of its weights."""
 
     experiment: Experiment
     model: nn.Module
+    numerics: Numerics  # how the run computes, without compilation
     diffusion: Diffusion
     dataset: Dataset
     images_seen: int
-    columns: dict[str, Any]
+    columns: dict[str, Any]  # the record's columns that training determined
     run_folder: str
     ema: str
-
-    def at_eval_resolution(self) -> Dataset | None:
-        """The training images at `eval.eval_resolution`, where that is set and another."""
-        side, data = self.experiment.eval.eval_resolution, self.experiment.data
-        if side is None or side == self.dataset.resolution:
-            return None
-        return open_dataset(resolve(data.path, side, self.experiment.storage))
 
     @property
     def label(self) -> str:
@@ -50,14 +41,14 @@ class Trained:
 
 
 def is_run(target: str) -> bool:
-    """Whether it is a run's folder or one checkpoint of a run."""
+    """Return whether the target is a run's folder or one checkpoint of a run."""
     return any(storage.exists(storage.join(target, name)) for name in ("checkpoints", ck.COMPLETE))
 
 
-def find_checkpoints(target: str, which: str = "last") -> list[str]:
-    """The checkpoints that a RUN or CHECKPOINT means. which: last (the newest undamaged one), all, or images seen.
+def list_targets(target: str, which: str = "last") -> list[str]:
+    """Return the checkpoints that a RUN or CHECKPOINT stands for. Raises UserError if there is none.
 
-    Raises UserError when there is none.
+    which: "last" (the newest undamaged one), "all", or a number of images seen.
     """
     if storage.exists(storage.join(target, ck.COMPLETE)):
         return [target.rstrip("/")]
@@ -73,13 +64,21 @@ def find_checkpoints(target: str, which: str = "last") -> list[str]:
 
 
 def settings_of_run(checkpoint: str, overrides: Iterable[str] = (), solver: str | None = None) -> Experiment:
-    """The run's settings with other `eval` settings laid over them: `eval.n_generated=50000`. Anything else would make
-    it another run: UserError. solver: "heun" or "heun,steps=18", short for the settings of eval.solver."""
+    """Return the run's settings with its `eval` settings overridden: `eval.n_generated=50000`.
+
+    Any other section would make it another run: UserError.
+
+    solver: "heun" or "heun,steps=18", short for the settings of eval.solver.
+    """
     changes = parse_overrides(overrides)
     for section in changes:
         if section not in CHANGEABLE:
-            expected = "eval.* or storage: other settings were fixed when the run was trained"
-            raise UserError(setting="OVERRIDE", value=section, expected=expected)
+            raise UserError(
+                setting="OVERRIDE",
+                value=section,
+                expected="eval.* or storage",
+                reason="other settings were fixed when the run was trained",
+            )
     uri = storage.join(checkpoint, "experiment.yaml")
     tree = merge(parse_yaml(storage.read_bytes(uri).decode(errors="replace"), uri), changes)
     if solver is not None:
@@ -88,19 +87,24 @@ def settings_of_run(checkpoint: str, overrides: Iterable[str] = (), solver: str 
 
 
 def solver_settings(text: str) -> dict[str, Any]:
-    """`heun,steps=18,grid=karras` as settings."""
+    """Parse `heun,steps=18,grid=karras` as settings."""
     name, *rest = text.split(",")
     return {"name": name, **parse_overrides(rest)}
 
 
-def load_trained(checkpoint: str, ema: str, experiment: Experiment) -> Trained:
-    """Raises UserError for a damaged checkpoint, an average that was not tracked, or data that is not there."""
+def load_trained(checkpoint: str, ema: str, experiment: Experiment) -> TrainedModel:
+    """Load a checkpoint with the weights of one average.
+
+    Raises UserError for a damaged checkpoint, an average that was not tracked, or missing data.
+    """
     _, model, images_seen, columns = ck.load_for_sampling(checkpoint, ema)
     dataset = open_training_data(experiment)
     run_folder = checkpoint.rpartition("/checkpoints/")[0]
-    return Trained(
+    numerics = _numerics_of(run_folder)
+    return TrainedModel(
         experiment,
-        _numerics_of(run_folder).prepare(model),
+        numerics.prepare(model),
+        numerics,
         build_diffusion(experiment, dataset),
         dataset,
         images_seen,
@@ -111,11 +115,5 @@ def load_trained(checkpoint: str, ema: str, experiment: Experiment) -> Trained:
 
 
 def _numerics_of(run_folder: str) -> Numerics:
-    """How the run computed, less its compiling, which sampling would wait for; the defaults where nothing says so."""
-    uri = storage.join(run_folder, "numerics.json")
-    if not run_folder or not storage.exists(uri):
-        return Numerics()
-    try:
-        return replace(Numerics(**json.loads(storage.read_bytes(uri))["numerics"]), compile=False)
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(setting="RUN", value=uri, expected=f"the numerics that training wrote ({error})") from None
+    """Return how the run computed, without compilation, which sampling would wait for; defaults without a file."""
+    return replace(Numerics.load(run_folder) or Numerics(), compile=False)

@@ -10,8 +10,8 @@ import torch
 
 from diffscale.data import Dataset, open_dataset
 from diffscale.diffusion import SOLVERS, Diffusion, create_diffusion
-from diffscale.evaluation.image_sources import Sampling
-from diffscale.evaluation.sample_writer import Keeper
+from diffscale.evaluation.sample_writer import SampleWriter
+from diffscale.evaluation.sampling import Sampling
 from diffscale.models import create_model
 
 CLASSES = ["red", "green", "blue"]
@@ -49,7 +49,7 @@ def pictures(n: int, side: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 def write_dataset(folder: Path, n: int, side: int, seed: int = 0) -> Dataset:
     images, labels = pictures(n, side, seed)
-    keeper = Keeper(folder, "arrow", (3, side, side), CLASSES, {})
+    keeper = SampleWriter(folder, "arrow", (3, side, side), CLASSES, {})
     keeper(0, {"images": images.transpose(0, 3, 1, 2).reshape(n, -1), "labels": labels})
     keeper.close()
     return open_dataset(str(folder))

@@ -16,19 +16,21 @@ from diffscale import evaluate, sample
 from diffscale.config.experiment import Experiment
 from diffscale.config.factory import build_diffusion, build_model, open_training_data
 from diffscale.config.load import merge, validate
-from diffscale.core.device import count_cost
 from diffscale.core.errors import UserError
 from diffscale.data import Dataset, Loader, open_dataset
-from diffscale.evaluation import folder
+from diffscale.evaluation import Evaluator
 from diffscale.evaluation.folder import evaluate_folder
+from diffscale.evaluation.image_sources import FileSource
 from diffscale.evaluation.metrics.statistics import moments_of, save_moments
+from diffscale.evaluation.sampling import ModelSource
+from diffscale.models.cost import count_cost
 from diffscale.records.store import read_records
 from diffscale.training.checkpoint import layout as ck
 from diffscale.training.checkpoint import saver as saving
-from diffscale.training.checkpoint_evaluation import Judge
-from diffscale.training.columns import run_columns
+from diffscale.training.checkpoint_evaluation import CheckpointEvaluator, record_columns
+from diffscale.training.evaluate_runs import evaluate_run
 from diffscale.training.learner import Learner
-from diffscale.training.load import find_checkpoints, settings_of_run
+from diffscale.training.load import list_targets, settings_of_run
 from diffscale.training.numerics import Numerics
 from diffscale.training.parallel import World
 
@@ -74,7 +76,7 @@ def training(tmp_path_factory) -> Training:
         for batch, _ in zip(loader, range(2), strict=False):
             learner.step(batch)
     cost = count_cost(lambda: build_model(experiment, dataset), 8, 3, dataset.num_classes)
-    columns = run_columns(experiment, dataset, cost, World(), learner.images_seen, 1.0, None, 0.5, "fp32")
+    columns = record_columns(experiment, dataset, cost, World(), learner.images_seen, 1.0, None, 0.5, "fp32", 1)
     return Training(experiment, learner, dataset, columns)
 
 
@@ -84,7 +86,7 @@ def run(training) -> Path:
     shape = {"resolution": 8, "channels": 3, "num_classes": training.dataset.num_classes}
     settings = ck.save_settings(training.experiment)
     saver = saving.Saver(str(training.folder), 0, 1, "test", settings, lambda _: None)
-    saver.save(saving.take(training.learner, {"record": training.columns, "data": shape}, 0))
+    saver.save(saving.snapshot(training.learner, {"record": training.columns, "data": shape}, 0))
     saver.wait()
     return training.folder
 
@@ -140,21 +142,21 @@ def test_sample_keeps_images_and_compares_runs_at_the_same_seeds(ray_cluster, ru
 
 
 def test_settings_that_were_fixed_in_training_are_refused(run):
-    (uri,) = find_checkpoints(str(run))
+    (uri,) = list_targets(str(run))
     assert settings_of_run(uri, ["eval.n_generated=7"], "heun,steps=5").eval.solver.steps == 5
     with pytest.raises(UserError, match="OVERRIDE"):
         settings_of_run(uri, ["model.model_channels=32"])
     with pytest.raises(UserError, match="has: 24"):
-        find_checkpoints(str(run), "48")
+        list_targets(str(run), "48")
 
 
 def test_a_metric_without_weights_stops_before_sampling(ray_cluster, run, own_cache, monkeypatch, tmp_path):
     monkeypatch.setenv("DIFFSCALE_OFFLINE", "1")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("diffscale.evaluation.networks.weights.importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr(sample.ModelSource, "images", lambda *a: pytest.fail("sampled"))
+    monkeypatch.setattr(ModelSource, "images", lambda *a: pytest.fail("sampled"))
     with pytest.raises(UserError, match=r"\(3\)"):
-        evaluate.evaluate_run(str(run), ["eval.metrics=[fid]"])
+        evaluate_run(str(run), ["eval.metrics=[fid]"])
 
 
 def test_in_training_the_average_is_judged_whatever_the_training_batch_is(training, own_cache, tmp_path):
@@ -163,8 +165,10 @@ def test_in_training_the_average_is_judged_whatever_the_training_batch_is(traini
     def values(**changes) -> list[float]:
         experiment = validate(merge(SETTINGS | {"storage": str(tmp_path)}, changes))
         diffusion = build_diffusion(experiment, training.dataset)
-        judge = Judge(experiment, training.dataset, diffusion, World(), Numerics())
-        records = judge.judge(judge.averaged(training.learner), str(tmp_path), training.columns, "own workers")
+        evaluator = CheckpointEvaluator(experiment, training.dataset, diffusion, World(), Numerics())
+        records = evaluator.evaluate(
+            evaluator.averaged(training.learner), training.columns, run_folder=str(tmp_path), evaluated_on="own workers"
+        )
         return [r.value for r in records]
 
     averaged = values()
@@ -188,13 +192,13 @@ def test_a_folder_an_npz_and_a_dataset_of_the_same_images_have_the_same_distance
     np.savez(tmp_path / "samples.npz", arr_0=pictures(30, 16, seed=3)[0])
     write_dataset(tmp_path / "as_arrow", 30, 16, seed=3)
     places = [images, tmp_path / "samples.npz", tmp_path / "as_arrow"]
-    values = [evaluate_folder(str(p), str(reference), [FD]).measurements[0].value for p in places]
+    values = [evaluate_folder(str(p), str(reference), [FD])[0]["value"] for p in places]
     assert values == pytest.approx([values[0]] * 3, rel=1e-6)
     output = call(
         evaluate.app, str(images), "--reference", str(reference), "--metrics", f"{FD},recall_efficientnet_lite0"
     )
     assert FD in output
-    assert evaluate_folder(str(images), str(images), [FD]).measurements[0].value == pytest.approx(0, abs=1e-3)
+    assert evaluate_folder(str(images), str(images), [FD])[0]["value"] == pytest.approx(0, abs=1e-3)
 
 
 def test_jpeg_on_one_side_is_said(folders, own_cache, tmp_path):
@@ -203,8 +207,8 @@ def test_jpeg_on_one_side_is_said(folders, own_cache, tmp_path):
     lossy.mkdir()
     for file in images.glob("*.png"):
         Image.open(file).save(lossy / f"{file.stem}.jpg", quality=75)
-    assert "only one" in evaluate_folder(str(lossy), str(reference), [FD]).measurements[0].warning
-    assert "only one" not in evaluate_folder(str(images), str(reference), [FD]).measurements[0].warning
+    assert "only one" in evaluate_folder(str(lossy), str(reference), [FD])[0]["warning"]
+    assert "only one" not in evaluate_folder(str(images), str(reference), [FD])[0]["warning"]
 
 
 def test_statistics_of_another_network_are_refused(folders, own_cache, tmp_path):
@@ -250,14 +254,12 @@ def test_what_is_said_about_sampling_is_not_ignored_for_images_that_are_there(fo
 
 def test_a_folder_whose_evaluation_was_cut_off_is_not_read_twice(folders, own_cache, monkeypatch):
     images, reference = folders
-    whole = evaluate_folder(str(images), str(reference), [FD]).measurements
+    whole = evaluate_folder(str(images), str(reference), [FD])
     assert list((own_cache / "evaluations").iterdir()) == []
-    monkeypatch.setattr(folder, "_measure", lambda *a: pytest.fail("cut off"))
+    monkeypatch.setattr(Evaluator, "measure", lambda *a: pytest.fail("cut off"))
     with pytest.raises(BaseException, match="cut off"):
         evaluate_folder(str(images), str(reference), [FD])
     monkeypatch.undo()
     monkeypatch.setenv("DIFFSCALE_CACHE", str(own_cache))
-    monkeypatch.setattr(
-        folder, "in_process", lambda source, with_, todo: iter([]) if not todo else pytest.fail("again")
-    )
-    assert evaluate_folder(str(images), str(reference), [FD]).measurements == whole
+    monkeypatch.setattr(FileSource, "images", lambda *a: pytest.fail("again"))
+    assert evaluate_folder(str(images), str(reference), [FD]) == whole

@@ -13,7 +13,7 @@ from PIL import Image
 from diffscale.core.errors import UserError
 from diffscale.diffusion import SOLVERS
 from diffscale.evaluation import Evaluator
-from diffscale.evaluation import feature_store as spool
+from diffscale.evaluation.feature_store import ends
 from diffscale.evaluation.image_sources import DatasetSource
 from diffscale.evaluation.metrics.statistics import moments_of, save_moments
 
@@ -91,13 +91,13 @@ def test_an_interrupted_evaluation_goes_on_and_gives_the_same_numbers(dataset, n
     assert [m.value for m in again.measurements] == [m.value for m in whole.measurements]
     after = [f.stat().st_mtime_ns for f in files]
     assert (after[0], after[2]) == (before[0], before[2])
-    assert spool.ends(tmp_path / "work") == {0: 64, 64: 128, 128: 130}
+    assert ends(tmp_path / "work") == {0: 64, 64: 128, 128: 130}
 
 
 def test_runs_of_another_resolution_are_compared_at_the_common_one_with_the_native_beside(dataset, tmp_path):
     larger = write_dataset(tmp_path / "large", 48, 32)
     both = settings(eval_resolution=32)
-    evaluator = Evaluator(both, dataset, str(tmp_path), at_eval_resolution=larger)
+    evaluator = Evaluator(both, dataset, str(tmp_path), compared=larger)
     fd = by_name(evaluator.evaluate_source(DatasetSource(dataset, np.arange(48), batch=8)))[FD]
     assert fd.eval_resolution == 32
     assert fd.value_native == pytest.approx(0, abs=1e-3)
@@ -163,7 +163,7 @@ def test_the_picture_of_nearest_training_images(dataset, network, diffusion, tmp
     evaluator = Evaluator(settings(), dataset, str(tmp_path))
     sampling = evaluator.sampling(SOLVERS["ddim"](steps=1))
     evaluator.evaluate(network, diffusion, sampling, folder=tmp_path / "work")
-    png = evaluator.nearest_picture(network, diffusion, sampling, tmp_path / "work", 4)
+    png = evaluator.nearest_picture(evaluator.samples(network, diffusion, sampling), tmp_path / "work", 4)
     assert Image.open(io.BytesIO(png)).size[0] > 4 * 32
 
 

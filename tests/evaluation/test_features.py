@@ -19,8 +19,8 @@ from diffscale.evaluation.networks import inception
 from diffscale.evaluation.networks.extractor import LITE0, create_extractor
 from diffscale.evaluation.networks.fold_batch_norm import fuse_batch_norms
 from diffscale.evaluation.networks.weights import load_weights
-from diffscale.kernels.conv_inference import FastConv, use_fast_convolutions
 from diffscale.kernels.winograd import FLOAT32
+from diffscale.models.accelerate import FrozenConv2d, accelerate_frozen_convolutions
 
 
 def pixels(n: int, side: int = 32, channels: int = 3) -> torch.Tensor:
@@ -159,8 +159,8 @@ def test_fast_convolutions_stand_for_those_of_stride_one_alone():
     others = [Conv(16, 16, 3, stride=2), Conv(16, 16, (1, 3)), Conv(16, 16, 3, groups=2), Conv(16, 12, 3, padding=1)]
     plain = torch.nn.Sequential(*wanted, *others).eval().requires_grad_(False)
     fast, x = copy.deepcopy(plain), torch.randn(2, 8, 35, 35)
-    use_fast_convolutions(fast)
-    assert [type(layer) for layer in fast] == [FastConv] * 2 + [Conv] * 4
+    accelerate_frozen_convolutions(fast)
+    assert [type(layer) for layer in fast] == [FrozenConv2d] * 2 + [Conv] * 4
     torch.testing.assert_close(fast(x), plain(x), rtol=1e-4, atol=1e-5)
     assert not torch.equal(fast(x), plain(x))
     with torch.autocast("cpu", torch.bfloat16):

@@ -16,8 +16,9 @@ import torch
 
 from diffscale.core.errors import UserError
 from diffscale.diffusion import SOLVERS, Guidance
-from diffscale.evaluation.distribute import Featuriser, Stopped, chunk_ranges, in_process, on_ray, over_ranks
-from diffscale.evaluation.image_sources import DatasetSource, ModelSource, draw_labels, to_uint8
+from diffscale.evaluation.distribute import Featuriser, Stopped, chunk_ranges, run_local, run_on_ranks, run_on_ray
+from diffscale.evaluation.image_sources import DatasetSource
+from diffscale.evaluation.sampling import ModelSource, draw_labels, to_uint8
 
 from .conftest import write_dataset
 
@@ -101,13 +102,13 @@ def test_chunks_are_whole_batches_and_only_the_missing_ones():
 def test_ranks_share_the_chunks_in_order(tmp_path):
     source = DatasetSource(write_dataset(tmp_path, 200, 8), np.arange(200))
     featurise, ranges = Featuriser([]), chunk_ranges(200, 8)
-    alone = dict(in_process(source, featurise, ranges, keep_below=200))
+    alone = dict(run_local(source, featurise, ranges, keep_below=200))
     slots: list[list] = []
     for rank in range(3):  # each rank's own objects, round by round
         slots.append([])
-        list(over_ranks(source, featurise, ranges, rank, 3, lambda mine, r=rank: slots[r].append(mine) or [], 200))
+        list(run_on_ranks(source, featurise, ranges, rank, 3, lambda mine, r=rank: slots[r].append(mine) or [], 200))
     rounds = iter(zip(*slots, strict=True))
-    merged = dict(over_ranks(source, featurise, ranges, 0, 3, lambda mine: list(next(rounds)), 200))
+    merged = dict(run_on_ranks(source, featurise, ranges, 0, 3, lambda mine: list(next(rounds)), 200))
     assert list(merged) == list(alone)
     assert all(np.array_equal(merged[k]["images"], alone[k]["images"]) for k in alone)
 
@@ -125,7 +126,7 @@ def test_one_rank_that_is_asked_to_stop_stops_all_after_the_same_chunks(tmp_path
             barrier.wait()
             return everyone
 
-        chunks = over_ranks(source, Featuriser([]), ranges, rank, 2, gather, asked=lambda: rank == 1)
+        chunks = run_on_ranks(source, Featuriser([]), ranges, rank, 2, gather, stop_requested=lambda: rank == 1)
         given = [next(chunks)[0], next(chunks)[0]] if rank == 0 else []
         with pytest.raises(Stopped):
             next(chunks)
@@ -138,7 +139,7 @@ def test_one_rank_that_is_asked_to_stop_stops_all_after_the_same_chunks(tmp_path
 def test_samples_are_identical_to_the_bit_on_one_and_two_actors_and_after_one_was_killed(ray_cluster, source):
     def run(workers: int, kill: bool = False) -> np.ndarray:
         parts = {}
-        chunks = on_ray(source, [], chunk_ranges(130, 8), workers=workers, keep_below=130)
+        chunks = run_on_ray(source, [], chunk_ranges(130, 8), workers=workers, keep_below=130)
         for first, columns in chunks:
             if kill:
                 _kill_one_actor()
@@ -146,7 +147,7 @@ def test_samples_are_identical_to_the_bit_on_one_and_two_actors_and_after_one_wa
             parts[first] = columns["images"]
         return np.concatenate([parts[first] for first in sorted(parts)])
 
-    here = np.concatenate([c["images"] for _, c in in_process(source, Featuriser([]), chunk_ranges(130, 8), 130)])
+    here = np.concatenate([c["images"] for _, c in run_local(source, Featuriser([]), chunk_ranges(130, 8), 130)])
     assert np.array_equal(run(1), here)
     assert np.array_equal(run(2), here)
     assert np.array_equal(run(2, kill=True), here)

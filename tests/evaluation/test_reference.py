@@ -11,7 +11,7 @@ import torch
 from diffscale.core.errors import UserError
 from diffscale.data import open_dataset
 from diffscale.evaluation.distribute import View
-from diffscale.evaluation.feature_store import Spool, write_chunk
+from diffscale.evaluation.feature_store import FeatureStore, write_chunk
 from diffscale.evaluation.image_sources import DatasetSource
 from diffscale.evaluation.metrics.distances import frechet
 from diffscale.evaluation.metrics.registry import parse_metric, per_class
@@ -123,7 +123,7 @@ def test_sfid_of_a_class_compares_the_spatial_features_of_that_class(dataset, tm
     source = DatasetSource(dataset, np.arange(dataset.n))
     for first, chunk in columns(source, view, [(0, dataset.n)]):
         write_chunk(tmp_path / "generated", first, chunk)
-    rows = per_class(parse_metric("sfid"), view, Spool(tmp_path / "generated"), reference)
+    rows = per_class(parse_metric("sfid"), view, FeatureStore(tmp_path / "generated"), reference)
     assert [r.metric for r in rows] == ["sfid[0]", "sfid[1]", "sfid[2]"]
     assert [r.value for r in rows] == pytest.approx([0] * 3, abs=1e-3)
     assert [(r.n_generated, r.n_reference) for r in rows] == [(16, 16)] * 3

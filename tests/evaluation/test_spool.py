@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from diffscale.evaluation.feature_store import Spool, ends, rows_of, write_chunk
+from diffscale.evaluation.feature_store import FeatureStore, ends, select_rows, write_chunk
 from diffscale.evaluation.metrics.distances import Root, inception_score, kernel_distance
 from diffscale.evaluation.metrics.intervals import frechet_at_infinity, frechet_interval
 from diffscale.evaluation.metrics.precision_recall import CORPUS, memorisation, neighbourhood, usual_distance
@@ -18,7 +18,7 @@ def chunk(first: int, n: int) -> dict[str, np.ndarray]:
 def test_rows_come_in_sample_order_whatever_the_order_of_writing(tmp_path):
     for first in (20, 0, 10):
         write_chunk(tmp_path, first, chunk(first, 10))
-    features = Spool(tmp_path)["features"]
+    features = FeatureStore(tmp_path)["features"]
     assert features.shape == (30, 2)
     np.testing.assert_array_equal(features[:][:, 0], np.arange(30))
     np.testing.assert_array_equal(features[8:23][:, 1], -np.arange(8, 23))
@@ -31,8 +31,8 @@ def test_a_smaller_number_is_a_prefix_and_a_longer_chunk_replaces_a_shorter(tmp_
     assert ends(tmp_path) == {0: 10, 10: 14}
     write_chunk(tmp_path, 10, chunk(10, 10))
     assert ends(tmp_path) == {0: 10, 10: 20}
-    assert Spool(tmp_path).n == 20
-    spool = Spool(tmp_path, 13)
+    assert FeatureStore(tmp_path).n == 20
+    spool = FeatureStore(tmp_path, 13)
     assert (spool.n, len(spool["labels"])) == (13, 13)
 
 
@@ -40,10 +40,10 @@ def test_samples_that_another_process_cleared_away_are_missed(tmp_path):
     for first in (0, 10, 20):
         write_chunk(tmp_path, first, chunk(first, 10))
     with pytest.raises(FileNotFoundError, match="samples 30 to 40"):
-        Spool(tmp_path, 40)
+        FeatureStore(tmp_path, 40)
     (tmp_path / "chunk-000000010-000000020.arrow").unlink()
     with pytest.raises(FileNotFoundError, match="samples 10 to 19"):
-        Spool(tmp_path)
+        FeatureStore(tmp_path)
 
 
 class Watched:
@@ -69,7 +69,7 @@ METRICS = {
     "is": lambda x, y: inception_score(x),
     "neighbourhood": neighbourhood,
     "memorisation": lambda x, y: memorisation(x, y, usual_distance(y, x)),
-    "a class": lambda x, y: frechet_interval(rows_of(x, np.arange(1, 10_000)), Root.of(moments_of(y))),
+    "a class": lambda x, y: frechet_interval(select_rows(x, np.arange(1, 10_000)), Root.of(moments_of(y))),
 }
 
 
@@ -84,4 +84,4 @@ def test_no_metric_reads_all_features_at_once(metric):
 def test_an_empty_folder_is_an_error_and_unfinished_files_are_not_seen(tmp_path):
     (tmp_path / ".chunk-000000000-000000010.arrow.abc.tmp").write_bytes(b"half")
     with pytest.raises(FileNotFoundError, match="no features"):
-        Spool(tmp_path)
+        FeatureStore(tmp_path)

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffscale.evaluation.feature_store import rows_of
+from diffscale.evaluation.feature_store import select_rows
 from diffscale.evaluation.metrics.device import there
 from diffscale.evaluation.metrics.statistics import Float64, Moments, moments_of
 
@@ -114,7 +114,7 @@ def inception_score(logits: NDArray, splits: int = 10, seed: int = 2020) -> tupl
     """
     n = len(logits)
     order = np.random.RandomState(seed).permutation(n)
-    scores = [_score(rows_of(logits, order[i * n // splits : (i + 1) * n // splits])) for i in range(splits)]
+    scores = [_score(select_rows(logits, order[i * n // splits : (i + 1) * n // splits])) for i in range(splits)]
     return float(np.mean(scores)), float(np.std(scores))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from diffscale.evaluation.feature_store import rows_of
+from diffscale.evaluation.feature_store import select_rows
 from diffscale.evaluation.metrics.distances import Root, frechet, frechet_of_features
 from diffscale.evaluation.metrics.statistics import moments_of
 
@@ -29,7 +29,7 @@ def frechet_interval(features: NDArray, reference: Root, groups: int = GROUPS) -
         value = frechet(total, reference)
         if n < 2 * groups:
             return value, float("nan"), float("nan")
-        left_out = [frechet(total.without(moments_of(rows_of(features, r))), reference) for r in rows]
+        left_out = [frechet(total.without(moments_of(select_rows(features, r))), reference) for r in rows]
     else:
         x = np.asarray(features[:], np.float64)
         value = frechet_of_features(x, reference)
@@ -58,7 +58,7 @@ def frechet_at_infinity(
         fewest = 5000 if n >= 10_000 else n // 10
     random = np.random.RandomState(seed)
     sizes = np.linspace(fewest, n, points).astype(int)
-    subsets = [rows_of(features, random.choice(n, size, replace=False)) for size in sizes]
+    subsets = [select_rows(features, random.choice(n, size, replace=False)) for size in sizes]
     values = [frechet_of_features(subset, reference) for subset in subsets]
     from scipy import stats
 

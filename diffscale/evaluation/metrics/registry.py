@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from diffscale.core.errors import UserError
 from diffscale.core.text import nearest as nearest_name
 from diffscale.evaluation.distribute import LABELS, View
-from diffscale.evaluation.feature_store import Spool, rows_of
+from diffscale.evaluation.feature_store import FeatureStore, select_rows
 from diffscale.evaluation.metrics.distances import (
     Root,
     frechet_of_features,
@@ -92,7 +92,7 @@ class Measurement:
 def measure(
     metric: Metric,
     view: View,
-    generated: Spool,
+    generated: FeatureStore,
     reference: Reference,
     heldout: Reference | None = None,
     rows: NDArray | None = None,
@@ -104,7 +104,7 @@ def measure(
     """
     features = generated[view.column(metric.outputs[0])]
     if rows is not None:
-        features = rows_of(features, rows)
+        features = select_rows(features, rows)
     n = len(features)
     name = metric.name if view.resize == "default" else f"{metric.name}_{view.resize}"
     if label is not None:
@@ -160,7 +160,7 @@ def measure(
 LEAST_OF_CLASS = 8
 
 
-def per_class(metric: Metric, view: View, generated: Spool, reference: Reference) -> list[Measurement]:
+def per_class(metric: Metric, view: View, generated: FeatureStore, reference: Reference) -> list[Measurement]:
     """`<metric>[label]` of each class that has enough samples and reference images; none for metrics of a whole."""
     if metric.kind in ("is", "fd_inf"):
         return []
@@ -173,7 +173,7 @@ def per_class(metric: Metric, view: View, generated: Spool, reference: Reference
     return out
 
 
-def memorised(view: View, generated: Spool, reference: Reference, heldout: Reference | None) -> float | None:
+def memorised(view: View, generated: FeatureStore, reference: Reference, heldout: Reference | None) -> float | None:
     """Share of samples nearer to a training image than 1 % of unseen images are; None without reference features."""
     if not reference.has_features or reference.n < 3:
         return None
@@ -194,7 +194,7 @@ class Nearest:
 
 
 def nearest_samples(
-    view: View, generated: Spool, reference: Reference, heldout: Reference | None, count: int
+    view: View, generated: FeatureStore, reference: Reference, heldout: Reference | None, count: int
 ) -> Nearest:
     """Raises UserError for a reference without features."""
     usual = max(reference.usual(heldout), 1e-12)
@@ -213,7 +213,7 @@ def views_of(metrics: Iterable[Metric], resolution: int, resize: str) -> dict[st
 
 def _class_features(reference: Reference, label: int | None, output: str = "features") -> NDArray:
     features = reference.features(output)
-    return features if label is None else rows_of(features, np.flatnonzero(reference.labels() == label))
+    return features if label is None else select_rows(features, np.flatnonzero(reference.labels() == label))
 
 
 def _finite(value: float | None) -> float | None:

@@ -30,8 +30,8 @@ from diffscale.evaluation.networks.weights import (
     load_weights,
     read_safetensors,
 )
-from diffscale.kernels.conv_inference import use_fast_convolutions
 from diffscale.kernels.float32 import exact_float32
+from diffscale.models.accelerate import accelerate_frozen_convolutions
 
 DEFAULT_NETWORK = "efficientnet_lite0"
 LITE0_SIZE = 128
@@ -164,7 +164,7 @@ def _place(model: nn.Module, size: int, device: torch.device) -> None:
     fuse_batch_norms(model.eval().requires_grad_(False), torch.zeros(1, 3, size, size))
     model.to(device).to(memory_format=torch.channels_last)
     if device.type == "cpu":
-        use_fast_convolutions(model)
+        accelerate_frozen_convolutions(model)
 
 
 def _read_lite0(data: bytes) -> State:

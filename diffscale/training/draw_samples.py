@@ -1,0 +1,127 @@
+"""Draws images from trained networks over Ray: PNG files or Arrow datasets, grids, denoising strips."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from diffscale.config.factory import build_solver
+from diffscale.core import image_grids, storage
+from diffscale.diffusion import Evaluation, Guidance
+from diffscale.distributed.connect import connect
+from diffscale.evaluation import ModelSource, Sampling
+from diffscale.evaluation.distribute import chunk_ranges, devices, kept_images, run_on_ray
+from diffscale.evaluation.sample_writer import SampleWriter
+from diffscale.evaluation.sampling import sampling_of_settings, to_uint8
+from diffscale.training.checkpoint_evaluation import sampling_precision
+from diffscale.training.load import TrainedModel, load_trained, settings_of_run
+
+GRID = 64
+STRIP_FRAMES = 10
+COMPARED = 12
+
+
+@dataclass(frozen=True)
+class DrawOptions:
+    """What to draw of each trained model and how to store it."""
+
+    n: int = 64  # images
+    keep_format: str = "png"  # png, arrow, or grid for the grid alone
+    labels: str = "balanced"  # train, uniform, balanced, none, or a class
+    precision: str = ""  # fp32 or bf16; empty: as the run computes
+    guide: str = ""  # checkpoint of a weaker network of the same process, for autoguidance
+    trajectory: int = 0  # samples in the picture of denoising strips
+    workers: int = 0  # Ray actors; 0: one for each GPU, or else CPU, of the cluster
+
+
+def draw_samples(trained: TrainedModel, folder: Path, options: DrawOptions) -> NDArray:
+    """Draw images of a trained model into `folder`, with the pictures next to it.
+
+    Image i comes from seed i whatever the batch and the number of workers. Returns the first 64 images, (n,H,W,C)
+    uint8, that the grid shows.
+    """
+    connect()
+    sampling = sampling_of(trained, options)
+    first = _draw(trained, sampling, folder, options)
+    if options.trajectory:
+        picture = strips(trained, replace(sampling, batch=options.trajectory))
+        storage.write_bytes(f"{folder}-trajectory.png", picture)
+    return first
+
+
+def comparison(rows: list[tuple[str, NDArray]]) -> bytes:
+    """Return a PNG with one row of images for each named run, at the same seeds."""
+    return image_grids.to_png(image_grids.comparison([(name, images[:COMPARED]) for name, images in rows]))
+
+
+def sampling_of(trained: TrainedModel, options: DrawOptions) -> Sampling:
+    """Return the run's own sampler with the options' labels, precision and guide."""
+    settings = trained.experiment.eval
+    sampling = sampling_of_settings(settings, build_solver(trained.experiment), options.n)
+    guidance = sampling.guidance
+    if options.guide:
+        guide = settings_of_run(options.guide)
+        weaker = load_trained(options.guide, guide.eval.ema, guide).model
+        guidance = Guidance(guidance.scale, guidance.interval, weaker)
+    precision = options.precision or sampling_precision(trained.numerics)
+    return replace(sampling, guidance=guidance, labels=options.labels, precision=precision)
+
+
+def _draw(trained: TrainedModel, sampling: Sampling, folder: Path, options: DrawOptions) -> NDArray:
+    n = options.n
+    actors, device = devices(options.workers)
+    source = ModelSource.of(trained.model, trained.diffusion, sampling, trained.dataset, n, device)
+    names = trained.dataset.class_names
+    keep: Callable[[int, dict[str, Any]], None] | None = None
+    writer = None
+    if options.keep_format != "grid":
+        about = {"run_id": trained.columns["run_id"], "sampler": sampling.canonical(), "seed": sampling.seed}
+        writer = keep = SampleWriter(folder, options.keep_format, source.shape, names, about)
+    ranges = chunk_ranges(n, sampling.batch)
+    shown: dict[int, tuple[NDArray, NDArray]] = {}
+    chunks = run_on_ray(
+        source,
+        [],
+        ranges,
+        workers=min(actors, len(ranges)),
+        gpu=device == "cuda",
+        keep_below=n if keep else GRID,
+    )
+    for first, columns in chunks:
+        if keep is not None:
+            keep(first, columns)
+        if first < GRID:
+            shown[first] = kept_images(columns, source.shape)
+    if writer is not None:
+        writer.close()
+    images = np.concatenate([shown[first][0] for first in sorted(shown)])[:GRID]
+    drawn = np.concatenate([shown[first][1] for first in sorted(shown)])[:GRID]
+    captions = [names[i] if source.class_counts and i < len(names) else "" for i in drawn]
+    storage.write_bytes(f"{folder}-grid.png", image_grids.to_png(image_grids.grid(images, captions)))
+    return images
+
+
+def strips(trained: TrainedModel, sampling: Sampling) -> bytes:
+    """Return a PNG from noise to image, one row for each of the first `sampling.batch` samples, in ten steps at most.
+
+    It shows the noisy image as the network sees it, divided by its own standard deviation.
+    """
+    frames: list[tuple[float, torch.Tensor]] = []
+    source = ModelSource.of(trained.model, trained.diffusion, sampling, trained.dataset, sampling.batch)
+    final, _ = source.draw(torch.arange(sampling.batch), lambda seen: frames.append((seen.logsnr, _visible(seen))))
+    chosen = np.unique(np.linspace(0, len(frames) - 1, STRIP_FRAMES).astype(int))
+    stack = [to_uint8(frames[i][1]) for i in chosen] + [to_uint8(final)]
+    captions = [f"logsnr {frames[i][0]:.1f}" for i in chosen] + ["image"]
+    pixels = torch.stack(stack).permute(0, 1, 3, 4, 2).cpu().numpy()
+    return image_grids.to_png(image_grids.strips(pixels, captions))
+
+
+def _visible(seen: Evaluation) -> torch.Tensor:
+    scale = seen.z.std(dim=(1, 2, 3), keepdim=True).clamp(min=1e-6)
+    return torch.where(scale > 1, seen.z / scale, seen.z).float()

@@ -1,0 +1,115 @@
+"""Evaluates finished or running runs again: other checkpoints, averages, samplers and metrics, over Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from diffscale.core.cache import cache_dir
+from diffscale.distributed.connect import connect
+from diffscale.evaluation import Sampling
+from diffscale.evaluation.distribute import devices
+from diffscale.evaluation.sample_writer import SampleWriter
+from diffscale.records.schema import Record
+from diffscale.training.checkpoint_evaluation import CheckpointEvaluator
+from diffscale.training.load import TrainedModel, list_targets, load_trained, settings_of_run
+from diffscale.training.parallel import World
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Options of an evaluation beyond the `eval` settings."""
+
+    labels: str = "train"  # train, uniform, balanced, none, or a class
+    precision: str = ""  # fp32 or bf16 for sampling; empty: as the run computes
+    reference: str = ""  # an .npz of statistics in place of the training images
+    per_class: bool = False  # each metric for each class too
+    memorised: int = 0  # samples in the picture of those nearest to training images
+    keep: str = ""  # folder in which to keep the images
+    keep_format: str = "png"  # or arrow
+    workers: int = 0  # Ray actors; 0: one for each GPU, or else CPU, of the cluster
+
+
+def evaluate_run(
+    target: str,
+    overrides: Iterable[str] = (),
+    options: EvaluateOptions = EvaluateOptions(),
+    *,
+    checkpoint: str = "last",
+    averages: Sequence[str] | None = None,
+    solvers: Sequence[str] | None = None,
+    show: Callable[[str], AbstractContextManager] = nullcontext,
+    on_picture: Callable[[str], None] = lambda uri: None,
+) -> list[Record]:
+    """Evaluate every checkpoint × average × solver requested and write the records into the run's folder.
+
+    Weights of the feature networks are loaded before the first sample is drawn: UserError when there are none.
+
+    target: a run's folder or a checkpoint. checkpoint: "last", "all", or a number of images seen.
+    overrides: other `eval` settings, as on the command line.
+    averages, solvers: default: those of the settings.
+    show: context of each evaluation, called with its description.
+    on_picture: called with the URI of each picture.
+    """
+    overrides = list(overrides)
+    records: list[Record] = []
+    for uri in list_targets(target, checkpoint):
+        chosen: Sequence[str | None] = solvers or [None]
+        for solver in chosen:
+            experiment = settings_of_run(uri, overrides, solver)
+            for average in averages or [experiment.eval.ema]:
+                records += evaluate_trained(load_trained(uri, average, experiment), options, show, on_picture)
+    return records
+
+
+def evaluate_trained(
+    trained: TrainedModel,
+    options: EvaluateOptions = EvaluateOptions(),
+    show: Callable[[str], AbstractContextManager] = nullcontext,
+    on_picture: Callable[[str], None] = lambda uri: None,
+) -> list[Record]:
+    """Evaluate one trained model over Ray actors and write its records; see evaluate_run."""
+    connect()
+    actors, device = devices(options.workers)
+    here = device if torch.cuda.is_available() else "cpu"  # this process may be a driver without the actors' GPUs
+    evaluator = CheckpointEvaluator(
+        trained.experiment,
+        trained.dataset,
+        trained.diffusion,
+        World(device=torch.device(here)),
+        trained.numerics,
+        device=device,
+        actors=actors,
+        per_class=options.per_class,
+        reference_file=Path(options.reference).resolve() if options.reference else None,
+    )
+    sampling = evaluator.sampling(options.precision, options.labels)
+    writer = _writer(trained, sampling, options) if options.keep else None
+    evaluator.evaluator.keep_images = writer
+    with show(f"{trained.label}: {sampling.canonical()}"):
+        records = evaluator.evaluate(
+            trained.model,
+            trained.columns,
+            run_folder=trained.run_folder,
+            evaluated_on="own workers",
+            ema=trained.ema,
+            sampling=sampling,
+            work=cache_dir() / "evaluations",
+            grid_suffix=True,
+            nearest=options.memorised,
+            on_picture=on_picture,
+        )
+    if writer is not None:
+        writer.close()
+    return records
+
+
+def _writer(trained: TrainedModel, sampling: Sampling, options: EvaluateOptions) -> SampleWriter:
+    d = trained.dataset
+    folder = Path(options.keep).resolve() / f"{trained.images_seen:09d}-{trained.ema}-{sampling.solver_name}"
+    source = {"run_id": trained.columns["run_id"], "sampler": sampling.canonical(), "seed": sampling.seed}
+    return SampleWriter(folder, options.keep_format, (d.channels, d.resolution, d.resolution), d.class_names, source)
