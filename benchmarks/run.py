@@ -28,12 +28,13 @@ from diffscale.config.experiment import Experiment
 from diffscale.config.factory import open_training_data
 from diffscale.config.load import parse_overrides
 from diffscale.core import storage
-from diffscale.core.app import run_app
+from diffscale.core.app import command_app, run_app
 from diffscale.core.errors import UserError
-from diffscale.records.store import Record, read_records
-from diffscale.training.setting_up import settled
+from diffscale.records.schema import Record
+from diffscale.records.store import read_records
+from diffscale.training.numerics import settled
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = command_app()
 STOPPED = 143
 
 

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from diffscale.config.load import load_experiment
 from diffscale.core import storage as places
-from diffscale.core.app import run_app
+from diffscale.core.app import command_app, run_app
 from diffscale.preflight import checks as judge
 from diffscale.preflight import facts
 from diffscale.preflight.checks import Finding
@@ -28,7 +28,7 @@ from diffscale.preflight.facts import NodeFacts, Wanted
 if TYPE_CHECKING:
     from diffscale.config.experiment import Experiment
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = command_app()
 STYLES = {"ok": "green", "warning": "yellow", "failure": "bold red"}
 
 

@@ -16,9 +16,9 @@ import typer
 from rich.console import Console
 
 from diffscale.config.load import load_experiment
-from diffscale.core.app import run_app
+from diffscale.core.app import command_app, run_app
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = command_app()
 
 BACKBONES = ("unet", "uvit", "rin")
 WORKERS = 2
@@ -38,7 +38,9 @@ def main(
     place = storage.resolve()
     shared = [f"storage={place}", f"eval.n_generated={SAMPLES[size]}"]
 
-    from diffscale import train, tune
+    from diffscale import train
+    from diffscale.sweep.run import load_sweep
+    from diffscale.sweep.run import run as run_sweep
     from diffscale.config.factory import open_training_data
     from diffscale.distributed.connect import connect
     from diffscale.report import write_report
@@ -54,9 +56,9 @@ def main(
         flops = load_experiment(preset).train.flops or 0.0
         settings = [*shared, f"train.flops={flops * SCALE[size]}", f"train.workers={WORKERS}"]
         experiments.append(load_experiment(preset, settings))
-    sweep = tune.load_sweep("quickstart", shared)
+    sweep = load_sweep("quickstart", shared)
     sweep_flops = (sweep.budget.trial.flops or 0.0) * SCALE[size]
-    sweep = tune.load_sweep("quickstart", [*shared, f"budget.trial.flops={sweep_flops}"])
+    sweep = load_sweep("quickstart", [*shared, f"budget.trial.flops={sweep_flops}"])
     data = open_training_data(experiments[0])
     console.print(f"{data.n:,} images, {data.num_classes} classes, {data.resolution} pixels")
 
@@ -65,7 +67,7 @@ def main(
     folders = [train.run(experiment).run_folder for experiment in experiments]
 
     step(3, "sweeping noise schedule x resolution through Ray Tune")
-    result = tune.run(Ledger(sweep))
+    result = run_sweep(Ledger(sweep))
     folders += [folder for trial in result.trials for folder in trial.folders]
 
     step(4, "the report")

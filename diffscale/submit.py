@@ -20,12 +20,12 @@ import aiohttp
 import typer
 import yaml
 
-from diffscale.core.app import COMMANDS, run_app
+from diffscale.core.app import COMMANDS, command_app, run_app
 from diffscale.core.errors import UserError
 from diffscale.core.provenance import job_environment
 from diffscale.core.text import nearest
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = command_app()
 
 RUNTIME_ENV = Path("cluster/runtime_env.yaml")
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from diffscale.core import storage
+from diffscale.core.cache import cache_dir
 from diffscale.core.provenance import source
-from diffscale.evaluation.networks.weights import cache_folder
 
 RESULTS = Path(__file__).parents[1] / "results" / "throughput"
 
@@ -31,7 +31,7 @@ def race(
     unfinished: a name under which pairs are kept until all are there, so that a long race can be run in parts.
     ratio: median over the pairs of their seconds to ours, with a bootstrap 95 % interval (DECISIONS 20).
     """
-    kept = cache_folder() / "benchmarks" / f"{unfinished}.json" if unfinished else None
+    kept = cache_dir() / "benchmarks" / f"{unfinished}.json" if unfinished else None
     seconds: list[tuple[float, float]] = json.loads(kept.read_text()) if kept and kept.exists() else []
     if len(seconds) < pairs:
         ours(), theirs()

@@ -33,7 +33,7 @@ from benchmarks.common.measure import made_by
 from diffscale.core.errors import UserError
 from diffscale.core.text import nearest
 from diffscale.training.checkpoint import layout as ck
-from diffscale.training.history import read_history
+from diffscale.training.metrics_log import read_history
 
 if TYPE_CHECKING:
     from ray.cluster_utils import Cluster

@@ -57,7 +57,9 @@ def watched() -> dict[str, psutil.Process]:
 
 def one_round(number: int, storage: Path) -> None:
     """A run from its beginning, its evaluation with another sampler, and a sweep of two trials."""
-    from diffscale import train, tune
+    from diffscale import train
+    from diffscale.sweep.run import load_sweep
+    from diffscale.sweep.run import run as run_sweep
     from diffscale.config.load import load_experiment
     from diffscale.evaluate import How, evaluate_run
     from diffscale.sweep.ledger import Ledger
@@ -66,10 +68,10 @@ def one_round(number: int, storage: Path) -> None:
     result = train.run(load_experiment("quickstart-unet", [*settings, "name=soak"]), show=False)
     assert result.finished, result
     evaluate_run(result.run_folder, ["eval.n_generated=32"], How(), solvers=["heun,steps=4"])
-    sweep = tune.load_sweep(
+    sweep = load_sweep(
         "quickstart", [*settings, "budget.trial.flops=null", "budget.trial.images=160", "name=soak-sweep"]
     )
-    assert not tune.run(Ledger(sweep)).failed
+    assert not run_sweep(Ledger(sweep)).failed
 
 
 def growth(values: list[float]) -> float:

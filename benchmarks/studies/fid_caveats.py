@@ -21,11 +21,11 @@ from PIL import Image
 from benchmarks.common.measure import made_by
 from benchmarks.suites import cifar10
 from diffscale.core import storage
+from diffscale.core.cache import cache_dir
 from diffscale.evaluation.metrics.distances import Root, frechet_of_features
 from diffscale.evaluation.metrics.intervals import frechet_at_infinity, frechet_interval
 from diffscale.evaluation.metrics.statistics import moments_of
 from diffscale.evaluation.networks.extractor import create_extractor
-from diffscale.evaluation.networks.weights import cache_folder
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -68,7 +68,7 @@ class Features:
 
     def get(self, train: bool, change: str = "as it is", resize: str = "default") -> np.ndarray:
         name = f"{self.network}-{self.n}-{'train' if train else 'test'}-{change}-{resize}.npy".replace(" ", "_")
-        file = cache_folder() / "fid_caveats" / name
+        file = cache_dir() / "fid_caveats" / name
         if not file.exists():
             if resize not in self._extractors:
                 self._extractors[resize] = create_extractor(self.network, resize=resize)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import pandas as pd
 
 from benchmarks.suites.peers import RECIPES
-from diffscale.records.store import Record
+from diffscale.records.schema import Record
 from diffscale.report.stats.aggregate import aggregate
 from diffscale.report.stats.facets import comparable, groups, to_rows
 from diffscale.report.stats.frontier import first_reach, is_on_frontier

@@ -10,8 +10,8 @@ from benchmarks.suites.peers import COSTS
 from benchmarks.suites.suite import SUITES, Suite, load_suite, suite_names
 from diffscale.config.experiment import Experiment
 from diffscale.config.factory import build_model, build_solver
-from diffscale.core.device import Cost, count_cost
-from diffscale.records.store import identify
+from diffscale.core.hashing import identify
+from diffscale.models.cost import Cost, count_cost
 
 FILE = SUITES / "budget.csv"
 CLASSES = {"emoji": 9, "cifar10": 10}

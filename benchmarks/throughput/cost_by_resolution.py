@@ -22,9 +22,9 @@ import typer
 from benchmarks.common.contenders import Wrapped
 from benchmarks.common.measure import RESULTS, write
 from benchmarks.common.stepper import Automatic, Stepper
-from diffscale.core.device import count_cost
 from diffscale.models import PRESETS, create_model
-from diffscale.training.setting_up import settle_process
+from diffscale.models.cost import count_cost
+from diffscale.training.numerics import settle_process
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

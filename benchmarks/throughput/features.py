@@ -29,7 +29,7 @@ from diffscale.evaluation.networks import inception
 from diffscale.evaluation.networks.extractor import Extractor, create_extractor
 from diffscale.evaluation.networks.fold_batch_norm import fuse_batch_norms
 from diffscale.evaluation.networks.weights import load_weights
-from diffscale.evaluation.sample_writer import Keeper
+from diffscale.evaluation.sample_writer import SampleWriter
 
 CHECK_VALUE = 110.2808
 
@@ -42,7 +42,7 @@ def check_images(train: bool) -> np.ndarray:
 
 def arrow(images: np.ndarray, folder: Path) -> Dataset:
     """As an Arrow dataset."""
-    keeper = Keeper(folder, "arrow", (3, *images.shape[1:3]), [], {})
+    keeper = SampleWriter(folder, "arrow", (3, *images.shape[1:3]), [], {})
     flat = images.transpose(0, 3, 1, 2).reshape(len(images), -1)
     keeper(0, {"images": flat, "labels": np.zeros(len(images), np.int64)})
     keeper.close()

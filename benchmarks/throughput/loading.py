@@ -45,7 +45,7 @@ from diffscale.data.build.decode import encode
 from diffscale.data.format.manifest import Manifest, Shard, Split, rows_hash, write_manifest
 from diffscale.data.format.shard import make_batch, write_shard
 from diffscale.data.loading.order import permutation
-from diffscale.training.setting_up import settle_process
+from diffscale.training.numerics import settle_process
 
 BATCH = 256
 PAIRS = 15

@@ -28,7 +28,7 @@ from benchmarks.common.contenders import RACES, training_flops
 from benchmarks.common.measure import race, write
 from benchmarks.throughput.training_step import fastest, modes_on, parse
 from diffscale.config.load import load_experiment
-from diffscale.core.device import Cost, count_cost
+from diffscale.models.cost import Cost, count_cost
 from diffscale.training.numerics import Numerics
 
 Steps = Callable[[int], None]
@@ -56,13 +56,13 @@ def our_steps(side: Side) -> tuple[Steps, float, Numerics]:
     """The training of a session, without Ray; what it costs, and how it chose to compute."""
     from diffscale.config.factory import build_model, open_training_data
     from diffscale.training.parallel import World
-    from diffscale.training.trainer import Session
+    from diffscale.training.trainer import Trainer
 
     settings = [f"storage={side.folder}", "name=ours", f"train.cpus_per_worker={side.threads}", HEADS[side.peer]]
     experiment = load_experiment("quickstart-unet", [*OURS, *settings])
     dataset = open_training_data(experiment)
     cost = count_cost(lambda: build_model(experiment, dataset), dataset.resolution, dataset.channels, 0)
-    session = Session(experiment, experiment.run_folder(dataset.content_hash), World(), Cost(*cost))
+    session = Trainer(experiment, experiment.run_folder(dataset.content_hash), World(), Cost(*cost))
     session.loader().__enter__()
 
     def steps(count: int) -> None:

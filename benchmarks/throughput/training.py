@@ -33,16 +33,16 @@ from benchmarks.common.measure import race, write
 from diffscale.config.experiment import Experiment
 from diffscale.config.factory import build_diffusion, build_model, open_training_data
 from diffscale.config.load import load_experiment
-from diffscale.core.app import run_app
+from diffscale.core.app import command_app, run_app
 from diffscale.core.device import device_name
 from diffscale.core.storage import write_bytes
 from diffscale.data import Dataset, Loader
 from diffscale.training.learner import Learner
 from diffscale.training.numerics import Numerics, choose_numerics
 from diffscale.training.parallel import World
-from diffscale.training.setting_up import settle_process
+from diffscale.training.numerics import settle_process
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = command_app()
 PRESET = "quickstart-unet"
 
 
@@ -100,13 +100,13 @@ def bare(experiment: Experiment, numerics: Numerics, threads: int, world: World 
 
 def ray_side(config: dict[str, Any]) -> None:
     """In a Ray Train worker: answers each turn with nothing but having done it."""
-    from diffscale.core.device import Cost
-    from diffscale.distributed.messages import Channel
-    from diffscale.training.trainer import Session
+    from diffscale.distributed.messages import Messages
+    from diffscale.models.cost import Cost
+    from diffscale.training.trainer import Trainer
 
-    channel = Channel(config["launch"])
+    channel = Messages(config["launch"])
     experiment = Experiment.model_validate_json(config["experiment"])
-    session = Session(experiment, config["folder"], World(), Cost(1, 1.0, 1e9), channel)
+    session = Trainer(experiment, config["folder"], World(), Cost(1, 1.0, 1e9), channel)
     turn = 0
     with session.loader():
         channel.put("done", {"turn": 0})
@@ -130,9 +130,9 @@ def against_ray(experiment: Experiment, pairs: int, steps: int) -> dict[str, Any
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from diffscale.distributed.messages import Channel
+    from diffscale.distributed.messages import Messages
 
-    channel = Channel(uuid.uuid4().hex)
+    channel = Messages(uuid.uuid4().hex)
     folder, numerics = f"{experiment.storage}/runs/{experiment.name}", settled(experiment)
     stored = {"numerics": asdict(numerics), "device": device_name(torch.device("cpu")), "bit_identical": True}
     write_bytes(f"{folder}/numerics.json", json.dumps(stored).encode())
@@ -170,8 +170,8 @@ def against_ray(experiment: Experiment, pairs: int, steps: int) -> dict[str, Any
 def overheads(experiment: Experiment, pairs: int, steps: int) -> dict[str, Any]:
     """Seconds blocked, as shares of the seconds of a step; a checkpoint is spread over the ten minutes between two."""
     from diffscale.training.checkpoint import saver as saving
-    from diffscale.training.history import History
-    from diffscale.training.monitor import Monitor
+    from diffscale.training.metrics_log import History
+    from diffscale.training.metrics_log import Monitor
     from diffscale.training.plan import CHECKPOINT_SECONDS, EVERY_STEPS
 
     learner, dataset = make_learner(experiment, settled(experiment))
@@ -193,7 +193,7 @@ def overheads(experiment: Experiment, pairs: int, steps: int) -> dict[str, Any]:
         log_seconds.append((time.perf_counter() - started) / EVERY_STEPS)
         if i % 5 == 0:
             started = time.perf_counter()
-            saving.take(learner, {}, 0)
+            saving.snapshot(learner, {}, 0)
             save_seconds.append(time.perf_counter() - started)
     whole, ema, logging, save = (float(np.median(s)) for s in (step_seconds, ema_seconds, log_seconds, save_seconds))
     shares = {"ema": ema / whole, "history": logging / whole, "checkpoint": save / CHECKPOINT_SECONDS}

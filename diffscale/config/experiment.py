@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from diffscale.config.unions import named, union_of
+from diffscale.core.hashing import identify
 from diffscale.core.storage import check_absolute, default_storage, join
 from diffscale.diffusion import INTERPOLANTS, PREDICTIONS, SCHEDULES, SOLVERS, WEIGHTINGS
 from diffscale.models import MODELS
-from diffscale.records.store import Endpoint, identify
+from diffscale.records.schema import Endpoint
 
 GIVEN_BY_DATA = {"resolution", "channels", "num_classes"}
 
@@ -202,7 +203,7 @@ class Experiment(Section):
     def run_id(self, content_hash: str) -> str:
         """16 hex digits; the same for the same weights, whatever the workers, storage, evaluation or budget.
 
-        Of settings in which "auto" has been replaced by a choice: see `training.setting_up.settled`.
+        Of settings in which "auto" has been replaced by a choice: see `training.numerics.settled`.
         """
         return identify(content_hash=content_hash, **self.weights_settings())
 

@@ -9,10 +9,13 @@ from typing import Annotated
 
 import typer
 
-from diffscale.core.device import count_cost
+from diffscale.core.app import command_app, run_app
 from diffscale.models import PRESETS, create_model
+from diffscale.models.cost import count_cost
 
 BEGIN, END = "<!-- models:begin -->", "<!-- models:end -->"
+
+app = command_app()
 
 
 def table(pattern: str = "*") -> str:
@@ -41,6 +44,7 @@ def rewrite(text: str, rows: str) -> str:
     return f"{head}\n{rows}\n{tail}"
 
 
+@app.command()
 def main(
     pattern: Annotated[str, typer.Argument(help="shell pattern of preset names")] = "*",
     write: Annotated[Path | None, typer.Option(help="file whose table between the markers is replaced")] = None,
@@ -58,4 +62,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_app(app)

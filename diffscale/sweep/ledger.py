@@ -1,9 +1,8 @@
-"""What a sweep has done so far, read from and written to its folder and its runs' records: all that a resumed
-sweep needs, and nothing that must be unpickled.
+"""The state of a sweep, in its folder and in its runs' records: JSON and YAML that a resumed sweep continues from.
 
     STORAGE/sweeps/NAME-<sweep_id>/
-      sweep.yaml            the sweep's settings       trials/<point_id>.json      a point that was begun
-      ended/<point_id>.json how that trial ended       decisions/rung-R/*.json     which trials go on
+      sweep.yaml            the sweep's settings       trials/<point_id>.json      a point that was started
+      ended/<point_id>.json how that trial ended       decisions/rung-R/*.json     which trials continue
 """
 
 from __future__ import annotations
@@ -22,18 +21,20 @@ from diffscale.config.factory import open_training_data
 from diffscale.config.load import load_tree, merge, validate
 from diffscale.core import storage
 from diffscale.core.errors import UserError
-from diffscale.records.store import Record, identify, read_records
+from diffscale.core.hashing import identify
+from diffscale.records.schema import Record, higher_is_better
+from diffscale.records.store import read_records
 from diffscale.sweep.decisions import Decisions
-from diffscale.sweep.settings import Sweep, higher_is_better
+from diffscale.sweep.settings import Sweep
 from diffscale.sweep.space import Point, nest, overrides_of, point_id, satisfies
-from diffscale.training.setting_up import settled
+from diffscale.training.numerics import settled
 
 End = Literal["finished", "stopped"]
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One point of the sweep as runs: an experiment for each replicate seed."""
+    """One point of the sweep: an experiment for each replicate seed."""
 
     id: str
     point: Point
@@ -41,16 +42,21 @@ class Trial:
 
     @cached_property
     def folders(self) -> tuple[str, ...]:
-        """Of the runs, by experiment."""
+        """Folders of the runs, in the order of the experiments."""
         dataset = open_training_data(self.experiments[0])
         return tuple(settled(e, dataset).run_folder(dataset.content_hash) for e in self.experiments)
 
 
 class Ledger:
-    def __init__(self, sweep: Sweep) -> None:
-        self.sweep = sweep
+    """A sweep's trials, and what has happened to them.
+
+    over: nested settings over those of the sweep and of every point.
+    """
+
+    def __init__(self, sweep: Sweep, over: dict[str, Any] | None = None) -> None:
+        self.sweep, self.over = sweep, over or {}
         self.base = load_tree(sweep.base)
-        self.common = self._experiment(sweep.overrides)  # what no point varies
+        self.common = self._experiment(sweep.overrides)  # settings that no point varies
         metrics = self.common.eval.metrics
         self.metric = sweep.metric or metrics[0]
         if self.metric not in metrics:
@@ -64,27 +70,32 @@ class Ledger:
         self.decisions = Decisions(self.folder)
 
     def begin(self) -> None:
+        """Write the sweep's settings into its folder."""
         text = yaml.safe_dump(self.sweep.model_dump(mode="json"), sort_keys=False)
         storage.write_bytes(storage.join(self.folder, "sweep.yaml"), text.encode())
 
     # ---- trials
 
     def trial(self, point: Point) -> Trial | None:
-        """The trial of a point, or None where a constraint rules it out."""
+        """Return the trial of a point, or None if a constraint rules it out."""
         overrides = overrides_of(self.sweep, point)
         first = self._experiment(overrides)
         if not all(satisfies(c, first.model_dump(mode="json")) for c in self.sweep.constraints):
             return None
         seeds = range(first.train.seed, first.train.seed + self.sweep.replicates)
-        experiments = tuple(self._experiment(overrides | {"train.seed": seed}) for seed in seeds)
-        return Trial(point_id(point), point, experiments)
+        return Trial(point_id(point), point, tuple(self.experiment(point, seed) for seed in seeds))
 
-    def _experiment(self, overrides: dict[str, Any]) -> Experiment:
-        tree = merge(self.base, nest(overrides | self._limits(overrides)))
-        return validate(tree | {"name": self.sweep.name})
+    def experiment(self, point: Point, seed: int, over: dict[str, Any] | None = None) -> Experiment:
+        """Return the run of a point with a training seed. over: dotted keys over those of the point."""
+        overrides = overrides_of(self.sweep, point) | {"train.seed": seed}
+        return self._experiment(overrides, over or {}, self.sweep.run_name(point))
+
+    def _experiment(self, overrides: dict[str, Any], over: dict[str, Any] | None = None, name: str = "") -> Experiment:
+        tree = merge(self.base, nest(overrides | self._limits(overrides) | (over or {})))
+        return validate(merge(tree, self.over) | {"name": name or self.sweep.name})
 
     def _limits(self, overrides: dict[str, Any]) -> dict[str, Any]:
-        """Where a trial ends and is evaluated: at its budget, or at the last rung and on every rung."""
+        """Return the settings that end and evaluate a trial: its budget, or the rungs of the scheduler."""
         limits: dict[str, Any] = {}
         budget, scheduler = self.sweep.budget.trial, self.sweep.scheduler
         for key in ("flops", "images", "device_seconds"):
@@ -109,7 +120,7 @@ class Ledger:
 
     @property
     def one_worker(self) -> bool:
-        """Whether every trial is a run of one worker on the same kind of device."""
+        """Return whether every trial is a run of one worker on the same kind of device."""
         varied = {*self.sweep.space} | {key for settings in self.sweep.variants.values() for key in settings}
         fixed = {"train", "train.workers", "train.cpus_per_worker", "train.gpu"}.isdisjoint(varied)
         return fixed and self.common.train.workers == 1
@@ -117,22 +128,25 @@ class Ledger:
     # ---- what happened
 
     def begun(self) -> list[Point]:
-        """Every point that was begun, in the order of their files' names."""
+        """Return every point that was started, in the order of the files' names."""
         files = storage.list_files(storage.join(self.folder, "trials"), ".json")
         return [json.loads(storage.read_bytes(f)) for f in files]
 
     def note_begun(self, point: Point) -> None:
+        """Record that the trial of a point was started."""
         storage.write_bytes(storage.join(self.folder, "trials", f"{point_id(point)}.json"), json.dumps(point).encode())
 
     def ended(self, trial_id: str) -> End | None:
+        """Return how a trial ended, or None."""
         uri = storage.join(self.folder, "ended", f"{trial_id}.json")
         return json.loads(storage.read_bytes(uri))["end"] if storage.exists(uri) else None
 
     def note_ended(self, trial_id: str, end: End) -> None:
+        """Record how a trial ended."""
         storage.write_bytes(storage.join(self.folder, "ended", f"{trial_id}.json"), json.dumps({"end": end}).encode())
 
     def records(self, trial: Trial) -> list[Record]:
-        """The compared metric's rows of a trial, by compute."""
+        """Return the rows of a trial in the compared metric, ordered by compute."""
         return self._records(trial.folders)
 
     def _records(self, folders: Iterable[str]) -> list[Record]:
@@ -141,7 +155,7 @@ class Ledger:
         return sorted(rows, key=lambda r: r.train_flops)
 
     def value(self, trial: Trial, flops: float | None = None) -> float | None:
-        """The metric (mean over the replicates) at a rung, or at the end; None until every replicate has it."""
+        """Return the metric (mean over the replicates) at a rung or at the end; None until every replicate has it."""
         values = []
         for folder in trial.folders:
             rows = self._records([folder])
@@ -152,7 +166,7 @@ class Ledger:
         return sum(values) / len(values) if values else None
 
     def spent(self, trials: list[Trial]) -> dict[str, float]:
-        """What all runs cost so far, by their newest record."""
+        """Return the cost of all runs so far, read from the newest record of each."""
         total = {"flops": 0.0, "images": 0.0, "device_seconds": 0.0, "money": 0.0}
         for trial in trials:
             for folder in trial.folders:
@@ -166,7 +180,7 @@ class Ledger:
         return total
 
     def over_budget(self, trials: list[Trial]) -> str | None:
-        """The limit for all trials that is used up, as a sentence, or None."""
+        """Return the exhausted limit of the whole sweep as a sentence, or None."""
         spent = self.spent(trials)
         for key, limit in self.sweep.budget.total.model_dump().items():
             if limit is not None and spent[key] >= limit:
@@ -174,7 +188,7 @@ class Ledger:
         return None
 
     def best(self, trials: list[Trial]) -> Trial | None:
-        """The best among the trials that got furthest: a value at a lower rung is no match for one at a higher."""
+        """Return the best of the trials that reached the highest rung; values at a lower rung do not compete."""
         reached: dict[str, tuple[float, float]] = {}
         for trial in trials:
             rows, value = self.records(trial), self.value(trial)
@@ -188,7 +202,7 @@ class Ledger:
 
 
 def check_comparable(sweep: Sweep, trials: list[Trial]) -> None:
-    """A sweep over resolution needs a common eval_resolution (DECISIONS 1)."""
+    """Raise UserError for a sweep over resolution without a common eval_resolution (CONTRIBUTING.md, decision 1)."""
     resolutions = {t.experiments[0].data.resolution for t in trials}
     common = {t.experiments[0].eval.eval_resolution for t in trials}
     if len(resolutions) > 1 and (len(common) > 1 or None in common):

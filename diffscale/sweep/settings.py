@@ -7,15 +7,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-HIGHER_IS_BETTER = ("is", "precision", "recall", "f_score", "density", "coverage")
-
 
 class Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Dimension(Part):
-    """The values of one dotted key: exactly one of the four. A plain list is short for `grid`."""
+    """The values of one dotted key, given in exactly one of the four ways. A plain list is short for `grid`."""
 
     grid: list[Any] | None = Field(None, min_length=1, description="every value")
     choice: list[Any] | None = Field(None, min_length=1, description="one of them, drawn")
@@ -42,11 +40,11 @@ class Search(Part):
 
 
 class Scheduler(Part):
-    """Rungs are training FLOPs, so that every trial is compared at equal compute."""
+    """Early stopping. Rungs are training FLOPs, so that trials are compared at equal compute."""
 
     name: Literal["none", "halving", "asha"] = "none"
     rungs_flops: tuple[float, ...] = Field((), description="increasing; the last one ends a trial")
-    reduction: float = Field(2.0, gt=1, description="one in so many trials goes on from each rung")
+    reduction: float = Field(2.0, gt=1, description="one in `reduction` trials continues from each rung")
 
     @model_validator(mode="after")
     def _rungs(self) -> Scheduler:
@@ -59,7 +57,7 @@ class Scheduler(Part):
 
 
 class Budget(Part):
-    """At most this much; for a trial (it ends there) and for all of them (no further trial is begun)."""
+    """Limits of a trial (it ends there) or of the whole sweep (no further trial is started)."""
 
     flops: float | None = Field(None, gt=0)
     images: int | None = Field(None, gt=0)
@@ -93,6 +91,10 @@ class Sweep(Part):
             return space
         return {key: {"grid": value} if isinstance(value, list) else value for key, value in space.items()}
 
+    def run_name(self, point: dict[str, Any]) -> str:
+        """Return the name of the runs of a point."""
+        return self.name
+
     @model_validator(mode="after")
     def _something(self) -> Sweep:
         if not self.space and not self.variants:
@@ -102,7 +104,3 @@ class Sweep(Part):
         if self.search.name == "grid" and any(d.grid is None for d in self.space.values()):
             raise ValueError("search.name=grid draws nothing: use random or tpe, or give grids alone")
         return self
-
-
-def higher_is_better(metric: str) -> bool:
-    return metric.split("@")[0].split("_")[0] in HIGHER_IS_BETTER

@@ -1,4 +1,4 @@
-"""The points of a sweep: a grid, random draws, and what every point must satisfy."""
+"""The points of a sweep: a grid, random draws, the constraints on every point, and a point as Optuna reads it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from simpleeval import EvalWithCompoundTypes, InvalidExpression
 
 from diffscale.core.errors import UserError
-from diffscale.records.store import identify
+from diffscale.core.hashing import identify
 from diffscale.sweep.settings import Dimension, Sweep
 
 VARIANT = "variant"
@@ -22,13 +22,15 @@ Point = dict[str, Any]
 
 
 def point_id(point: Mapping[str, Any]) -> str:
-    """The same for the same values, whatever their order."""
+    """Return a hash of the values that does not depend on their order."""
     return identify(point=dict(point))[:10]
 
 
 def grid(sweep: Sweep) -> list[Point]:
-    """Every combination of the grids and variants, each with `search.samples` draws of the other dimensions, each
-    with `replicates` training seeds. The same list for the same sweep, always."""
+    """Return every combination of the variants and grids, each with `search.samples` draws of the other dimensions.
+
+    The list is a function of the sweep alone.
+    """
     axes: dict[str, list[Any]] = {k: d.grid for k, d in sweep.space.items() if d.grid is not None}
     if sweep.variants:
         axes = {VARIANT: list(sweep.variants), **axes}
@@ -43,6 +45,7 @@ def grid(sweep: Sweep) -> list[Point]:
 
 
 def draw(dimension: Dimension, rng: np.random.Generator) -> Any:
+    """Return one value of a dimension that is not a grid."""
     if dimension.choice is not None:
         return dimension.choice[int(rng.integers(len(dimension.choice)))]
     if dimension.uniform is not None:
@@ -53,7 +56,7 @@ def draw(dimension: Dimension, rng: np.random.Generator) -> Any:
 
 
 def overrides_of(sweep: Sweep, point: Point) -> dict[str, Any]:
-    """The dotted keys that a point sets, its variant's among them."""
+    """Return the dotted keys that a point sets, those of its variant included."""
     keys = dict(sweep.overrides)
     if VARIANT in point:
         keys |= sweep.variants[point[VARIANT]]
@@ -61,7 +64,7 @@ def overrides_of(sweep: Sweep, point: Point) -> dict[str, Any]:
 
 
 def nest(dotted: Mapping[str, Any]) -> dict[str, Any]:
-    """{"a.b": 1} as {"a": {"b": 1}}."""
+    """Return {"a.b": 1} as {"a": {"b": 1}}. The values are not changed."""
     tree: dict[str, Any] = {}
     for key, value in dotted.items():
         *parents, last = key.split(".")
@@ -73,13 +76,15 @@ def nest(dotted: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(node.get(last), dict) and isinstance(value, dict):
             node[last] |= value
         else:
-            node[last] = value
+            node[last] = dict(value) if isinstance(value, dict) else value  # a later key may add to it
     return tree
 
 
 def satisfies(constraint: str, settings: Mapping[str, Any]) -> bool:
-    """Whether `data.resolution <= 32 or model.name != "unet"` holds for dotted settings. Nothing but comparisons,
-    arithmetic and the settings' names can be evaluated (simpleeval)."""
+    """Return whether a constraint such as `data.resolution <= 32 or model.name != "unet"` holds for dotted settings.
+
+    simpleeval evaluates comparisons, arithmetic and the names of settings, nothing else.
+    """
     names = {key: _namespace(value) for key, value in nest(settings).items()}
     try:
         return bool(EvalWithCompoundTypes(names=names, functions={"min": min, "max": max, "abs": abs}).eval(constraint))
@@ -96,7 +101,7 @@ def _namespace(value: Any) -> Any:
 
 
 def label(point: Point) -> str:
-    """A point in a few words: the last part of each key and its value."""
+    """Return a point in a few words: the last part of each key and its value."""
     return " ".join(f"{_short_key(k)}={_short(v)}" for k, v in point.items())
 
 
@@ -109,3 +114,26 @@ def _short(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3g}"
     return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+
+
+# ---- a point as Optuna reads it: discrete values as JSON, so that lists, nulls and numbers can be choices
+
+
+def encode(sweep: Sweep, point: Point) -> dict[str, Any]:
+    """Return the point with its discrete values as JSON."""
+    return {key: json.dumps(value) if _is_discrete(sweep, key) else value for key, value in point.items()}
+
+
+def decode(sweep: Sweep, coded: dict[str, Any]) -> Point:
+    """Return the point that `encode` was given."""
+    return {key: json.loads(value) if _is_discrete(sweep, key) else value for key, value in coded.items()}
+
+
+def point_of(sweep: Sweep, config: dict[str, Any]) -> Point:
+    """Return the point of a trial's configuration: a planned point is one JSON value, a suggested one is by key."""
+    return json.loads(config["point"]) if "point" in config else decode(sweep, config)
+
+
+def _is_discrete(sweep: Sweep, key: str) -> bool:
+    dimension = sweep.space.get(key)
+    return dimension is not None and (dimension.grid or dimension.choice) is not None

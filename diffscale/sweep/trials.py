@@ -1,4 +1,4 @@
-"""One trial of a sweep, in its own process: its runs one after the other, and whether it goes on from a rung."""
+"""One trial of a sweep in its own process: its runs one after the other, and the decision at each rung under ASHA."""
 
 from __future__ import annotations
 
@@ -6,20 +6,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffscale.config.experiment import Experiment
-from diffscale.records.store import Record
-from diffscale.sweep.decisions import promoted
-from diffscale.sweep.encoding import point_of
+from diffscale.records.schema import Record
+from diffscale.sweep.decisions import survivors
 from diffscale.sweep.ledger import Ledger
 from diffscale.sweep.settings import Sweep
+from diffscale.sweep.space import point_of
 
 
 def run_trial(sweep: Sweep, config: dict[str, Any], flops: float | None, stop_with: str, here: bool) -> None:
-    """Every replicate in turn, to its end or to `flops`, then the metric to Ray Tune. stop_with: the channel on which
-    the sweep may ask its trials to stop at a checkpoint. here: the run's one worker is this process."""
+    """Run every replicate to its end, or to `flops`, and report the metric to Ray Tune.
+
+    stop_with: launch id of the message channel that carries the sweep's stop request.
+    here: the run's one worker is this process.
+    """
     from ray import tune
 
     from diffscale import train
-    from diffscale.distributed.messages import STOP, Channel
+    from diffscale.distributed.messages import STOP, Messages
 
     ledger = Ledger(sweep)
     point = point_of(sweep, config)
@@ -28,7 +31,7 @@ def run_trial(sweep: Sweep, config: dict[str, Any], flops: float | None, stop_wi
     if trial is None:
         tune.report({"value": worst, "note": "ruled out by a constraint"})
         return
-    if Channel(stop_with).get(STOP) is not None:
+    if Messages(stop_with).get(STOP) is not None:
         tune.report({"value": worst, "note": "the sweep is stopping"})
         return
     over = ledger.over_budget([t for t in map(ledger.trial, ledger.begun()) if t is not None])
@@ -53,13 +56,14 @@ def run_trial(sweep: Sweep, config: dict[str, Any], flops: float | None, stop_wi
 
 
 def with_budget(experiment: Experiment, flops: float) -> Experiment:
+    """Return the experiment with another budget of training FLOPs."""
     train_settings = experiment.train.model_copy(update={"flops": flops})
     return experiment.model_copy(update={"train": train_settings})
 
 
 @dataclass(frozen=True)
 class AshaRule:
-    """`should_stop` of a trial under ASHA: at each rung, go on only among the best of those that have reached it.
+    """The `should_stop` of a trial under ASHA: at each rung, continue only among the best trials that reached it.
 
     The decision is written when it is made, so a resumed sweep keeps it.
     """
@@ -79,6 +83,6 @@ class AshaRule:
             trials = [t for t in map(ledger.trial, ledger.begun()) if t is not None]
             values = {t.id: ledger.value(t, rungs[rung]) for t in trials} | {self.trial_id: record.value}
             known = {name: value for name, value in values.items() if value is not None}
-            keep = promoted(known, self.sweep.scheduler.reduction, ledger.higher_is_better)
+            keep = survivors(known, self.sweep.scheduler.reduction, ledger.higher_is_better)
             earlier = ledger.decisions.put(rung, self.trial_id, self.trial_id in keep, record.value)
         return not earlier

@@ -16,8 +16,8 @@ import typer
 from benchmarks.common.measure import made_by
 from benchmarks.studies.scaling.measure import measured
 from benchmarks.studies.scaling.model import Link, bytes_per_step, efficiency
-from diffscale.core.device import count_cost
 from diffscale.models import PRESETS, create_model
+from diffscale.models.cost import count_cost
 
 RESULTS = Path(__file__).parents[2] / "results" / "scaling"
 PEAK = 989e12  # FLOP/s of an H100 SXM in bf16, dense, by its data sheet

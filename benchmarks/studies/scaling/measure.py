@@ -15,7 +15,7 @@ import torch.multiprocessing as multiprocessing
 from benchmarks.studies.scaling.model import Link, bytes_per_step, efficiency
 from diffscale.config.factory import open_training_data
 from diffscale.config.load import load_experiment
-from diffscale.core.device import count_cost
+from diffscale.models.cost import count_cost
 
 MEASURED = (("quickstart-unet", 8), ("quickstart-unet", 32), ("quickstart-uvit", 8), ("quickstart-uvit", 32))
 

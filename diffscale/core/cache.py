@@ -1,0 +1,27 @@
+"""The user's cache folder, and locks among the processes of one machine."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ENVIRONMENT = "DIFFSCALE_CACHE"
+
+
+def cache_dir() -> Path:
+    """Return `$DIFFSCALE_CACHE`, else `$XDG_CACHE_HOME/diffscale`, else `~/.cache/diffscale`. It may not exist yet."""
+    if own := os.environ.get(ENVIRONMENT):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffscale"
+
+
+@contextmanager
+def file_lock(path: Path) -> Iterator[None]:
+    """Hold an advisory lock on a file, which is created with its folders. A lock is released if its process dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
