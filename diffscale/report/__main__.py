@@ -1,4 +1,4 @@
-"""The report's command line, used by `python -m benchmarks.report`."""
+"""`diffscale report RUNS... --out DIR`, also `python -m benchmarks.report`: quality for compute, from records."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from rich.table import Table
 from rich.text import Text
 
 from diffscale.core import storage
-from diffscale.core.app import command_app
+from diffscale.core.app import command_app, run_app
 from diffscale.core.errors import UserError
 from diffscale.records.store import read_records
 from diffscale.report.stats.compare import compare as compare_records
 from diffscale.report.stats.compare import regressed
-from diffscale.report.write import write_report
+from diffscale.report.write import make_writable, write_report
 
 app = command_app()
 SHOWN = 25
-"""Rows of a comparison in the terminal; compare.csv holds them all."""
+"""Rows shown in the terminal; the CSVs have all of them."""
 
 
 @app.command()
@@ -33,16 +33,16 @@ def report(
     title: Annotated[str, typer.Option(help="heading of index.html")] = "diffscale: quality for compute",
     compare: Annotated[
         tuple[str, str] | None,
-        typer.Option(metavar="OLD NEW", help="mark regressions of NEW beyond noise; exit code 1 where there is one"),
+        typer.Option(metavar="OLD NEW", help="mark regressions of NEW beyond noise; exit code 1 if there is one"),
     ] = None,
 ) -> None:
-    """Tables, fits, plots and one page (index.html) from records alone."""
+    """Write tables, fits, plots and one page (index.html) from records alone."""
     if compare is None and not runs:
         raise UserError(setting="RUNS", value="", expected="at least one folder that holds runs, or --compare OLD NEW")
     console = Console(highlight=False)
     if runs:
         target = out or Path("report")
-        analysis = write_report([_absolute(run) for run in runs], _writable(target), title)
+        analysis = write_report([_absolute(run) for run in runs], make_writable(target), title)
         for finding in analysis.findings[:SHOWN]:
             console.print(Text(f"- {finding['text']}"))
         console.print(
@@ -55,7 +55,7 @@ def report(
 def _compare(console: Console, old: str, new: str, out: Path | None) -> int:
     table = compare_records(read_records([_absolute(old)]), read_records([_absolute(new)]))
     if out is not None:
-        table.to_csv(_writable(out) / "compare.csv", index=False, float_format="%.10g", lineterminator="\n")
+        table.to_csv(make_writable(out) / "compare.csv", index=False, float_format="%.10g", lineterminator="\n")
     shown = Table(
         "verdict", "recipe", "images", "metric", "old", "new", "change", title=f"{len(table):,} points in both"
     )
@@ -86,13 +86,5 @@ def _absolute(place: str) -> str:
     return place if storage.is_remote(place) else os.path.abspath(os.path.expanduser(place.removeprefix("file://")))
 
 
-def _writable(out: Path) -> Path:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if not os.access(out, os.W_OK):
-            raise PermissionError(13, "no permission to write there")
-    except OSError as error:
-        raise UserError(
-            setting="--out", value=str(out), expected=f"a folder that can be written ({error.strerror})"
-        ) from None
-    return out
+if __name__ == "__main__":
+    run_app(app)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
 
+from diffscale.core.errors import UserError
 from diffscale.records.store import read_records
 from diffscale.report.analysis import Analysis, analyse
 from diffscale.report.figures.plots import write_plots
@@ -31,6 +33,19 @@ def write_report(places: Iterable[str], out: Path, title: str = "diffscale") -> 
     grids = embed_grids(find_grids(places), _wanted_grids(analysis))
     (out / "index.html").write_text(render(analysis, grids, title), encoding="utf-8")
     return analysis
+
+
+def make_writable(out: Path) -> Path:
+    """Make the folder of a report and return it. Raises UserError if it cannot be written."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not os.access(out, os.W_OK):
+            raise PermissionError(13, "no permission to write there")
+    except OSError as error:
+        raise UserError(
+            setting="--out", value=str(out), expected="a folder that can be written", reason=str(error.strerror)
+        ) from None
+    return out
 
 
 def _wanted_grids(analysis: Analysis) -> list[tuple[str, int]]:

@@ -55,7 +55,7 @@ def test_a_new_setting_does_not_hide_the_comparison_but_a_changed_one_is_another
 
 
 def test_other_groups_are_not_compared() -> None:
-    with pytest.raises(UserError, match="none"):
+    with pytest.raises(UserError, match="no such pair"):
         compare(runs(OLD), runs(OLD, n_generated=5000))
 
 
