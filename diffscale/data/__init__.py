@@ -1,10 +1,11 @@
 """Arrow datasets of images: built once, read at memory speed, in an order that is a function of (seed, position)."""
 
 from diffscale.data.format.cache import ShardCache
-from diffscale.data.format.dataset import Dataset, open_dataset
+from diffscale.data.format.dataset import Dataset
 from diffscale.data.format.errors import ShardError
-from diffscale.data.format.open import resolve
-from diffscale.data.loading.loader import Batch, Loader, create_loader, even_share
+from diffscale.data.format.open import open_dataset, resolve
+from diffscale.data.loading import create_loader, even_share
+from diffscale.data.loading.loader import Batch, Loader
 from diffscale.data.loading.order import positions_to_indices
 
 __all__ = [

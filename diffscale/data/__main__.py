@@ -13,13 +13,13 @@ from rich.table import Table
 from diffscale.core import storage
 from diffscale.core.app import run_app
 from diffscale.core.errors import UserError
-from diffscale.core.image_grids import write_grid
-from diffscale.data.build import build as building
+from diffscale.data.build.build import BuildOptions, build
 from diffscale.data.build.decode import Preparation
 from diffscale.data.build.sources import Kind
+from diffscale.data.format.checksums import verify_dataset
 from diffscale.data.format.dataset import available_resolutions
 from diffscale.data.format.manifest import FILE, read_manifest
-from diffscale.data.verify import verify
+from diffscale.data.preview import write_grid
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Arrow datasets of images.", rich_markup_mode=None)
 console = Console(stderr=False)
@@ -81,7 +81,7 @@ def build_command(
             setting="--background", value=background, expected="R,G,B with 0 to 255 each, such as 255,255,255"
         )
     preparation = Preparation(crop, filter, colour, channels, upsample, max_pixels)  # type: ignore[arg-type]
-    settings = building.Settings(
+    options = BuildOptions(
         source=_absolute(source),
         target=_absolute(target),
         resolutions=tuple(resolution or ()),
@@ -98,7 +98,7 @@ def build_command(
         strict=strict,
         shard_bytes=shard_megabytes << 20,
     )
-    for folder in building.build(settings):
+    for folder in build(options):
         _describe(folder)
 
 
@@ -125,7 +125,7 @@ def inspect_command(
 @app.command("verify")
 def verify_command(dataset: Folder) -> None:
     """Check every checksum and decode every image. Exit code 1 when something is damaged."""
-    problems = verify(_absolute(dataset))
+    problems = verify_dataset(_absolute(dataset))
     for problem in problems:
         console.print(problem, markup=False, highlight=False)
     if problems:

@@ -7,8 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from diffscale.data import Dataset, open_dataset
-
-from .helpers import pictures, write_dataset
+from tests.support.datasets import pictures, write_dataset
 
 
 @pytest.fixture(autouse=True)

@@ -23,14 +23,12 @@ from PIL import Image
 
 from diffscale.core.errors import UserError
 from diffscale.data import open_dataset, resolve
-from diffscale.data.build import build as building
-from diffscale.data.build.build import build
+from diffscale.data.build.build import BuildOptions, build
 from diffscale.data.build.decode import Preparation
+from diffscale.data.format.checksums import verify_dataset
 from diffscale.data.format.manifest import read_manifest
-from diffscale.data.verify import verify
-
-from .helpers import pictures, png
-from .sources import CLASSES, IMAGES, SOURCES, add, make_folder, make_npz, make_tar, name
+from tests.support.datasets import pictures, png
+from tests.support.sources import CLASSES, IMAGES, SOURCES, add_file, image_name, make_folder, make_npz, make_tar
 
 
 @pytest.fixture(scope="module")
@@ -44,14 +42,11 @@ def ray_on_two_cpus():
     ray.shutdown()
 
 
-def Settings(*arguments, workers=0, **settings):
-    return building.Settings(*arguments, workers=workers, **settings)
+EIGHT_IMAGES = 8 * 16 * 16 * 3  # bytes of a unit, so that every source is divided
 
 
-@pytest.fixture(autouse=True)
-def small_units(monkeypatch):
-    """Units of eight images, so that every source is divided."""
-    monkeypatch.setattr("diffscale.data.build.build.PART", 8 * 16 * 16 * 3)
+def options(*arguments, workers=0, **others) -> BuildOptions:
+    return BuildOptions(*arguments, workers=workers, unit_bytes=EIGHT_IMAGES, **others)
 
 
 @pytest.mark.parametrize("kind", SOURCES)
@@ -59,7 +54,7 @@ def test_every_source_gives_the_same_pixels_and_classes(tmp_path, kind):
     (tmp_path / "source").mkdir()
     source = SOURCES[kind](tmp_path / "source")
     labels = str(source / "labels.csv") if kind == "csv" else None
-    build(Settings(str(source), str(tmp_path / "out"), (16,), labels=labels), show=False)
+    build(options(str(source), str(tmp_path / "out"), (16,), labels=labels), show=False)
     dataset = open_dataset(str(tmp_path / "out"))
     pixels, numbers = dataset.gather(np.arange(dataset.n))
     found = {x.tobytes(): int(y) for x, y in zip(pixels.numpy(), numbers, strict=True)}
@@ -75,7 +70,7 @@ def test_every_source_gives_the_same_pixels_and_classes(tmp_path, kind):
         assert dataset.class_names == CLASSES
     assert dataset.mean == pytest.approx(IMAGES.reshape(-1, 3).mean(0).tolist())
     assert dataset.std == pytest.approx(IMAGES.reshape(-1, 3).std(0).tolist())
-    assert verify(str(tmp_path / "out")) == []
+    assert verify_dataset(str(tmp_path / "out")) == []
     assert not [f for f in os.listdir(tmp_path) if "build" in f]
 
 
@@ -86,8 +81,8 @@ def test_cifar10_is_read_from_its_binary_archive_and_its_pickled_one_is_refused(
     records[:, :, 0] %= 10
     with tarfile.open(tmp_path / "cifar-10-binary.tar.gz", "w:gz") as archive:
         for batch, file in zip(records, [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"], strict=True):
-            add(archive, f"cifar-10-batches-bin/{file}.bin", batch.tobytes())
-    build(Settings(str(tmp_path / "cifar-10-binary.tar.gz"), str(tmp_path / "out"), (32,)), show=False)
+            add_file(archive, f"cifar-10-batches-bin/{file}.bin", batch.tobytes())
+    build(options(str(tmp_path / "cifar-10-binary.tar.gz"), str(tmp_path / "out"), (32,)), show=False)
     dataset = open_dataset(str(tmp_path / "out"))
     pixels, labels = dataset.gather(np.arange(20))
     flat = records[:5].reshape(20, 3073)
@@ -96,14 +91,14 @@ def test_cifar10_is_read_from_its_binary_archive_and_its_pickled_one_is_refused(
     assert dataset.heldout.n == 4
     assert dataset.class_names[3] == "cat"
     with tarfile.open(tmp_path / "cifar-10-python.tar.gz", "w:gz") as archive:
-        add(archive, "cifar-10-batches-py/test_batch", pickle.dumps({"data": 1}))
+        add_file(archive, "cifar-10-batches-py/test_batch", pickle.dumps({"data": 1}))
     with pytest.raises(UserError, match=r"cifar-10-binary\.tar\.gz"):
-        build(Settings(str(tmp_path / "cifar-10-python.tar.gz"), str(tmp_path / "no"), (32,)), show=False)
+        build(options(str(tmp_path / "cifar-10-python.tar.gz"), str(tmp_path / "no"), (32,)), show=False)
 
 
 def test_several_resolutions_and_a_held_out_share_in_one_pass(tmp_path):
     source = make_folder(tmp_path / "source")
-    folders = build(Settings(str(source), str(tmp_path / "out"), (16, 8, 4), split=0.3), show=False)
+    folders = build(options(str(source), str(tmp_path / "out"), (16, 8, 4), split=0.3), show=False)
     assert [f.rsplit("/", 1)[1] for f in folders] == ["4", "8", "16"]
     for side in (4, 8, 16):
         dataset = open_dataset(resolve(str(tmp_path / "out"), side, str(tmp_path)))
@@ -114,7 +109,7 @@ def test_several_resolutions_and_a_held_out_share_in_one_pass(tmp_path):
     assert names[4] == names[8] == names[16]
     with pytest.raises(UserError, match=r"\[4, 8, 16\]"):
         resolve(str(tmp_path / "out"), 32, str(tmp_path))
-    assert verify(str(tmp_path / "out")) == []
+    assert verify_dataset(str(tmp_path / "out")) == []
 
 
 def test_unusable_images_are_listed_and_left_out_or_stop_a_strict_build(tmp_path):
@@ -122,7 +117,7 @@ def test_unusable_images_are_listed_and_left_out_or_stop_a_strict_build(tmp_path
     (source / "ant" / "99.png").write_bytes(png(IMAGES[0])[:60])
     (source / "bee" / "small.png").write_bytes(png(IMAGES[0][:4, :4]))
     (source / "bee" / "empty.jpg").write_bytes(b"")
-    build(Settings(str(source), str(tmp_path / "out"), (16,)), show=False)
+    build(options(str(source), str(tmp_path / "out"), (16,)), show=False)
     with open(tmp_path / "out" / "rejected.csv") as file:
         rows = {row["image"]: row["reason"] for row in csv.DictReader(file)}
     assert set(rows) == {"ant/99.png", "bee/small.png", "bee/empty.jpg"}
@@ -130,7 +125,7 @@ def test_unusable_images_are_listed_and_left_out_or_stop_a_strict_build(tmp_path
     assert read_manifest(str(tmp_path / "out")).rejected == 3
     assert open_dataset(str(tmp_path / "out")).n == 24
     with pytest.raises(UserError, match="strict"):
-        build(Settings(str(source), str(tmp_path / "strict"), (16,), strict=True), show=False)
+        build(options(str(source), str(tmp_path / "strict"), (16,), strict=True), show=False)
     assert not (tmp_path / "strict").exists()
 
 
@@ -140,13 +135,13 @@ def test_names_that_leave_the_archive_are_refused(tmp_path):
             archive.writestr(file, png(IMAGES[0]))
     with tarfile.open(tmp_path / "bad.tar", "w") as archive:
         for file in ("../../outside.png", "/etc/absolute.png", "good/1.png"):
-            add(archive, file, png(IMAGES[0]))
+            add_file(archive, file, png(IMAGES[0]))
         link = tarfile.TarInfo("link/1.png")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         archive.addfile(link)
     for source, n in (("bad.zip", 3), ("bad.tar", 3)):
         out = tmp_path / source.replace(".", "-")
-        build(Settings(str(tmp_path / source), str(out), (16,)), show=False)
+        build(options(str(tmp_path / source), str(out), (16,)), show=False)
         dataset = open_dataset(str(out))
         assert dataset.n == 1
         assert dataset.class_names == ["good"]
@@ -157,7 +152,7 @@ def test_names_that_leave_the_archive_are_refused(tmp_path):
 def test_no_pickle_in_an_npz_is_opened(tmp_path):
     np.savez(tmp_path / "bad.npz", images=np.array([{"a": 1}] * 3, dtype=object))
     with pytest.raises(UserError, match="pickled"):
-        build(Settings(str(tmp_path / "bad.npz"), str(tmp_path / "out"), (16,)), show=False)
+        build(options(str(tmp_path / "bad.npz"), str(tmp_path / "out"), (16,)), show=False)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
@@ -175,7 +170,7 @@ def test_latents_pass_through_unchanged(tmp_path, dtype, form):
             writer.write_table(table)
         direct = open_dataset(resolve(str(source), None, str(tmp_path)))
         assert np.array_equal(direct.gather(np.arange(20))[0].numpy(), latents)
-    build(Settings(str(source), str(tmp_path / "out"), ()), show=False)
+    build(options(str(source), str(tmp_path / "out"), ()), show=False)
     dataset = open_dataset(str(tmp_path / "out"))
     got, labels = dataset.gather(np.arange(20))
     assert dataset.is_latent
@@ -183,7 +178,7 @@ def test_latents_pass_through_unchanged(tmp_path, dtype, form):
     assert np.array_equal(got.numpy(), latents)
     assert labels.tolist() == [i % 4 for i in range(20)]
     with pytest.raises(UserError, match="unchanged"):
-        build(Settings(str(source), str(tmp_path / "no"), (3,)), show=False)
+        build(options(str(source), str(tmp_path / "no"), (3,)), show=False)
 
 
 def test_large_images_are_kept_encoded_and_a_fitting_file_is_kept_byte_for_byte(tmp_path):
@@ -195,8 +190,8 @@ def test_large_images_are_kept_encoded_and_a_fitting_file_is_kept_byte_for_byte(
     }  # fmt: skip
     for file, data in files.items():
         (tmp_path / "source" / file).write_bytes(data)
-    settings = Settings(str(tmp_path / "source"), str(tmp_path / "out"), (32,), layout="encoded", shuffle=False)
-    build(settings, show=False)
+    chosen = options(str(tmp_path / "source"), str(tmp_path / "out"), (32,), layout="encoded", shuffle=False)
+    build(chosen, show=False)
     dataset = open_dataset(str(tmp_path / "out"))
     stored = [bytes(dataset.shard(0).images[i].as_buffer()) for i in range(4)]
     assert stored[0] == files["a.png"]
@@ -208,29 +203,29 @@ def test_large_images_are_kept_encoded_and_a_fitting_file_is_kept_byte_for_byte(
     assert np.array_equal(pixels[1], photo[:, :32])
     assert np.array_equal(pixels[2], np.asarray(Image.open(io.BytesIO(files["b.jpg"]))))
     assert np.array_equal(pixels[3], photo[:, 8:40])
-    assert verify(str(tmp_path / "out")) == []
+    assert verify_dataset(str(tmp_path / "out")) == []
 
 
 def test_the_result_does_not_depend_on_workers_shards_or_memory(tmp_path, ray_on_two_cpus):
     source = make_folder(tmp_path / "source")
     hashes = set()
-    for i, settings in enumerate(({}, {"workers": 2}, {"shard_bytes": 4000}, {"workers": None, "memory": 2 * 10**9})):
-        build(Settings(str(source), str(tmp_path / f"{i}"), (16,), **settings), show=False)
+    for i, others in enumerate(({}, {"workers": 2}, {"shard_bytes": 4000}, {"workers": None, "memory": 2 * 10**9})):
+        build(options(str(source), str(tmp_path / f"{i}"), (16,), **others), show=False)
         hashes.add(open_dataset(str(tmp_path / f"{i}")).content_hash)
     assert len(hashes) == 1
     assert len(read_manifest(str(tmp_path / "2")).splits["train"].shards) > 2
     with pytest.raises(UserError, match="--memory"):
-        build(Settings(str(source), str(tmp_path / "tiny"), (16,), memory=10**8), show=False)
+        build(options(str(source), str(tmp_path / "tiny"), (16,), memory=10**8), show=False)
 
 
 def test_a_finished_build_is_not_repeated_and_another_one_is_not_overwritten(tmp_path):
     source = make_folder(tmp_path / "source")
-    build(Settings(str(source), str(tmp_path / "out"), (16,)), show=False)
+    build(options(str(source), str(tmp_path / "out"), (16,)), show=False)
     before = {f.name: f.stat().st_mtime_ns for f in (tmp_path / "out").iterdir()}
-    build(Settings(str(source), str(tmp_path / "out"), (16,)), show=False)
+    build(options(str(source), str(tmp_path / "out"), (16,)), show=False)
     assert {f.name: f.stat().st_mtime_ns for f in (tmp_path / "out").iterdir()} == before
     with pytest.raises(UserError, match="another dataset"):
-        build(Settings(str(source), str(tmp_path / "out"), (16,), preparation=Preparation(filter="box")), show=False)
+        build(options(str(source), str(tmp_path / "out"), (16,), preparation=Preparation(filter="box")), show=False)
 
 
 @pytest.mark.parametrize("source", ["missing", "empty", "text"])
@@ -239,35 +234,25 @@ def test_a_source_without_images_is_one_clear_error_and_leaves_nothing(tmp_path,
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.txt").write_text("hello")
     with pytest.raises(UserError, match="SOURCE"):
-        build(Settings(str(tmp_path / source), str(tmp_path / "out"), (16,)), show=False)
+        build(options(str(tmp_path / source), str(tmp_path / "out"), (16,)), show=False)
     assert sorted(os.listdir(tmp_path)) == ["empty", "text"]
 
 
-def test_a_killed_build_goes_on_where_it_was(tmp_path, monkeypatch, ray_on_two_cpus):
-    """Every done marker that the first, killed build left is still the one that the second uses."""
+def test_an_interrupted_build_continues_and_repeats_no_unit(tmp_path, ray_on_two_cpus):
     source = make_folder(tmp_path / "source")
-    settings = Settings(str(source), str(tmp_path / "out"), (16,), workers=2)
-    real, seen = building._run, []
+    chosen = options(str(source), str(tmp_path / "out"), (16,), workers=2)
 
-    def dies_after_one(rows, *rest):
-        for index, result in real(rows, *rest):
-            seen.append(index)
-            yield index, result
-            raise KeyboardInterrupt
+    def stop_after_one(title, index):
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(building, "_run", dies_after_one)
     with pytest.raises(KeyboardInterrupt):
-        build(settings, show=False)
+        build(chosen, show=False, on_task=stop_after_one)
     assert not (tmp_path / "out").exists()
-    done = tmp_path / ".out.build" / "done"
-    before = {f.name: f.stat().st_mtime_ns for f in done.iterdir()}
-    assert len(before) >= 1
-    asked = []
-    monkeypatch.setattr(
-        building, "_run", lambda rows, *rest: asked.append([r["index"] for r in rows]) or real(rows, *rest)
-    )
-    build(settings, show=False)
-    assert not {int(f[:6]) for f in before} & set(asked[0])
+    done = {int(f.stem) for f in (tmp_path / ".out.build" / "done").iterdir()}
+    assert len(done) >= 1
+    again = []
+    build(chosen, show=False, on_task=lambda title, index: again.append(index) if title == "units" else None)
+    assert not done & set(again)
     assert open_dataset(str(tmp_path / "out")).n == 24
 
 
@@ -318,18 +303,18 @@ def test_a_build_killed_at_any_moment_gives_the_same_dataset(tmp_path):
         for file in files:
             whole, cut = ((tmp_path / name / side / file).read_bytes() for name in ("whole", "cut"))
             assert whole == cut, file
-    assert verify(str(tmp_path / "cut")) == []
+    assert verify_dataset(str(tmp_path / "cut")) == []
 
 
 @pytest.mark.parametrize("shuffle", [None, True, False])
 def test_rows_of_a_sorted_source_are_stored_in_random_order_in_shards_of_one_size(tmp_path, shuffle):
     """So that a few shards are a fair sample of the classes; arrays and tables keep their order unless asked."""
     source = make_folder(tmp_path / "source")
-    settings = Settings(str(source), str(tmp_path / "out"), (16,), shuffle=shuffle, shard_bytes=6000)
-    build(settings, show=False)
+    chosen = options(str(source), str(tmp_path / "out"), (16,), shuffle=shuffle, shard_bytes=6000)
+    build(chosen, show=False)
     dataset = open_dataset(str(tmp_path / "out"))
     names = [dataset.name(i) for i in range(24)]
-    assert sorted(names) == sorted(name(i) for i in range(24))
+    assert sorted(names) == sorted(image_name(i) for i in range(24))
     assert (names == sorted(names)) is (shuffle is False)
     assert dataset.manifest.source["shuffled"] is (shuffle is not False)
     rows = [shard.rows for shard in dataset.split.shards]
@@ -344,7 +329,7 @@ def test_rows_of_a_sorted_source_are_stored_in_random_order_in_shards_of_one_siz
 
 def test_arrays_keep_their_order(tmp_path):
     source = make_npz(tmp_path)
-    build(Settings(str(source), str(tmp_path / "out"), (16,)), show=False)
+    build(options(str(source), str(tmp_path / "out"), (16,)), show=False)
     assert np.array_equal(open_dataset(str(tmp_path / "out")).gather(np.arange(24))[0].numpy(), IMAGES)
 
 
@@ -352,10 +337,10 @@ def test_gzip_that_ends_early_is_a_clear_error(tmp_path):
     whole = make_tar(tmp_path, "w:gz").read_bytes()
     (tmp_path / "cut.tar.gz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="gzip"):
-        build(Settings(str(tmp_path / "cut.tar.gz"), str(tmp_path / "out"), (16,)), show=False)
+        build(options(str(tmp_path / "cut.tar.gz"), str(tmp_path / "out"), (16,)), show=False)
     (tmp_path / "not.tar.gz").write_bytes(gzip.compress(b"not a tar" * 1000))
     with pytest.raises(UserError, match="tar"):
-        build(Settings(str(tmp_path / "not.tar.gz"), str(tmp_path / "out"), (16,)), show=False)
+        build(options(str(tmp_path / "not.tar.gz"), str(tmp_path / "out"), (16,)), show=False)
 
 
 def test_row_groups_of_parquet_are_divided_and_bad_rows_listed(tmp_path):
@@ -364,7 +349,7 @@ def test_row_groups_of_parquet_are_divided_and_bad_rows_listed(tmp_path):
     rows[6] = {"bytes": b"bad", "path": None}
     table = pa.table({"image": rows, "label": [CLASSES[i % 3] for i in range(24)]})
     pq.write_table(table, tmp_path / "train.parquet", row_group_size=5)
-    build(Settings(str(tmp_path / "train.parquet"), str(tmp_path / "out"), (16,)), show=False)
+    build(options(str(tmp_path / "train.parquet"), str(tmp_path / "out"), (16,)), show=False)
     dataset = open_dataset(str(tmp_path / "out"))
     assert dataset.n == 22
     assert dataset.class_names == CLASSES

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from diffscale.data.build import decode
-from diffscale.data.build.decode import Preparation, Unusable, encode, fit, open_image, to_array
+from diffscale.data.build.decode import ImageError, Preparation, encode, fit, open_image, to_array
 
 
 def saved(image, form="PNG", **settings) -> bytes:
@@ -122,10 +122,10 @@ def test_an_image_that_fits_is_untouched():
 
 def test_images_that_the_choices_exclude_are_refused():
     image = Image.fromarray(gradient())
-    with pytest.raises(Unusable, match="smaller than 16"):
+    with pytest.raises(ImageError, match="smaller than 16"):
         fit(image, 16, Preparation())
     assert fit(image, 16, Preparation(upsample=True)).size == (16, 16)
-    with pytest.raises(Unusable, match="12 x 8"):
+    with pytest.raises(ImageError, match="12 x 8"):
         fit(image, 8, Preparation(crop="none"))
 
 
@@ -172,7 +172,7 @@ def bomb(width: int, height: int) -> bytes:
 
 @pytest.mark.parametrize("size", [(100_000, 100_000), (20_000, 20_000), (0, 5), (2**31 - 1, 1)])
 def test_absurd_sizes_are_refused_before_anything_is_allocated(size):
-    with pytest.raises(Unusable):
+    with pytest.raises(ImageError):
         open_image(bomb(*size), Preparation())
 
 
@@ -186,7 +186,7 @@ def test_damaged_files_are_refused():
         png[: len(png) // 2],
         png[:40] + b"\xff" * 20 + png[60:],
     ):
-        with pytest.raises(Unusable):
+        with pytest.raises(ImageError):
             open_image(data, Preparation())
 
 
@@ -197,5 +197,5 @@ def test_random_damage_is_an_image_or_refused_and_nothing_else():
         data = bytearray(files[i % len(files)])
         for _ in range(random.integers(1, 6)):
             data[random.integers(len(data))] = random.integers(256)
-        with suppress(Unusable):
+        with suppress(ImageError):
             assert open_image(bytes(data), Preparation()).image.mode == "RGB"

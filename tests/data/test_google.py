@@ -10,10 +10,9 @@ import pytest
 from diffscale.core import storage
 from diffscale.core.errors import UserError
 from diffscale.data import Loader, ShardCache, ShardError, open_dataset, resolve
-from diffscale.data.build.build import Settings, build
-from diffscale.data.verify import verify
-
-from .helpers import pictures, png, write_dataset
+from diffscale.data.build.build import BuildOptions, build
+from diffscale.data.format.checksums import verify_dataset
+from tests.support.datasets import pictures, png, write_dataset
 
 emulator = pytest.importorskip("gcp_storage_emulator.server", reason="gcp-storage-emulator is not installed")
 IMAGES = pictures(60)
@@ -31,7 +30,7 @@ def bucket(monkeypatch):
 
 def test_a_dataset_in_google_cloud_storage_is_read_checked_and_cached(bucket, tmp_path):
     write_dataset(f"{bucket}/data", IMAGES)
-    assert verify(f"{bucket}/data") == []
+    assert verify_dataset(f"{bucket}/data") == []
     dataset = open_dataset(resolve(f"{bucket}/data", 8, "/unused"), cache=ShardCache(str(tmp_path / "cache")))
     assert np.array_equal(dataset.gather(np.arange(60))[0].numpy(), IMAGES)
     with Loader(dataset, seed=0, global_batch=20, stop=60) as loader:
@@ -45,8 +44,8 @@ def test_a_dataset_is_built_from_and_into_a_bucket(bucket, tmp_path):
     """Objects have no folders: the classes are in their names alone."""
     for i, image in enumerate(IMAGES):
         storage.write_bytes(f"{bucket}/images/{'abc'[i % 3]}/{i:02d}.png", png(image))
-    build(Settings(f"{bucket}/images", f"{bucket}/built", (8,), workers=0), show=False)
-    assert verify(f"{bucket}/built") == []
+    build(BuildOptions(f"{bucket}/images", f"{bucket}/built", (8,), workers=0), show=False)
+    assert verify_dataset(f"{bucket}/built") == []
     dataset = open_dataset(f"{bucket}/built", cache=ShardCache(str(tmp_path / "cache")))
     pixels, labels = dataset.gather(np.arange(dataset.n))
     found = {x.tobytes(): int(y) for x, y in zip(pixels.numpy(), labels, strict=True)}

@@ -13,8 +13,7 @@ import torch
 from diffscale.core.errors import UserError
 from diffscale.data import Loader, ShardError, even_share, open_dataset, positions_to_indices
 from diffscale.data.loading.augment import flip_images
-
-from .helpers import damage, pictures, shard_of, write_dataset
+from tests.support.datasets import damage, pictures, write_dataset
 
 
 def take(loader, n):
@@ -121,8 +120,8 @@ def test_impossible_shares_are_refused(dataset):
 
 
 def test_a_damaged_shard_stops_the_run_and_names_the_position(dataset):
-    """DECISIONS 16: a flipped byte is found in the background and before the first checkpoint counts as good."""
-    damage(shard_of(dataset), "flipped")
+    """A flipped byte is found in the background, and before the first checkpoint counts as good."""
+    damage(dataset.local_path(1), "flipped")
     loader = Loader(open_dataset(dataset.path), seed=3, global_batch=24)
     with pytest.raises(ShardError) as error:
         loader.wait_verified()
@@ -134,15 +133,15 @@ def test_a_damaged_shard_stops_the_run_and_names_the_position(dataset):
 
 
 def test_checksums_are_compared_once_per_node_while_the_files_stay_the_same(dataset, monkeypatch):
-    from diffscale.data.format import checksums as verification
+    from diffscale.data.format import checksums
 
     read = []
-    original = verification.file_sha256
-    monkeypatch.setattr(verification, "file_sha256", lambda path: read.append(path) or original(path))
+    original = checksums.file_sha256
+    monkeypatch.setattr(checksums, "file_sha256", lambda path: read.append(path) or original(path))
     for _ in range(3):
         Loader(open_dataset(dataset.path), seed=0, global_batch=4).wait_verified()
     assert len(read) == 3  # one for each shard
-    damage(shard_of(dataset), "flipped")
+    damage(dataset.local_path(1), "flipped")
     with pytest.raises(ShardError):
         Loader(open_dataset(dataset.path), seed=0, global_batch=4).wait_verified()
 
@@ -151,7 +150,7 @@ def test_an_error_in_the_background_reaches_the_reader(dataset):
     loader = Loader(dataset, seed=0, global_batch=24, stop=2400, prefetch=1, verify=False)
     batches = iter(loader)
     next(batches)
-    damage(shard_of(dataset), "missing")
+    damage(dataset.local_path(1), "missing")
     with pytest.raises(ShardError, match="train-00001"):
         list(batches)
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from diffscale.config import load as cli
 from diffscale.models import create_model
 from diffscale.training.checkpoint import layout as checkpoints
-from diffscale.training.checkpoint.tensors import checksum, write_group
+from diffscale.core.hashing import digest_of
+from diffscale.training.checkpoint.tensors import write_group
 from tests.support.crafted import arrow_file, crafted, make_dataset, pixels_batch, read_everything
 
 from .mutate import damaged_bytes, damaged_tree, fuzz, fuzz_apart
@@ -71,7 +72,7 @@ def run(tmp_path_factory) -> Path:
     (Path(place) / "experiment.yaml").write_bytes(checkpoints.save_settings(experiment))
     state = {"images_seen": 64, "data": SHAPE, "record": {}}
     (Path(place) / "state.json").write_text(json.dumps(state))
-    files |= {name: checksum(f"{place}/{name}") for name in ("experiment.yaml", "state.json")}
+    files |= {name: digest_of(f"{place}/{name}") for name in ("experiment.yaml", "state.json")}
     checkpoints.complete(place, files)
     return folder
 
@@ -98,7 +99,7 @@ def test_checkpoints_with_a_damaged_file_whose_checksum_fits(run, tmp_path, name
     def read(data: bytes) -> None:
         file.write_bytes(data)
         if name != "COMPLETE":
-            checkpoints.complete(place, files | {name: checksum(str(file))})
+            checkpoints.complete(place, files | {name: digest_of(str(file))})
         load(place)
 
     fuzz(damaged_bytes(file.read_bytes()), read)
@@ -114,7 +115,7 @@ def test_checkpoints_with_wrong_values(run, tmp_path, name):
     def read(tree: object) -> None:
         file.write_text(json.dumps(tree))
         if name != "COMPLETE":
-            checkpoints.complete(place, files | {name: checksum(str(file))})
+            checkpoints.complete(place, files | {name: digest_of(str(file))})
         load(place)
 
     fuzz(damaged_tree(json.loads(file.read_text())), read)

@@ -8,8 +8,9 @@ import pickle
 import pytest
 
 from diffscale.core.errors import UserError
+from diffscale.core.hashing import digest_of
 from diffscale.training.checkpoint import layout as checkpoints
-from diffscale.training.checkpoint.tensors import Damaged, checksum
+from diffscale.training.checkpoint.tensors import CheckpointDamaged
 
 
 @pytest.mark.parametrize(
@@ -24,9 +25,9 @@ def test_a_list_of_files_that_names_another_place_is_damaged(tmp_path, name):
     victim.write_text("precious")
     mark = run / "checkpoints" / "images-000000064" / "COMPLETE"
     mark.write_text(json.dumps({"format": checkpoints.FORMAT, "files": {name: ["0" * 64, 8]}}))
-    with pytest.raises(Damaged):
+    with pytest.raises(CheckpointDamaged):
         checkpoints.files_of(place)
-    checkpoints.rotate(str(run), checkpoints.Keep(set(), set(), False))
+    checkpoints.rotate(str(run), checkpoints.RetentionPolicy(set(), set(), False))
     assert victim.read_text() == "precious"
 
 
@@ -36,6 +37,6 @@ def test_a_pickle_in_the_place_of_weights_is_refused(tmp_path, trap):
     folder.mkdir(parents=True)
     for name in ("model.safetensors", "state.json", "experiment.yaml"):
         (folder / name).write_bytes(pickle.dumps(trap))
-    checkpoints.complete(place, {p.name: checksum(str(p)) for p in folder.iterdir()})
+    checkpoints.complete(place, {p.name: digest_of(str(p)) for p in folder.iterdir()})
     with pytest.raises(UserError):
         checkpoints.load_for_sampling(place, "none")

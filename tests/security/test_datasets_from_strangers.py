@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from diffscale.core.errors import UserError
-from diffscale.data.format.dataset import open_dataset
+from diffscale.data.format.open import open_dataset
 from diffscale.data.format.shard import make_batch, write_shard
 from tests.support.crafted import ROWS, arrow_file, crafted, make_dataset, pixels_batch, read_everything
 
@@ -85,7 +85,7 @@ def test_offsets_outside_the_file_are_an_error_and_not_a_crash(tmp_path, offsets
     path = make_dataset(tmp_path / "data", crafted(tmp_path / "data", lying_offsets(offsets)), layout="encoded")
     code = (
         "import sys, numpy as np\n"
-        "from diffscale.data.format.dataset import open_dataset\n"
+        "from diffscale.data.format.open import open_dataset\n"
         "from diffscale.core.errors import UserError\n"
         "try:\n"
         "    d = open_dataset(sys.argv[1]); d.gather(np.arange(d.n))\n"

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from diffscale.data.format.dataset import open_dataset
 from diffscale.data.format.manifest import Manifest, Shard, Split, rows_hash, write_manifest
+from diffscale.data.format.open import open_dataset
 from diffscale.data.format.shard import make_batch
 
 SIDE, ROWS = 4, 3

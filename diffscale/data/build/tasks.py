@@ -1,12 +1,14 @@
-"""One task of a build: a unit of source images to parts of the dataset, and neighbouring parts to a final shard.
+"""The tasks of a build: prepare a unit of source images as parts of the dataset, and merge parts into a shard.
 
-Plain functions without Ray. A task's result is a small JSON file written last, so a killed task simply runs again.
+Plain functions without Ray. A task's result is a small JSON file that is written last, so a killed task runs again.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,40 +18,33 @@ from numpy.typing import NDArray
 
 from diffscale.core import storage
 from diffscale.data.build import decode
-from diffscale.data.build.decode import Decoded, Preparation, Unusable
-from diffscale.data.build.read_unit import read_unit
-from diffscale.data.build.sources import Item, Unit
-from diffscale.data.build.split import is_held_out
+from diffscale.data.build.decode import Decoded, ImageError, Preparation
+from diffscale.data.build.sources import Item, SourceUnit, read_unit
 from diffscale.data.format.manifest import Layout
 from diffscale.data.format.shard import make_batch, write_shard
 from diffscale.data.loading.order import permutation
 
 SHUFFLE = (0, 5)  # key of the stored order
-PART = 32 << 20  # bytes of the images of one file that a task writes
-PIXELS_UP_TO = 128  # side; larger images are stored encoded
-RAW = ("PNG", "WEBP", "JPEG")
+PART_BYTES = 32 << 20  # images of one file that a task writes
+KEPT_FORMATS = ("PNG", "WEBP", "JPEG")  # whose files are stored unchanged when no pixel changes
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The choices of a build that decide what the dataset holds. A build that is taken up again must have the same.
+class BuildPlan:
+    """The choices that decide the content of a dataset. A build can only be continued with the same plan."""
 
-    layouts: of each resolution, as text keys (JSON). split: share of images held out. shuffle: store the rows in a
-    pseudo-random order instead of the source's.
-    """
-
-    source: str
-    kind: str
-    resolutions: list[int]
-    layouts: dict[str, Layout]
+    source: str  # absolute path or URI
+    kind: str  # a `Kind`, or auto until the source is listed
+    resolutions: list[int]  # pixels
+    layouts: dict[str, Layout]  # of each resolution, which is text here (a JSON key)
     preparation: Preparation
-    encoding: Literal["webp", "png"]
-    split: float
+    encoding: Literal["webp", "png"]  # lossless form of large resized images
+    split: float  # share of images held out
     split_seed: int
-    labels: str | None
-    unit_rows: int
+    labels: str | None  # CSV of file,label
+    unit_rows: int  # images of one unit
     shard_bytes: int
-    shuffle: bool | None  # None until the kind of the source is known
+    shuffle: bool | None  # store rows in a pseudo-random order; None until the kind of the source is known
     dtype: Literal["uint8", "float16", "float32"] = "uint8"
     group_bytes: int = 0  # of the largest compressed row group that a task reads
 
@@ -57,17 +52,19 @@ class Plan:
         return json.dumps(asdict(self), sort_keys=True)
 
     @staticmethod
-    def from_json(text: str) -> Plan:
+    def from_json(text: str) -> BuildPlan:
         data = json.loads(text)
         data["preparation"]["background"] = tuple(data["preparation"]["background"])
-        return Plan(**{**data, "preparation": Preparation(**data["preparation"])})
+        return BuildPlan(**{**data, "preparation": Preparation(**data["preparation"])})
 
 
 @dataclass
-class Part:
-    """Rows of one resolution and split, collected up to about PART bytes and then written to a file of their own.
+class ShardPart:
+    """Rows of one resolution and split, collected up to about PART_BYTES and then written to a file.
 
-    sums, squares: of all pixel values, per channel.
+    stem: path of the files without their number
+    channel_axis: of the pixel arrays
+    sums, squares: (channels,), over all pixel values
     """
 
     stem: Path
@@ -75,13 +72,14 @@ class Part:
     images: list[Any] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
-    held: int = 0
-    files: list[tuple[str, int]] = field(default_factory=list)
-    size: int = 0
+    held: int = 0  # bytes in `images`
+    files: list[tuple[str, int]] = field(default_factory=list)  # (name, rows)
+    size: int = 0  # bytes of all files
     sums: Any = 0
     squares: Any = 0
 
     def add(self, stored: Any, pixels: NDArray[Any], label: int, name: str) -> None:
+        """Append one row; write a file if enough rows are held."""
         self.images.append(stored)
         self.labels.append(label)
         self.names.append(name)
@@ -89,10 +87,11 @@ class Part:
         self.sums = self.sums + values.sum(0, dtype=np.float64)
         self.squares = self.squares + np.einsum("ic,ic->c", values, values, dtype=np.float64)
         self.held += len(stored) if isinstance(stored, bytes) else stored.nbytes
-        if self.held >= PART:
+        if self.held >= PART_BYTES:
             self.write()
 
     def write(self) -> None:
+        """Write the held rows as one file."""
         if not self.images:
             return
         images = self.images if isinstance(self.images[0], bytes) else np.stack(self.images)
@@ -105,40 +104,51 @@ class Part:
         self.images, self.labels, self.names, self.held = [], [], [], 0
 
     def summary(self) -> dict[str, Any]:
-        rows = sum(rows for _, rows in self.files)
-        return {"files": self.files, "rows": rows, "bytes": self.size,
-                "sums": self.sums.tolist(), "squares": self.squares.tolist()}  # fmt: skip
+        """Return what the end of the build needs to know, as JSON values."""
+        return {
+            "files": self.files,
+            "rows": sum(rows for _, rows in self.files),
+            "bytes": self.size,
+            "sums": self.sums.tolist(),
+            "squares": self.squares.tolist(),
+        }
+
+
+def is_held_out(name: str, fraction: float, seed: int = 0) -> bool:
+    """Return True for about `fraction` of all names. It depends on the name alone, so new images move no other one."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
 def do_unit(work: str, index: int) -> dict[str, Any]:
-    """Reads unit `index` of the work folder and writes its parts. Returns, and stores, what was done:
-    {"parts": {"64-train": Part.summary()}, "rejected": [[name, reason]], "lossy", "seen"}."""
+    """Read unit `index` of the work folder and write its parts. Return and store the result:
+    {"parts": {"64-train": ShardPart.summary()}, "rejected": [[name, reason]], "lossy": images, "seen": images}."""
     folder = Path(work)
-    plan = Plan.from_json((folder / "plan.json").read_text())
+    plan = BuildPlan.from_json((folder / "plan.json").read_text())
     classes = json.loads((folder / "classes.json").read_text())
     unit = load_unit(folder / "units" / f"{index:06d}.json")
-    parts: dict[str, Part] = {}
+    parts: dict[str, ShardPart] = {}
     rejected: list[list[str]] = []
     lossy = seen = 0
     for name, data, label in read_unit(unit):
         seen += 1
         try:
-            if isinstance(data, Unusable):
+            if isinstance(data, ImageError):
                 raise data
             number = class_number(label, classes)
             split = unit.split or ("heldout" if is_held_out(name, plan.split, plan.split_seed) else "train")
-            ways, was_lossy = prepare(data, plan)
-        except Unusable as error:
+            prepared, was_lossy = prepare(data, plan)
+        except ImageError as error:
             rejected.append([name, str(error)])
             continue
         lossy += was_lossy
-        for resolution, (stored, pixels) in ways.items():
-            if isinstance(stored, Unusable):
+        for resolution, (stored, pixels) in prepared.items():
+            if isinstance(stored, ImageError):
                 rejected.append([name, f"{stored} (resolution {resolution})"])
                 continue
             key = f"{resolution}-{split}"
             if key not in parts:
-                parts[key] = Part(folder / "parts" / f"{key}-{index:06d}", 2 if plan.dtype == "uint8" else 0)
+                parts[key] = ShardPart(folder / "parts" / f"{key}-{index:06d}", 2 if plan.dtype == "uint8" else 0)
             parts[key].add(stored, pixels, number, name)
     for part in parts.values():
         part.write()
@@ -148,10 +158,13 @@ def do_unit(work: str, index: int) -> dict[str, Any]:
     return result
 
 
-def prepare(data: Any, plan: Plan) -> tuple[dict[int, tuple[Any, Any]], bool]:
-    """One source image at every resolution: {side: (what is stored, its pixels)}, and whether the source was lossy.
+def prepare(data: Any, plan: BuildPlan) -> tuple[dict[int, tuple[Any, Any]], bool]:
+    """Prepare one source image at every resolution.
 
-    Raises Unusable for an image that no resolution can use; one that some cannot use has Unusable in its place.
+    data: bytes of a file, pixels (H, W[, C]) uint8, or a latent (C, H, W)
+
+    Returns {side: (what is stored, its pixels)} and whether the source was lossy. A resolution that cannot use the
+    image has an ImageError in place of what is stored. Raises ImageError if no resolution can.
     """
     if plan.dtype != "uint8":
         return _prepare_latent(data, plan), False
@@ -162,62 +175,57 @@ def prepare(data: Any, plan: Plan) -> tuple[dict[int, tuple[Any, Any]], bool]:
     else:
         raw = bytes(data)
         decoded = decode.open_image(raw, plan.preparation)
-    ways: dict[int, tuple[Any, Any]] = {}
+    prepared: dict[int, tuple[Any, Any]] = {}
     for side in plan.resolutions:
         try:
             fitted = decode.fit(decoded.image, side, plan.preparation)
-        except Unusable as error:
-            ways[side] = (error, None)
+        except ImageError as error:
+            prepared[side] = (error, None)
             continue
         pixels = decode.to_array(fitted)
         if plan.layouts[str(side)] == "pixels":
-            ways[side] = (pixels, pixels)
-        elif raw is not None and decoded.plain and fitted is decoded.image and decoded.image.format in RAW:
-            ways[side] = (raw, pixels)  # the file itself is the image: nothing is encoded again
+            prepared[side] = (pixels, pixels)
+        elif raw is not None and decoded.plain and fitted is decoded.image and decoded.image.format in KEPT_FORMATS:
+            prepared[side] = (raw, pixels)  # the file itself: no pixel changed
         else:
-            ways[side] = (decode.encode(fitted, plan.encoding), pixels)
-    problems = [stored for stored, _ in ways.values() if isinstance(stored, Unusable)]
-    if len(problems) == len(ways):
+            prepared[side] = (decode.encode(fitted, plan.encoding), pixels)
+    problems = [stored for stored, _ in prepared.values() if isinstance(stored, ImageError)]
+    if len(problems) == len(prepared):
         raise problems[0]
-    return ways, decoded.lossy
+    return prepared, decoded.lossy
 
 
-def _prepare_latent(data: Any, plan: Plan) -> dict[int, tuple[Any, Any]]:
+def _prepare_latent(data: Any, plan: BuildPlan) -> dict[int, tuple[Any, Any]]:
     side = plan.resolutions[0]
     array = np.asarray(data)
     if array.shape != (plan.preparation.channels, side, side) or str(array.dtype) != plan.dtype:
-        raise Unusable(f"it is {array.dtype} {array.shape}")
+        raise ImageError(f"it is {array.dtype} {array.shape}")
     if not np.isfinite(array).all():
-        raise Unusable("it holds NaN or infinity")
+        raise ImageError("it holds NaN or infinity")
     return {side: (array, array)}
 
 
 def class_number(label: Any, classes: list[str]) -> int:
-    """The place of the label among the class names; 0 where the data has none."""
+    """Return the index of the label among the class names; 0 for data without classes."""
     if not classes:
         return 0
     if isinstance(label, bool) or not isinstance(label, int | str):
-        raise Unusable("it has no label")
-    number = label if isinstance(label, int) else _places(tuple(classes)).get(label, -1)
+        raise ImageError("it has no label")
+    number = label if isinstance(label, int) else _indices(tuple(classes)).get(label, -1)
     if not 0 <= number < len(classes):
-        raise Unusable(f"its label {label!r} is none of the {len(classes)} classes")
+        raise ImageError(f"its label {label!r} is none of the {len(classes)} classes")
     return number
 
 
-_PLACES: dict[tuple[str, ...], dict[str, int]] = {}
-
-
-def _places(classes: tuple[str, ...]) -> dict[str, int]:
-    if classes not in _PLACES:
-        _PLACES.clear()
-        _PLACES[classes] = {name: i for i, name in enumerate(classes)}
-    return _PLACES[classes]
+@lru_cache(maxsize=1)
+def _indices(classes: tuple[str, ...]) -> dict[str, int]:
+    return {name: i for i, name in enumerate(classes)}
 
 
 def merge(work: str, job: dict[str, Any]) -> dict[str, Any]:
-    """Writes one final shard of a dataset, as `merge_jobs` describes it, from the parts that hold its rows.
+    """Write one shard of the dataset from the parts that hold its rows; `job` is one of `finalize.merge_jobs`.
 
-    Returns, and stores, its manifest entry.
+    Returns and stores the shard's manifest entry.
     """
     files = json.loads(Path(job["parts"]).read_text())
     starts = np.cumsum([0, *(rows for _, rows in files)])
@@ -227,7 +235,7 @@ def merge(work: str, job: dict[str, Any]) -> dict[str, Any]:
     which = np.searchsorted(starts, rows, side="right") - 1
     labels, names = np.empty(len(rows), np.int64), np.empty(len(rows), object)
     images: Any = None
-    for p in np.unique(which).tolist():  # one part at a time is open
+    for p in np.unique(which).tolist():  # with one part open at a time
         part = pa.ipc.open_file(pa.memory_map(str(Path(work) / "parts" / files[p][0]))).get_batch(0)
         places = np.flatnonzero(which == p)
         chosen = pa.array(rows[places] - starts[p])
@@ -249,17 +257,20 @@ def merge(work: str, job: dict[str, Any]) -> dict[str, Any]:
     return entry
 
 
-def save_unit(file: Path, unit: Unit) -> None:
+def save_unit(file: Path, unit: SourceUnit) -> None:
+    """Write a unit as JSON."""
     storage.write_bytes(str(file), json.dumps(asdict(unit)).encode("utf-8", "surrogateescape"))
 
 
-def load_unit(file: Path) -> Unit:
+def load_unit(file: Path) -> SourceUnit:
+    """Read a unit that `save_unit` wrote."""
     data = json.loads(file.read_text("utf-8", "surrogateescape"))
     rows = tuple(data["rows"]) if data["rows"] else None
-    return replace(Unit(**{**data, "rows": rows}), items=[Item(**item) for item in data["items"]])
+    return replace(SourceUnit(**{**data, "rows": rows}), items=[Item(**item) for item in data["items"]])
 
 
 def load_json(file: Path) -> dict[str, Any] | None:
+    """Read a JSON file; None if it is missing or incomplete."""
     try:
         return json.loads(file.read_text())
     except (FileNotFoundError, ValueError):

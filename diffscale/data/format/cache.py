@@ -1,4 +1,4 @@
-"""Shards of a remote dataset on the node's own disk: fetched once, checked, bounded in size."""
+"""Cache on the node's disk for shards of remote datasets: each fetched once, verified, bounded in size."""
 
 from __future__ import annotations
 
@@ -7,39 +7,26 @@ import hashlib
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from diffscale.core import storage
+from diffscale.core.cache import cache_dir, file_lock
+from diffscale.core.text import one_line
 from diffscale.data.format.errors import ShardError
 from diffscale.data.format.manifest import Shard
 
-ENVIRONMENT = "DIFFSCALE_CACHE"
 ATTEMPTS = 5
 CHUNK = 4 << 20
 
 
-def cache_root() -> Path:
-    """`$DIFFSCALE_CACHE`, else `~/.cache/diffscale`."""
-    return Path(os.environ.get(ENVIRONMENT) or Path.home() / ".cache" / "diffscale")
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Holds an advisory lock that other processes of this node respect; freed also when the process dies."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 @dataclass(frozen=True)
 class ShardCache:
-    """A folder that several workers of a node share. A file is visible only when whole and verified.
+    """A folder that the workers of a node share. A file becomes visible once it is complete and verified.
 
-    folder: None is the user's cache. gigabytes: the most that the files may hold; the least recently opened go first.
-    A file in use may go too: its pages stay readable through the memory map that holds it.
+    folder: None is the user's cache folder
+    gigabytes: upper bound on the files' total size; the least recently opened are removed first, even if in use,
+        since the pages of a removed file stay readable through its memory map
     """
 
     folder: str | None = None
@@ -47,29 +34,28 @@ class ShardCache:
 
     @property
     def root(self) -> Path:
-        return Path(self.folder) if self.folder else cache_root() / "shards"
+        return Path(self.folder) if self.folder else cache_dir() / "shards"
 
     def fetch(self, uri: str, shard: Shard) -> str:
-        """The local path of the shard. Raises ShardError when it is missing or differs from the manifest."""
+        """Return the local path of a shard. Raises ShardError if the shard is missing or differs from the manifest."""
         target = self.root / f"{shard.sha256}.arrow"
-        with locked(self.root / "locks" / shard.sha256):  # one worker fetches, the others wait for it
+        with file_lock(self.root / "locks" / shard.sha256):  # one worker fetches, the others wait for it
             if not self._is_good(target, shard):
                 self._download(uri, shard, target)
             os.utime(self._used(target))
         return str(target)
 
     def _used(self, target: Path) -> Path:
-        """The file whose time says when the shard was last opened; that of the shard itself is its identity."""
+        """Return the file whose time says when the shard was last opened; the shard's own time identifies it."""
         return self.root / "locks" / target.stem
 
     def _is_good(self, target: Path, shard: Shard) -> bool:
         return target.exists() and target.stat().st_size == shard.bytes
 
     def _download(self, uri: str, shard: Shard, target: Path) -> None:
-        """Streams to a temporary file, hashing; tries again after a failure, with growing pauses."""
-        temporary = target.with_suffix(
-            ".tmp"
-        )  # of this shard alone, whose lock is held: a killed worker's is taken over
+        """Stream the shard to a temporary file and hash it; after a failure, retry with growing pauses."""
+        # One temporary file for each shard: under the shard's lock a killed worker's file can be reused.
+        temporary = target.with_suffix(".tmp")
         self._make_room(shard.bytes, temporary)
         problem = ""
         try:
@@ -79,7 +65,7 @@ class ShardCache:
                 except FileNotFoundError:
                     raise ShardError(uri, "it is missing") from None
                 except OSError as error:
-                    problem = f"it could not be read ({str(error).splitlines()[0][:160]})"
+                    problem = f"it could not be read ({one_line(error, 160)})"
                 else:
                     if found == shard.sha256:
                         os.replace(temporary, target)
@@ -100,12 +86,12 @@ class ShardCache:
                 sink.write(data)
             sink.truncate()
             sink.flush()
-            os.fsync(sink.fileno())  # a file of the right size is taken for a good one, also after a power failure
+            os.fsync(sink.fileno())  # a file of the right size counts as good, even after a power failure
         return digest.hexdigest()
 
     def _make_room(self, needed: int, temporary: Path) -> None:
-        """Removes the least recently opened shards until `needed` bytes fit, and reserves them under that name."""
-        with locked(self.root / "locks" / "evict"):
+        """Remove the least recently opened shards until `needed` bytes fit, and reserve them as `temporary`."""
+        with file_lock(self.root / "locks" / "evict"):
             temporary.unlink(missing_ok=True)
             files = sorted(self.root.glob("*.arrow"), key=lambda f: self._used(f).stat().st_mtime)
             held = sum(map(_size, [*files, *self._being_fetched()]))
@@ -117,7 +103,7 @@ class ShardCache:
                 file.truncate(needed)
 
     def _being_fetched(self) -> Iterator[Path]:
-        """Temporary files of living workers; those that a killed one left are removed."""
+        """Yield the temporary files of living workers; remove those that a killed worker left."""
         for temporary in self.root.glob("*.tmp"):
             with open(self._used(temporary), "a") as file:
                 try:

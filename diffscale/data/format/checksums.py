@@ -1,38 +1,50 @@
-"""Checksums of every shard, compared in the background once per node."""
+"""Checksums of a dataset's shards: compared in the background while training, or exhaustively on request."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import threading
+from collections.abc import Iterator
 from contextlib import suppress
 
-from diffscale.data.format.cache import cache_root, locked
-from diffscale.data.format.dataset import Dataset
+import numpy as np
+
+from diffscale.core import storage
+from diffscale.core.cache import cache_dir, file_lock
+from diffscale.core.hashing import file_sha256
+from diffscale.data.format.cache import ShardCache
+from diffscale.data.format.dataset import Dataset, available_resolutions
 from diffscale.data.format.errors import ShardError
-from diffscale.data.format.shard import file_sha256, signature
+from diffscale.data.format.manifest import FILE, ContentHash, SplitName, read_manifest
+from diffscale.data.format.shard import check_size, open_shard, signature
+
+DECODED_TOGETHER = 256  # encoded images that `verify_dataset` decodes at once
 
 
-class Verification:
-    """Reads every shard of a local dataset once and compares its SHA-256 with the manifest.
+class BackgroundCheck:
+    """A thread that reads each shard of a local dataset once and compares its SHA-256 with the manifest.
 
-    A result is remembered for the file as it is (path, inode, size, time), so other workers on the node, later runs and
-    restarts do not read it again. Shards of a remote dataset were compared when they were fetched.
+    A result is remembered for the file's path, inode, size and time, so other workers of the node and later runs do
+    not read the file again. Shards of a remote dataset were compared when they were fetched.
 
-    damage: None, or (ShardError, range of its rows) of the first shard that differs.
+    damage: None, or (ShardError, range of the shard's rows) for the first shard that differs
     """
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
-        self.damage: tuple[ShardError, range | None] | None = None
+        self.damage: tuple[ShardError, range] | None = None
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
+        """Start the thread unless it runs or has run."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="diffscale-verify", daemon=True)
             self._thread.start()
 
     def wait(self) -> None:
+        """Block until every checksum was compared."""
         self.start()
         assert self._thread is not None
         self._thread.join()
@@ -41,35 +53,80 @@ class Verification:
         for s, (path, sha256) in enumerate(self.dataset.local_shards()):
             rows = range(int(self.dataset.starts[s]), int(self.dataset.starts[s + 1]))
             try:
-                check_sha256(path, sha256)
+                check_sha256_once(path, sha256)
             except ShardError as error:
                 self.damage = (error, rows)
                 return
 
 
-def check_sha256(path: str, expected: str) -> None:
-    """Raises ShardError when the file's SHA-256 is another one. An unchanged file is read once per node."""
+def check_sha256_once(path: str, expected: str) -> None:
+    """Raise ShardError if the file's SHA-256 differs. An unchanged file is read once per node."""
     try:
         before = signature(path)
     except OSError:
         raise ShardError(path, "it is missing") from None
     state = json.dumps([path, *before, expected])
-    record = cache_root() / "verified" / hashlib.sha256(path.encode()).hexdigest()[:32]
+    record = cache_dir() / "verified" / hashlib.sha256(path.encode()).hexdigest()[:32]
     try:
-        with locked(record.with_suffix(".lock")):
+        with file_lock(record.with_suffix(".lock")):
             with suppress(OSError):
                 if record.read_text() == state:
                     return
-            _compare(path, expected)
+            check_sha256(path, expected)
             if signature(path) == before:
                 record.write_text(state)
     except ShardError:
         raise
-    except OSError:  # no place to remember it: read it again next time
-        _compare(path, expected)
+    except OSError:  # the cache is not writable: read the file again next time
+        check_sha256(path, expected)
 
 
-def _compare(path: str, expected: str) -> None:
+def check_sha256(path: str, expected: str) -> None:
+    """Raise ShardError if the file's SHA-256 differs."""
     found = file_sha256(path)
     if found != expected:
         raise ShardError(path, f"its SHA-256 is {found[:12]}... instead of {expected[:12]}...")
+
+
+def verify_dataset(folder: str) -> list[str]:
+    """Check every checksum, row hash and image of a dataset, at all its resolutions; return one line per problem.
+
+    Raises UserError for a folder that is no dataset or whose manifest cannot be read.
+    """
+    several = [] if storage.exists(storage.join(folder, FILE)) else available_resolutions(folder)
+    if several:
+        return [problem for side in several for problem in verify_dataset(storage.join(folder, str(side)))]
+    manifest = read_manifest(folder)
+    problems: list[str] = []
+    for split in manifest.splits:
+        problems += _verify_split(folder, split)
+    known = {FILE, "rejected.csv"} | {s.file for split in manifest.splits.values() for s in split.shards}
+    extra = {uri.split("/")[-1] for uri in storage.list_files(folder, ".arrow")} - known
+    return problems + [f"{storage.join(folder, name)}: not in the manifest" for name in sorted(extra)]
+
+
+def _verify_split(folder: str, split: SplitName) -> Iterator[str]:
+    manifest = read_manifest(folder)
+    dataset = Dataset(folder, manifest, split, ShardCache() if storage.is_remote(folder) else None)
+    for s, entry in enumerate(dataset.split.shards):
+        try:
+            path = dataset.local_path(s)
+            check_size(path, entry)
+            check_sha256(path, entry.sha256)
+            shard = open_shard(path, entry, manifest)
+            start, content = int(dataset.starts[s]), ContentHash()
+            encoded = manifest.layout == "encoded"
+            for row in range(entry.rows):
+                image = shard.images[row]
+                content.add(
+                    memoryview(image.as_buffer()) if encoded else np.ascontiguousarray(image), shard.labels[row]
+                )
+            if content.hex() != entry.content:
+                raise ShardError(path, "its rows do not have the content hash of the manifest")
+            if encoded:
+                for first in range(start, start + entry.rows, DECODED_TOGETHER):
+                    dataset.gather(np.arange(first, min(first + DECODED_TOGETHER, start + entry.rows)))
+        except ShardError as error:
+            yield f"{error.shard}: {error.problem}"
+        except OSError as error:
+            yield f"{os.fspath(dataset.path)}/{entry.file}: {error}"

@@ -1,4 +1,4 @@
-"""Opening a dataset and gathering rows of it: memory-mapped pixels, or encoded images decoded by a few threads."""
+"""A split of an Arrow dataset: gathers rows from memory-mapped pixels, or decodes encoded images in a few threads."""
 
 from __future__ import annotations
 
@@ -24,20 +24,28 @@ from diffscale.data.format.manifest import FILE, Manifest, Split, SplitName, rea
 from diffscale.data.format.shard import MappedShard, check_size, open_shard
 from diffscale.kernels import compile as native
 
-NEAR = 1 << 30  # bytes of rows that the blocked order keeps near by default
-FETCHES = 4  # shards fetched at once: one stream does not fill the line to an object store
-STRETCHES = 4  # of a batch that each thread decodes
-MOST_GATHERING = 4  # threads that copy rows at once, each at least 1 MiB: more wait for the same memory
+NEAR = 1 << 30  # default bytes of rows in one window of the blocked order
+FETCHES = 4  # shards fetched at once: one stream does not saturate the connection to an object store
+STRETCHES = 4  # parts of a batch for each decoding thread
+MOST_GATHERING = 4  # threads that copy rows, each at least 1 MiB: more threads compete for the same memory
 
 
 class Dataset:
-    """A split of an Arrow dataset folder, local or remote. Rows are 0 .. n-1.
+    """A split of an Arrow dataset folder, local or remote. Rows are numbered 0 .. n-1.
 
-    n: rows. resolution: side in pixels (or of the latent). channels. num_classes: 0 where there are no labels.
-    class_names. content_hash: identity of the rows. lossy: some source was lossy. dtype: uint8, float16 or float32.
-    mean, std: per channel. heldout: the held-out split, or None.
-    block_rows, window: the blocked order's defaults: rows that are read together (a shard), and how many such blocks
-    make about 1 GiB. They follow from the rows alone, so the order is the same wherever the files are.
+    n: rows
+    resolution: side of an image in pixels, or of a latent
+    channels: channels of an image or latent
+    num_classes: 0 for data without labels
+    class_names: one name for each class
+    content_hash: identity of the rows, 16 hex digits
+    lossy: whether some source image was stored lossily
+    dtype: uint8, float16 or float32
+    mean, std: per channel, of pixels in [0, 255] or of latents
+    heldout: the held-out split, or None
+    block_rows: rows of a block of the blocked order, by default a shard
+    window: blocks in a window of the blocked order, by default about 1 GiB; like `block_rows` it follows from the
+        rows alone, so the order does not depend on where the files are
     """
 
     def __init__(self, path: str, manifest: Manifest, split: SplitName = "train", cache: ShardCache | None = None):
@@ -57,12 +65,31 @@ class Dataset:
     def __len__(self) -> int:
         return self.n
 
-    def __reduce__(self):  # a worker opens the files for itself
-        return open_dataset, (self.path, self.split_name, self.cache)
+    @classmethod
+    def open(cls, path: str, split: SplitName = "train", cache: ShardCache | None = None) -> Dataset:
+        """Open a folder with a manifest.json; `open_dataset` (format/open.py) also takes other folders.
+
+        Raises UserError for a folder that is no dataset or lacks the split, ShardError for a missing or short shard.
+        """
+        manifest = read_manifest(path)
+        if split not in manifest.splits or not manifest.splits[split].rows:
+            raise UserError(
+                setting="split",
+                value=split,
+                expected=f"one of {sorted(manifest.splits)} in {path}",
+                fix="build the dataset with --split 0.1 to hold out a tenth",
+            )
+        cache = (cache or ShardCache()) if storage.is_remote(path) else None
+        dataset = cls(path, manifest, split, cache)
+        dataset.check_files()
+        return dataset
+
+    def __reduce__(self):  # each worker opens the files again
+        return Dataset.open, (self.path, self.split_name, self.cache)
 
     @cached_property
     def heldout(self) -> Dataset | None:
-        """The images that training never sees, or None when the dataset was built without `--split`."""
+        """The images that training never sees, or None if the dataset was built without `--split`."""
         held = self.manifest.splits.get("heldout")
         if self.split_name == "heldout" or not held or not held.rows:
             return None
@@ -74,17 +101,19 @@ class Dataset:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(H, W, C) of pixels, (C, H, W) of latents."""
+        """Shape of one row: (H, W, C) for pixels, (C, H, W) for latents."""
         side = self.resolution
         return (self.channels, side, side) if self.is_latent else (side, side, self.channels)
 
     def gather(self, indices: NDArray[np.int64], out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Rows in the order asked for, repeats allowed.
+        """Return rows in the given order; a row may occur several times.
 
-        indices: int64 (B,) in [0, n). out: contiguous tensor (B, *image_shape) of this dtype to fill.
-        Returns images uint8 (B, H, W, C), or floats (B, C, H, W) of latents, contiguous, and labels int64 (B,), zeros
-        where there are no classes. Raises IndexError; ShardError naming the shard when a file is not what it was, or
-        holds an image that does not decode.
+        indices: int64 (B,) in [0, n)
+        out: contiguous tensor (B, *image_shape) of the dataset's dtype to fill; None makes a new one
+
+        Returns contiguous images, uint8 (B, H, W, C) or floats (B, C, H, W) for latents, and labels int64 (B,), zeros
+        for data without classes. Raises IndexError for a row outside the dataset, ShardError if a file has changed
+        since it was opened or an image does not decode.
         """
         indices = np.asarray(indices, np.int64)
         if len(indices) and (indices.min() < 0 or indices.max() >= self.n):
@@ -101,13 +130,13 @@ class Dataset:
         which = np.searchsorted(self.starts, indices, side="right") - 1
         pieces = [0] if len(self.starts) == 2 else np.unique(which).tolist()
         self.fetch(pieces)
-        self._check_unchanged(pieces)  # before, so that a truncated file is an error and not a SIGBUS
+        self._check_unchanged(pieces)  # before: a truncated file must be an error, not a SIGBUS
         self._fill(indices, which, pieces, out.numpy(), labels)
-        self._check_unchanged(pieces)  # after, so that no batch holds pixels written meanwhile
+        self._check_unchanged(pieces)  # after: no batch may hold pixels written during the copy
         return out, torch.from_numpy(labels)
 
     def _check_unchanged(self, pieces: list[int]) -> None:
-        """Raises ShardError where a file with these entries of `starts` was altered since it was opened."""
+        """Raise ShardError if the file of one of these shards was altered since it was opened."""
         for s in pieces:
             if (mapped := self._mapped[s]) is not None:
                 mapped.check_unchanged()
@@ -120,11 +149,15 @@ class Dataset:
         pixels: NDArray[Any],
         labels: NDArray[np.int64],
     ) -> None:
-        """which: the entry of `starts` that each index lies in. pieces: those that there are."""
+        """Copy the rows into `pixels` and `labels`.
+
+        which: the shard of each index
+        pieces: the distinct shards in `which`
+        """
         if self.manifest.layout == "encoded":
             self._decode_into(indices, which, pixels, labels)
             return
-        shards = {s: self.shard(s) for s in pieces}  # held, since the cache may let go of them meanwhile
+        shards = {s: self.shard(s) for s in pieces}  # kept here: the cache may evict a shard during the copy
         local, kernel = indices - self.starts[which], native.library("rows")
         if kernel is None:
             for s, shard in shards.items():
@@ -149,7 +182,7 @@ class Dataset:
             shard, local = self.shard(int(which[i])), int(indices[i] - self.starts[which[i]])
             try:
                 decode.decode_exact(shard.images[local].as_buffer(), pixels[i])
-            except decode.Unusable as error:
+            except decode.ImageError as error:
                 raise ShardError(shard.path, f"its row {local} does not decode ({error})") from None
             labels[i] = shard.labels[local]
 
@@ -157,11 +190,12 @@ class Dataset:
 
     @cached_property
     def threads(self) -> int:
-        """Threads that decode or gather: one for each core that this process may use, at most 16."""
+        """Number of threads that decode or gather: the cores this process may use, at most 16."""
         return max(1, min(16, len(os.sched_getaffinity(0))))
 
     def _in_threads(self, work: Callable[..., None], *arguments: Iterable[Any]) -> None:
-        """In stretches, some for each thread: handing one image over costs a good part of decoding a small one."""
+        """Call `work` for each set of arguments, several calls per thread task: submitting one small image would cost
+        a good part of decoding it."""
         calls = list(zip(*arguments, strict=True))
         size = len(calls) if self.threads == 1 else max(1, len(calls) // (STRETCHES * self.threads))
 
@@ -179,12 +213,12 @@ class Dataset:
         return ThreadPoolExecutor(self.threads, thread_name_prefix="diffscale-decode")
 
     def name(self, row: int) -> str:
-        """The source name of a row, for messages."""
+        """Return the source name of a row, for messages."""
         s = int(np.searchsorted(self.starts, row, side="right") - 1)
         return self.shard(s).names[row - int(self.starts[s])].as_py() or ""
 
     def shard(self, s: int) -> MappedShard:
-        """The s-th shard, mapped; a remote one is fetched into the node's cache first."""
+        """Return the s-th shard, memory-mapped; a remote shard is fetched into the node's cache first."""
         mapped = self._mapped[s]
         if mapped is None:
             entry = self.split.shards[s]
@@ -194,7 +228,7 @@ class Dataset:
         return mapped
 
     def fetch(self, pieces: Sequence[int]) -> None:
-        """Opens these shards, those of a remote dataset several at once. Raises ShardError."""
+        """Open these shards, several at once for a remote dataset. Raises ShardError."""
         missing = [s for s in pieces if self._mapped[s] is None]
         if self.cache is None or len(missing) < 2:
             for s in missing:
@@ -204,13 +238,13 @@ class Dataset:
             list(pool.map(self.shard, missing))
 
     def _drop_evicted(self) -> None:
-        """Lets go of shards that have left the cache: a deleted file takes its disk space while it is mapped."""
+        """Unmap shards that were evicted from the cache: a deleted file occupies disk space while it is mapped."""
         for s, mapped in enumerate(self._mapped):
             if mapped is not None and not os.path.exists(mapped.path):
                 self._mapped[s] = None
 
     def local_path(self, s: int) -> str:
-        """The local file of the s-th shard."""
+        """Return the local file of the s-th shard; a remote shard is fetched first."""
         entry = self.split.shards[s]
         uri = storage.join(self.path, entry.file)
         if not storage.is_remote(self.path):
@@ -219,14 +253,15 @@ class Dataset:
         return self.cache.fetch(uri, entry)
 
     def local_shards(self) -> list[tuple[str, str]]:
-        """(path, expected SHA-256) of every shard whose checksum was not compared when it was fetched."""
+        """Return (path, expected SHA-256) of each shard whose checksum was not compared when it was fetched."""
         if self.cache is not None:
             return []
         return [(storage.join(self.path, shard.file), shard.sha256) for shard in self.split.shards]
 
     def check_files(self) -> None:
-        """Raises ShardError naming the first shard that is missing or whose size is wrong. For a driver whose worker
-        died of SIGBUS, and at every start."""
+        """Raise ShardError naming the first shard that is missing or has the wrong size.
+
+        Runs at every start, and on the driver after a worker died of SIGBUS."""
         if not storage.is_remote(self.path):
             for shard in self.split.shards:
                 check_size(storage.join(self.path, shard.file), shard)
@@ -242,34 +277,8 @@ class Dataset:
                 raise ShardError(uri, f"it has {info.size:,} bytes instead of {shard.bytes:,}")
 
 
-def open_dataset(path: str, split: SplitName = "train", cache: ShardCache | None = None) -> Dataset:
-    """Opens a dataset folder (absolute path or URI), as `resolve` gives it.
-
-    split: `train` or `heldout`. cache: where shards of a remote dataset are kept on this node (the default cache of
-    the user when None). Raises UserError for a folder that is no dataset, ShardError naming a missing or short shard.
-    """
-    path = storage.check_absolute(path, "data.path")
-    if not storage.exists(storage.join(path, FILE)):
-        from diffscale.data.format import hf_dataset as huggingface  # which is a kind of Dataset
-
-        if huggingface.is_dataset(path.partition(huggingface.MARK)[0]):
-            return huggingface.open_tables_dataset(path, split)
-    manifest = read_manifest(path)
-    if split not in manifest.splits or not manifest.splits[split].rows:
-        raise UserError(
-            setting="split",
-            value=split,
-            expected=f"one of {sorted(manifest.splits)} in {path}",
-            fix="build the dataset with --split 0.1 to hold out a tenth",
-        )
-    cache = (cache or ShardCache()) if storage.is_remote(path) else None
-    dataset = Dataset(path, manifest, split, cache)
-    dataset.check_files()
-    return dataset
-
-
 def available_resolutions(folder: str) -> Sequence[int]:
-    """Resolutions of a folder that was built at several: its subfolders with a manifest."""
+    """Return the resolutions of a folder built at several: its subfolders that have a manifest."""
     fs, path = storage.filesystem(folder)
     names = [info.base_name for info in fs.get_file_info(pafs.FileSelector(path, allow_not_found=True))]
     return sorted(int(n) for n in names if n.isdigit() and storage.exists(storage.join(folder, n, FILE)))

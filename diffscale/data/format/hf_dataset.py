@@ -1,8 +1,11 @@
-"""Training straight from Arrow or Parquet files as Hugging Face `datasets` stores them, with nothing converted.
+"""Trains on Arrow or Parquet files of Hugging Face `datasets` without converting them.
 
-Every image is decoded, centre-cropped and resized (LANCZOS) when it is asked for. Local Arrow files are mapped, so any
-row is cheap to find; Parquet is compressed in row groups, of which the last used ones are kept in memory, so train on
-it with `data.order=blocks`. Building a dataset once is faster in every epoch and checks every image before training.
+Each image is decoded, centre-cropped and resized (LANCZOS) on access. Local Arrow files are memory-mapped, so any row
+is cheap to find. Parquet is compressed in row groups, and the last used groups stay in memory: train on it with
+`data.order=blocks`. A built dataset is faster in every epoch, and its images are all checked before training.
+
+The `datasets` library is not used: it would be a large dependency with network access, and it does not validate the
+offsets in a file.
 """
 
 from __future__ import annotations
@@ -22,59 +25,62 @@ from numpy.typing import NDArray
 from diffscale.core import storage
 from diffscale.core.errors import UserError
 from diffscale.data.build import decode
-from diffscale.data.build.decode import Preparation, Unusable
-from diffscale.data.format import hf_tables as tables
+from diffscale.data.build.decode import ImageError, Preparation
+from diffscale.data.format import hf_tables
 from diffscale.data.format.dataset import Dataset
 from diffscale.data.format.errors import ShardError
 from diffscale.data.format.manifest import Manifest, Split, SplitName
 from diffscale.data.format.shard import check_signature, signature
 
 MARK = "#resolution="
-KEPT_BYTES = 1 << 30  # of Parquet row groups in memory
-SAMPLED = 64  # images from which mean, std, channels and lossiness are read
+KEPT_BYTES = 1 << 30  # upper bound on Parquet row groups in memory
+SAMPLED = 64  # images from which mean and std are estimated
 PREPARATION = Preparation(upsample=True)
 
 
-def is_dataset(path: str) -> bool:
-    return tables.is_dataset(path)
-
-
 def address(path: str, resolution: int | None) -> str:
-    """What `open_dataset` takes: the place and the resolution (None: the shorter side of the first image)."""
+    """Return a path with the resolution noted in it, for `open_dataset`."""
     return f"{path}{MARK}{resolution}" if resolution else path
 
 
-def open_tables_dataset(path: str, split: SplitName) -> TableDataset:
-    """Raises UserError where there is no such split or nothing that holds images."""
+def split_address(path: str) -> tuple[str, int | None]:
+    """Return the path and the resolution of an `address`."""
     place, _, side = path.partition(MARK)
-    return TableDataset(place, int(side) if side else None, split)
+    return place, int(side) if side else None
 
 
 class TableDataset(Dataset):
-    """The same interface as Dataset, over Arrow or Parquet files. `train` is the split of that name, `heldout` those
-    named validation or test. content_hash is of samples of the files (size, both ends and 16 places between); mean,
-    std, channels and lossy are estimated from 64 images. There are no checksums to compare."""
+    """A Dataset over Arrow or Parquet files.
+
+    `train` is the split of that name, `heldout` the splits named validation or test. `content_hash` covers samples of
+    the files (size, both ends and 16 places between); mean, std, channels and lossy are estimated from 64 images. The
+    files have no checksums to compare.
+
+    place: folder or file, path or URI
+    resolution: side in pixels; None is the shorter side of the first image
+    split: `train` or `heldout`
+    """
 
     def __init__(self, place: str, resolution: int | None, split: SplitName) -> None:
-        self.place, self.asked, self.split_name, self.cache = place, resolution, split, None
+        self.place, self.fixed_resolution, self.split_name, self.cache = place, resolution, split, None
         self.path = address(place, resolution)
-        self.tables = tables.open_tables(place)
+        self.tables = hf_tables.open_tables(place)
         self.parts = [part for part in self.tables.parts if part.split == split]
         if not sum(part.rows for part in self.parts):
-            raise UserError(setting="split", value=split, expected=f"a split that {place} has")
+            raise UserError(setting="split", value=split, expected=f"a split of {place}")
         self.groups = [(p, g) for p, part in enumerate(self.parts) for g in range(len(part.groups))]
         counts = [rows for part in self.parts for rows in part.groups]
         self.starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         self.n = int(self.starts[-1])
         self.block_rows = int(np.median(counts))
         largest = max(part.largest for part in self.parts)
-        self.window = max(1, KEPT_BYTES // (2 * largest))  # a block lies in two groups: they do not begin at multiples
+        self.window = max(1, KEPT_BYTES // (2 * largest))  # a block may lie in two groups
         self._signatures = [signature(part.uri) if not storage.is_remote(part.uri) else None for part in self.parts]
         self._kept: OrderedDict[int, tuple[Any, NDArray[np.int64], int]] = OrderedDict()
         self._kept_bytes = 0
         self.class_names, self.num_classes = list(self.tables.class_names), len(self.tables.class_names)
         self.dtype = self.tables.latents[0] if self.tables.latents else "uint8"  # type: ignore[assignment]
-        self._look_at_samples()
+        self._read_samples()
         self.content_hash = self._fingerprint()
         self.manifest = Manifest(
             layout="latents" if self.tables.latents else "encoded",
@@ -91,14 +97,19 @@ class TableDataset(Dataset):
         )
         self.split = self.manifest.splits[split]
 
+    @classmethod
+    def open_tables(cls, path: str, split: SplitName) -> TableDataset:
+        """Open an `address`. Raises UserError if the split or a column of images is missing."""
+        return cls(*split_address(path), split)
+
     def __reduce__(self):
-        return open_tables_dataset, (self.path, self.split_name)
+        return TableDataset.open_tables, (self.path, self.split_name)
 
     @cached_property
     def heldout(self) -> Dataset | None:
         if self.split_name == "heldout" or not any(part.split == "heldout" for part in self.tables.parts):
             return None
-        return TableDataset(self.place, self.asked, "heldout")
+        return TableDataset(self.place, self.fixed_resolution, "heldout")
 
     @property
     def is_latent(self) -> bool:
@@ -118,22 +129,22 @@ class TableDataset(Dataset):
             rows = (indices[places] - self.starts[group]).tolist()
 
             def one(place: int, row: int, group: int = group, images: Any = images) -> None:
-                self._decode(tables.image_bytes(images, row), pixels[place], group, row)
+                self._decode(hf_tables.image_bytes(images, row), pixels[place], group, row)
 
             self._in_threads(one, places.tolist(), rows)
             labels[places] = numbers[rows]
         if len(labels) and not 0 <= labels.min() <= labels.max() < max(1, self.num_classes):
-            raise ShardError(self.place, f"a row has a label outside of its {self.num_classes} classes, or none")
+            raise ShardError(self.place, f"a row has no label, or one outside the {self.num_classes} classes")
 
     def _decode(self, data: Any, out: NDArray[Any], group: int, row: int) -> None:
         try:
             if data is None:
-                raise Unusable("the row has no image bytes")
+                raise ImageError("the row has no image bytes")
             if self.is_latent:
                 out[...] = data
             else:
                 decode.copy_pixels(decode.fit(self._image(data), self.resolution, self._preparation), out)
-        except Unusable as error:
+        except ImageError as error:
             raise ShardError(self.parts[self.groups[group][0]].uri, f"its row {row} is unusable ({error})") from None
 
     def _image(self, data: Any) -> Any:
@@ -142,17 +153,17 @@ class TableDataset(Dataset):
         return decode.open_image(bytes(data), self._preparation).image
 
     def _group(self, group: int) -> tuple[Any, NDArray[np.int64]]:
-        """Images and labels of a row group or record batch; Parquet's last used ones are kept."""
+        """Return images and labels of a row group or record batch; the last used groups of Parquet stay in memory."""
         found = self._kept.get(group)
         if found is None:
             part, number = self.groups[group]
             uri, columns = self.parts[part].uri, self.tables.columns
             names = [columns.image] + ([columns.label] if columns.label else [])
-            table = tables.read_group(uri, number, names)
+            table = hf_tables.read_group(uri, number, names)
             images = table[columns.image].combine_chunks()
             images = images.chunk(0) if isinstance(images, pa.ChunkedArray) else images
             numbers = self._numbers(table[columns.label].to_pylist() if columns.label else [0] * len(images))
-            size = 0 if tables.is_mapped(uri) else images.nbytes
+            size = 0 if hf_tables.is_mapped(uri) else images.nbytes
             found = self._kept[group] = (images, numbers, size)
             self._kept_bytes += size
         self._kept.move_to_end(group)
@@ -167,7 +178,7 @@ class TableDataset(Dataset):
         return np.array([-1 if label is None else label for label in labels], np.int64)
 
     def fetch(self, pieces: Sequence[int]) -> None:
-        """Nothing to do: a group is read when rows of it are asked for."""
+        """Do nothing: a group is read when its rows are gathered."""
 
     def _check_unchanged(self, pieces: list[int]) -> None:
         for part in {self.groups[g][0] for g in pieces}:
@@ -175,8 +186,8 @@ class TableDataset(Dataset):
             if opened is not None:
                 check_signature(uri, opened)
 
-    def _look_at_samples(self) -> None:
-        """Channels, resolution, lossiness, mean and std from images spread over the dataset."""
+    def _read_samples(self) -> None:
+        """Set channels, resolution, lossy, mean and std from images spread over the dataset."""
         if self.tables.latents is not None:
             _, self.channels, self.resolution = self.tables.latents
             self.lossy, self._preparation = False, PREPARATION
@@ -188,14 +199,14 @@ class TableDataset(Dataset):
             self._preparation = Preparation(upsample=True, channels=1 if grey else 3)
             self.lossy = any(o is not None and o.lossy for o in opened)
             sizes = [min(d.shape[:2]) if o is None else min(o.image.size) for o, d in zip(opened, first, strict=True)]
-            self.resolution = self.asked or (sizes[0] if sizes else 64)
+            self.resolution = self.fixed_resolution or (sizes[0] if sizes else 64)
         self.mean, self.std = [0.0] * self.channels, [0.0] * self.channels
         sample = self.gather(self._spread(SAMPLED))[0].double()
         axes = (0, 2, 3) if self.is_latent else (0, 1, 2)
         self.mean, self.std = sample.mean(axes).tolist(), sample.std(axes, correction=0).tolist()
 
     def _spread(self, count: int) -> NDArray[np.int64]:
-        """Rows spread over at most four groups, so that opening a Parquet dataset reads little."""
+        """Return rows spread over at most four groups: opening a Parquet dataset must read little."""
         groups = np.unique(np.linspace(0, len(self.groups) - 1, 4).astype(int))
         each = [np.linspace(self.starts[g], self.starts[g + 1] - 1, max(1, count // len(groups))) for g in groups]
         return np.unique(np.concatenate(each).astype(np.int64))
@@ -203,7 +214,7 @@ class TableDataset(Dataset):
     def _some(self, count: int) -> Iterator[Any]:
         for row in self._spread(count).tolist():
             group = int(np.searchsorted(self.starts, row, side="right") - 1)
-            yield tables.image_bytes(self._group(group)[0], row - int(self.starts[group]))
+            yield hf_tables.image_bytes(self._group(group)[0], row - int(self.starts[group]))
 
     def _fingerprint(self) -> str:
         digest = hashlib.sha256(json.dumps([self.resolution, self.channels, self.dtype]).encode())

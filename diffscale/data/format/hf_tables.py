@@ -1,6 +1,6 @@
-"""Arrow and Parquet files that hold images the way Hugging Face `datasets` stores them.
+"""Reads Arrow and Parquet files of images in the layouts of Hugging Face `datasets`.
 
-Known layouts: `save_to_disk` (state.json beside .arrow streams, or dataset_dict.json over several splits), the hub's
+Known layouts: `save_to_disk` (state.json next to .arrow streams, or dataset_dict.json over several splits), the hub's
 `data/train-00000-of-00002.parquet`, `train/0000.parquet`, and single files. The image column is a struct of bytes and
 path, binary, or a fixed_shape_tensor.
 """
@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from diffscale.core import storage
 from diffscale.core.errors import UserError
+from diffscale.core.text import one_line
 from diffscale.data.format.manifest import FILE
 from diffscale.data.format.shard import Signature, signature
 
@@ -30,7 +31,7 @@ SPLIT_WORDS = re.compile(r"(?:^|[/._-])(train|validation|valid|val|dev|test)(?=$
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns; string labels become numbers by their place in `strings`."""
+    """Names of the columns. A string label becomes its index in `strings`."""
 
     image: str
     label: str | None
@@ -39,7 +40,12 @@ class Columns:
 
 @dataclass(frozen=True)
 class TablePart:
-    """One file. groups: rows of each row group (Parquet) or record batch (Arrow). largest: bytes of the largest one."""
+    """One file of a dataset.
+
+    groups: rows of each row group (Parquet) or record batch (Arrow)
+    split: `train` or `heldout`
+    largest: bytes in memory of the largest group
+    """
 
     uri: str
     groups: tuple[int, ...]
@@ -51,7 +57,7 @@ class TablePart:
         return sum(self.groups)
 
     def units(self, rows: int) -> Iterator[tuple[int, int]]:
-        """Ranges of about `rows` rows that end where groups end."""
+        """Yield ranges (first, last) of about `rows` rows that end at ends of groups."""
         first = last = 0
         for group in self.groups:
             if last > first and last - first + group > rows:
@@ -64,7 +70,11 @@ class TablePart:
 
 @dataclass(frozen=True)
 class Tables:
-    """class_names: empty where there are no labels. latents: (dtype, channels, side) of a float tensor column."""
+    """The files of a dataset and the meaning of their columns.
+
+    class_names: empty for data without labels
+    latents: (dtype, channels, side) of a float tensor column, or None
+    """
 
     parts: list[TablePart]
     columns: Columns
@@ -73,7 +83,7 @@ class Tables:
 
 
 def is_dataset(uri: str) -> bool:
-    """Whether a folder or file is of Arrow or Parquet and not one of our own datasets."""
+    """Return whether a folder or file holds Arrow or Parquet and is not a dataset of our format."""
     if uri.endswith((".arrow", ".parquet")):
         return storage.exists(uri)
     return not storage.exists(storage.join(uri, FILE)) and bool(_files(uri))
@@ -83,11 +93,11 @@ def _files(uri: str) -> list[str]:
     if uri.endswith((".arrow", ".parquet")):
         return [uri]
     found = [f for f in storage.list_files(uri, recursive=True) if f.endswith((".arrow", ".parquet"))]
-    return [f for f in found if not f.split("/")[-1].startswith("cache-")]  # left behind by datasets' own map()
+    return [f for f in found if not f.split("/")[-1].startswith("cache-")]  # written by `Dataset.map`
 
 
 def open_tables(uri: str) -> Tables:
-    """Raises UserError where there is no image column, or a file cannot be read."""
+    """Open all files. Raises UserError if there is no column of images or a file cannot be read."""
     files = _files(uri)
     if not files:
         raise UserError(setting="data.path", value=uri, expected="Arrow or Parquet files of images")
@@ -96,7 +106,7 @@ def open_tables(uri: str) -> Tables:
     image = _image_column(schema, features, files[0])
     label = _label_column(schema, features, image)
     parts = [_part(f, _split_of(f, uri)) for f in files]
-    if not any(part.split == "train" for part in parts):  # a lone test split is what there is to train on
+    if not any(part.split == "train" for part in parts):  # train on the only split there is
         parts = [replace(part, split="train") for part in parts]
     names, strings = _classes(parts, label, features)
     return Tables(parts, Columns(image, label, strings), names, _latents(schema.field(image).type))
@@ -108,7 +118,7 @@ def _split_of(file: str, root: str) -> str:
 
 
 def _features(schema: pa.Schema) -> dict[str, Any]:
-    """What `datasets` notes about the columns in the schema's metadata."""
+    """Return the column features that `datasets` stores in the schema's metadata."""
     try:
         return json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
     except (KeyError, ValueError, TypeError):
@@ -124,7 +134,9 @@ def _image_column(schema: pa.Schema, features: dict[str, Any], file: str) -> str
             kind = kind.field("bytes").type
         if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or isinstance(kind, pa.FixedShapeTensorType):
             return column
-    raise UserError(setting="data.path", value=file, expected=f"a column of images; its columns are {schema.names}")
+    raise UserError(
+        setting="data.path", value=file, expected="a column of images", reason=f"its columns are {schema.names}"
+    )
 
 
 def _label_column(schema: pa.Schema, features: dict[str, Any], image: str) -> str | None:
@@ -179,7 +191,7 @@ def _part(uri: str, split: str) -> TablePart:
 
 
 def group_sizes(uri: str) -> list[tuple[int, int]]:
-    """(rows, bytes in memory) of each row group or record batch. Raises UserError for a file that cannot be read."""
+    """Return (rows, bytes in memory) of each row group or record batch. Raises UserError for an unreadable file."""
     try:
         if uri.endswith(".parquet"):
             meta = pq.read_metadata(_input(uri))
@@ -191,7 +203,7 @@ def group_sizes(uri: str) -> list[tuple[int, int]]:
 
 
 def open_arrow(uri: str) -> pa.ipc.RecordBatchStreamReader | pa.ipc.RecordBatchFileReader:
-    """A stream, as `datasets` writes, or a file; mapped into memory when it is local."""
+    """Open a stream, as `datasets` writes, or a file; a local file is memory-mapped."""
     try:
         return pa.ipc.open_stream(_input(uri))
     except pa.ArrowInvalid:
@@ -200,11 +212,12 @@ def open_arrow(uri: str) -> pa.ipc.RecordBatchStreamReader | pa.ipc.RecordBatchF
 
 @lru_cache(maxsize=256)
 def _mapped(uri: str, state: Signature) -> list[pa.RecordBatch]:
-    """All batches of a local file in this state: views of its memory map, found once."""
+    """Return all batches of a local file in this state: views of its memory map, found once."""
     return list(arrow_batches(uri))
 
 
 def arrow_batches(uri: str) -> Iterator[pa.RecordBatch]:
+    """Yield the record batches of a stream or file."""
     reader = open_arrow(uri)
     if isinstance(reader, pa.ipc.RecordBatchFileReader):
         for i in range(reader.num_record_batches):
@@ -214,7 +227,7 @@ def arrow_batches(uri: str) -> Iterator[pa.RecordBatch]:
 
 
 def read_columns(uri: str, columns: list[str]) -> Iterator[pa.RecordBatch | pa.Table]:
-    """The file's groups in order, these columns only."""
+    """Yield the file's groups in order, these columns only."""
     if uri.endswith(".parquet"):
         file = pq.ParquetFile(_input(uri))
         for group in range(file.num_row_groups):
@@ -225,7 +238,7 @@ def read_columns(uri: str, columns: list[str]) -> Iterator[pa.RecordBatch | pa.T
 
 
 def read_group(uri: str, group: int, columns: list[str]) -> pa.Table:
-    """One group of the file, these columns only, as a table of one chunk whose offsets are proven.
+    """Return one group of the file, these columns only, as a table of one chunk with validated offsets.
 
     Raises UserError for a damaged file.
     """
@@ -249,7 +262,7 @@ def _read_group(uri: str, group: int, columns: list[str]) -> pa.Table:
 
 
 def image_bytes(column: Any, row: int) -> Any:
-    """A buffer of the encoded image, an array of a tensor column, or None where the row has no bytes."""
+    """Return the encoded image as a buffer, the array of a tensor column, or None for a row without bytes."""
     if isinstance(column.type, pa.FixedShapeTensorType):
         return column[row].to_numpy() if column[row].is_valid else None
     value = column[row]
@@ -259,7 +272,7 @@ def image_bytes(column: Any, row: int) -> Any:
 
 
 def is_mapped(uri: str) -> bool:
-    """Whether rows are read through a memory map: local Arrow. Else a whole group is held in memory."""
+    """Return whether rows are read through a memory map (local Arrow); otherwise a whole group is held in memory."""
     return uri.endswith(".arrow") and not storage.is_remote(uri)
 
 
@@ -271,5 +284,6 @@ def _input(uri: str) -> Any:
 
 
 def _damaged(uri: str, error: Exception) -> UserError:
-    reason = str(error).splitlines()[0][:200]
-    return UserError(setting="data.path", value=uri, expected=f"a readable Arrow or Parquet file ({reason})")
+    return UserError(
+        setting="data.path", value=uri, expected="a readable Arrow or Parquet file", reason=one_line(error)
+    )

@@ -1,9 +1,9 @@
-"""manifest.json: what a dataset folder holds, and how it was made.
+"""manifest.json: the content of a dataset folder and how it was made.
 
     DATASET/
       manifest.json
       train-00000.arrow ...      Arrow IPC files of one record batch: image, label, name
-      heldout-00000.arrow ...    the same, where part of the data is held out
+      heldout-00000.arrow ...    the same, if part of the data is held out
       rejected.csv               source images that could not be used, and why
 
 `image` is fixed_shape_tensor uint8 (H, W, C) for small images (layout `pixels`), binary PNG, WebP or JPEG for large
@@ -14,10 +14,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from importlib import metadata
 from typing import Any, Literal
 
+import numpy as np
+import PIL
+from numpy.typing import ArrayLike
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+import diffscale
 from diffscale.core import storage
 from diffscale.core.errors import UserError
 
@@ -42,7 +47,7 @@ class Shard(Strict):
 
 
 class Split(Strict):
-    """Shards in row order. mean, std: per channel, of pixels in [0, 255] or of the latents."""
+    """Shards in row order. mean, std: per channel, of pixels in [0, 255] or of latents."""
 
     rows: int = Field(ge=0)
     content_hash: str
@@ -58,7 +63,7 @@ class Manifest(Strict):
     dtype: Literal["uint8", "float16", "float32"]
     resolution: int = Field(gt=0)
     channels: int = Field(gt=0)
-    class_names: list[str] = Field(description="empty where the images have no labels")
+    class_names: list[str] = Field(description="empty if the images have no labels")
     content_hash: str = Field(description="of the training split: independent of how rows are divided into shards")
     lossy: bool = Field(description="some source image was stored lossily, which limits FID")
     lossy_images: int = Field(0, ge=0)
@@ -70,7 +75,7 @@ class Manifest(Strict):
 
 
 def read_manifest(folder: str) -> Manifest:
-    """Raises UserError where the folder, its manifest or a count in it cannot be used."""
+    """Read and check a manifest. Raises UserError if the folder, its manifest or a count in it is invalid."""
     uri = storage.join(folder, FILE)
     try:
         data = storage.read_bytes(uri)
@@ -79,13 +84,13 @@ def read_manifest(folder: str) -> Manifest:
             setting="data.path",
             value=folder,
             expected="a dataset folder with a manifest.json",
-            fix="python -m diffscale.data build SOURCE DATASET makes one, and goes on with an interrupted one",
+            fix="python -m diffscale.data build SOURCE DATASET makes one, or continues an interrupted build",
         ) from None
     try:
         manifest = Manifest.model_validate_json(data)
         for name, split in manifest.splits.items():
             if split.rows != sum(shard.rows for shard in split.shards):
-                raise ValueError(f"splits.{name}.rows is {split.rows}, its shards have another sum")
+                raise ValueError(f"splits.{name}.rows is {split.rows}, not the sum over its shards")
             if split.content_hash != split_hash(manifest, split.shards):
                 raise ValueError(f"splits.{name}.content_hash does not follow from its shards")
         if "train" not in manifest.splits or not manifest.splits["train"].rows:
@@ -98,13 +103,15 @@ def read_manifest(folder: str) -> Manifest:
         raise UserError(
             setting="data.path",
             value=uri,
-            expected=f"a manifest of version {VERSION} ({reason})",
+            expected=f"a valid manifest of version {VERSION}",
+            reason=reason,
             fix="restore the file, or build the dataset again",
         ) from None
     return manifest
 
 
 def write_manifest(folder: str, manifest: Manifest) -> None:
+    """Write manifest.json. Call it last: a folder with a manifest is a complete dataset."""
     text = json.dumps(manifest.model_dump(), indent=1)
     storage.write_bytes(storage.join(folder, FILE), text.encode())
 
@@ -112,8 +119,8 @@ def write_manifest(folder: str, manifest: Manifest) -> None:
 class ContentHash:
     """A hash of rows in order that can be joined: hash(A + B) follows from hash(A), hash(B) and len(B).
 
-    Row digests are SHA-256 of (label, image bytes); the sequence is the polynomial with those coefficients, modulo
-    the prime 2^255 - 19. So the identity of the data does not depend on how it was cut into shards.
+    Row digests are SHA-256 of (label, image bytes). The hash of the sequence is the polynomial with these digests as
+    coefficients, modulo the prime 2^255 - 19. The identity of the data therefore does not depend on its shards.
     """
 
     PRIME = 2**255 - 19
@@ -123,12 +130,14 @@ class ContentHash:
         self.value, self.rows = value, rows
 
     def add(self, image: Any, label: int) -> None:
+        """Append one row; `image` is any buffer."""
         digest = hashlib.sha256(int(label).to_bytes(8, "little", signed=True))
         digest.update(image)
         self.value = (self.value * self.BASE + int.from_bytes(digest.digest(), "big")) % self.PRIME
         self.rows += 1
 
     def join(self, other: ContentHash) -> ContentHash:
+        """Return the hash of these rows followed by the other's."""
         value = (self.value * pow(self.BASE, other.rows, self.PRIME) + other.value) % self.PRIME
         return ContentHash(value, self.rows + other.rows)
 
@@ -137,13 +146,30 @@ class ContentHash:
 
 
 def split_hash(manifest: Manifest, shards: list[Shard]) -> str:
-    """The identity of a split: the rows of its shards and the shape in which they are read. 16 hex digits."""
+    """Return the identity of a split: a hash of its rows and of the shape in which they are read, 16 hex digits."""
     return rows_hash(manifest.dtype, manifest.resolution, manifest.channels, shards)
 
 
 def rows_hash(dtype: str, resolution: int, channels: int, shards: list[Shard]) -> str:
+    """Return the `split_hash` of shards that have no manifest yet."""
     total = ContentHash()
     for shard in shards:
         total = total.join(ContentHash(int(shard.content, 16), shard.rows))
     text = json.dumps([VERSION, dtype, resolution, channels, total.rows, total.hex()])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def channel_statistics(sums: ArrayLike, squares: ArrayLike, values: int) -> tuple[list[float], list[float]]:
+    """Return mean and standard deviation per channel.
+
+    sums: (channels,), the sum of all values
+    squares: (channels,), the sum of their squares
+    values: values in each channel
+    """
+    mean = np.asarray(sums) / values
+    return mean.tolist(), np.sqrt(np.maximum(np.asarray(squares) / values - mean**2, 0)).tolist()
+
+
+def made_with() -> dict[str, str]:
+    """Return the versions that a manifest notes."""
+    return {"diffscale": diffscale.__version__, "pyarrow": metadata.version("pyarrow"), "pillow": PIL.__version__}

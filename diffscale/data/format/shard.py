@@ -13,6 +13,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from diffscale.core import storage
+from diffscale.core.text import one_line
 from diffscale.data.format.errors import ShardError
 from diffscale.data.format.manifest import ContentHash, Manifest, Shard
 
@@ -23,8 +24,12 @@ Signature = tuple[int, int, int]
 class MappedShard:
     """A shard opened through a memory map. Its rows are views of the file.
 
-    images: (rows, ...) array view, or a BinaryArray of encoded images. labels: int64 (rows,). addresses: where the two
-    begin in memory, of an array view.
+    images: array view (rows, ...), or a BinaryArray of encoded images
+    labels: int64 (rows,)
+    names: source name of each row
+    signature: state of the file when it was opened
+    addresses: where the data of an array view and of the labels begin in memory
+    is_cached: the file is in the node's cache, which may evict it while the map keeps its pages readable
     """
 
     path: str
@@ -33,22 +38,22 @@ class MappedShard:
     names: pa.StringArray
     signature: Signature
     addresses: tuple[int, int]
-    is_cached: bool = False  # in the node's cache, from which it may be evicted while the map holds its pages
+    is_cached: bool = False
 
     def check_unchanged(self) -> None:
-        """Raises ShardError when the file was altered, replaced or removed since it was opened."""
+        """Raise ShardError if the file was altered, replaced or removed since it was opened."""
         if not (self.is_cached and not os.path.exists(self.path)):
             check_signature(self.path, self.signature)
 
 
 def signature(path: str) -> Signature:
-    """(inode, size, mtime in ns): changes whenever the file is written or replaced."""
+    """Return (inode, size, mtime in ns), which changes whenever the file is written or replaced."""
     status = os.stat(path)
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def check_signature(path: str, opened: Signature) -> None:
-    """Raises ShardError when the file was altered, replaced or removed since it had that signature."""
+    """Raise ShardError if the file was altered, replaced or removed since it had the signature `opened`."""
     try:
         now = signature(path)
     except FileNotFoundError:
@@ -59,7 +64,7 @@ def check_signature(path: str, opened: Signature) -> None:
 
 
 def open_shard(path: str, shard: Shard, manifest: Manifest, is_cached: bool = False) -> MappedShard:
-    """Maps the local file. Raises ShardError unless its size, columns, shape and rows are those of the manifest."""
+    """Map a local file. Raises ShardError unless its size, columns, shape and rows are those of the manifest."""
     check_size(path, shard)
     before = signature(path)
     try:
@@ -87,13 +92,13 @@ def open_shard(path: str, shard: Shard, manifest: Manifest, is_cached: bool = Fa
         if not 0 <= labels.min() <= labels.max() < max(1, len(manifest.class_names)):
             raise ValueError(f"it has labels outside of its {len(manifest.class_names)} classes")
     except (pa.ArrowException, ValueError, OSError, TypeError, AttributeError, KeyError) as error:  # Ray's types too
-        raise ShardError(path, f"it cannot be read ({_first_line(error)})") from None
+        raise ShardError(path, f"it cannot be read ({one_line(error) or type(error).__name__})") from None
     addresses = (0, 0) if manifest.layout == "encoded" else (images.ctypes.data, labels.ctypes.data)
     return MappedShard(path, images, labels, batch.column("name"), before, addresses, is_cached)
 
 
 def check_size(path: str, shard: Shard) -> None:
-    """Raises ShardError for a missing, truncated or longer file: cheap enough for every shard at every start."""
+    """Raise ShardError for a missing, truncated or longer file: cheap enough for every shard at every start."""
     try:
         size = os.stat(path).st_size
     except OSError:
@@ -103,6 +108,7 @@ def check_size(path: str, shard: Shard) -> None:
 
 
 def image_type(manifest: Manifest) -> pa.DataType:
+    """Return the Arrow type of the `image` column."""
     side, channels = manifest.resolution, manifest.channels
     if manifest.layout == "encoded":
         return pa.large_binary()
@@ -113,7 +119,7 @@ def image_type(manifest: Manifest) -> pa.DataType:
 def make_batch(
     images: NDArray[Any] | list[bytes], labels: NDArray[np.int64] | list[int], names: list[str]
 ) -> pa.RecordBatch:
-    """The rows of one shard. images: (rows, H, W, C) uint8, (rows, C, H, W) floats, or a list of encoded images."""
+    """Return the rows of one shard. images: (rows, H, W, C) uint8, (rows, C, H, W) floats, or encoded files."""
     if isinstance(images, list):
         column = pa.array(images, pa.large_binary())
     else:
@@ -123,7 +129,7 @@ def make_batch(
 
 
 def write_shard(folder: str, file: str, batch: pa.RecordBatch) -> Shard:
-    """Writes the rows as one file that appears whole or not at all; returns its manifest entry."""
+    """Write the rows as one file, atomically; return its manifest entry."""
     content = ContentHash()
     column, labels = batch.column("image"), batch.column("label").to_numpy()
     if pa.types.is_large_binary(column.type):
@@ -139,12 +145,3 @@ def write_shard(folder: str, file: str, batch: pa.RecordBatch) -> Shard:
     storage.write_bytes(storage.join(folder, file), data)  # type: ignore[arg-type]
     digest = hashlib.sha256(data).hexdigest()
     return Shard(file=file, rows=batch.num_rows, bytes=len(data), sha256=digest, content=content.hex())
-
-
-def file_sha256(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]

@@ -1,10 +1,10 @@
-"""Mirroring, and EDM's non-leaking augmentations, on the device and keyed by (seed, position).
+"""Mirroring and EDM's non-leaking augmentations, on the device and keyed by (seed, position).
 
 Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models" (2022), appendix F.2, with the
-strengths of its CIFAR-10 runs: each transformation is applied with probability p and told to the network in a label,
+strengths of its CIFAR-10 runs. Each transformation is applied with probability p and passed to the network as a label,
 so that samples drawn with a zero label show none of it. The transformations, labels and resampling are those of the
-published pipe; where that one shares a margin over the batch and lets it be too small for an image, the margin here
-is large enough for each image, so that an image does not depend on what else is in the batch.
+published pipe, with one difference: the pipe shares one margin over a batch, which may be too small for an image; here
+each image has a margin that is large enough, so an image does not depend on the others in its batch.
 """
 
 from __future__ import annotations
@@ -30,25 +30,30 @@ AROUND = len(SYM6) // 4  # pixels around the image that shrinking needs
 
 
 def flip_images(x: Tensor, seed: int, positions: Tensor, dim: int = 3) -> Tensor:
-    """Mirrors images (B, ..., ...) left to right, each with probability 1/2; dim: the axis of the columns."""
+    """Mirror images left to right, each with probability 1/2. x: (B, ...) with four axes; dim: the axis of columns."""
     return torch.where(_mirrored(seed, positions)[:, None, None, None], x.flip(dim), x)
 
 
 def augment_images(x: Tensor, seed: int, positions: Tensor, p: float, *, flip: bool = True) -> tuple[Tensor, Tensor]:
-    """x: float32 (B, C, S, S) in [-1, 1]; p: probability of each transformation; flip: mirror with probability 1/2.
+    """Augment images; return them, in the same shape, and the labels, float32 (B, 9), zero for what was not applied.
 
-    Returns the images, the same shape, and the label float32 (B, 9): zero where nothing was done.
+    x: float32 (B, C, S, S) in [-1, 1]
+    seed, positions: key of the draws; positions int64 (B,)
+    p: probability of each transformation
+    flip: mirror with probability 1/2
     """
     drawn = draw(seed, positions, p, flip)
     return transform(x, drawn), drawn.label()
 
 
 class Drawn(NamedTuple):
-    """What is done to each image, all float64 (B,): functions of these are rounded once, to float32, and so do not
-    depend on the size of the batch in which they are computed.
+    """The transformation of each image, all float64 (B,).
 
-    scale, strength (of anisotropy), right, down: in units of their standard deviations; angle, axis (of anisotropy): in
-    radians.
+    Functions of these are rounded once, to float32, and therefore do not depend on the size of the batch.
+
+    mirrored, inverted: 1 if flipped left to right, or upside down
+    scale, strength, right, down: in units of their standard deviations; `strength` is that of the anisotropy
+    angle, axis: in radians; `axis` is that of the anisotropy
     """
 
     mirrored: Tensor
@@ -61,7 +66,7 @@ class Drawn(NamedTuple):
     down: Tensor
 
     def label(self) -> Tensor:
-        """(B, 9)."""
+        """Return the labels, float32 (B, 9)."""
         turn = [self.angle.cos() - 1, self.angle.sin()]
         stretch = [self.strength * self.axis.cos(), self.strength * self.axis.sin()]
         return torch.stack(
@@ -70,6 +75,7 @@ class Drawn(NamedTuple):
 
 
 def draw(seed: int, positions: Tensor, p: float, flip: bool) -> Drawn:
+    """Draw the transformations of the images at these positions."""
     u = uniform(seed, at_step(Stream.AUGMENT, 0), positions, (9,)).double().unbind(1)
     z = normal(seed, at_step(Stream.AUGMENT, 1), positions, (4,)).double().unbind(1)
     invert, scale, rotate, stretch, move = ((u[i] < p).double() for i in range(5))
@@ -86,13 +92,13 @@ def draw(seed: int, positions: Tensor, p: float, flip: bool) -> Drawn:
 
 
 def transform(x: Tensor, drawn: Drawn) -> Tensor:
-    """Mirrors the images (B, C, S, S), and then scales, turns, stretches and moves them."""
+    """Mirror the images (B, C, S, S), then scale, rotate, stretch and translate them."""
     x = torch.where(drawn.mirrored.bool()[:, None, None, None], x.flip(3), x)
     x = torch.where(drawn.inverted.bool()[:, None, None, None], x.flip(2), x)
     side = x.shape[-1]
     linear, shift = _inverse_map(drawn, side)
     margin = _margins(linear, shift, side)
-    moved = drawn.label()[:, 2:].any(1)  # an identity map would give the image back
+    moved = drawn.label()[:, 2:].any(1)  # an identity map would change nothing
     for m in margin[moved].unique().tolist():
         chosen = torch.nonzero(moved & (margin == m)).flatten()
         x = x.index_copy(0, chosen, _resample(x[chosen], linear[chosen], shift[chosen], m))
@@ -104,7 +110,7 @@ def _mirrored(seed: int, positions: Tensor) -> Tensor:
 
 
 def _inverse_map(drawn: Drawn, side: int) -> tuple[Tensor, Tensor]:
-    """(B, 2, 2) and (B, 2): from a place in the output to that in the input, in pixels from the centre."""
+    """Return the maps (B, 2, 2) and (B, 2) from output to input coordinates, in pixels from the centre."""
     strength = drawn.strength * ANISOTROPY_STD
     stretch = torch.diag_embed(torch.stack([2**-strength, 2**strength], dim=1))
     stretch = _turn(-drawn.axis) @ stretch @ _turn(drawn.axis)
@@ -114,13 +120,13 @@ def _inverse_map(drawn: Drawn, side: int) -> tuple[Tensor, Tensor]:
 
 
 def _turn(angle: Tensor) -> Tensor:
-    """Rotation matrices (B, 2, 2)."""
+    """Return rotation matrices (B, 2, 2)."""
     c, s = angle.cos(), angle.sin()
     return torch.stack([torch.stack([c, -s], dim=1), torch.stack([s, c], dim=1)], dim=1)
 
 
 def _margins(linear: Tensor, shift: Tensor, side: int) -> Tensor:
-    """(B,): pixels around each image that its map may reach, in a few sizes; a reflection has no more than S - 1."""
+    """Return the margin that each image's map may reach, (B,) pixels, in a few sizes, at most S - 1."""
     far = linear.abs().sum(2).amax(1) * ((side - 1) / 2 + AROUND) + shift.abs().amax(1)
     step = max(8, side // 4)
     needed = (far - (side - 1) / 2 + 2 * AROUND).clamp_min(1)
@@ -128,14 +134,14 @@ def _margins(linear: Tensor, shift: Tensor, side: int) -> Tensor:
 
 
 def _resample(x: Tensor, linear: Tensor, shift: Tensor, margin: int) -> Tensor:
-    """Mirrors beyond the edges, doubles the resolution with the wavelet, looks up bilinearly and halves it again."""
+    """Reflect at the edges, double the resolution with the wavelet, resample bilinearly and halve it again."""
     side = x.shape[-1]
     x = F.pad(x, [margin] * 4, mode="reflect")
     fine = _double(_double(x).mT).mT
-    # Pixel j of the doubled image lies at j / 2 - 1/4 of the plain one: hence the terms beside the map itself.
-    here, there = 2 * (side + 2 * AROUND), fine.shape[-1]
-    linear, offset = linear * (here / there), (linear.sum(2) - 1 + 4 * shift) / there
-    u = (torch.arange(here, device=x.device) * 2 + 1) / here - 1
+    # Pixel j of the doubled image lies at j / 2 - 1/4 of the plain one: hence the terms added to the map.
+    target, source = 2 * (side + 2 * AROUND), fine.shape[-1]
+    linear, offset = linear * (target / source), (linear.sum(2) - 1 + 4 * shift) / source
+    u = (torch.arange(target, device=x.device) * 2 + 1) / target - 1
     across, down = linear[:, None, None, :, 0] * u[:, None], linear[:, None, None, :, 1] * u[:, None, None]
     grid = across + down + offset[:, None, None]
     fine = F.grid_sample(fine.contiguous(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
@@ -143,8 +149,9 @@ def _resample(x: Tensor, linear: Tensor, shift: Tensor, margin: int) -> Tensor:
 
 
 def _double(x: Tensor) -> Tensor:
-    """Twice as many columns: zeros put between them, then the wavelet backwards. Sums of shifted copies, as a library's
-    convolution may round differently for another number of images."""
+    """Double the columns: insert zeros between them and apply the wavelet backwards.
+
+    It is a sum of shifted copies, because a library's convolution may round differently for another batch size."""
     n, taps, near = x.shape[-1], len(SYM6), len(SYM6) // 4
     x = F.pad(x, (near, near))
     even = sum(SYM6[taps - 1 - 2 * q] * x[..., q : q + n] for q in range(taps // 2))
@@ -153,7 +160,7 @@ def _double(x: Tensor) -> Tensor:
 
 
 def _halve(x: Tensor) -> Tensor:
-    """The wavelet at every other column."""
+    """Apply the wavelet at every other column."""
     n, pad = x.shape[-1] // 2, (len(SYM6) - 1) // 2
     x = F.pad(x, (pad, pad))
     return sum(tap * x[..., k : k + 2 * n - 1 : 2] for k, tap in enumerate(SYM6))

@@ -1,14 +1,14 @@
-"""Which row comes at which position: a keyed permutation of each epoch, evaluated at single points.
+"""The order of training: a keyed permutation of each epoch, evaluated at single positions.
 
-Position p lies in epoch p // n at place p % n; the epoch's permutation of 0..n-1 is a generalised Feistel network
+Position p lies in epoch p // n at place p % n. The epoch's permutation of 0..n-1 is a generalised Feistel network
 (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002, section 4) over a x b >= n with cycle
-walking, whose round keys come from (seed, epoch). Nothing of the size of the dataset is ever held; the same position
-gives the same row on every machine, worker and restart.
+walking; its round keys come from (seed, epoch). No array of the dataset's size is ever held, and a position has the
+same row on every machine and worker and after every restart.
 
-`rows` permutes all rows. `blocks` permutes blocks of neighbouring rows and then the rows inside a window of blocks, so
-that only `window` blocks need to be near at any time: for object stores and compressed columns. A batch then holds rows
-of `window` blocks: where neighbouring rows are alike (sorted by class) that shuffles only as well as `window` is large,
-where they are not (a build with `--shuffle`) a few blocks are enough.
+`rows` permutes all rows. `blocks`, for object stores and compressed columns, permutes blocks of neighbouring rows and
+then the rows inside a window of blocks, so that only `window` blocks are needed at once. Each batch then comes from
+`window` blocks: many are needed to shuffle rows that are sorted by class, a few are enough after a build with
+`--shuffle`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from diffscale.core.hashing import GOLDEN, MASK, splitmix64
 from diffscale.kernels import compile as native
 
 Int64 = NDArray[np.int64]
@@ -27,8 +28,6 @@ UInt64 = NDArray[np.uint64]
 
 ROUNDS = 10
 MOST_ROWS = 1 << 60
-GOLDEN = 0x9E3779B97F4A7C15
-MASK = (1 << 64) - 1
 
 
 def positions_to_indices(
@@ -40,10 +39,16 @@ def positions_to_indices(
     block_rows: int = 1024,
     window: int = 64,
 ) -> Int64:
-    """Row of the dataset for each position of the run.
+    """Return the dataset's row for each position of the run.
 
-    positions: int64, any shape, >= 0 (images seen since the start of the run); n: rows of the dataset, 1 to 2^60.
-    Returns int64 rows in [0, n), the same shape; each run of n positions from a multiple of n holds every row once.
+    positions: int64 >= 0, any shape; images since the start of the run
+    n: rows of the dataset, 1 to 2^60
+    seed: key of the order
+    order: `rows` or `blocks`
+    block_rows: rows of a block, for `blocks`
+    window: blocks in a window, for `blocks`
+
+    Returns int64 rows in [0, n) of the same shape. Each epoch, n positions from a multiple of n, has every row once.
     """
     if not 1 <= n <= MOST_ROWS:
         raise ValueError(f"n = {n}: a dataset has 1 to 2^60 rows")
@@ -66,7 +71,7 @@ def positions_to_indices(
 
 
 def permutation(n: int, *key: int) -> Permutation:
-    """The keyed permutation of 0..n-1; independent for each key."""
+    """Return the keyed permutation of 0..n-1; different keys give independent ones."""
     a = max(1, math.isqrt(n - 1) + 1)
     b = -(-n // a)
     return Permutation(n, a, b, tuple(_round_keys(key)))
@@ -74,7 +79,7 @@ def permutation(n: int, *key: int) -> Permutation:
 
 @dataclass(frozen=True)
 class Permutation:
-    """A bijection of 0..n-1 in constant memory. `forward` and `inverse` take and give int64 arrays."""
+    """A bijection of 0..n-1 in constant memory. `forward` and `inverse` map int64 arrays."""
 
     n: int
     a: int
@@ -98,7 +103,7 @@ class Permutation:
         return self._walk(y, self._rounds_back)
 
     def _walk(self, x: Int64, step) -> Int64:
-        """Applies the permutation of 0..ab-1 until the value is below n (expected less than 1 + 1/sqrt(n) times)."""
+        """Apply the permutation of 0..ab-1 until the value is below n: on average under 1 + 1/sqrt(n) times."""
         if self.n == 1:
             return np.zeros_like(x)
         out = step(x.astype(np.uint64))
@@ -136,7 +141,7 @@ class Permutation:
 
 
 def _below(x: UInt64, key: int, bound: int) -> UInt64:
-    """A hash of (x, key) in [0, bound), bound < 2^32: the finaliser of MurmurHash3, its top 32 bits scaled."""
+    """Hash (x, key) to [0, bound), bound < 2^32: the finaliser of MurmurHash3, its top 32 bits scaled."""
     h = x + np.uint64(key)
     h ^= h >> np.uint64(33)
     h *= np.uint64(0xFF51AFD7ED558CCD)
@@ -149,24 +154,18 @@ def _below(x: UInt64, key: int, bound: int) -> UInt64:
 
 
 def _round_keys(key: tuple[int, ...]) -> list[int]:
-    """64-bit keys of the rounds from a tuple of integers: SplitMix64 (Steele, Lea, Flood 2014), absorbing each."""
+    """Derive 64-bit round keys from a tuple of integers by SplitMix64 (Steele, Lea, Flood 2014)."""
     state = 0
     for word in key:
-        state = _split_mix((state ^ (word & MASK)) + GOLDEN & MASK)
-    return [_split_mix(state + (i + 1) * GOLDEN & MASK) for i in range(ROUNDS)]
-
-
-def _split_mix(z: int) -> int:
-    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & MASK
-    z = (z ^ z >> 27) * 0x94D049BB133111EB & MASK
-    return z ^ z >> 31
+        state = splitmix64((state ^ (word & MASK)) + GOLDEN & MASK)
+    return [splitmix64(state + (i + 1) * GOLDEN & MASK) for i in range(ROUNDS)]
 
 
 BLOCKS, ROWS = 1, 2  # keys of the two levels
 
 
 def _blocked(places: Int64, n: int, seed: int, epoch: int, block_rows: int, window: int) -> Int64:
-    """Rows at `places` of one epoch: blocks are permuted, then the rows within every `window` permuted blocks."""
+    """Return the rows at `places` of one epoch: blocks are permuted, then the rows in each `window` of them."""
     if block_rows < 1 or window < 1:
         raise ValueError(f"block_rows = {block_rows}, window = {window}: both are at least 1")
     blocks = -(-n // block_rows)
@@ -174,7 +173,7 @@ def _blocked(places: Int64, n: int, seed: int, epoch: int, block_rows: int, wind
     order = permutation(blocks, seed, epoch, BLOCKS)
     short_slot = int(order.inverse(np.array([blocks - 1]))[0])
 
-    def start_of(slot: int) -> int:  # the place at which a slot begins: one slot is shorter than the others
+    def start_of(slot: int) -> int:  # first place of a slot: one slot is shorter than the others
         return slot * block_rows - (block_rows - short if slot > short_slot else 0)
 
     def slot_of(place: Int64) -> Int64:
@@ -182,7 +181,7 @@ def _blocked(places: Int64, n: int, seed: int, epoch: int, block_rows: int, wind
         return full // block_rows
 
     count = -(-blocks // window)
-    least, larger = divmod(blocks, count)  # windows are as equal as can be, the first `larger` have one slot more
+    least, larger = divmod(blocks, count)  # the first `larger` windows have one slot more
 
     def first_slot(w: int) -> int:
         return w * least + min(w, larger)
@@ -201,9 +200,9 @@ def _blocked(places: Int64, n: int, seed: int, epoch: int, block_rows: int, wind
 
 
 def first_use(rows: range, n: int, seed: int, start: int, stop: int, **form: object) -> int | None:
-    """The first position in [start, stop) whose row lies in `rows`: from where a damaged shard was used.
+    """Return the first position in [start, stop) whose row lies in `rows`, or None.
 
-    Takes the keywords of `positions_to_indices`. None when no position uses them.
+    Tells since when training has used a damaged shard. `form`: keywords of `positions_to_indices`.
     """
     chunk = 65536
     for low in range(start, stop, chunk):

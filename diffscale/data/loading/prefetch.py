@@ -1,4 +1,4 @@
-"""Shards of a remote dataset on this node before the order needs them."""
+"""Fetches shards of a remote dataset to this node before the order needs them."""
 
 from __future__ import annotations
 
@@ -14,29 +14,33 @@ from diffscale.data.format.dataset import Dataset
 from diffscale.data.format.errors import ShardError
 from diffscale.data.loading.order import positions_to_indices
 
-STRIDE = 8192  # positions whose shards are fetched in one go
+STRIDE = 8192  # positions whose shards are fetched together
 
 
-class FetchAhead:
-    """Fetches what the order needs up to one window (of `order=blocks`) later, in the background.
+class ShardPrefetcher:
+    """A thread that fetches the shards of the next window (of `order=blocks`).
 
-    start: the first position. form: the keywords of `positions_to_indices`.
+    dataset: a remote one
+    seed: of the order
+    start: the first position
+    form: keywords of `positions_to_indices`
     """
 
     def __init__(self, dataset: Dataset, seed: int, start: int, form: dict[str, Any]) -> None:
-        self.dataset, self.seed, self.form, self.asked = dataset, seed, form, start
+        self.dataset, self.seed, self.form, self.requested = dataset, seed, form, start
         self.rows = window_rows(dataset, form)
         self._wanted: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._closed = False
         threading.Thread(target=self._run, name="diffscale-ahead", daemon=True).start()
 
-    def reach(self, position: int) -> None:
-        """Tells that the reader is at `position`."""
-        while self.asked < position + self.rows:
-            self._wanted.put(self.asked)
-            self.asked += STRIDE
+    def advance(self, position: int) -> None:
+        """Move the prefetch window to `position`."""
+        while self.requested < position + self.rows:
+            self._wanted.put(self.requested)
+            self.requested += STRIDE
 
     def close(self) -> None:
+        """End the thread after the current fetch."""
         self._closed = True
         self._wanted.put(None)
 
@@ -44,18 +48,19 @@ class FetchAhead:
         while (position := self._wanted.get()) is not None and not self._closed:
             rows = positions_to_indices(position + np.arange(STRIDE), self.dataset.n, self.seed, **self.form)
             shards = np.unique(np.searchsorted(self.dataset.starts, rows, side="right") - 1)
-            with suppress(ShardError):  # the reader meets it and raises it
+            with suppress(ShardError):  # the loader raises it when it gathers the rows
                 self.dataset.fetch(shards.tolist())
 
 
 def window_rows(dataset: Dataset, form: dict[str, Any]) -> int:
-    """Rows that the order keeps near at a time."""
+    """Return how many rows the order draws from at a time."""
     return dataset.n if form["order"] == "rows" else min(dataset.n, form["window"] * form["block_rows"])
 
 
 def check_cache(dataset: Dataset, form: dict[str, Any]) -> None:
-    """Raises UserError unless the cache of a remote dataset holds the window in use and the next one: in a smaller one
-    every batch would fetch again what the batch before had displaced."""
+    """Raise UserError unless the cache of a remote dataset can hold the current window and the next.
+
+    In a smaller cache each batch would fetch again the shards that the batch before had evicted."""
     if dataset.cache is None:
         return
     whole = sum(shard.bytes for shard in dataset.split.shards)
@@ -66,5 +71,5 @@ def check_cache(dataset: Dataset, form: dict[str, Any]) -> None:
             setting="data.cache_gigabytes",
             value=dataset.cache.gigabytes,
             expected=f"at least {needed:.3g} for data.order={form['order']} on {dataset.path}",
-            fix="allow more" + (", or data.order=blocks, which needs few shards at a time" if rows else ""),
+            fix="allow more" + (", or data.order=blocks, which needs few shards at once" if rows else ""),
         )

@@ -1,15 +1,16 @@
-"""`data.loader: ray_data`: the same batches, gathered and decoded by Ray Data on other machines of the cluster.
+"""The loader `data.loader: ray_data`: the same batches, gathered and decoded by Ray Data on other machines.
 
-For when the machines with the accelerators have too few cores to decode. Each worker streams its own share through
+It serves clusters whose accelerator machines have too few cores to decode. Each worker streams its share through
 `streaming_split(1)` of an ordered pipeline over the steps of the run.
 
-What it gives, exactly as the memory-mapped loader does: which image comes at which position, identical global batches
-on any number of workers, every image once per epoch, and resumption from `images_seen`. (One `streaming_split(world)`
-over a shuffled dataset could not: there, which worker gets which block depends on timing, `equal=True` drops rows,
-and nothing resumes inside an epoch.)
-What it cannot give: the memory map's speed for small images (benchmarks/results/throughput has both), a first batch in
-less than seconds, nor a pipeline that outlives its worker; after a failure blocks are made again. The cluster's nodes
-must all reach the dataset.
+It has the guarantees of the memory-mapped loader: the same image at the same position, identical global batches on any
+number of workers, every image once per epoch, and resumption from `images_seen`. One `streaming_split(world)` over a
+shuffled dataset has none of them: the assignment of blocks to workers depends on timing, `equal=True` drops rows, and
+nothing resumes inside an epoch.
+
+It lacks the memory map's speed for small images (benchmarks/results/throughput has both). Its first batch takes
+seconds, and a pipeline ends with its worker: after a failure its blocks are computed again. All nodes must reach the
+dataset.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ BLOCK = 4  # steps of one task
 
 
 class RayDataLoader(Loader):
-    """A Loader whose rows are gathered by Ray Data tasks. Takes the same arguments; Ray must be initialised."""
+    """A Loader whose rows are gathered by Ray Data tasks. It takes the same arguments; Ray must be initialised."""
 
     def _stored(self, pinned: bool) -> Iterator[Stored]:
-        import ray
-        from ray.data import DataContext
+        import ray  # import cost
+        from ray.data import DataContext  # import cost
 
         context = DataContext.get_current()
-        context.execution_options.preserve_order = True  # must be set before the dataset is made
+        context.execution_options.preserve_order = True  # set before the pipeline is built
         context.enable_progress_bars = False
         share = self.last - self.first
         reference = ray.put(self.dataset)
@@ -52,11 +53,11 @@ class RayDataLoader(Loader):
                 positions = np.array(batch["position"], np.int64)
                 yield positions, images.pin_memory() if pinned else images, labels
             base += steps * self.global_batch
-        if not share:  # a worker without a share of the batch still takes every step
+        if not share:  # a worker with an empty share still takes every step
             yield from super()._stored(pinned)
 
     def _fetch(self, reference: Any, base: int):
-        """The function that a task runs for one step: its rows of this worker's share."""
+        """Return the function that a task runs for one step: it gathers the rows of this worker's share."""
         first, last, stop, batch, seed, form = self.first, self.last, self.stop, self.global_batch, self.seed, self.form
 
         def fetch(step: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -73,7 +74,7 @@ class RayDataLoader(Loader):
 
 @lru_cache(maxsize=2)
 def _opened(reference: Any) -> Dataset:
-    """The dataset, opened once in each process that runs tasks."""
-    import ray
+    """Return the dataset, opened once in each process that runs tasks."""
+    import ray  # import cost
 
     return ray.get(reference)

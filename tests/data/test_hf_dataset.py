@@ -14,8 +14,7 @@ from PIL import Image
 from diffscale.core.errors import UserError
 from diffscale.data import Loader, ShardError, open_dataset, resolve
 from diffscale.data.build.decode import Preparation, fit
-
-from .helpers import pictures
+from tests.support.datasets import pictures
 
 datasets = pytest.importorskip("datasets", reason="extra `peers` is not installed")
 

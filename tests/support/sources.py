@@ -1,5 +1,7 @@
-"""The same 24 pictures of three classes as every kind of source that a build takes. `SOURCES`: kind → what writes it
-under a folder and gives its path."""
+"""The same 24 images of three classes as every kind of source of a build.
+
+`SOURCES` maps a kind to a function that writes it under a folder and returns its path.
+"""
 
 from __future__ import annotations
 
@@ -7,24 +9,25 @@ import io
 import json
 import tarfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from .helpers import pictures, png
+from tests.support.datasets import pictures, png
 
 IMAGES = pictures(24, side=16)
 CLASSES = ["ant", "bee", "cat"]
 
 
-def name(i: int) -> str:
+def image_name(i: int) -> str:
     return f"{CLASSES[i % 3]}/{i:02d}.png"
 
 
 def make_folder(root: Path) -> Path:
     for i, image in enumerate(IMAGES):
-        (root / name(i)).parent.mkdir(parents=True, exist_ok=True)
-        (root / name(i)).write_bytes(png(image))
+        (root / image_name(i)).parent.mkdir(parents=True, exist_ok=True)
+        (root / image_name(i)).write_bytes(png(image))
     (root / "notes.txt").write_text("not an image")
     return root
 
@@ -32,12 +35,12 @@ def make_folder(root: Path) -> Path:
 def make_zip(root: Path) -> Path:
     with zipfile.ZipFile(root / "images.zip", "w") as archive:
         for i, image in enumerate(IMAGES):
-            archive.writestr(name(i), png(image))
+            archive.writestr(image_name(i), png(image))
     return root / "images.zip"
 
 
 def make_edm_zip(root: Path) -> Path:
-    """As EDM's dataset_tool writes it: dataset.json has the labels."""
+    """Write a zip in the layout of EDM's dataset_tool: dataset.json has the labels."""
     with zipfile.ZipFile(root / "edm.zip", "w") as archive:
         files = [f"00000/img{i:08d}.png" for i in range(24)]
         for file, image in zip(files, IMAGES, strict=True):
@@ -46,7 +49,7 @@ def make_edm_zip(root: Path) -> Path:
     return root / "edm.zip"
 
 
-def add(archive: tarfile.TarFile, file: str, data: bytes) -> None:
+def add_file(archive: tarfile.TarFile, file: str, data: bytes) -> None:
     info = tarfile.TarInfo(file)
     info.size = len(data)
     archive.addfile(info, io.BytesIO(data))
@@ -56,7 +59,7 @@ def make_tar(root: Path, mode="w") -> Path:
     target = root / ("images.tar.gz" if mode == "w:gz" else "images.tar")
     with tarfile.open(target, mode) as archive:
         for i, image in enumerate(IMAGES):
-            add(archive, name(i), png(image))
+            add_file(archive, image_name(i), png(image))
     return target
 
 
@@ -64,8 +67,8 @@ def make_webdataset(root: Path) -> Path:
     for shard in range(2):
         with tarfile.open(root / f"shard-{shard:03d}.tar", "w") as archive:
             for i in range(shard * 12, shard * 12 + 12):
-                add(archive, f"{i:05d}.png", png(IMAGES[i]))
-                add(archive, f"{i:05d}.cls", str(i % 3).encode())
+                add_file(archive, f"{i:05d}.png", png(IMAGES[i]))
+                add_file(archive, f"{i:05d}.cls", str(i % 3).encode())
     return root
 
 
@@ -76,7 +79,9 @@ def make_csv(root: Path) -> Path:
     return root
 
 
-def hugging_face(kind: str):
+def make_hugging_face(kind: str) -> Callable[[Path], Path]:
+    """Return a function that writes the images with `datasets`, as `arrow` or `parquet`."""
+
     def make(root: Path) -> Path:
         from datasets import ClassLabel, Dataset, Features
         from datasets import Image as ImageFeature
@@ -105,8 +110,15 @@ def make_npy(root: Path) -> Path:
 
 
 SOURCES = {
-    "folder": make_folder, "zip": make_zip, "edm zip": make_edm_zip, "tar": make_tar,
-    "tar.gz": lambda root: make_tar(root, "w:gz"), "webdataset": make_webdataset, "csv": make_csv,
-    "hugging face arrow": hugging_face("arrow"), "hugging face parquet": hugging_face("parquet"), "npz": make_npz,
+    "folder": make_folder,
+    "zip": make_zip,
+    "edm zip": make_edm_zip,
+    "tar": make_tar,
+    "tar.gz": lambda root: make_tar(root, "w:gz"),
+    "webdataset": make_webdataset,
+    "csv": make_csv,
+    "hugging face arrow": make_hugging_face("arrow"),
+    "hugging face parquet": make_hugging_face("parquet"),
+    "npz": make_npz,
     "npy": make_npy,
-}  # fmt: skip
+}

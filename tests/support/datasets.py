@@ -1,4 +1,4 @@
-"""Small real datasets that the data tests share."""
+"""Small real datasets, and ways to damage them."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from diffscale.data.format.shard import make_batch, write_shard
 
 
 def pictures(n: int, side: int = 8, channels: int = 3, seed: int = 0) -> NDArray[np.uint8]:
+    """Return random pixels (n, side, side, channels)."""
     return np.random.default_rng(seed).integers(0, 256, (n, side, side, channels), np.uint8)
 
 
 def png(image: NDArray[np.uint8], form: str = "PNG", **settings) -> bytes:
-    """The image as the bytes of a file of this form."""
+    """Return the image as a file of this format."""
     out = io.BytesIO()
     Image.fromarray(image).save(out, form, **settings)
     return out.getvalue()
 
 
 def write_dataset(folder: Path | str, images: NDArray, shards: int = 3, classes: int = 4) -> None:
-    """A dataset folder of these pixels in several shards; row i has the class i % classes."""
+    """Write a dataset folder of these pixels in several shards; row i has the class i % classes."""
     folder = str(folder)
     entries = []
     for s, rows in enumerate(np.array_split(np.arange(len(images)), shards)):
@@ -53,12 +54,8 @@ def write_dataset(folder: Path | str, images: NDArray, shards: int = 3, classes:
     )
 
 
-def shard_of(dataset, number=1):
-    return dataset.local_path(number)
-
-
-def damage(path, how):
-    """Changes the file in place: a memory map of it sees it."""
+def damage(path: str, how: str) -> None:
+    """Remove a file, or change it in place, so that a memory map sees it. how: missing, truncated or flipped."""
     if how == "missing":
         os.remove(path)
         return
