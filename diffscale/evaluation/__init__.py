@@ -1,4 +1,4 @@
-"""Generate, extract features, compare: distances between the samples of a run and its data that can be trusted."""
+"""Draws samples, extracts features and compares them with a dataset's."""
 
 from diffscale.evaluation.evaluator import Evaluation, Evaluator, make_evaluator
 from diffscale.evaluation.metrics.registry import Measurement, parse_metric

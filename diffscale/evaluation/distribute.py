@@ -1,6 +1,6 @@
-"""From images to columns of features, chunk by chunk: in this process, over ranks, or over Ray actors.
+"""Computes columns of features from images, chunk by chunk: in this process, on ranks, or on Ray actors.
 
-All three give (first sample, columns) pairs of the same chunks; who computed a chunk leaves no trace in it.
+All three yield (first sample, columns) of the same chunks; a chunk does not depend on who computed it.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ IMAGES, LABELS = "images", "labels"
 
 
 class Stopped(Exception):
-    """It was asked for between two chunks, all of which have been given; on every rank at the same one."""
+    """Generation was stopped between two chunks, the same ones on every rank; completed chunks are kept."""
 
 
 @dataclass(frozen=True)
 class View:
-    """One way of looking at images: a network, the side in pixels at which they are compared, and the resize."""
+    """A feature network and how images reach it."""
 
     network: str
-    resolution: int
-    resize: str = "default"
+    resolution: int  # side in pixels at which images are compared
+    resize: str = "default"  # from there to the network's input
     outputs: tuple[str, ...] = ("features",)
 
     def column(self, output: str = "features") -> str:
@@ -51,9 +51,7 @@ class Featuriser:
     """Extractors of the views on one device; the weights are loaded once for each network."""
 
     def __init__(self, views: Sequence[View], device: torch.device | str = "cpu") -> None:
-        from diffscale.evaluation.networks.extractor import (
-            create_extractor,  # with timm and torch-fidelity, some seconds
-        )
+        from diffscale.evaluation.networks.extractor import create_extractor  # import cost
 
         self.views = tuple(views)
         outputs: dict[tuple[str, str], set[str]] = {}
@@ -65,13 +63,13 @@ class Featuriser:
         }
 
     def only(self, view: View) -> Featuriser:
-        """The same loaded networks for one view."""
+        """Return the same loaded networks for one view."""
         other = Featuriser([])
         other.views, other._extractors = (view,), self._extractors
         return other
 
     def __call__(self, source: ImageSource, first: int, last: int, keep_images: bool = False) -> Columns:
-        """Columns of samples first … last: labels, each view's outputs, and the images (n, C·H·W) when kept."""
+        """Return the columns of samples first … last−1: labels, each view's outputs and, if kept, images (n, C·H·W)."""
         images, labels = source.images(first, last)
         columns: Columns = {LABELS: labels.numpy()}
         for v in self.views:
@@ -83,7 +81,10 @@ class Featuriser:
 
 
 def chunk_ranges(n: int, batch: int, have: Mapping[int, int] = {}) -> list[tuple[int, int]]:
-    """(first, end) of the chunks of n samples that `have` (first → end) does not cover. Whole batches, at least 64."""
+    """Return (first, end) of the chunks of n samples that `have` (first → end) does not cover.
+
+    A chunk has whole batches, at least 64 samples.
+    """
     size = batch * -(-LEAST_CHUNK // batch)
     everything = [(first, min(first + size, n)) for first in range(0, n, size)]
     return [(first, end) for first, end in everything if have.get(first, 0) < end]
@@ -96,7 +97,7 @@ def run_local(
     keep_below: int = 0,
     stop_requested: StopRequested = lambda: False,
 ) -> Iterator[tuple[int, Columns]]:
-    """Chunks one after the other. Images are kept of chunks that begin below `keep_below`.
+    """Compute chunks one after the other. Images are kept of chunks that begin below `keep_below`.
 
     stop_requested: returns whether to stop; then Stopped is raised before the next chunk.
     """
@@ -116,7 +117,7 @@ def run_on_ranks(
     keep_below: int = 0,
     stop_requested: StopRequested = lambda: False,
 ) -> Iterator[tuple[int, Columns]]:
-    """Chunks shared among the ranks of a training job, in rounds; every rank calls it, rank 0 gets the pairs.
+    """Share the chunks among the ranks of a training job, in rounds; every rank calls it, rank 0 gets the pairs.
 
     gather: an object of each rank → all of them, a collective.
     stop_requested: as above; a request on one rank stops all.
@@ -141,19 +142,21 @@ def run_on_ray(
     threads: int = 1,
     keep_below: int = 0,
 ) -> Iterator[tuple[int, Columns]]:
-    """Chunks over `workers` Ray actors, as they get done. A lost actor is restarted and its chunk done again.
+    """Compute the chunks on `workers` Ray actors, in the order of completion.
 
-    threads is the same for any number of workers: sums inside a convolution may depend on it.
+    A lost actor is restarted and its chunk computed again.
+
+    threads: of each actor, the same for any number of workers: sums inside a convolution may depend on it.
     """
-    import ray
+    import ray  # import cost
 
     if isinstance(source, ModelSource):
         source = replace(source, model=source.model.cpu(), device="cuda" if gpu else "cpu")
     shared = [ray.put(source)]
     options: dict[str, Any] = {"num_cpus": threads, "num_gpus": int(gpu), "max_restarts": 3, "max_task_retries": 3}
-    told = {name: os.environ[name] for name in (WEIGHTS, OFFLINE) if name in os.environ}
-    if told:  # a cluster that ran before has not heard of --weights
-        options["runtime_env"] = {"env_vars": told}
+    environment = {name: os.environ[name] for name in (WEIGHTS, OFFLINE) if name in os.environ}
+    if environment:  # a running cluster does not know of --weights
+        options["runtime_env"] = {"env_vars": environment}
     actor: Any = ray.remote(_Actor)
     actors: list[Any] = [
         actor.options(**options).remote(tuple(views), "cuda" if gpu else "cpu", threads) for _ in range(workers)
@@ -161,7 +164,7 @@ def run_on_ray(
     waiting = list(reversed(ranges))
     running: dict[Any, tuple[int, Any]] = {}
     try:
-        for _ in range(2):  # two chunks in hand for each actor: the next starts while the last one travels
+        for _ in range(2):  # two chunks for each actor: the next starts while the last one is sent
             for a in actors:
                 if waiting:
                     first, last = waiting.pop()
@@ -179,8 +182,8 @@ def run_on_ray(
 
 
 def devices(workers: int = 0) -> tuple[int, str]:
-    """(how many actors, "cuda" or "cpu") for a cluster: one for each GPU, or else for each CPU, unless told."""
-    import ray
+    """Return (number of actors, "cuda" or "cpu") for the cluster: `workers`, or one for each GPU, or else CPU."""
+    import ray  # import cost
 
     resources = ray.cluster_resources()
     gpus = int(resources.get("GPU", 0))
@@ -188,7 +191,7 @@ def devices(workers: int = 0) -> tuple[int, str]:
 
 
 class _Actor:
-    """What runs in a Ray actor: the source and the extractors, opened once and, after a restart, once more."""
+    """The Ray actor: opens the source and the extractors once, and once more after a restart."""
 
     def __init__(self, views: Sequence[View], device: str, threads: int) -> None:
         torch.set_num_threads(threads)
@@ -197,8 +200,8 @@ class _Actor:
         self.featurise = Featuriser(views, device)
 
     def run(self, shared: list[Any], first: int, last: int, keep_images: bool) -> Columns:
-        """shared: the source's reference in a list, which Ray leaves unopened."""
-        import ray
+        """Compute one chunk. shared: the source's reference in a list, which Ray does not resolve."""
+        import ray  # import cost
 
         if self.source is None:
             self.source = ray.get(shared[0])
@@ -206,6 +209,6 @@ class _Actor:
 
 
 def kept_images(columns: Columns, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """The images (n,H,W,C) uint8 and labels (n,) of a chunk that kept them. shape: (C,H,W)."""
+    """Return the images (n,H,W,C) uint8 and labels (n,) of a chunk that kept them. shape: (C,H,W)."""
     images = columns[IMAGES].reshape(-1, *shape).transpose(0, 2, 3, 1)
     return np.ascontiguousarray(images), columns[LABELS]

@@ -1,7 +1,7 @@
-"""Features on disk instead of in memory: one Arrow file per chunk of samples, memory-mapped, in sample order.
+"""Feature store: one Arrow file for each chunk of samples, memory-mapped, in sample order.
 
-A chunk's file appears complete or not at all, so an evaluation that was cut off goes on from the chunks that are
-there; and since the order is the samples' own, results do not depend on who computed which chunk.
+A chunk's file appears complete or not at all, so an interrupted evaluation resumes from the existing chunks. The order
+is that of the samples, so results do not depend on who computed which chunk.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from diffscale.core import storage
 
 
 def write_chunk(folder: Path, first: int, columns: Mapping[str, NDArray]) -> None:
-    """Samples first … first+n: columns of (n,d) float32, or (n,) int64 for labels, as `chunk-<first>-<end>.arrow`."""
+    """Write samples first … first+n−1 as `chunk-<first>-<end>.arrow`.
+
+    columns: (n,d) float32, or (n,) int64 for labels.
+    """
     arrays = {}
     for name, values in columns.items():
         flat = pa.array(np.ascontiguousarray(values).reshape(-1))
@@ -32,7 +35,7 @@ def write_chunk(folder: Path, first: int, columns: Mapping[str, NDArray]) -> Non
 
 
 def chunks(folder: Path) -> dict[int, tuple[int, Path]]:
-    """First sample → (end, file) of the chunks that are there; the longer where a smaller evaluation left another."""
+    """Return (end, file) of each existing chunk by its first sample; the longer of two with the same first sample."""
     found = {}
     for path in sorted(folder.glob("chunk-*.arrow")):
         first, end = (int(part) for part in path.stem.removeprefix("chunk-").split("-"))
@@ -41,12 +44,12 @@ def chunks(folder: Path) -> dict[int, tuple[int, Path]]:
 
 
 def ends(folder: Path) -> dict[int, int]:
-    """First sample → end of the chunks that are there."""
+    """Return the end of each existing chunk by its first sample."""
     return {first: end for first, (end, _) in chunks(folder).items()}
 
 
 class Column:
-    """One column of a spool's chunks as an array (n,d) or (n,) that is read from disk where it is touched."""
+    """A column of a store as an array (n,d) or (n,) that is read from disk where it is accessed."""
 
     def __init__(self, parts: list[NDArray]) -> None:
         self._parts = parts
@@ -58,7 +61,7 @@ class Column:
         return self.shape[0]
 
     def __getitem__(self, key: slice | NDArray) -> NDArray:
-        """A copy of the rows start:stop, or of the rows with these indices."""
+        """Return a copy of the rows start:stop, or of the rows with these indices."""
         if isinstance(key, slice):
             key = np.arange(*key.indices(len(self)))
         key = np.asarray(key)
@@ -71,7 +74,7 @@ class Column:
 
 
 class Rows:
-    """Some rows of an array or `Column`, in any order, that are read where they are touched."""
+    """Some rows of an array or `Column`, in any order, that are read where they are accessed."""
 
     def __init__(self, source: NDArray | Column, rows: NDArray) -> None:
         self._source, self._rows = source, rows
@@ -86,21 +89,23 @@ class Rows:
 
 
 def select_rows(source: NDArray, rows: NDArray) -> NDArray:
-    """The rows of features, without reading them yet."""
+    """Return the rows of features, without reading them yet."""
     return cast(NDArray, Rows(source, rows))
 
 
 class FeatureStore:
-    """The chunks of a folder, together: `spool["features"]` is a `Column`.
+    """The chunks of a folder, together: `store["features"]` is a `Column`.
 
-    n: only the first n samples. FileNotFoundError when some are not there (another process may have cleared them away).
+    Raises FileNotFoundError if samples are missing (another process may have removed them).
+
+    n: only the first n samples.
     """
 
     def __init__(self, folder: Path, n: int | None = None) -> None:
         files = chunks(folder)
         if not files:
             raise FileNotFoundError(f"{folder} holds no features")
-        self.known: dict[Any, Any] = {}  # what several metrics share, computed once
+        self.known: dict[Any, Any] = {}  # values that several metrics share
         self._columns: dict[str, list[NDArray]] = {}
         self.n = 0
         for first, (_, path) in files.items():
@@ -121,7 +126,7 @@ class FeatureStore:
         return name in self._columns
 
     def __getitem__(self, name: str) -> NDArray:
-        # A Column is used as an array here: it has the length, shape and indexing that the metrics ask for.
+        # A Column serves as an array: it has the length, shape and indexing that the metrics use.
         return cast(NDArray, Column(self._columns[name]))
 
 

@@ -1,7 +1,7 @@
-"""Reference statistics: built once for a dataset × network × resize, by whichever of many runs asks first.
+"""Reference statistics: computed once for a dataset × network × resize, by the first of the runs that need them.
 
 A reference's folder holds `features.npz` (mean and covariance, the names of ADM's files), `spatial.npz` for sFID and
-the features themselves (at most 50,000 of them) for what needs neighbours, KID and classes.
+at most 50,000 of the features, for KID, classes and metrics of nearest neighbours.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ REFERENCE_SEED = 2020
 
 @dataclass
 class Reference:
-    """Statistics of one view of a reference set. key: hash of the images, their resolution, network and resize."""
+    """Statistics of one view of a reference set."""
 
-    key: str
+    key: str  # hash of the images, their resolution, network and resize
     n: int
-    lossy: bool
+    lossy: bool  # a source of the images was stored lossily
     view: View
     folder: Path | None = None
     file: Path | None = None
@@ -52,7 +52,7 @@ class Reference:
         return load_moments(self.folder / f"{output}.npz")
 
     def root(self, output: str = "features") -> Root:
-        """The square root of the covariance, taken once (about a second at 2048 dimensions)."""
+        """Return the square root of the covariance, computed once (about a second at 2048 dimensions)."""
         if output not in self._roots:
             self._roots[output] = Root.of(self.moments(output))
         return self._roots[output]
@@ -62,7 +62,7 @@ class Reference:
         return self.folder is not None
 
     def features(self, output: str = "features") -> NDArray:
-        """(n,d) float32 from disk. Raises UserError for a reference that is only an .npz."""
+        """Return the features (n,d) float32 on disk. Raises UserError for an .npz of statistics."""
         return self._store()[self.view.column(output)]
 
     def labels(self) -> NDArray:
@@ -73,13 +73,13 @@ class Reference:
             raise UserError(
                 setting="reference",
                 value=str(self.file),
-                expected="a dataset: an .npz of statistics has no features",
+                expected="a dataset with features; an .npz of statistics has none",
                 fix="leave out KID, precision, recall, density, coverage, memorisation and classes",
             )
         return FeatureStore(self.folder)
 
     def usual(self, heldout: Reference | None) -> float:
-        """See neighbours.usual_distance; kept for the next time."""
+        """Return the distance below which 1 % of unseen images lie (`usual_distance`); cached."""
         name = heldout.key if heldout else ""
         if name not in self._usual:
             others = heldout.features() if heldout is not None else None
@@ -88,13 +88,13 @@ class Reference:
 
 
 def reference_rows(n: int, n_reference: int | None) -> NDArray:
-    """Rows of the reference images in a fixed random order, so that any first part of them is a fair sample."""
+    """Return rows of the reference images in a fixed random order, so that any first part is a fair sample."""
     rows = np.random.RandomState(REFERENCE_SEED).permutation(n)
     return rows[: n_reference or n]
 
 
 def references_folder(run_storage: str) -> Path:
-    """Beside the runs where that is a local folder (shared by all trials), else in this machine's cache."""
+    """Return the folder next to the runs if that is local (all trials share it), else in this machine's cache."""
     if storage.is_remote(run_storage):
         return cache_dir() / "references"
     return Path(storage.check_absolute(run_storage)) / "references"
@@ -117,18 +117,19 @@ def get_reference(
     rank: int = 0,
     gather: Gather | None = None,
 ) -> Reference:
-    """The reference from its folder under `place`, built there first when it is not complete.
+    """Return the reference from its folder under `place`, computed first if it is not complete.
 
-    Many processes may ask at the same time: one builds, holding a lock that the kernel releases if it dies, and goes
-    on from the chunks that another left. compute: (source, view, chunk ranges) → chunks, see `generate`. With
-    `gather`, every rank calls it and shares the work; only rank 0 needs the lock and the folder.
-    Raises UserError for fewer than two images.
+    Many processes may call it at the same time: one computes, holding a lock that the kernel releases if it dies, and
+    resumes from the chunks that another left. With `gather`, every rank calls it and shares the work; only rank 0
+    needs the lock and the folder. Raises UserError for fewer than two images.
+
+    compute: (source, view, chunk ranges) → chunks (see distribute.py).
     """
     if images.n < 2:
         raise UserError(setting="reference", value=images.n, expected="at least two reference images")
     key = reference_key(images, view, n_reference)
     rows = reference_rows(images.n, n_reference)
-    # One folder serves any set of outputs that were asked for together: sFID adds a column and so another folder.
+    # A folder holds the outputs that were requested together: sFID adds a column and so another folder.
     folder = place / ("-".join([key, *sorted(set(view.outputs) - {"features"})]))
     reference = Reference(key, len(rows), bool(images.lossy), view, folder)
     with file_lock(folder.with_suffix(".lock")) if rank == 0 else nullcontext():
@@ -156,8 +157,6 @@ def _finish(folder: Path, view: View) -> None:
 
 
 def reference_from_npz(file: Path, view: View) -> Reference:
-    """Statistics that someone else published (ADM's or EDM's .npz); the key is the file's sha256."""
+    """Return published statistics (ADM's or EDM's .npz); the key is the file's SHA-256."""
     n = load_moments(file).n
     return Reference(hashlib.sha256(file.read_bytes()).hexdigest()[:16], n, False, view, file=file)
-
-

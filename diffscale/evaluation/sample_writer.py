@@ -1,4 +1,4 @@
-"""Keeping the generated images: numbered PNG files, or an Arrow dataset that `diffscale.data` opens."""
+"""Writes generated samples as numbered PNG files, or as an Arrow dataset that `diffscale.data` opens."""
 
 from __future__ import annotations
 
@@ -21,9 +21,12 @@ NOTE = "shard-"
 
 
 class SampleWriter:
-    """Give it to an Evaluator as `keep_images`; `close()` when all chunks are there.
+    """Writer of samples: an Evaluator's `keep_images`. Call `close()` after the last chunk.
 
-    folder: absolute. shape: (C,H,W). source: what the images are samples of, for an Arrow dataset's manifest.
+    folder: absolute.
+    file_format: png or arrow.
+    shape: (C,H,W) of an image.
+    source: description of the generator, for an Arrow dataset's manifest.
     """
 
     def __init__(
@@ -35,7 +38,7 @@ class SampleWriter:
         self._write: Callable[[int, np.ndarray, np.ndarray], None] = getattr(self, f"_write_{file_format}")
 
     def __call__(self, first: int, columns: Columns) -> None:
-        """Images of samples first … : complete files before it returns, the same ones when called again."""
+        """Write the images of a chunk. Files are complete when it returns; writing them again changes nothing."""
         self._write(first, *kept_images(columns, self.shape))
 
     def _write_png(self, first: int, images: np.ndarray, labels: np.ndarray) -> None:
@@ -51,12 +54,12 @@ class SampleWriter:
         shard = write_shard(str(self.folder), f"train-{first:09d}.arrow", batch)
         pixels = images.reshape(-1, self.shape[0]).astype(np.float64)
         sums = [pixels.sum(0).tolist(), np.square(pixels).sum(0).tolist(), len(pixels)]
-        # Beside the shard until the end, so that a run that was cut off still knows the shards it wrote before.
+        # Next to the shard until the end, so that an interrupted run still knows the shards that it wrote.
         note = json.dumps({"shard": shard.model_dump(), "sums": sums}).encode()
         storage.write_bytes(str(self.folder / f"{NOTE}{first:09d}.json"), note)
 
     def close(self) -> None:
-        """Writes the manifest of an Arrow dataset; nothing for PNG."""
+        """Write the manifest of an Arrow dataset; nothing for PNG."""
         files = sorted(self.folder.glob(f"{NOTE}*.json"))
         if not files:
             return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -83,8 +83,13 @@ def sweep(
         first = evaluate_trained(trained, EvaluateOptions(workers=workers))[0]
         on_record(first)
         firsts.append(first)
-    choose = max if higher_is_better(firsts[0].metric) else min
-    return choose(firsts, key=lambda record: record.value)
+    return best_of(firsts)
+
+
+def best_of(records: Sequence[Record]) -> Record:
+    """Return the record with the best value. All are of one metric."""
+    choose = max if higher_is_better(records[0].metric) else min
+    return choose(records, key=lambda record: record.value)
 
 
 def _stored(checkpoints: list[str]) -> list[tuple[float, int, str]]:

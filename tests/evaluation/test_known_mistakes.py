@@ -1,4 +1,4 @@
-"""What other implementations of FID got wrong, from their issue trackers (REFERENCE section 10), each once."""
+"""Mistakes of other implementations of FID, from their issue trackers: one test for each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 
 from diffscale.evaluation.distribute import chunk_ranges
 from diffscale.evaluation.metrics.distances import Root, frechet, frechet_of_features
-from diffscale.evaluation.metrics.precision_recall import neighbourhood
+from diffscale.evaluation.metrics.precision_recall import precision_recall
 from diffscale.evaluation.metrics.registry import parse_metric, views_of
 from diffscale.evaluation.metrics.statistics import moments_of
 from diffscale.evaluation.networks.extractor import create_extractor
@@ -98,9 +98,9 @@ def test_fewer_samples_than_reference_images_is_in_the_record():
 
 def test_which_side_is_generated_is_not_swapped():
     wide, narrow = features(300, 4, shift=0.0), 0.1 * features(300, 4, seed=1)
-    generated_is_narrow = neighbourhood(narrow, wide)
+    generated_is_narrow = precision_recall(narrow, wide)
     assert generated_is_narrow.precision > 0.9 > 0.6 > generated_is_narrow.recall
-    generated_is_wide = neighbourhood(wide, narrow)
+    generated_is_wide = precision_recall(wide, narrow)
     assert generated_is_wide.recall > 0.9 > 0.6 > generated_is_wide.precision
 
 

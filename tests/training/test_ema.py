@@ -18,7 +18,7 @@ from diffscale.training.ema import (
 
 @pytest.mark.parametrize(("std", "gamma"), [(0.05, 16.972199), (0.10, 6.937204)])
 def test_exponents_are_edm2s(std: float, gamma: float) -> None:
-    """Shared reference facts, section 4, computed with the authors' code."""
+    """Karras et al. 2024 (EDM2), computed with the authors' code."""
     assert exponent(std) == pytest.approx(gamma, abs=1e-6)
 
 
@@ -56,7 +56,7 @@ def test_a_stored_average_comes_back_exactly() -> None:
 
 
 def test_reconstruction_matches_the_average_that_training_would_have_tracked() -> None:
-    """Directly tracked .07 against .05 and .10 at ten times, on a random walk."""
+    """0.07 tracked directly against 0.05 and 0.10 stored at ten times, on a random walk."""
     torch.manual_seed(0)
     model = nn.Linear(50, 1, bias=False)
     ema = Ema(model, EmaSettings(power=(0.05, 0.07, 0.1), halflife_fraction=None))

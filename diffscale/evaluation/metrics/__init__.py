@@ -1,1 +1,1 @@
-"""Distances, scores and intervals from features."""
+"""Distances, scores and intervals of features."""

@@ -13,16 +13,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffscale.evaluation.feature_store import select_rows
-from diffscale.evaluation.metrics.device import there
+from diffscale.evaluation.metrics.device import to_metric_device
 from diffscale.evaluation.metrics.statistics import Float64, Moments, moments_of
 
 
 @dataclass(frozen=True)
 class Root:
-    """A reference's mean (d,) and the symmetric square root (d,d) of its covariance, so that it is taken once.
+    """A reference's mean and the symmetric square root of its covariance, computed once.
 
-    rank: the most that the covariance can have. Only so many eigenvalues are used: the others are rounding, and the
-    sum of a thousand square roots of 1e-14 is not negligible.
+    mean: (d,).
+    root: (d,d).
+    trace: of the covariance.
+    rank: the largest rank that the covariance can have. Only this many eigenvalues are used: the others are rounding,
+        and the sum of a thousand square roots of 1e-14 is not negligible.
     """
 
     mean: Float64
@@ -33,7 +36,7 @@ class Root:
     @classmethod
     def of(cls, reference: Moments) -> Root:
         rank = _rank(reference)
-        values, vectors = torch.linalg.eigh(there(reference.covariance))
+        values, vectors = torch.linalg.eigh(to_metric_device(reference.covariance))
         values, vectors = values[-rank:].clamp(min=0), vectors[:, -rank:]
         root = (vectors * values.sqrt()) @ vectors.T
         return cls(reference.mean, root.cpu().numpy(), float(np.trace(reference.covariance)), rank)
@@ -44,20 +47,20 @@ def _rank(moments: Moments) -> int:
 
 
 def frechet(a: Moments, b: Moments | Root) -> float:
-    """‖μa−μb‖² + tr(Σa + Σb − 2(ΣaΣb)^½) (Dowson and Landau 1982; Heusel et al. 2017), float64.
+    """Return ‖μa−μb‖² + tr(Σa + Σb − 2(ΣaΣb)^½) (Dowson and Landau 1982; Heusel et al. 2017) in float64.
 
     The trace of the root is the sum of the square roots of the eigenvalues of Σb^½ Σa Σb^½, which is symmetric:
-    rounding cannot make the result complex or NaN, whatever the ranks. `b` may be a `Root` taken beforehand.
+    rounding cannot make the result complex or NaN, whatever the ranks. `b` may be a `Root` computed before.
     """
     root = b if isinstance(b, Root) else Root.of(b)
     difference = a.mean - root.mean
-    square_root = there(root.root)
-    cross = _sum_of_roots(square_root @ there(a.covariance) @ square_root, min(root.rank, _rank(a)))
+    square_root = to_metric_device(root.root)
+    cross = _sum_of_roots(square_root @ to_metric_device(a.covariance) @ square_root, min(root.rank, _rank(a)))
     return float(difference @ difference + np.trace(a.covariance) + root.trace - 2 * cross)
 
 
 def _sum_of_roots(matrix: Tensor, rank: int) -> float:
-    """Σ √λ over the `rank` largest eigenvalues of a symmetric matrix (d,d) of float64.
+    """Return Σ √λ over the `rank` largest eigenvalues of a symmetric matrix (d,d) of float64.
 
     torch's LAPACK is MKL, 1.3 times (here) to 2.7 times (with vectors, above) as fast as numpy's OpenBLAS at d = 2048.
     """
@@ -66,14 +69,17 @@ def _sum_of_roots(matrix: Tensor, rank: int) -> float:
 
 
 def frechet_of_features(features: NDArray, reference: Root) -> float:
-    """The same for features (n,d) directly. With n ≤ d the eigenvalues come from an (n,n) matrix: much cheaper."""
+    """Return the Fréchet distance of features (n,d).
+
+    With n ≤ d the eigenvalues come from an (n,n) matrix, which is much cheaper.
+    """
     n, dim = features.shape
     if n > dim:
         return frechet(moments_of(features), reference)
     x = np.asarray(features[:], dtype=np.float64)
     difference = x.mean(axis=0) - reference.mean
     centred = (x - x.mean(axis=0)) / np.sqrt(max(n - 1, 1))
-    half = there(centred) @ there(reference.root)
+    half = to_metric_device(centred) @ to_metric_device(reference.root)
     cross = _sum_of_roots(half @ half.T, min(reference.rank, max(n - 1, 1)))
     return float(difference @ difference + np.square(centred).sum() + reference.trace - 2 * cross)
 
@@ -81,10 +87,13 @@ def frechet_of_features(features: NDArray, reference: Root) -> float:
 def kernel_distance(
     generated: NDArray, reference: NDArray, *, subsets: int = 100, subset_size: int = 1000, seed: int = 2020
 ) -> tuple[float, float]:
-    """KID: mean and standard deviation over subsets of the unbiased MMD² with the kernel (xᵀy/d + 1)³.
+    """Return the KID: mean and standard deviation over subsets of the unbiased MMD² with the kernel (xᵀy/d + 1)³.
 
     Binkowski et al. 2018; subsets are drawn as torch-fidelity draws them (numpy's RandomState(2020)), so that
-    the values agree. subset_size is lowered to the smaller set where that has fewer samples.
+    the values agree.
+
+    generated, reference: features (n,d).
+    subset_size: lowered to the size of the smaller set.
     """
     random = np.random.RandomState(seed)
     size = min(subset_size, len(generated), len(reference))
@@ -92,7 +101,7 @@ def kernel_distance(
     for i in range(subsets):
         x = np.asarray(generated[random.choice(len(generated), size, replace=False)], np.float64)
         y = np.asarray(reference[random.choice(len(reference), size, replace=False)], np.float64)
-        values[i] = _mmd2(there(x), there(y))
+        values[i] = _mmd2(to_metric_device(x), to_metric_device(y))
     return float(values.mean()), float(values.std())
 
 
@@ -108,9 +117,11 @@ def _mmd2(x: Tensor, y: Tensor) -> float:
 
 
 def inception_score(logits: NDArray, splits: int = 10, seed: int = 2020) -> tuple[float, float]:
-    """Mean and standard deviation over splits of exp E KL(p(y|x) ‖ p(y)) (Salimans et al. 2016).
+    """Return the mean and standard deviation over splits of exp E KL(p(y|x) ‖ p(y)) (Salimans et al. 2016).
 
-    logits (n, classes) without bias, in a random order (torch-fidelity's, so that the values agree).
+    The samples are split in a random order, that of torch-fidelity, so that the values agree.
+
+    logits: (n, classes), without bias.
     """
     n = len(logits)
     order = np.random.RandomState(seed).permutation(n)
@@ -119,7 +130,7 @@ def inception_score(logits: NDArray, splits: int = 10, seed: int = 2020) -> tupl
 
 
 def _score(logits: NDArray, rows: int = 4096) -> float:
-    """exp of the mean negative entropy of p(y|x) less that of the mean p(y), read `rows` at a time."""
+    """Return exp of the mean negative entropy of p(y|x) less that of the mean p(y), read `rows` at a time."""
     negative_entropy, marginal = 0.0, np.zeros(logits.shape[1])
     for first in range(0, len(logits), rows):
         x = np.asarray(logits[first : first + rows], np.float64)

@@ -1,4 +1,4 @@
-"""Metrics of nearest neighbours in feature space: precision and recall, density and coverage, memorisation."""
+"""Metrics of nearest neighbours in feature space: precision, recall, density, coverage and memorisation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffscale.evaluation.metrics.device import there
+from diffscale.evaluation.metrics.device import to_metric_device
 from diffscale.kernels.float32 import exact_float32
 
 QUERIES, CORPUS = 1024, 8192
@@ -17,12 +17,15 @@ QUERIES, CORPUS = 1024, 8192
 
 def _blocks(x: NDArray, rows: int):
     for first in range(0, len(x), rows):
-        yield first, there(np.asarray(x[first : first + rows], dtype=np.float32))
+        yield first, to_metric_device(np.asarray(x[first : first + rows], dtype=np.float32))
 
 
 @exact_float32()
 def nearest(queries: NDArray, corpus: NDArray, k: int = 1) -> tuple[NDArray, NDArray]:
-    """Euclidean distances (n,k), ascending, of each query to its k nearest rows of the corpus, and those rows (n,k)."""
+    """Return the Euclidean distances (n,k), ascending, of each query to its k nearest rows of the corpus, and the rows.
+
+    queries: (n,d). corpus: (m,d).
+    """
     distances, rows = [], []
     for _, q in _blocks(queries, QUERIES):
         best_d = q.new_empty(len(q), 0)
@@ -38,13 +41,13 @@ def nearest(queries: NDArray, corpus: NDArray, k: int = 1) -> tuple[NDArray, NDA
 
 
 def radii(x: NDArray, k: int) -> NDArray:
-    """(n,) distance of each row to its k-th nearest other row."""
+    """Return the distance (n,) of each row to its k-th nearest other row."""
     return nearest(x, x, k + 1)[0][:, -1]
 
 
 @dataclass(frozen=True)
-class Neighbourhood:
-    """See `neighbourhood`."""
+class PrecisionRecall:
+    """Results of `precision_recall`."""
 
     precision: float
     recall: float
@@ -53,13 +56,13 @@ class Neighbourhood:
 
     @property
     def f_score(self) -> float:
-        """Harmonic mean of precision and recall (torch-fidelity's, 0 where both are)."""
+        """Harmonic mean of precision and recall (torch-fidelity's; 0 where both are 0)."""
         return 2 * self.precision * self.recall / max(1e-5, self.precision + self.recall)
 
 
 @exact_float32()
-def neighbourhood(generated: NDArray, reference: NDArray, *, k: int = 3, k_density: int = 5) -> Neighbourhood:
-    """Precision and recall (Kynkäänniemi et al. 2019) with k = 3, density and coverage (Naeem et al. 2020) with 5.
+def precision_recall(generated: NDArray, reference: NDArray, *, k: int = 3, k_density: int = 5) -> PrecisionRecall:
+    """Return precision and recall (Kynkäänniemi et al. 2019; k = 3), density and coverage (Naeem et al. 2020; k = 5).
 
     Precision: share of *generated* samples inside the ball of any reference image; recall: share of *reference*
     images inside the ball of any generated sample. A ball reaches to the k-th nearest of its own set.
@@ -69,7 +72,9 @@ def neighbourhood(generated: NDArray, reference: NDArray, *, k: int = 3, k_densi
         raise ValueError(f"precision and recall need more than {k_density} samples on each side")
     ball, ball_density = radii(reference, k), radii(reference, k_density)
     own_ball = radii(generated, k)
-    inside, recalled, covered = (there(np.zeros(n, bool)) for n in (len(generated), len(reference), len(reference)))
+    inside, recalled, covered = (
+        to_metric_device(np.zeros(n, bool)) for n in (len(generated), len(reference), len(reference))
+    )
     count = 0
     for g, x in _blocks(generated, QUERIES):
         for r, y in _blocks(reference, CORPUS):
@@ -79,7 +84,7 @@ def neighbourhood(generated: NDArray, reference: NDArray, *, k: int = 3, k_densi
             dense = d <= _rows(ball_density, r, y)
             covered[r : r + len(y)] |= dense.any(0)
             count += int(dense.sum())
-    return Neighbourhood(
+    return PrecisionRecall(
         precision=inside.double().mean().item(),
         recall=recalled.double().mean().item(),
         density=count / (k_density * len(generated)),
@@ -88,17 +93,18 @@ def neighbourhood(generated: NDArray, reference: NDArray, *, k: int = 3, k_densi
 
 
 def _rows(values: NDArray, first: int, block: Tensor) -> Tensor:
-    return there(values[first : first + len(block)])
+    return to_metric_device(values[first : first + len(block)])
 
 
 USUAL = 0.01
 
 
 def usual_distance(training: NDArray, others: NDArray | None) -> float:
-    """The distance to a training image below which only 1 % of unseen images lie.
+    """Return the distance to a training image below which only 1 % of unseen images lie.
 
-    others: held-out images' features; without any, each training image against the rest of its set, exact duplicates
-    (up to three) left out.
+    training: features (n,d) of the training images.
+    others: features (m,d) of held-out images. None, or fewer than 100, compares each training image with the rest of
+        its set, without exact duplicates (up to three).
     """
     if others is not None and len(others) >= 100:
         distances = nearest(others, training)[0][:, 0]
@@ -111,8 +117,8 @@ def usual_distance(training: NDArray, others: NDArray | None) -> float:
 
 
 def memorisation(generated: NDArray, training: NDArray, usual: float) -> float:
-    """Share of generated samples nearer to a training image than `usual`.
+    """Return the share of generated samples nearer to a training image than `usual`.
 
-    About .01 for samples that are as far from the training set as unseen images are; 1 for copies.
+    It is about 0.01 for samples that are as far from the training set as unseen images are; 1 for copies.
     """
     return float((nearest(generated, training)[0][:, 0] < usual).mean())

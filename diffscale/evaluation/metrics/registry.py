@@ -1,4 +1,4 @@
-"""What each metric's name means, and its value for spooled features of samples against a reference."""
+"""Metrics by name, and their values for stored features of samples against a reference."""
 
 from __future__ import annotations
 
@@ -20,21 +20,24 @@ from diffscale.evaluation.metrics.distances import (
     kernel_distance,
 )
 from diffscale.evaluation.metrics.intervals import frechet_at_infinity, frechet_interval
-from diffscale.evaluation.metrics.precision_recall import memorisation, nearest, neighbourhood
+from diffscale.evaluation.metrics.precision_recall import memorisation, nearest, precision_recall
 from diffscale.evaluation.metrics.statistics import moments_of
 from diffscale.evaluation.reference import Reference
 
 KINDS = ("fd", "fd_inf", "kid", "precision", "recall", "f_score", "density", "coverage", "sfid", "is")
-INCEPTION_NAMES = {"fid": "fd", "fid_inf": "fd_inf", "inception_score": "is"}
+INCEPTION_NAMES = {"fid": "fd", "fid_inf": "fd_inf"}
+ALIASES = {"inception_score": "is"}
+#: Fewest samples for which each kind has a value.
 LEAST = {"fd": 2, "sfid": 2, "fd_inf": 30, "kid": 2, "is": 10} | dict.fromkeys(KINDS[3:8], 6)
-"""The fewest samples of which each kind says anything at all."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric by name: `fid` is always and only the 2015 Inception; another network's is `fd_<network>`.
+    """A metric: `fid` is always and only of the 2015 Inception; that of another network is `fd_<network>`.
 
-    kind: one of KINDS. `kid`, `precision`, ... without a network mean Inception, `kid_<network>` another.
+    name: as recorded. `kid`, `precision`, ... without a network stand for Inception, `kid_<network>` for another.
+    kind: one of KINDS.
+    network: name of the feature network.
     """
 
     name: str
@@ -47,7 +50,8 @@ class Metric:
 
 
 def parse_metric(name: str) -> Metric:
-    """Raises UserError with the nearest valid name."""
+    """Return the metric of a name; one with several names is recorded under the first. Raises UserError."""
+    name = ALIASES.get(name, name)
     if name in INCEPTION_NAMES:
         return Metric(name, INCEPTION_NAMES[name], "inception")
     for kind in sorted(KINDS, key=len, reverse=True):
@@ -59,7 +63,7 @@ def parse_metric(name: str) -> Metric:
                 expected = "fid: the Fréchet distance of Inception features has that name alone"
                 raise UserError(setting="eval.metrics", value=name, expected=expected)
             return Metric(name, kind, network)
-    named = [*INCEPTION_NAMES, *(k for k in KINDS if not k.startswith("fd"))]
+    named = [*INCEPTION_NAMES, *ALIASES, *(k for k in KINDS if not k.startswith("fd"))]
     expected = nearest_name(name, [*named, "fd_efficientnet_lite0", "fd_dinov2_vitl14", "fd_clip-vit-b-32"])
     expected += "; or fd_<network of timm>"
     raise UserError(setting="eval.metrics", value=name, expected=expected)
@@ -67,7 +71,7 @@ def parse_metric(name: str) -> Metric:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One metric of one evaluation: those of a Record's columns that the evaluation determines."""
+    """One metric of one evaluation: the columns of a Record that the evaluation determines."""
 
     metric: str
     value: float
@@ -85,7 +89,7 @@ class Measurement:
     warning: str = ""
 
     def fields(self) -> dict[str, Any]:
-        """By column name, plain JSON values."""
+        """Return the columns by name, as plain JSON values."""
         return dict(vars(self))
 
 
@@ -98,9 +102,9 @@ def measure(
     rows: NDArray | None = None,
     label: int | None = None,
 ) -> list[Measurement]:
-    """The metric's value with its interval and warnings; `kid` and `is` give a second row, `<name>_std`.
+    """Return the metric's value with its interval and warnings; `kid` and `is` have a second row, `<name>_std`.
 
-    rows, label: compare one class only, the samples at these rows with reference images of that label.
+    rows, label: for one class only: the samples at these rows against the reference images of this label.
     """
     features = generated[view.column(metric.outputs[0])]
     if rows is not None:
@@ -135,7 +139,7 @@ def measure(
     else:
         key = (view.column(), reference.key, label)
         if key not in generated.known:
-            generated.known[key] = neighbourhood(features, _class_features(reference, label))
+            generated.known[key] = precision_recall(features, _class_features(reference, label))
         value = getattr(generated.known[key], kind)
     made = Measurement(
         metric=name,
@@ -161,7 +165,10 @@ LEAST_OF_CLASS = 8
 
 
 def per_class(metric: Metric, view: View, generated: FeatureStore, reference: Reference) -> list[Measurement]:
-    """`<metric>[label]` of each class that has enough samples and reference images; none for metrics of a whole."""
+    """Return `<metric>[label]` of each class with enough samples and reference images.
+
+    `is` and `fd_inf` have no values of classes.
+    """
     if metric.kind in ("is", "fd_inf"):
         return []
     ours, theirs = generated[LABELS][:], reference.labels()
@@ -174,7 +181,7 @@ def per_class(metric: Metric, view: View, generated: FeatureStore, reference: Re
 
 
 def memorised(view: View, generated: FeatureStore, reference: Reference, heldout: Reference | None) -> float | None:
-    """Share of samples nearer to a training image than 1 % of unseen images are; None without reference features."""
+    """Return the share of samples nearer to a training image than 1 % of unseen images; None without features."""
     if not reference.has_features or reference.n < 3:
         return None
     return memorisation(generated[view.column()], reference.features(), reference.usual(heldout))
@@ -182,21 +189,17 @@ def memorised(view: View, generated: FeatureStore, reference: Reference, heldout
 
 @dataclass(frozen=True)
 class Nearest:
-    """Samples and the reference images that they are nearest to in feature space, the nearest pair first.
+    """Samples and the reference images nearest to them in feature space, the nearest pair first."""
 
-    samples, rows: (count,) indices of samples and of reference features. captions: each distance in units of the
-    usual one (see neighbours.usual_distance).
-    """
-
-    samples: NDArray
-    rows: NDArray
-    captions: list[str]
+    samples: NDArray  # (count,) indices of samples
+    rows: NDArray  # (count,) indices of reference features
+    captions: list[str]  # each distance in units of usual_distance
 
 
 def nearest_samples(
     view: View, generated: FeatureStore, reference: Reference, heldout: Reference | None, count: int
 ) -> Nearest:
-    """Raises UserError for a reference without features."""
+    """Return the `count` samples nearest to a reference image. Raises UserError for a reference without features."""
     usual = max(reference.usual(heldout), 1e-12)
     distances, rows = nearest(generated[view.column()], reference.features())
     chosen = distances[:, 0].argsort()[:count]
@@ -204,7 +207,7 @@ def nearest_samples(
 
 
 def views_of(metrics: Iterable[Metric], resolution: int, resize: str) -> dict[str, View]:
-    """The view of each network that the metrics need."""
+    """Return the view of each network that the metrics need, by network."""
     outputs: dict[str, set[str]] = {}
     for metric in metrics:
         outputs.setdefault(metric.network, {"features"}).update(metric.outputs)

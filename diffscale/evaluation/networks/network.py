@@ -1,4 +1,4 @@
-"""What is needed of a feature network besides its layers."""
+"""A feature network with what an extractor must know about it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,11 @@ Channels = tuple[float, float, float]
 
 
 class Network(NamedTuple):
-    """model: images (B,3,size,size), normalised → features (B,dim). mean, std: of pixels in 0..1, for each channel.
+    """A feature network, its input and its normalisation."""
 
-    filter_name: how images reach `size` where the user does not say (see resize.FILTERS).
-    """
-
-    model: nn.Module
+    model: nn.Module  # images (B,3,size,size), normalised → features (B,dim)
     dim: int
-    size: int
-    mean: Channels
+    size: int  # side of the input in pixels
+    mean: Channels  # of pixels in 0..1
     std: Channels
-    filter_name: str = "antialiased_bilinear"
+    filter_name: str = "antialiased_bilinear"  # default resize to `size` (see resize.FILTERS)

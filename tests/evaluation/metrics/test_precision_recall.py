@@ -11,7 +11,7 @@ from diffscale.evaluation.metrics.distances import inception_score, kernel_dista
 from diffscale.evaluation.metrics.precision_recall import (
     memorisation,
     nearest,
-    neighbourhood,
+    precision_recall,
     usual_distance,
 )
 
@@ -55,14 +55,14 @@ def test_precision_and_recall_agree_with_torch_fidelity_where_the_first_is_gener
         save_cpu_ram=False,
         verbose=False,
     )
-    ours = neighbourhood(generated, reference)
+    ours = precision_recall(generated, reference)
     values = (ours.precision, ours.recall, ours.f_score)
     assert values == pytest.approx((theirs["precision"], theirs["recall"], theirs["f_score"]), rel=1e-6)
 
 
 def test_a_generator_of_one_mode_has_precision_without_recall_and_not_the_other_way_round():
     reference = np.concatenate([features(200, 0, dim=4), features(200, 1, dim=4, shift=30)])
-    one_mode = neighbourhood(features(200, 2, dim=4), reference)
+    one_mode = precision_recall(features(200, 2, dim=4), reference)
     assert one_mode.precision > 0.9
     assert one_mode.recall < 0.55
     assert one_mode.coverage < 0.55
@@ -83,7 +83,7 @@ def test_nearest_is_exact_across_blocks(monkeypatch):
 
 def test_too_few_samples_are_refused():
     with pytest.raises(ValueError, match="more than 5"):
-        neighbourhood(features(5, 0), features(50, 1))
+        precision_recall(features(5, 0), features(50, 1))
 
 
 @pytest.mark.parametrize("with_heldout", [True, False])

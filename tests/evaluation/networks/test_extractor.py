@@ -17,7 +17,7 @@ from diffscale.core.errors import UserError
 from diffscale.evaluation.networks import extractor as features
 from diffscale.evaluation.networks import inception
 from diffscale.evaluation.networks.extractor import LITE0, create_extractor
-from diffscale.evaluation.networks.fold_batch_norm import fuse_batch_norms
+from diffscale.evaluation.networks.fold_batch_norm import fold_batch_norms
 from diffscale.evaluation.networks.weights import load_weights
 from diffscale.kernels.winograd import FLOAT32
 from diffscale.models.accelerate import FrozenConv2d, accelerate_frozen_convolutions
@@ -146,7 +146,7 @@ def test_folding_batch_norms_changes_nothing_but_rounding():
     x = torch.randn(1, 3, 64, 64)
     with torch.inference_mode():
         expected = model(x)
-        fused = fuse_batch_norms(model, x)
+        fused = fold_batch_norms(model, x)
         torch.testing.assert_close(fused(x), expected, rtol=1e-3, atol=1e-4)
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in fused.modules())
 

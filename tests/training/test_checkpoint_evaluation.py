@@ -1,0 +1,123 @@
+"""One checkpoint has one set of records, whoever evaluates it; "best" follows the metric's direction."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from diffscale.config.factory import build_diffusion
+from diffscale.data import Dataset
+from diffscale.models.cost import Cost
+from diffscale.records.schema import Record
+from diffscale.records.store import read_records
+from diffscale.training import evaluate_runs, posthoc_ema
+from diffscale.training.checkpoint_evaluation import CheckpointEvaluator, RunEvaluations, evaluated_points
+from diffscale.training.evaluate_runs import EvaluateOptions, evaluate_run
+from diffscale.training.numerics import Numerics
+from diffscale.training.parallel import World
+from diffscale.training.trainer import Trainer
+
+from .small import BATCH, experiment
+
+PRECISION = "precision_efficientnet_lite0"
+OF_THE_EVALUATION = ("created", "evaluated_on")
+EVALUATED: dict[str, Any] = {
+    "eval_resolution": 16,
+    "n_generated": 64,
+    "n_reference": 64,
+    "points": [1.0],
+    "grid_images": 4,
+    "metrics": ["fd_efficientnet_lite0", "kid_efficientnet_lite0"],
+    "solver": {"name": "ddim", "steps": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def run(shared_storage: Path, dataset: Dataset) -> str:
+    """A run in bf16 of 8-pixel images that is evaluated at 16 pixels."""
+    e = experiment(shared_storage, name="enlarged", train={"images": 2 * BATCH, "precision": "bf16"}, eval=EVALUATED)
+    folder = e.run_folder(dataset.content_hash)
+    Trainer(e, folder, World(), Cost(1, 1.0, 100.0)).run()
+    return folder
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Evaluation without Ray actors."""
+    monkeypatch.setenv("DIFFSCALE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(evaluate_runs, "connect", lambda: None)
+    monkeypatch.setattr(evaluate_runs, "devices", lambda workers: (0, "cpu"))
+
+
+def comparable(records: list[Record]) -> dict[str, dict[str, Any]]:
+    rows = {r.record_id: r.model_dump() for r in records}
+    return {key: {k: v for k, v in row.items() if k not in OF_THE_EVALUATION} for key, row in rows.items()}
+
+
+def test_training_and_evaluate_write_the_same_records(run: str, in_this_process: None) -> None:
+    trained = read_records([run])
+    again = evaluate_run(run)
+    assert len(trained) == 3
+    assert comparable(again) == comparable(trained)
+    assert {r.evaluated_on for r in again} == {"own workers"}
+    assert all(r.val_loss is not None and r.value_native is not None for r in trained if r.metric.startswith("fd"))
+    assert all('"precision":"bf16"' in r.sampler for r in trained)
+    assert not list(Path(run).glob("evaluating-*"))
+
+
+def test_held_out_images_are_compared_at_the_resolution_of_evaluation(shared_storage: Path, dataset: Dataset) -> None:
+    e = experiment(shared_storage, eval=EVALUATED)
+    evaluator = CheckpointEvaluator(e, dataset, build_diffusion(e, dataset), World(), Numerics())
+    heldout = evaluator.evaluator.heldout
+    assert heldout is not None
+    assert (dataset.resolution, heldout.resolution) == (8, 16)
+    assert heldout.n == dataset.heldout.n  # type: ignore[union-attr]
+
+
+def test_widths_of_a_run_below_the_resolution_of_evaluation_can_be_swept(run: str, in_this_process: None) -> None:
+    """The samples are drawn in the run's precision."""
+    widths = [0.05, 0.1]
+    checkpoint, _ = posthoc_ema.make(run, widths)
+    found: list[Record] = []
+    best = posthoc_ema.sweep(checkpoint, widths, on_record=found.append)
+    assert [r.ema for r in found] == ["std0.050", "std0.100"]
+    assert best.value == min(r.value for r in found)
+    assert all(r.eval_resolution == 16 and '"precision":"bf16"' in r.sampler for r in found)
+
+
+@pytest.mark.parametrize(("metric", "best"), [("fd_efficientnet_lite0", "std0.050"), (PRECISION, "std0.100")])
+def test_the_best_width_follows_the_direction_of_the_metric(metric: str, best: str) -> None:
+    rows = [SimpleNamespace(metric=metric, value=v, ema=e) for e, v in (("std0.050", 0.1), ("std0.100", 0.9))]
+    assert posthoc_ema.best_of(rows).ema == best  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("metric", "best"), [("fd_efficientnet_lite0", 10), (PRECISION, 30)])
+def test_the_best_checkpoints_follow_the_direction_of_the_metric(
+    shared_storage: Path, dataset: Dataset, metric: str, best: int
+) -> None:
+    settings = {"keep_best": 1, "keep_points": False}
+    e = experiment(shared_storage, train={"checkpoint": settings}, eval={"metrics": [metric]})
+    values = {10: 0.1, 20: 0.5, 30: 0.9}
+    evaluations = RunEvaluations(
+        e,
+        "/nowhere",
+        dataset,
+        build_diffusion(e, dataset),
+        World(),
+        Numerics(),
+        values,
+        submit=None,
+        on_records=lambda images, records: False,
+        stop_requested=lambda: False,
+    )
+    assert evaluations.retain([10, 20, 30], []) == {best}
+
+
+def test_values_of_other_settings_do_not_count_as_the_run_s_own(run: str, in_this_process: None) -> None:
+    (images,) = evaluated_points(run, experiment("/tmp", name="enlarged", eval=EVALUATED))
+    own = next(r for r in read_records([run]) if r.metric == "fd_efficientnet_lite0" and r.ema == "halflife")
+    evaluate_run(run, ["eval.n_generated=32"], EvaluateOptions(labels="balanced"))
+    assert evaluated_points(run, experiment("/tmp", name="enlarged", eval=EVALUATED)) == {images: own.value}
