@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import logging
 import os
 import platform
@@ -20,6 +19,9 @@ from pathlib import Path
 
 import numpy as np
 from torch import Tensor
+
+from diffscale.core.cache import cache_dir
+from diffscale.core.hashing import sha256_of
 
 log = logging.getLogger(__name__)
 
@@ -75,8 +77,8 @@ def _build(source: Path, compiler: str) -> Path:
         next((line for line in cpu.read_text().splitlines() if line.startswith("flags")), "") if cpu.exists() else ""
     )
     parts = (source.read_bytes(), " ".join(_FLAGS).encode(), version, flags.encode(), platform.machine().encode())
-    key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffscale"
+    key = sha256_of(b"\0".join(parts))[:16]
+    folder = cache_dir()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if folder.stat().st_uid != os.getuid() or not os.access(folder, os.W_OK):

@@ -55,54 +55,22 @@ FLOAT32 = Kernels("winograd", torch.float32, lanes=8, tile=4, filled=0.5, apart=
 BFLOAT16 = Kernels("winograd_bf16", torch.bfloat16, lanes=16, tile=2, filled=1.0, apart=512)
 
 
-class Conv3x3(nn.Conv2d):
-    """A 3 × 3 convolution with zero padding; by Winograd's algorithm where `use_winograd` says so and it applies."""
-
-    winograd = False
-
-    def __init__(self, channels_in: int, channels_out: int) -> None:
-        super().__init__(channels_in, channels_out, 3, padding=1)
-        self._filters: tuple[tuple[Kernels, int, int], Filters] | None = None
-
-    def forward(self, x: Tensor, shift: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-        """x (B, C, H, W) → (B, K, H, W), plus shift (B, K) and residual (B, K, H, W) where they are given."""
-        sampling = self.winograd and not torch.is_grad_enabled() and not self.weight.is_inference()
-        kept = self._transformed if sampling else None
-        return conv3x3(x, self.weight, self.bias, self.winograd, shift, residual, kept)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_filters": None}
-
-    def _transformed(self, kernels: Kernels) -> Filters:
-        """The transformed filters, kept for as long as the weights are what they were: for sampling."""
-        state = (kernels, self.weight.data_ptr(), self.weight._version)
-        if self._filters is None or self._filters[0] != state:
-            self._filters = state, transform_filters(self.weight, kernels)
-        return self._filters[1]
-
-
-def use_winograd(model: nn.Module, enabled: bool) -> None:
-    """Set every layer of a model that has the choice."""
-    for module in model.modules():
-        if hasattr(module, "winograd"):
-            module.winograd = enabled  # type: ignore[assignment]
-
-
 def conv3x3(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    winograd: bool,
     shift: Tensor | None = None,
     residual: Tensor | None = None,
     kept: Callable[[Kernels], Filters] | None = None,
 ) -> Tensor:
-    """Zero-padded convolution, plus what is given of bias (K,), shift (B, K) and residual (B, K, H, W).
+    """Zero-padded 3 × 3 convolution by Winograd's algorithm; by torch's if `suitable` finds no kernels.
 
-    x (B, C, H, W), weight (K, C, 3, 3) → (B, K, H, W). Winograd's adds all of them while it writes its outputs, but for
-    a residual in another precision, which keeps that. kept: gives the transformed weight, where no gradient is wanted.
+    x (B, C, H, W), weight (K, C, 3, 3), bias (K,), shift (B, K) and residual (B, K, H, W) are added to the result,
+    (B, K, H, W). The kernels add all of them while they write their outputs, except a residual in another precision,
+    which keeps that precision.
+    kept: returns the transformed weight; for calls that need no gradient.
     """
-    kernels = suitable(x, weight) if winograd else None
+    kernels = suitable(x, weight)
     if kernels is None:
         y = F.conv2d(x, weight, bias, padding=1)
         y = y if shift is None else y + shift[:, :, None, None].to(y.dtype)

@@ -14,11 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffscale.kernels.winograd import conv3x3
+from diffscale.kernels.attention import attend
 from diffscale.models.layers import (
     Backbone,
     Resample,
-    attend,
     attention_at,
     check_levels,
     noise_condition,
@@ -77,8 +76,6 @@ class MPWeight(nn.Module):
     kernel 0 is a linear layer on (B, Cin); 1 and 3 convolve (B, Cin, H, W) with zero padding.
     """
 
-    winograd = False  # see winograd.use_winograd
-
     def __init__(self, channels_in: int, channels_out: int, kernel: int = 0) -> None:
         super().__init__()
         shape = (channels_out, channels_in) + ((kernel, kernel) if kernel else ())
@@ -90,10 +87,12 @@ class MPWeight(nn.Module):
         return rescale(self.weight.float(), tuple(range(1, self.weight.ndim)))
 
     def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
-        weight = (self.normalised() * (gain / math.sqrt(self.weight[0].numel()))).to(x.dtype)
-        if weight.ndim == 2:
-            return F.linear(x, weight)
-        return conv3x3(x, weight, None, self.winograd) if self.padding else F.conv2d(x, weight)
+        weight = self.scaled(gain).to(x.dtype)
+        return F.linear(x, weight) if weight.ndim == 2 else F.conv2d(x, weight, padding=self.padding)
+
+    def scaled(self, gain: Tensor | float) -> Tensor:
+        """The weight that preserves magnitudes, times `gain` (eq. 47): unit-norm filters over √fan-in."""
+        return self.normalised() * (gain / math.sqrt(self.weight[0].numel()))
 
 
 class EDM2Block(nn.Module):

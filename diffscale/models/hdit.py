@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffscale.kernels.attention import attend
 from diffscale.models.layers import (
     Backbone,
     FourierEmbedding,
     LabelEmbedding,
-    attend,
     noise_condition,
     pad_to_multiple,
     without_autocast,

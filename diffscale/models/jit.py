@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffscale.models.layers import Backbone, attend, pad_to_multiple, to_tokens, without_autocast
+from diffscale.kernels.attention import attend
+from diffscale.models.layers import Backbone, pad_to_multiple, to_tokens, without_autocast
 from diffscale.models.transformer_layers import (
     LabelTable,
     ScalarMLP,

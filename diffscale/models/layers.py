@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from diffscale.kernels.group_norm import norm_act
+from diffscale.kernels.attention import attend
 
 NoiseInput = Literal["edm", "ddpm", "angle", "gamma"]
 
@@ -115,10 +115,10 @@ class LabelEmbedding(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation with at least four channels a group, then an optional scale and shift per sample, and SiLU.
+    """Group normalisation with at least four channels per group, in the precision of its input.
 
-    (B, C, H, W) → the same, in the precision of the input: torch.autocast on CUDA would run it in float32 and hand
-    float32 on, though the kernel accumulates in float32 anyway. scale and shift are (B, C): x̂·w·(1 + scale) + b …
+    (B, C, H, W) → (B, C, H, W). torch.autocast on CUDA would compute it in float32 and return float32, although the
+    kernel accumulates in float32 anyway.
     """
 
     def __init__(self, channels: int, groups: int = 32, eps: float = 1e-5) -> None:
@@ -128,28 +128,20 @@ class GroupNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
-    def forward(
-        self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, silu: bool = False
-    ) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         with without_autocast(x.device):
-            return norm_act(x, self.weight, self.bias, self.groups, self.eps, scale=scale, shift=shift, silu=silu)
-
-
-class NoNorm(nn.Module):
-    """What `GroupNorm` does after normalising, without normalising."""
-
-    def forward(
-        self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, silu: bool = False
-    ) -> Tensor:
-        if scale is not None and shift is not None:
-            scale, shift = scale[:, :, None, None].to(x.dtype), shift[:, :, None, None].to(x.dtype)
-            x = torch.addcmul(shift, x, 1 + scale)
-        return F.silu(x) if silu else x
+            return F.group_norm(x, self.groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 def make_norm(kind: Literal["group", "layer", "none"], channels: int, eps: float = 1e-5) -> nn.Module:
-    """group: GroupNorm of 32 groups; layer: one group; none: nothing is normalised."""
-    return NoNorm() if kind == "none" else GroupNorm(channels, groups=32 if kind == "group" else 1, eps=eps)
+    """group: GroupNorm of 32 groups; layer: GroupNorm of one group; none: the identity."""
+    return nn.Identity() if kind == "none" else GroupNorm(channels, groups=32 if kind == "group" else 1, eps=eps)
+
+
+def scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """x·(1 + scale) + shift in the precision of x. x (B, C, H, W), scale and shift (B, C)."""
+    scale, shift = (t.to(x.dtype)[:, :, None, None] for t in (scale, shift))
+    return torch.addcmul(shift, x, 1 + scale)
 
 
 class Resample(nn.Module):
@@ -197,21 +189,6 @@ def to_tokens(x: Tensor) -> Tensor:
 def to_image(tokens: Tensor, height: int, width: int) -> Tensor:
     """(B, H·W, C) → (B, C, H, W) with channels-last strides; free."""
     return tokens.unflatten(1, (height, width)).permute(0, 3, 1, 2)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q·kᵀ/√d)·v. q (B, heads, N, d), k and v (B, heads, M, d) → (B, heads, N, d).
-
-    Torch's fused kernel, except on a CPU in bfloat16 where N·M ≤ 512²: there two matrix products are 1.5 to 5 times
-    faster (EPYC 9004, one thread, forward and backward: 9.9 → 1.8 ms for 16 × 4 heads × 64 tokens × 32, 90 → 42 ms for
-    8 × 12 × 256 × 64), and their scores are small.
-    """
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-2] * k.shape[-2] <= 512**2:
-        batch, scale = q.shape[:2], q.shape[-1] ** -0.5
-        q, k, v = (t.flatten(0, 1) for t in (q, k, v))  # one copy each, where bmm would make several
-        weights = torch.bmm(q * scale, k.transpose(1, 2)).softmax(-1)
-        return torch.bmm(weights.to(v.dtype), v).unflatten(0, batch)
-    return F.scaled_dot_product_attention(q, k, v)
 
 
 def multi_head_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:

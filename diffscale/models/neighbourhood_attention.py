@@ -10,8 +10,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from diffscale.kernels.attention import attend_masked
 
 
 class Axis(NamedTuple):
@@ -62,11 +63,7 @@ def neighbourhood_attention(q: Tensor, k: Tensor, v: Tensor, around: Windows) ->
     rows, columns = around.rows, around.columns
     q = gather(q.flatten(0, 1), rows.queries, columns.queries)
     k, v = (gather(t.flatten(0, 1), rows.keys, columns.keys) for t in (k, v))
-    if q.device.type == "cpu":  # two matrix products are faster there than the fused kernel with a mask
-        scores = (q @ k.transpose(-1, -2)).masked_fill(~around.mask, float("-inf"))
-        out = scores.softmax(-1).to(v.dtype) @ v
-    else:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=around.mask, scale=1.0)
+    out = attend_masked(q, k, v, around.mask)
     grid = (rows.queries.shape[0], columns.queries.shape[0], rows.queries.shape[1], columns.queries.shape[1])
     out = out.unflatten(1, grid[:2]).unflatten(3, grid[2:]).transpose(2, 3).flatten(3, 4).flatten(1, 2)
     return out[:, :height, :width].unflatten(0, (batch, heads))

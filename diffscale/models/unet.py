@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffscale.kernels.winograd import Conv3x3
 from diffscale.models.layers import (
     Backbone,
     FourierEmbedding,
@@ -28,6 +27,7 @@ from diffscale.models.layers import (
     make_norm,
     noise_condition,
     pad_to_multiple,
+    scale_and_shift,
     without_autocast,
 )
 
@@ -66,10 +66,10 @@ class UNetBlock(nn.Module):
         self.settings = s = settings
         self.resample = Resample(resample, s.resample_filter)
         self.norm1 = make_norm(s.norm, channels_in, s.norm_eps)
-        self.conv1 = Conv3x3(channels_in, channels_out)
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
         self.embed = nn.Linear(s.embedding_width, channels_out * (2 if s.adaptive_scale else 1))
         self.norm2 = make_norm(s.norm, channels_out, s.norm_eps)
-        self.conv2 = Conv3x3(channels_out, channels_out)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
         projected = channels_in != channels_out or (resample != "keep" and s.resample_projection)
         self.shortcut = nn.Conv2d(channels_in, channels_out, 1) if s.residual and projected else nn.Identity()
         self.attention = (
@@ -77,24 +77,29 @@ class UNetBlock(nn.Module):
         )
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        s = self.settings
-        h, modulation = self.resample(self.norm1(x, silu=True)), self.embed(embedding)
-        if s.adaptive_scale:
+        h = self.conv1(self.resample(F.silu(self.norm1(x))))
+        modulation = self.embed(embedding)
+        if self.settings.adaptive_scale:
             scale, shift = modulation.chunk(2, dim=1)
-            h = self.norm2(self.conv1(h), scale, shift, silu=True)
+            h = F.silu(scale_and_shift(self.norm2(h), scale, shift))
         else:
-            h = self.norm2(self.conv1(h, shift=modulation), silu=True)
-        residual = self.shortcut(self.resample(x)) if s.residual else None
-        h = self.rescale(self.conv2(F.dropout(h, s.dropout, self.training), residual=residual))
-        if self.attention is not None:
-            a = self.attention(h)
-            h = self.rescale(h + a) if s.residual else a
-        return h
+            h = F.silu(self.norm2(h + modulation[:, :, None, None].to(h.dtype)))
+        h = self.conv2(F.dropout(h, self.settings.dropout, self.training))
+        if self.settings.residual:
+            h = self.rescale(self.shortcut(self.resample(x)) + h)
+        return self.attend(h)
+
+    def attend(self, h: Tensor) -> Tensor:
+        """The attention of the block, if it has one, added like the residual branch."""
+        if self.attention is None:
+            return h
+        a = self.attention(h)
+        return self.rescale(h + a) if self.settings.residual else a
 
     def rescale(self, total: Tensor) -> Tensor:
-        """A residual sum times residual_scale; 1 costs nothing."""
-        s = self.settings
-        return total * s.residual_scale if s.residual and s.residual_scale != 1 else total
+        """A residual sum times `residual_scale`; 1 costs nothing."""
+        scale = self.settings.residual_scale
+        return total * scale if scale != 1 else total
 
 
 class ConvResample(nn.Module):
@@ -103,7 +108,7 @@ class ConvResample(nn.Module):
     def __init__(self, channels: int, mode: Literal["down", "up"]) -> None:
         super().__init__()
         self.up = mode == "up"
-        self.conv = Conv3x3(channels, channels) if self.up else nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        self.conv = nn.Conv2d(channels, channels, 3, stride=1 if self.up else 2, padding=1)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest") if self.up else x)
@@ -137,10 +142,10 @@ class OutputHead(nn.Module):
     def __init__(self, channels: int, channels_out: int, norm: Literal["group", "layer", "none"], eps: float) -> None:
         super().__init__()
         self.norm = make_norm(norm, channels, eps)
-        self.conv = Conv3x3(channels, channels_out)
+        self.conv = nn.Conv2d(channels, channels_out, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(self.norm(x, silu=True))
+        return self.conv(F.silu(self.norm(x)))
 
 
 class UNet(Backbone):
@@ -231,7 +236,7 @@ class UNet(Backbone):
         self.embed_label = LabelEmbedding(num_classes, noise_width if early else width, early) if num_classes else None
 
         c, pyramid = stem_channels or widths[0], channels + image_channels
-        self.conv_in = Conv3x3(pyramid, c)
+        self.conv_in = nn.Conv2d(pyramid, c, 3, padding=1)
         self.encoder, self.pyramid_in = nn.ModuleList(), nn.ModuleDict()
         skip_widths = [c]
         for level, out in enumerate(widths):

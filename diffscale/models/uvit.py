@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffscale.kernels.winograd import Conv3x3
 from diffscale.models.layers import (
     Backbone,
     GroupNorm,
@@ -22,6 +21,7 @@ from diffscale.models.layers import (
     multi_head_attention,
     noise_condition,
     pad_to_multiple,
+    scale_and_shift,
     to_image,
     to_tokens,
     without_autocast,
@@ -49,16 +49,17 @@ class ConvBlock(nn.Module):
     def __init__(self, channels_in: int, channels: int, embedding: int, dropout: float) -> None:
         super().__init__()
         self.norm1, self.norm2 = GroupNorm(channels_in), GroupNorm(channels)
-        self.conv1 = Conv3x3(channels_in, channels)
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, padding=1)
         self.modulation = nn.Linear(embedding, 2 * channels)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = Conv3x3(channels, channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
         self.shortcut = nn.Identity() if channels_in == channels else nn.Conv2d(channels_in, channels, 1)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         shift, scale = self.modulation(embedding).chunk(2, dim=1)
-        h = self.norm2(self.conv1(self.norm1(x, silu=True)), scale, shift, silu=True)
-        return self.conv2(self.dropout(h), residual=self.shortcut(x))
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(self.dropout(F.silu(scale_and_shift(self.norm2(h), scale, shift))))
+        return self.shortcut(x) + h
 
 
 class TransformerBlock(nn.Module):
@@ -160,7 +161,7 @@ class UViT(Backbone):
         self.conv_in: nn.Conv2d = (
             nn.Conv2d(channels, widths[0], fold, stride=fold)
             if patching == "conv" and patch_levels
-            else Conv3x3(channels * fold**2, widths[0])
+            else nn.Conv2d(channels * fold**2, widths[0], 3, padding=1)
         )
         sides = [resolution / fold / 2**index for index in range(len(conv_widths))]
         self.levels = nn.ModuleList(
@@ -172,7 +173,7 @@ class UViT(Backbone):
             TransformerBlock(width, num_heads, mlp_ratio, embedding_width, dropout) for _ in range(depth)
         )
         self.out_norm = GroupNorm(widths[0])
-        self.conv_out = Conv3x3(widths[0], channels * fold**2)
+        self.conv_out = nn.Conv2d(widths[0], channels * fold**2, 3, padding=1)
         self.initialise()
 
     @torch.no_grad()
@@ -221,6 +222,10 @@ class UViT(Backbone):
             x = self.run_block(block, joined, embedding)
         return x
 
+    def head(self, x: Tensor) -> Tensor:
+        """norm, silu, 3 × 3 convolution to the folded pixels. (B, D, h, w) → (B, C·4^patch_levels, h, w)."""
+        return self.conv_out(F.silu(self.out_norm(x)))
+
     def forward(
         self, x_in: Tensor, logsnr: Tensor, label: Tensor | None = None, state: Tensor | None = None
     ) -> tuple[Tensor, None]:
@@ -230,7 +235,7 @@ class UViT(Backbone):
         x = pad_to_multiple(x_in, self.multiple)
         x = x if self.patching == "conv" else dwt(x, self.patching, self.patch_levels)
         x = self.descend(self.conv_in(x), embedding, 0)
-        x = self.conv_out(self.out_norm(x, silu=True))
+        x = self.head(x)
         if self.patching == "conv":
             x = F.pixel_shuffle(x, 2**self.patch_levels)
         else:

@@ -1,13 +1,17 @@
 """How a run computes: precision, memory format, convolution algorithm, compilation.
 
 What the settings leave to "auto" follows from the kind of device, the network and the installed libraries, never from
-a timing, so the same command computes the same whatever else the machine is doing.
+a timing: the same command computes the same results on a busy machine. The choices are part of the run's identity
+(`settled`) and are stored in numerics.json in the run's folder, which a resumed run obeys.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import logging
 import platform
+import re
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -15,11 +19,27 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from diffscale.config.experiment import Experiment
+from diffscale.config.factory import build_model
+from diffscale.core import storage
+from diffscale.core.device import device_name
+from diffscale.core.errors import UserError
+from diffscale.data import Dataset
+from diffscale.distributed.connect import gpus
 from diffscale.kernels import compile as native
 from diffscale.kernels import group_norm as norm_act
 from diffscale.kernels import winograd
 from diffscale.kernels.float32 import allow_tf32
-from diffscale.training.sharding import is_sharded
+from diffscale.kernels.heap import keep_freed_memory
+from diffscale.models.accelerate import accelerate, winograd_layers
+from diffscale.models.edm2 import MPWeight
+from diffscale.training.checkpoint.state import is_sharded
+from diffscale.training.parallel import World
+
+log = logging.getLogger(__name__)
+
+FILE = "numerics.json"
+_WITHOUT_BF16 = {"K80", "P4", "P100", "T4", "V100"}  # Ray's names of GPUs older than Ampere
 
 # On a GPU compiling a large network takes some 150 s and saves 20 % of a step, so it pays within a quarter of an hour:
 # networks of this size train for longer. On a CPU compiling takes minutes and saves at most 15 %.
@@ -29,7 +49,7 @@ Precision = Literal["bf16", "fp16", "tf32", "fp32"]
 
 
 class Requested(Protocol):
-    """What a run's settings ask for: `experiment.train` has these fields."""
+    """The settings that choose the numerics; `experiment.train` has these fields."""
 
     @property
     def precision(self) -> Precision | Literal["auto"]: ...
@@ -43,54 +63,75 @@ class Requested(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Numerics:
-    """The choices of one run; `dataclasses.asdict` gives what is stored, `Numerics(**stored)` gives it back."""
+    """The numeric choices of one run, stored in its folder as numerics.json."""
 
     precision: Precision = "fp32"  # of matrix products; weights stay float32
     channels_last: bool = False  # memory order of images and convolution weights
     compile: bool = False  # torch.compile of the model
     winograd: bool = False  # 3 × 3 convolutions on a CPU with fewer multiplications (kernels/winograd.py)
 
+    @classmethod
+    def load(cls, run_folder: str) -> Numerics | None:
+        """Return the stored choices of a run, or None if nothing is stored. Raises UserError for an invalid file."""
+        stored = _read(run_folder)
+        return None if stored is None else stored.numerics
+
+    def save(self, run_folder: str, *, device: str, kernels: bool, bit_identical: bool = True) -> None:
+        """Store the choices in a run's folder.
+
+        device: name of the device that the run computes on
+        kernels: whether the compiled kernel of group norm is available there
+        bit_identical: whether all launches so far had the same device and kernels
+        """
+        content = {
+            "numerics": dataclasses.asdict(self),
+            "bit_identical": bit_identical,
+            "device": device,
+            "kernels": kernels,
+        }
+        storage.write_bytes(storage.join(run_folder, FILE), json.dumps(content).encode())
+
     def autocast(self, device: torch.device | str) -> AbstractContextManager[Any]:
-        """The context that a forward pass runs in."""
+        """Return the context of a forward pass on a device."""
         if self.precision in ("fp32", "tf32"):
             return nullcontext()
         low = torch.bfloat16 if self.precision == "bf16" else torch.float16
         return torch.autocast(torch.device(device).type, dtype=low)
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """The model set to compute so, and compiled if asked for, in place; the same object.
+        """Set up a model, in place, to compute with these choices, and return it.
 
-        Sharded weights stay contiguous, as FSDP2 needs them; the images alone then carry the memory order. TF32 is a
-        choice of the whole process: that of the model prepared last.
+        Sharded weights stay contiguous, as FSDP2 needs them; only the images then carry the memory order. TF32 is
+        allowed or forbidden for the whole process: the model prepared last decides.
         """
         allow_tf32(self.precision == "tf32")
         if not any(is_sharded(parameter) for parameter in model.parameters()):
             model.to(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
-        winograd.use_winograd(model, self.winograd)
+        accelerate(model, winograd=self.winograd)
         if self.compile:
             for kernel in self._kernels(next(model.parameters()).device):
-                native.available(kernel)  # answered before torch.compile asks
+                native.available(kernel)  # compiled before torch.compile traces the call
             model.compile()
         return model
 
     def _kernels(self, device: torch.device) -> list[str]:
-        """The C++ sources that a model there may call."""
+        """Return the C++ sources that a model on a device may call."""
         if device.type != "cpu":
             return []
         products = winograd.BFLOAT16 if self.precision == "bf16" else winograd.FLOAT32
         return [norm_act.KERNEL, products.name] if self.winograd else [norm_act.KERNEL]
 
     def order(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) in the chosen memory order."""
+        """Return images (B, C, H, W) in the chosen memory order."""
         return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images.contiguous()
 
 
 def choose_numerics(model: nn.Module, device_type: str, requested: Requested, bf16: bool | None = None) -> Numerics:
-    """Replace every "auto" of `requested` by what the rule gives.
+    """Replace every "auto" of `requested` according to the rule.
 
-    model: of any device, the meta device too; it is not changed.
-    device_type: cpu or cuda.
-    bf16: whether that device multiplies bf16; None asks this machine.
+    model: on any device, the meta device too; it is not changed
+    device_type: cpu or cuda
+    bf16: whether the device multiplies bf16; None for this machine's device
     """
     if bf16 is None:
         bf16 = multiplies_bf16(device_type)
@@ -100,8 +141,8 @@ def choose_numerics(model: nn.Module, device_type: str, requested: Requested, bf
     convolves = any(is_spatial_convolution(module) for module in model.modules())
     use_winograd = requested.winograd
     if use_winograd == "auto":
-        layers = any(hasattr(module, "winograd") for module in model.modules())
-        open_to_it = requested.channels_last == "auto" and layers
+        layers = next(winograd_layers(model), None)
+        open_to_it = requested.channels_last == "auto" and layers is not None
         use_winograd = open_to_it and winograd_available(precision, device_type)
     channels_last = requested.channels_last
     if channels_last == "auto":
@@ -116,24 +157,125 @@ def choose_numerics(model: nn.Module, device_type: str, requested: Requested, bf
 
 
 def is_spatial_convolution(module: nn.Module) -> bool:
-    """Whether a module convolves with overlapping windows; a patch embedding is a linear layer in disguise."""
-    if hasattr(module, "winograd"):
-        return True
+    """Return whether a module convolves with overlapping windows; a patch embedding is a linear layer."""
+    if isinstance(module, MPWeight):
+        return module.padding > 0
     return isinstance(module, nn.Conv2d) and any(k > s for k, s in zip(module.kernel_size, module.stride, strict=True))
 
 
 def winograd_available(precision: str, device_type: str) -> bool:
-    """Whether this machine can compile and run Winograd's kernels for a precision."""
+    """Return whether this machine can compile and run Winograd's kernels for a precision."""
     kernels = {"fp32": winograd.FLOAT32, "bf16": winograd.BFLOAT16}.get(precision)
     return device_type == "cpu" and kernels is not None and kernels.available
 
 
 def multiplies_bf16(device_type: str) -> bool:
-    """Whether this machine's processor, or its first GPU, has instructions for bf16 products. A processor without them
-    emulates bf16 at a fiftieth of its float32 speed."""
+    """Return whether this machine's processor, or its first GPU, has instructions for bf16 products.
+
+    A processor without them emulates bf16 at a fiftieth of its float32 speed.
+    """
     if device_type == "cuda":
         return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
     if platform.machine() in ("aarch64", "arm64"):
         features = Path("/proc/cpuinfo")
         return features.exists() and " bf16" in features.read_text(errors="replace")
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+# ---- one run
+
+
+def settled(experiment: Experiment, dataset: Dataset) -> Experiment:
+    """Return the experiment with every "auto" of its numerics replaced, so that its run_id says how it computes.
+
+    Runs begun when "auto" was measured at the start keep "auto": their folder holds what was chosen.
+    """
+    train = experiment.train
+    if "auto" not in (train.precision, train.compile, train.channels_last, train.winograd):
+        return experiment
+    if storage.exists(storage.join(experiment.run_folder(dataset.content_hash), FILE)):
+        return experiment
+    bf16 = None
+    found = gpus() if uses_gpu(experiment) else None
+    if found is not None:
+        bf16 = _WITHOUT_BF16.isdisjoint(word for name in found for word in re.split("[ -]", name))
+    with torch.device("meta"):
+        model = build_model(experiment, dataset)
+    chosen = choose_numerics(model, "cpu" if found is None else "cuda", train, bf16)
+    return experiment.model_copy(update={"train": train.model_copy(update=dataclasses.asdict(chosen))})
+
+
+def uses_gpu(experiment: Experiment) -> bool:
+    """Return whether the workers use GPUs: train.gpu, where "auto" means that the cluster has one."""
+    wanted = experiment.train.gpu
+    return bool(gpus()) if wanted == "auto" else bool(wanted)
+
+
+def settle_process(threads: int, device: torch.device) -> None:
+    """Set up a worker's process.
+
+    The number of threads is fixed, since sums depend on it and other workers use the other cores. On a CPU, freed
+    memory is kept for the next tensors. On a GPU, cuDNN sums the gradients of convolutions in a fixed order, so that
+    the same steps give the same weights.
+    """
+    torch.set_num_threads(threads)
+    if device.type == "cpu":
+        keep_freed_memory()
+    else:
+        torch.backends.cudnn.deterministic = True
+
+
+def settle_numerics(experiment: Experiment, run_folder: str, dataset: Dataset, world: World) -> tuple[Numerics, bool]:
+    """Return a run's numerics and whether its results are bit-identical to an uninterrupted run's.
+
+    The stored numerics.json decides, else the settings, which are stored now. A run resumed on another kind of device,
+    or without the compiled kernels it began with, continues but is not bit-identical. Raises UserError for Winograd's
+    convolutions where this machine has none.
+    """
+    device, kernels = device_name(world.device), native.available(norm_act.KERNEL)
+    stored = _read(run_folder)
+    if stored is not None:
+        now = {"device": device, "kernels": kernels}
+        changed = [key for key, value in now.items() if stored.machine.get(key, value) != value]
+        if changed:
+            before = ", ".join(f"{key} {stored.machine[key]}" for key in changed)
+            after = ", ".join(f"{key} {now[key]}" for key in changed)
+            log.warning("resumed with %s after starting with %s: results will not be bit-identical", after, before)
+            stored.numerics.save(run_folder, device=device, kernels=kernels, bit_identical=False)
+        return stored.numerics, stored.bit_identical and not changed
+    train = settled(experiment, dataset).train
+    chosen = Numerics(train.precision, train.channels_last, train.compile, train.winograd)  # type: ignore[arg-type]
+    if chosen.winograd and not winograd_available(chosen.precision, world.device.type):
+        raise UserError(
+            setting="train.winograd",
+            value=True,
+            expected="false or auto on this machine",
+            reason=f"Winograd's kernels need a CPU and a C++ compiler; this is {device} with "
+            f"train.precision={chosen.precision}",
+            fix="train.winograd=auto",
+        )
+    chosen.save(run_folder, device=device, kernels=kernels)
+    return chosen, True
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """The content of numerics.json."""
+
+    numerics: Numerics
+    bit_identical: bool
+    machine: dict[str, Any]  # device and kernels; kernels is missing in files of earlier versions
+
+
+def _read(run_folder: str) -> _Stored | None:
+    uri = storage.join(run_folder, FILE)
+    if not run_folder or not storage.exists(uri):
+        return None
+    try:
+        content = json.loads(storage.read_bytes(uri))
+        machine = {key: content[key] for key in ("device", "kernels") if key in content}
+        return _Stored(Numerics(**content["numerics"]), bool(content.get("bit_identical", True)), machine)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            setting="RUN", value=uri, expected="the numerics that training wrote", reason=str(error)
+        ) from None
