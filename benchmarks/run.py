@@ -1,8 +1,9 @@
-"""`python -m benchmarks.run SUITE ...`: the runs of a suite, one after the other; cut it off and call it again.
+"""`python -m benchmarks.run SUITE ...`: the runs of a suite, one after the other; interrupt it and call it again.
 
-The unit of resumption is one run: a run whose records are committed under benchmarks/results/SUITE/records is
-skipped, one that was cut off resumes from its checkpoint, and an evaluation from the samples it had. Records are
-copied there whenever a run ends or is stopped, and the suite's report is made again from all of them.
+A suite is a sweep (diffscale/sweep) with peers and evaluations at its runs' ends: the sweep's ledger plans the runs,
+and each trains as `diffscale train` does. The unit of resumption is one run: a run whose records are committed in
+benchmarks/results/SUITE/records.jsonl is skipped, an interrupted run resumes from its checkpoint, an evaluation from
+the samples it had. Records are copied there whenever a run ends or is stopped, and the suite's report is written again.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ from diffscale.config.factory import open_training_data
 from diffscale.config.load import parse_overrides
 from diffscale.core import storage
 from diffscale.core.app import command_app, run_app
+from diffscale.core.cache import cache_dir, file_lock
 from diffscale.core.errors import UserError
 from diffscale.records.schema import Record
-from diffscale.records.store import read_records
+from diffscale.records.store import RECORDS_FILE, read_records, write_records_file
 from diffscale.training.numerics import settled
 
 app = command_app()
@@ -40,7 +42,7 @@ STOPPED = 143
 
 @dataclass(frozen=True)
 class Unit:
-    """A part of a suite that is done or not: `go` does it and says whether it got to its end."""
+    """A part of a suite that is done or not. `go` does it and returns whether it reached its end."""
 
     name: str
     run_folder: str
@@ -58,7 +60,7 @@ def main(
     part: Annotated[str, typer.Option(help="I/N: every N-th unit from the I-th, for N processes or machines")] = "1/1",
     results: Annotated[Path, typer.Option(help="where records are committed")] = RESULTS,
 ) -> None:
-    """Run suites of the benchmark, or go on with them. Exit code 143: stopped by SIGTERM, to be resumed."""
+    """Run suites of the benchmark, or resume them. Exit code 143: stopped by SIGTERM; the same command resumes."""
     share, wanted = share_of(part), pattern(only)
     for suite in map(load_suite, suites or suite_names()):
         suite = suite.on_gpu() if gpu else suite
@@ -66,15 +68,15 @@ def main(
 
 
 def pattern(only: str) -> re.Pattern[str]:
-    """Raises UserError for what is no regular expression."""
+    """Return the compiled --only. Raise UserError if it is not a regular expression."""
     try:
         return re.compile(only)
     except re.error as error:
-        raise UserError(setting="--only", value=only, expected=f"a regular expression ({error})") from None
+        raise UserError(setting="--only", value=only, expected="a regular expression", reason=str(error)) from None
 
 
 def share_of(part: str) -> slice:
-    """2/3 → the second, fifth, ... unit. Raises UserError for what is no share."""
+    """Return the slice of --part: 2/3 is the second, fifth, ... unit. Raise UserError for a malformed share."""
     first, _, step = part.partition("/")
     if not (first.isdecimal() and step.isdecimal() and 1 <= int(first) <= int(step)):
         raise UserError(setting="--part", value=part, expected="I/N with 1 ≤ I ≤ N, such as 1/2")
@@ -90,24 +92,33 @@ def run_suite(
     share: slice,
     wanted: re.Pattern[str],
 ) -> None:
-    from diffscale import train
+    """Run the unfinished units of a suite.
+
+    gpu: the suite at its GPU size
+    extra: nested settings over those of every run
+    results: folder of the folders of results
+    dry_run: print what is done and start nothing
+    share: of the units, for this process
+    wanted: pattern in the units' names
+    """
+    from diffscale.training.run import prepare  # import cost
 
     console = Console()
     experiments = suite.experiments(gpu, extra)
     suite.make_data(experiments[0])
-    hashes = [train.prepare(experiment)[0].content_hash for experiment in experiments]
+    hashes = [prepare(experiment)[0].content_hash for experiment in experiments]
     units = units_of(suite, experiments, hashes, wanted)
     if not units:
-        raise UserError(setting="--only", value=wanted.pattern, expected=f"what a unit of {suite.name} is called by")
+        raise UserError(setting="--only", value=wanted.pattern, expected=f"part of a unit's name in {suite.name}")
     out = results / (f"{suite.name}-gpu" if gpu else suite.name)
     for unit in units:
-        keep_records(unit.run_folder, out)  # of a run that was killed before it could
+        keep_records(unit.run_folder, out)  # a killed run has not copied its own
     records = committed(out)
     done = {unit.name: unit.done(records) for unit in units}
     show(console, suite, budget(suite, experiments), done)
     if dry_run:
         return
-    if all(done[unit.name] for unit in units[share]):  # records may have been put there from several machines
+    if all(done[unit.name] for unit in units[share]):  # several machines may have added records
         tabulate(suite, out)
     for unit in units[share]:
         if unit.done(committed(out)):
@@ -124,8 +135,7 @@ def run_suite(
 
 
 def units_of(suite: Suite, experiments: list[Experiment], hashes: list[str], wanted: re.Pattern[str]) -> list[Unit]:
-    """Every run in order, then the peers, then one more evaluation of each run's end where the suite asks for one; of
-    these the ones in whose names the pattern is found."""
+    """Return every run in order, the peers, and the evaluations at the runs' ends, filtered by the pattern."""
     runs = [_run_unit(e, h) for e, h in zip(experiments, hashes, strict=True)]
     peers = [
         _peer_unit(PeerRun(suite.name, peer.name, width, experiments[0]), hashes[0])
@@ -137,13 +147,16 @@ def units_of(suite: Suite, experiments: list[Experiment], hashes: list[str], wan
 
 
 def _run_unit(experiment: Experiment, content_hash: str) -> Unit:
-    from diffscale import train
+    from diffscale.training.run import train  # import cost
 
     def go() -> bool:
-        return train.run(experiment, handle_signals=True).finished
+        return train(experiment, handle_signals=True).finished
 
     resolved = settled(experiment, open_training_data(experiment))
-    ids = {resolved.run_id(content_hash), experiment.run_id(content_hash)}  # the second: before "auto" was part of it
+    ids = {
+        resolved.run_id(content_hash),
+        experiment.run_id(content_hash),
+    }  # 2nd: before "auto" was part of it
 
     def done(records: list[Record]) -> bool:
         return any(r.run_id in ids and reached(r, experiment) for r in records)
@@ -153,7 +166,7 @@ def _run_unit(experiment: Experiment, content_hash: str) -> Unit:
 
 
 def reached(record: Record, experiment: Experiment) -> bool:
-    """Whether a record is of the end of its run's budget."""
+    """Return whether a record is of the end of its run's budget."""
     images, flops = experiment.train.images, experiment.train.flops
     enough = [images is not None and record.images_seen >= images]
     enough += [flops is not None and record.train_flops >= flops * (1 - 1e-9)]
@@ -172,13 +185,12 @@ def _peer_unit(peer: PeerRun, content_hash: str) -> Unit:
 
 
 def _end_unit(experiment: Experiment, content_hash: str, ends: dict) -> Unit:
-    from diffscale.evaluate import How, evaluate_run
+    from diffscale.training.evaluate_runs import evaluate_run  # import cost
 
     unit, n = _run_unit(experiment, content_hash), int(ends["n_generated"])
 
     def go() -> bool:
-        how = How(precision="bf16" if experiment.train.precision == "bf16" else "fp32")  # as along the curve
-        evaluate_run(unit.run_folder, [f"eval.{key}={value}" for key, value in ends.items()], how)
+        evaluate_run(unit.run_folder, [f"eval.{key}={value}" for key, value in ends.items()])
         return True
 
     def done(records: list[Record]) -> bool:
@@ -191,15 +203,20 @@ def _end_unit(experiment: Experiment, content_hash: str, ends: dict) -> Unit:
 
 
 def committed(out: Path) -> list[Record]:
-    return read_records([str(out)]) if (out / "records").exists() else []
+    """Return the records of a suite's results."""
+    file = out / RECORDS_FILE
+    return read_records([str(file)]) if file.exists() else []
 
 
 def keep_records(run_folder: str, out: Path) -> None:
-    """Copies the run's record files and its newest sample grid to the suite's results."""
-    target = out / "records"
-    for uri in storage.list_files(storage.join(run_folder, "records"), ".json"):
-        target.mkdir(parents=True, exist_ok=True)
-        (target / Path(uri).name).write_bytes(storage.read_bytes(uri))
+    """Add the run's records to the suite's records file, and copy its newest sample grid."""
+    if storage.list_files(storage.join(run_folder, "records"), ".json"):
+        with file_lock(cache_dir() / "benchmarks" / f"{out.name}.lock"):  # two parts of a suite may run at once
+            known = {record.record_id: record for record in committed(out)}
+            every = known | {record.record_id: record for record in read_records([run_folder])}
+            if len(every) > len(known):
+                out.mkdir(parents=True, exist_ok=True)
+                write_records_file(str(out / RECORDS_FILE), every.values())
     grids = storage.list_files(storage.join(run_folder, "samples"), ".png")
     if grids:
         samples = out / "samples" / Path(run_folder).name
@@ -209,15 +226,18 @@ def keep_records(run_folder: str, out: Path) -> None:
 
 
 def tabulate(suite: Suite, out: Path) -> None:
-    """The suite's tables, plots and page, from all its records."""
-    from diffscale.report import write_report
+    """Write the suite's tables, plots and page from all its records; one picture for each figure."""
+    from diffscale.report import write_report  # import cost
 
     write_report([str(out)], out, title=f"diffscale: {suite.name}")
+    for twin in (out / "plots").glob("*.svg"):
+        twin.unlink()
     if suite.peers:
         against_peers(committed(out)).to_csv(out / "peers.csv", index=False, lineterminator="\n")
 
 
 def show(console: Console, suite: Suite, table: pd.DataFrame, done: dict[str, bool]) -> None:
+    """Print the runs, their expected cost and the unfinished units."""
     console.print(f"[bold]{suite.name}[/]: {suite.about}", highlight=False)
     columns = ["run", "seed", "forward_gflop", "train_flops", "points", "n", "training_seconds", "evaluation_seconds"]
     shown = Table("run", "seed", "forward\nGFLOP", "train\nFLOPs", "points", "n", "train\ns", "evaluate\ns", box=None)

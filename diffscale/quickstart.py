@@ -38,13 +38,13 @@ def main(
     place = storage.resolve()
     shared = [f"storage={place}", f"eval.n_generated={SAMPLES[size]}"]
 
-    from diffscale import train
-    from diffscale.sweep.run import load_sweep
-    from diffscale.sweep.run import run as run_sweep
+    from diffscale.training.run import train  # import cost
     from diffscale.config.factory import open_training_data
     from diffscale.distributed.connect import connect
     from diffscale.report import write_report
     from diffscale.sweep.ledger import Ledger
+    from diffscale.sweep.run import load_sweep
+    from diffscale.sweep.run import run as run_sweep
 
     def step(number: int, what: str) -> None:
         console.rule(f"[bold]{number}/4[/] {what}   [dim]{time.monotonic() - started:.0f} s", align="left")
@@ -64,7 +64,7 @@ def main(
 
     step(2, f"training {', '.join(BACKBONES)} through Ray Train on {WORKERS} workers")
     connect(num_cpus=WORKERS)
-    folders = [train.run(experiment).run_folder for experiment in experiments]
+    folders = [train(experiment).run_folder for experiment in experiments]
 
     step(3, "sweeping noise schedule x resolution through Ray Tune")
     result = run_sweep(Ledger(sweep))

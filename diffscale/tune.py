@@ -7,7 +7,6 @@ a checkpoint of every running trial.
 
 from __future__ import annotations
 
-import signal
 from typing import Annotated
 
 import typer
@@ -17,7 +16,7 @@ from diffscale.sweep.ledger import Ledger
 from diffscale.sweep.ray_tune import Stopped
 from diffscale.sweep.run import load_sweep, planned, run
 from diffscale.sweep.space import label
-from diffscale.train import EXIT_RESUMABLE, received
+from diffscale.training.run import resumable_exit_code
 
 app = command_app()
 
@@ -38,9 +37,9 @@ def main(
         return
     try:
         result = run(ledger, handle_signals=True)
-    except Stopped:
+    except Stopped as stopped:
         print(f"stopped; the same command resumes the sweep: {ledger.folder}", flush=True)
-        raise typer.Exit(130 if signal.SIGINT in received else EXIT_RESUMABLE) from None
+        raise typer.Exit(resumable_exit_code(stopped.signals)) from None
     if result.failed:
         raise typer.Exit(1)
 

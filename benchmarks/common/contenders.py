@@ -136,7 +136,7 @@ RACES: dict[str, Race] = {
 
 
 def training_flops(build: Build, side: int) -> tuple[int, float]:
-    """(parameters, FLOPs of forward and backward for one image), counted on the meta device as in diffscale.models.cost."""
+    """Return (parameters, FLOPs of forward and backward for one image), counted on the meta device."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 

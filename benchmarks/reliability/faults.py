@@ -1,4 +1,6 @@
-"""`python -m benchmarks.reliability.faults [NAME ...]`: what each fault costs a run and a sweep, on Ray nodes in namespaces.
+"""`python -m benchmarks.reliability.faults [NAME ...]`: what each fault costs a run and a sweep.
+
+Ray nodes run in network namespaces.
 
 Each fault is done to a real training run on its own cluster: a head without CPUs, and worker nodes with one CPU each.
 A row says how long no step was made (recovery), how many images were trained again (lost work), and whether the final

@@ -1,4 +1,6 @@
-"""`python -m benchmarks.reliability.soak [--minutes 30]`: train, evaluate and tune in a loop on one Ray; nothing may grow.
+"""`python -m benchmarks.reliability.soak [--minutes 30]`: train, evaluate and tune in a loop.
+
+All rounds use one Ray; no memory and no handles may grow.
 
 After each round the anonymous memory and the open files of this process and of Ray's own long-lived processes are
 written to benchmarks/results/soak.csv. Flat: over the second half of the rounds the fitted growth is below 1 MB and
@@ -57,17 +59,17 @@ def watched() -> dict[str, psutil.Process]:
 
 def one_round(number: int, storage: Path) -> None:
     """A run from its beginning, its evaluation with another sampler, and a sweep of two trials."""
-    from diffscale import train
+    from diffscale.config.load import load_experiment
+    from diffscale.sweep.ledger import Ledger
     from diffscale.sweep.run import load_sweep
     from diffscale.sweep.run import run as run_sweep
-    from diffscale.config.load import load_experiment
-    from diffscale.evaluate import How, evaluate_run
-    from diffscale.sweep.ledger import Ledger
+    from diffscale.training.evaluate_runs import EvaluateOptions, evaluate_run  # import cost
+    from diffscale.training.run import train  # import cost
 
     settings = [f"storage={storage}", *SMALL, f"train.seed={number}"]
-    result = train.run(load_experiment("quickstart-unet", [*settings, "name=soak"]), show=False)
+    result = train(load_experiment("quickstart-unet", [*settings, "name=soak"]), show=False)
     assert result.finished, result
-    evaluate_run(result.run_folder, ["eval.n_generated=32"], How(), solvers=["heun,steps=4"])
+    evaluate_run(result.run_folder, ["eval.n_generated=32"], EvaluateOptions(solvers=("heun,steps=4",)))
     sweep = load_sweep(
         "quickstart", [*settings, "budget.trial.flops=null", "budget.trial.images=160", "name=soak-sweep"]
     )

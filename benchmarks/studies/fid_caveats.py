@@ -1,4 +1,4 @@
-"""How far resize filter, JPEG quality and sample count move FID on CIFAR-10: `python -m benchmarks.studies.fid_caveats`.
+"""`python -m benchmarks.studies.fid_caveats`: how far resize, JPEG quality and sample count move FID on CIFAR-10.
 
 Test images stand for a perfect generator, training images are the reference; one thing is changed at a time. Features
 are kept in diffscale's cache, so a run that was cut off goes on. Writes results/fid_caveats.csv and .png.

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.suites.budget` writes suites/budget.csv: what every run of every suite is and is expected to cost."""
+"""`python -m benchmarks.suites.budget` writes suites/budget.csv: size and expected cost of every run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One run of another project's recipe (benchmarks/suites/peers.py): trained to the suite's FLOPs, evaluated like our runs."""
+"""One run of another project's recipe (peers.py): trained to the suite's FLOPs and evaluated like our runs."""
 
 from __future__ import annotations
 

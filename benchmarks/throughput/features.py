@@ -27,7 +27,7 @@ from diffscale.evaluation.metrics.distances import Root, frechet_of_features
 from diffscale.evaluation.metrics.statistics import moments_of
 from diffscale.evaluation.networks import inception
 from diffscale.evaluation.networks.extractor import Extractor, create_extractor
-from diffscale.evaluation.networks.fold_batch_norm import fuse_batch_norms
+from diffscale.evaluation.networks.fold_batch_norm import fold_batch_norms
 from diffscale.evaluation.networks.weights import load_weights
 from diffscale.evaluation.sample_writer import SampleWriter
 
@@ -74,7 +74,7 @@ def tf32_extractor() -> Extractor:
     """With both operands of every convolution rounded so."""
     network = inception.Inception()
     network.load(load_weights(inception.PUBLISHED))
-    fuse_batch_norms(network.eval().requires_grad_(False), torch.zeros(1, 3, inception.SIZE, inception.SIZE))
+    fold_batch_norms(network.eval().requires_grad_(False), torch.zeros(1, 3, inception.SIZE, inception.SIZE))
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             module.weight.data = as_tf32(module.weight)

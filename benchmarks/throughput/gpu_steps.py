@@ -24,9 +24,8 @@ from diffscale.config.factory import build_diffusion, build_model
 from diffscale.core.device import matmul_rate
 from diffscale.models.cost import count_cost
 from diffscale.training.learner import Learner
-from diffscale.training.numerics import Numerics, Precision
+from diffscale.training.numerics import Numerics, Precision, settle_process
 from diffscale.training.parallel import World
-from diffscale.training.numerics import settle_process
 
 DATA: Any = Images(32, 3, 0)
 WARM_UP, PROFILED = 3, 3

@@ -38,9 +38,8 @@ from diffscale.core.device import device_name
 from diffscale.core.storage import write_bytes
 from diffscale.data import Dataset, Loader
 from diffscale.training.learner import Learner
-from diffscale.training.numerics import Numerics, choose_numerics
+from diffscale.training.numerics import Numerics, choose_numerics, settle_process
 from diffscale.training.parallel import World
-from diffscale.training.numerics import settle_process
 
 app = command_app()
 PRESET = "quickstart-unet"
@@ -170,13 +169,12 @@ def against_ray(experiment: Experiment, pairs: int, steps: int) -> dict[str, Any
 def overheads(experiment: Experiment, pairs: int, steps: int) -> dict[str, Any]:
     """Seconds blocked, as shares of the seconds of a step; a checkpoint is spread over the ten minutes between two."""
     from diffscale.training.checkpoint import saver as saving
-    from diffscale.training.metrics_log import History
-    from diffscale.training.metrics_log import Monitor
+    from diffscale.training.metrics_log import History, MetricsLog
     from diffscale.training.plan import CHECKPOINT_SECONDS, EVERY_STEPS
 
     learner, dataset = make_learner(experiment, settled(experiment))
     batch = experiment.train.global_batch
-    monitor = Monitor(
+    metrics = MetricsLog(
         History(f"{experiment.storage}/bench", 0), [], None, World(), "fp32", 1e9, None, EVERY_STEPS * batch, None
     )
     step_seconds, ema_seconds, log_seconds, save_seconds = [], [], [], []
@@ -189,7 +187,7 @@ def overheads(experiment: Experiment, pairs: int, steps: int) -> dict[str, Any]:
         ema_seconds.append(time.perf_counter() - started)
         started = time.perf_counter()
         for _ in range(EVERY_STEPS):
-            monitor.step(step, batch, 1.0, 0.0, 1.0, 0)
+            metrics.step(step, batch, 1.0, 0.0, 1.0, 0)
         log_seconds.append((time.perf_counter() - started) / EVERY_STEPS)
         if i % 5 == 0:
             started = time.perf_counter()

@@ -1,7 +1,7 @@
 """Training steps per second against peers, side by side: `python -m benchmarks.throughput.training_step unet-small`.
 
 Two processes on one machine, ours and the peer's, take turns: forward, backward and optimizer on a batch of the same
-shape with the same AdamW. Ours runs as a run would choose by itself (diffscale.training.numerics, diffscale.kernels.heap); the
+shape with the same AdamW. Ours runs as a run would choose by itself (diffscale.training.numerics, diffscale.kernels.runtime); the
 peer runs in the best of {fp32, bf16} × {eager, compile} × {contiguous, channels-last}, measured first: bf16 only where
 the processor has it (emulated it is ten times slower), compiled in the precision that is faster eager. The ratio of
 achieved FLOP/s is the median over the pairs with a bootstrap 95 % interval. Rows go to
@@ -26,7 +26,7 @@ from benchmarks.common.contenders import RACES, training_flops
 from benchmarks.common.measure import cpu_name, made_by
 from benchmarks.common.stepper import Automatic, Stepper
 from diffscale.core.device import matmul_rate
-from diffscale.kernels.heap import keep_freed_memory
+from diffscale.kernels.runtime import keep_freed_memory
 from diffscale.training.numerics import Numerics, multiplies_bf16
 
 RESULTS = Path(__file__).parents[1] / "results" / "throughput" / "training_step.csv"

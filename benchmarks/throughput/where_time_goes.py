@@ -20,8 +20,7 @@ from benchmarks.common.stepper import Automatic, Stepper
 from diffscale.kernels import group_norm as norm_act
 from diffscale.kernels import winograd
 from diffscale.models import PRESETS
-from diffscale.training.numerics import Numerics, multiplies_bf16
-from diffscale.training.numerics import settle_process
+from diffscale.training.numerics import Numerics, multiplies_bf16, settle_process
 
 KINDS = {  # the first kind one of whose words is in the operation's name
     "convolution": ("conv", "cudnn", "winograd"),

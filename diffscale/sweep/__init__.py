@@ -1,1 +1,1 @@
-"""A sweep: which runs it is made of, which of them go on, and what they teach. Ray is in diffscale/tune.py alone."""
+"""Sweeps: the trials, which of them continue, and which settings mattered."""

@@ -1,4 +1,9 @@
-"""Which settings mattered: the share of the metric's variance that each setting's value alone explains."""
+"""Which settings mattered: the share of the metric's variance that each setting's value alone explains.
+
+optuna.importance does not answer this question for a grid: its PED-ANOVA measures which settings separate the best
+trials from the rest, its fANOVA fits a forest that is random and needs many trials, and neither gives an interval.
+Omega squared of a grid of a dozen trials is a sum of squares, and its bootstrap says when a share means nothing.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +18,15 @@ import pandas as pd
 def importance(
     points: Sequence[dict[str, Any]], values: Sequence[float], draws: int = 500, seed: int = 0
 ) -> pd.DataFrame:
-    """One row per key that varies: `importance` = eta squared of the main effect, less what as many random groups
-    would explain (so that a setting that does nothing is near 0), with a bootstrap 95 % interval over the trials.
+    """Return one row for each key that varies, with a bootstrap 95 % interval over the trials.
 
-    points: the settings of each finished trial; values: the metric of each (its logarithm is used when all are
-    positive, since distances vary in ratios). Numbers with more than four values are cut into quartiles.
+    `importance` is omega squared: eta squared of the main effect, less the share that random groups of the same
+    number would explain. A setting without effect is near 0. Numbers with more than four values are cut into quartiles.
+
+    points: settings of each finished trial
+    values: metric of each trial; the logarithm is used if all are positive, since distances vary in ratios
+    draws: bootstrap samples
+    seed: of the bootstrap
     """
     y = np.asarray(values, float)
     if len(y) and (y > 0).all():
@@ -47,7 +56,7 @@ def _groups(column: list[Any]) -> np.ndarray:
 
 
 def _explained(groups: np.ndarray, y: np.ndarray) -> float:
-    """Omega squared, in [0, 1]."""
+    """Return omega squared, in [0, 1]."""
     n, names = len(y), np.unique(groups)
     total = float(((y - y.mean()) ** 2).sum())
     if total == 0 or n <= len(names):

@@ -1,8 +1,8 @@
 """The state of a sweep, in its folder and in its runs' records: JSON and YAML that a resumed sweep continues from.
 
-    STORAGE/sweeps/NAME-<sweep_id>/
-      sweep.yaml            the sweep's settings       trials/<point_id>.json      a point that was started
-      ended/<point_id>.json how that trial ended       decisions/rung-R/*.json     which trials continue
+STORAGE/sweeps/NAME-<sweep_id>/
+  sweep.yaml            the sweep's settings       trials/<point_id>.json      a point that was started
+  ended/<point_id>.json how that trial ended       decisions/rung-R/*.json     which trials continue
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Ray Tune's part of a sweep: it places the trials, restarts those that die, and ends when a signal asks for it."""
+"""The part of a sweep that Ray Tune does: it places trials, restarts those that die, and ends them on a signal."""
 
 from __future__ import annotations
 
@@ -11,24 +11,28 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
-from diffscale.sweep.encoding import encode, point_of
 from diffscale.sweep.ledger import Ledger, Trial
 from diffscale.sweep.settings import Sweep
-from diffscale.sweep.space import VARIANT, point_id
+from diffscale.sweep.space import VARIANT, encode, point_id, point_of
 from diffscale.sweep.trials import run_trial
-from diffscale.train import on_signals
+from diffscale.training.run import on_signals
 
 RESTARTS = 2  # of a trial whose process or node died
 
 
 class Stopped(Exception):
-    """SIGTERM or Ctrl-C: every trial that was running has a checkpoint, and the same command goes on."""
+    """Raised after SIGTERM or Ctrl-C: every running trial has saved a checkpoint, and the same command resumes."""
+
+    def __init__(self, signals: list[int]) -> None:
+        """signals: those that the command received."""
+        super().__init__("stopped by a signal")
+        self.signals = signals
 
 
 def run_trials(
     ledger: Ledger, trials: list[Trial], flops: float | None = None, handle_signals: bool = False
 ) -> dict[str, str]:
-    """Runs each trial to its end, or to `flops`. Returns the ones that failed, with the reason.
+    """Run each trial to its end, or to `flops`. Return the failed ones with their reasons.
 
     handle_signals: SIGTERM and SIGINT end the trials at a checkpoint and raise Stopped (main thread only).
     """
@@ -43,7 +47,7 @@ def run_trials(
 
 
 def run_suggested(ledger: Ledger, done: list[Trial], handle_signals: bool = False) -> dict[str, str]:
-    """The rest of a TPE sweep: Optuna suggests, told of every finished trial so far. See `run_trials`."""
+    """Run the rest of a TPE sweep: Optuna suggests points and knows every finished trial. See `run_trials`."""
     left = ledger.sweep.search.samples - len(done)
     if left <= 0:
         return {}
@@ -61,8 +65,8 @@ def run_suggested(ledger: Ledger, done: list[Trial], handle_signals: bool = Fals
         else:
             low, high = d.uniform or d.loguniform or (0.0, 1.0)
             distributions[key] = FloatDistribution(low, high, log=d.loguniform is not None)
-    told = [(t, ledger.value(t)) for t in done]
-    known = [(encode(ledger.sweep, t.point), v) for t, v in told if v is not None]
+    values = [(t, ledger.value(t)) for t in done]
+    known = [(encode(ledger.sweep, t.point), v) for t, v in values if v is not None]
     search = OptunaSearch(
         space=distributions,
         metric="value",
@@ -78,11 +82,12 @@ def run_suggested(ledger: Ledger, done: list[Trial], handle_signals: bool = Fals
 def _fit(
     ledger: Ledger, space: dict[str, Any], samples: int, flops: float | None, search: Any, handle_signals: bool
 ) -> dict[str, str]:
-    """One `Tuner.fit`.
+    """Run one `Tuner.fit` and return the failed trials with their reasons.
 
-    A run of one worker trains in its trial's own process, which holds that worker's device: Ray Train's processes for
-    it would take longer to start than a small trial takes. The driver of several workers holds no CPU (else the drivers
-    take all and their workers wait for ever): a sliver of the head node instead, and `max_concurrent` bounds them.
+    A run of one worker trains in its trial's process, which holds that worker's device: starting Ray Train's processes
+    would take longer than a small trial. The driver of a run with several workers holds no CPU, because the drivers
+    would take all CPUs and their workers would wait forever. It holds a small share of the head node, and
+    `max_concurrent` limits the number of drivers.
     """
     from diffscale.distributed.connect import connect
 
@@ -94,13 +99,13 @@ def _fit(
     from ray import tune
     from ray.tune import Callback, FailureConfig, RunConfig, TuneConfig
 
-    from diffscale.distributed.messages import STOP, Channel
-    from diffscale.training.setting_up import uses_gpu
+    from diffscale.distributed.messages import STOP, Messages
+    from diffscale.training.numerics import uses_gpu
 
     running: set[str] = set()
 
     class Running(Callback):
-        """Keeps `running` at the trials whose process is alive."""
+        """Keep `running` equal to the set of trials whose process is alive."""
 
         def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
             running.add(trial.trial_id)
@@ -111,7 +116,7 @@ def _fit(
         def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
             running.discard(trial.trial_id)
 
-    channel, here, common = Channel(uuid.uuid4().hex), ledger.one_worker, ledger.common
+    channel, here, common = Messages(uuid.uuid4().hex), ledger.one_worker, ledger.common
     resources = {"node:__internal_head__": 0.001}
     if here:
         resources = {"CPU": common.train.cpus_per_worker, "GPU": int(uses_gpu(common))}
@@ -153,8 +158,10 @@ def _fit(
 
 
 def _until_done(fit: Callable[[], Any], running: set[str], stop: Callable[[], None]) -> Any:
-    """`fit` in a thread, where Ray Tune takes no signals for itself. After one, waits until the trials that were
-    running have stopped at a checkpoint, and raises Stopped."""
+    """Run `fit` in a thread, where Ray Tune installs no signal handlers, and return its result.
+
+    After a signal, wait until the running trials have stopped at a checkpoint, then raise Stopped.
+    """
     done: list[Any] = []
     failed: list[BaseException] = []
     waiting_for: list[set[str]] = []
@@ -170,12 +177,12 @@ def _until_done(fit: Callable[[], Any], running: set[str], stop: Callable[[], No
         stop()
 
     thread = threading.Thread(target=target, daemon=True, name="tune")
-    with on_signals(on_signal):
+    with on_signals(on_signal) as received:
         thread.start()
         while thread.is_alive() and not (waiting_for and not waiting_for[0] & running):
             thread.join(0.2)
     if waiting_for:
-        raise Stopped
+        raise Stopped(received)
     if failed:
         raise failed[0]
     return done[0]

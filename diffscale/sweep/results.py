@@ -1,4 +1,4 @@
-"""What a sweep leaves behind: trials.csv, importance.csv and best.yaml."""
+"""The files of a finished sweep: trials.csv, importance.csv and best.yaml."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from diffscale.sweep.space import overrides_of
 
 
 def write_results(ledger: Ledger, trials: list[Trial], best: Trial | None) -> None:
-    """trials.csv, importance.csv and, as a preset that `diffscale.train` takes, best.yaml."""
+    """Write trials.csv, importance.csv and best.yaml, a preset for `diffscale train`."""
     rows = []
     for trial in trials:
         records = ledger.records(trial)

@@ -16,17 +16,17 @@ from rich.table import Table
 from diffscale.core import storage
 from diffscale.sweep.importance import importance
 from diffscale.sweep.space import label, overrides_of
-from diffscale.training.history import read_lines
+from diffscale.training.metrics_log import read_lines
 
 if TYPE_CHECKING:
     from diffscale.sweep.ledger import Ledger, Trial
 
 REFRESH_SECONDS = 3.0
-QUIET_SECONDS = 90.0  # without a line of its history a trial is not running: it waits for a slot or for its rung
+QUIET_SECONDS = 90.0  # a trial without a new line of history for this long waits for a slot or for its rung
 
 
 class Progress(NamedTuple):
-    """train FLOPs so far, FLOP/s, and when (seconds since 1970) that was heard."""
+    """Training FLOPs so far, FLOP/s, and the time of the report in seconds since 1970."""
 
     flops: float
     speed: float
@@ -34,7 +34,7 @@ class Progress(NamedTuple):
 
 
 class SweepTable:
-    """Reads the runs' records every few seconds while trials run."""
+    """The table of a running sweep; it reads the runs' records every few seconds."""
 
     def __init__(self, ledger: Ledger, trials: list[Trial]) -> None:
         self.ledger, self.trials = ledger, trials
@@ -72,7 +72,7 @@ class SweepTable:
                 print(line, flush=True)
 
     def _progress(self, trial: Trial) -> Progress:
-        """Of the run of the trial (one for each replicate) that was heard of last, from its history and records."""
+        """Return the progress of the trial's most recently active run, from its history and records."""
         rows = self.ledger.records(trial)
         found = Progress(rows[-1].train_flops if rows else 0.0, 0.0, 0.0)
         for folder in trial.folders:
@@ -90,7 +90,7 @@ class SweepTable:
             return ended or "waiting"
         rows, halving = self.ledger.records(trial), self.ledger.sweep.scheduler.name == "halving"
         if halving and rows and rows[-1].train_flops >= progress.flops:
-            return "at rung"  # until the whole rung is there
+            return "at rung"  # it waits for the other trials of the rung
         return "running" if time.time() - progress.heard < QUIET_SECONDS else "waiting"
 
     def _line(self, trial: Trial) -> str:
@@ -122,7 +122,7 @@ class SweepTable:
         return table
 
     def _eta(self, trial: Trial, progress: Progress) -> str:
-        """Until the trial's next rung, or its end; evaluation is not reckoned in."""
+        """Return the time to the trial's next rung or its end, excluding evaluation."""
         if self._state(trial, progress) != "running" or not progress.speed:
             return ""
         goals = [*self.ledger.sweep.scheduler.rungs_flops, trial.experiments[0].train.flops or 0.0]
@@ -134,7 +134,7 @@ class SweepTable:
 
 
 def print_summary(ledger: Ledger, trials: list[Trial], best: Trial | None, failed: dict[str, str]) -> None:
-    """The finished table, which settings mattered, the best preset, and what failed."""
+    """Print the finished table, the settings that mattered, the best preset and the failed trials."""
     console = Console()
     finals = sorted(trials, key=lambda t: _sort_key(ledger, t))
     table = Table(title=f"sweep {ledger.sweep.name}: best first")
@@ -142,7 +142,7 @@ def print_summary(ledger: Ledger, trials: list[Trial], best: Trial | None, faile
         table.add_column(name, justify="left" if name in ("trial", "end") else "right")
     for trial in finals:
         rows, value = ledger.records(trial), ledger.value(trial)
-        end = "failed" if trial.id in failed else ledger.ended(trial.id) or "not begun"
+        end = "failed" if trial.id in failed else ledger.ended(trial.id) or "not started"
         table.add_row(
             label(trial.point),
             end,

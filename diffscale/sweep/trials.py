@@ -21,8 +21,8 @@ def run_trial(sweep: Sweep, config: dict[str, Any], flops: float | None, stop_wi
     """
     from ray import tune
 
-    from diffscale import train
     from diffscale.distributed.messages import STOP, Messages
+    from diffscale.training.run import train  # import cost
 
     ledger = Ledger(sweep)
     point = point_of(sweep, config)
@@ -44,8 +44,8 @@ def run_trial(sweep: Sweep, config: dict[str, Any], flops: float | None, stop_wi
         if flops is not None:
             experiment = with_budget(experiment, flops)
         should_stop = AshaRule(sweep, trial.id) if sweep.scheduler.name == "asha" else None
-        result = train.run(experiment, should_stop=should_stop, show=False, stop_with=stop_with, here=here)
-        if result.reason == "signal":
+        result = train(experiment, should_stop=should_stop, show=False, stop_with=stop_with, here=here)
+        if result.resumable:
             tune.report({"value": worst, "note": "the sweep is stopping"})
             return
         stopped |= result.stopped

@@ -1,4 +1,4 @@
-"""The benchmark's suites: made of runs that can be, within their budgets, and taken up where they were cut off."""
+"""The benchmark's suites: valid runs within their budgets, and resumed where they were interrupted."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from benchmarks.run import pattern, share_of, units_of
+from benchmarks.run import committed, keep_records, pattern, share_of, units_of
 from benchmarks.suites import budget, peer_run
 from benchmarks.suites.peers import RECIPES
-from benchmarks.suites.suite import load_suite, suite_names
+from benchmarks.suites.suite import RESULTS, load_suite, suite_names
 from diffscale.core.errors import UserError
-from diffscale.records.store import read_records
+from diffscale.records.store import read_records, write_record
 
 PEER_PACKAGES = ("diffusers", "denoising_diffusion_pytorch")
 
 
 @pytest.mark.parametrize("name", suite_names())
 def test_a_suite_has_the_budget_that_is_committed_for_it(name: str) -> None:
-    """Sizes and FLOPs are counted, so the committed table is what the suite is (DECISIONS 22)."""
+    """Sizes and FLOPs are counted on the meta device, so the committed table is a function of the suite."""
     suite = load_suite(name)
     kept = pd.read_csv(budget.FILE).query("suite == @name").reset_index(drop=True)
     if not all(importlib.util.find_spec(package) for package in PEER_PACKAGES):  # the optional extra `peers`
@@ -34,7 +34,7 @@ def test_a_suite_has_the_budget_that_is_committed_for_it(name: str) -> None:
         assert (table["forward_gflop"][ours] <= 0.3).all()
 
 
-def test_the_cifar10_suite_asks_for_the_samples_that_were_decided() -> None:
+def test_the_cifar10_suite_evaluates_as_many_samples_as_decided() -> None:
     suite = load_suite("cifar10")
     experiment = suite.experiments()[0]
     assert (experiment.eval.n_generated, suite.ends["n_generated"]) == (2048, 5000)
@@ -67,7 +67,7 @@ def test_an_unknown_suite_names_the_nearest() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(RECIPES))
-def test_a_peer_that_was_killed_goes_on_to_the_same_weights(name: str, tmp_path: Path) -> None:
+def test_a_killed_peer_resumes_to_the_same_weights(name: str, tmp_path: Path) -> None:
     pytest.importorskip("denoising_diffusion_pytorch")
     calm, rough = _peer(name, tmp_path / "calm"), _peer(name, tmp_path / "rough")
     values = [r.value for r in peer_run.run(calm)]
@@ -102,3 +102,26 @@ def test_parts_of_a_suite_are_all_of_it_and_share_nothing():
     for wrong in ("0/2", "3/2", "1", "a/b", "1/-2"):
         with pytest.raises(UserError, match="part"):
             share_of(wrong)
+
+
+def test_results_gain_the_records_of_a_run_once_and_lose_none(tmp_path: Path) -> None:
+    kept = committed(RESULTS / "unet-ablations")
+    run, out = tmp_path / "run", tmp_path / "results"
+    for record in kept[:3]:
+        write_record(str(run), record)
+    keep_records(str(run), out)
+    assert committed(out) == kept[:3]
+    write_record(str(run), kept[3])
+    keep_records(str(run), out)
+    first = (out / "records.jsonl").read_bytes()
+    keep_records(str(run), out)
+    assert committed(out) == kept[:4]
+    assert (out / "records.jsonl").read_bytes() == first
+    assert read_records([str(tmp_path)]) == kept[:4]
+
+
+def test_a_suite_adds_to_the_sweep_that_it_names() -> None:
+    names = [e.name for e in load_suite("emoji-schedule-x-resolution").experiments()]
+    assert names[0] == "emoji-schedule-x-resolution-ddpm-linear-16"
+    assert names[-2:] == ["emoji-schedule-x-resolution-simple-cosine-32"] * 2
+    assert {e.eval.eval_resolution for e in load_suite("emoji-schedule-x-resolution").experiments()} == {64}

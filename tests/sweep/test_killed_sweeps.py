@@ -1,4 +1,4 @@
-"""A sweep that was cut off, by whatever means, ends as if it had not been."""
+"""A sweep that was interrupted produces the same result as an uninterrupted one."""
 
 from __future__ import annotations
 

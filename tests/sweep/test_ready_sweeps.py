@@ -1,4 +1,4 @@
-"""Every sweep in the package has trials that compare, and each of its settings is one that a run takes."""
+"""The sweeps in the package: their trials are comparable and every setting is valid."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from diffscale.config.factory import build_diffusion, build_model, open_training_data
 from diffscale.config.load import preset_names
 from diffscale.sweep.ledger import Ledger
-from diffscale.tune import load_sweep, planned
+from diffscale.sweep.run import load_sweep, planned
 
 TRIALS = {
     "quickstart": 4, "schedule-x-resolution": 12, "shift-x-input-scale": 16, "prediction-x-weighting": 13,
@@ -18,7 +18,7 @@ TRIALS = {
 
 
 @pytest.mark.parametrize("name", preset_names("sweeps"))
-def test_a_ready_sweep_is_made_of_runs_that_can_be(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_ready_sweep_has_valid_runs(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     storage: Path = tmp_path_factory.getbasetemp() / "ready-sweeps"
     trials = planned(Ledger(load_sweep(name, [f"storage={storage}"])))
     assert len(trials) == TRIALS[name]

@@ -1,14 +1,11 @@
-"""The points of a sweep and which of them go on."""
+"""The points of a sweep."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 from pydantic import ValidationError
 
 from diffscale.core.errors import UserError
-from diffscale.sweep.decisions import Decisions, promoted
-from diffscale.sweep.importance import importance
 from diffscale.sweep.settings import Sweep
 from diffscale.sweep.space import grid, nest, overrides_of, point_id, satisfies
 
@@ -64,28 +61,7 @@ def test_dotted_keys_become_a_tree() -> None:
         nest({"a": 1, "a.b": 2})
 
 
-def test_one_in_so_many_goes_on_and_what_is_not_finite_never_does() -> None:
-    values = {"a": 3.0, "b": 1.0, "c": 2.0, "d": float("nan")}
-    assert promoted(values, 2) == {"b", "c"}
-    assert promoted(values, 2, higher_is_better=True) == {"a", "c"}
-    assert promoted({"a": 1.0, "b": 1.0}, 2) == {"a"}
-    assert promoted({"a": float("inf")}, 2) == set()
-    assert promoted({}, 2) == set()
-
-
-def test_a_decision_is_never_revoked(tmp_path) -> None:
-    decisions = Decisions(str(tmp_path))
-    assert decisions.get(0, "t") is None
-    assert decisions.put(0, "t", goes_on=False, value=1.0) is False
-    assert Decisions(str(tmp_path)).put(0, "t", goes_on=True, value=1.0) is False
-
-
-def test_importance_finds_the_setting_that_matters_and_not_the_other() -> None:
-    rng = np.random.default_rng(0)
-    points = [{"a": a, "b": b, "lr": float(rng.uniform())} for a in range(3) for b in range(3) for _ in range(4)]
-    values = [float(np.exp(p["a"] + 0.1 * rng.normal())) for p in points]
-    table = importance(points, values).set_index("setting")
-    assert table.importance["a"] > 0.9
-    assert table.low["a"] > 0.8
-    assert table.importance["b"] < 0.1
-    assert table.importance["lr"] < 0.2
+def test_a_point_adds_to_a_section_without_changing_the_sweep() -> None:
+    s = sweep(overrides={"model": {"name": "unet"}}, variants={"a": {"model.skips": False}, "b": {}})
+    assert nest(overrides_of(s, grid(s)[0])) == {"model": {"name": "unet", "skips": False}}
+    assert nest(overrides_of(s, grid(s)[1])) == {"model": {"name": "unet"}}

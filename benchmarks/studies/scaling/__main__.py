@@ -1,4 +1,4 @@
-"""`python -m benchmarks.studies.scaling [key=value ...]`: measures two workers on this machine, checks the model, and projects.
+"""`python -m benchmarks.studies.scaling [key=value ...]`: two workers here, a model, projections.
 
 Writes benchmarks/results/scaling/measured.csv (this machine: the link as all-reduces show it, the step, predicted and
 measured efficiency of two workers) and projected.csv (published networks on 8, 64 and 1,024 GPUs; nothing in it was

@@ -9,7 +9,7 @@ import pytest
 from diffscale.config.load import load_experiment
 from diffscale.core.errors import UserError
 from diffscale.sweep.ledger import Ledger, check_comparable
-from diffscale.tune import load_sweep, planned
+from diffscale.sweep.run import load_sweep, planned
 
 from .small import ends, tune, write_sweep
 
