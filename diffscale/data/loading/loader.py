@@ -26,7 +26,7 @@ from diffscale.data.loading.augment import augment_images, flip_images
 from diffscale.data.loading.batch_queue import BatchQueue
 from diffscale.data.loading.order import first_use, positions_to_indices
 from diffscale.data.loading.prefetch import ShardPrefetcher, check_cache
-from diffscale.kernels.openmp import one_thread_here
+from diffscale.kernels.runtime import single_threaded
 
 ORDER_CHUNK = 8192  # positions whose rows are computed at once
 MOST_GROUPED = 16
@@ -180,7 +180,7 @@ class Loader:
     def _work(self, batches: BatchQueue[Batch]) -> None:
         made: list[Batch] = []
         try:
-            one_thread_here()
+            single_threaded()
             stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
             with torch.cuda.stream(stream):
                 for stored in self._stored(stream is not None):
