@@ -1,4 +1,4 @@
-"""python -m diffscale.data build | inspect | verify"""
+"""The command `diffscale data`: build, inspect and verify datasets."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def build_command(
     labels: Annotated[str | None, typer.Option(help="CSV of file,label instead of subfolders")] = None,
     max_pixels: Annotated[int, typer.Option(help="larger images are rejected as decompression bombs")] = 50_000_000,
     memory: Annotated[
-        float | None, typer.Option(help="GB that all tasks may take; default: half of what is free")
+        float | None, typer.Option(help="GB for all tasks together; default: half of the free memory")
     ] = None,
     workers: Annotated[
         int | None, typer.Option(help="most tasks at once; 0: in this process, without Ray; default: all CPUs")
@@ -63,7 +63,7 @@ def build_command(
     strict: Annotated[bool, typer.Option(help="stop at the first image that cannot be used")] = False,
     shard_megabytes: Annotated[int, typer.Option(help="size of a shard")] = 256,
 ) -> None:
-    """Make a dataset. The same command goes on after an interruption."""
+    """Build a dataset. The same command continues after an interruption."""
     colour = tuple(int(c) for c in background.split(",") if c.strip().isdigit())
     choices: tuple[tuple[str, object, tuple[object, ...]], ...] = (
         ("--kind", kind, get_args(Kind)),
@@ -78,7 +78,7 @@ def build_command(
             raise UserError(setting=setting, value=value, expected=f"one of {', '.join(map(str, valid))}")
     if len(colour) != 3 or max(colour) > 255:
         raise UserError(
-            setting="--background", value=background, expected="R,G,B with 0 to 255 each, such as 255,255,255"
+            setting="--background", value=background, expected="R,G,B with 0 to 255 each, for example 255,255,255"
         )
     preparation = Preparation(crop, filter, colour, channels, upsample, max_pixels)  # type: ignore[arg-type]
     options = BuildOptions(
@@ -109,7 +109,7 @@ def inspect_command(
     images: Annotated[int, typer.Option(help="images in the grid")] = 64,
     split: Annotated[Literal["train", "heldout"], typer.Option()] = "train",
 ) -> None:
-    """Print what a dataset holds (at all its resolutions), and make a picture of some of it."""
+    """Print the content of a dataset at all its resolutions, and write a grid of some of its images."""
     folder = _absolute(dataset)
     several = [] if storage.exists(storage.join(folder, FILE)) else available_resolutions(folder)
     for side in several:
@@ -124,7 +124,7 @@ def inspect_command(
 
 @app.command("verify")
 def verify_command(dataset: Folder) -> None:
-    """Check every checksum and decode every image. Exit code 1 when something is damaged."""
+    """Check every checksum and decode every image. The exit code is 1 if something is damaged."""
     problems = verify_dataset(_absolute(dataset))
     for problem in problems:
         console.print(problem, markup=False, highlight=False)

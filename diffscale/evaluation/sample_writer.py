@@ -12,7 +12,15 @@ from PIL import Image
 
 from diffscale.core import storage
 from diffscale.core.errors import UserError
-from diffscale.data.format.manifest import Manifest, Shard, Split, made_with, rows_hash, write_manifest
+from diffscale.data.format.manifest import (
+    Manifest,
+    Shard,
+    Split,
+    channel_statistics,
+    made_with,
+    rows_hash,
+    write_manifest,
+)
 from diffscale.data.format.shard import make_batch, write_shard
 from diffscale.evaluation.distribute import Columns, kept_images
 
@@ -67,11 +75,10 @@ class SampleWriter:
         shards = [Shard.model_validate(note["shard"]) for note in notes]
         channels, side, _ = self.shape
         total, squares, count = (np.sum([note["sums"][i] for note in notes], axis=0) for i in range(3))
-        mean = total / count
-        std = np.sqrt((squares / count - mean**2).clip(0))
+        mean, std = channel_statistics(total, squares, int(count))
         identity = rows_hash("uint8", side, channels, shards)
         rows = sum(s.rows for s in shards)
-        split = Split(rows=rows, content_hash=identity, mean=mean.tolist(), std=std.tolist(), shards=shards)
+        split = Split(rows=rows, content_hash=identity, mean=mean, std=std, shards=shards)
         manifest = Manifest(
             layout="pixels",
             dtype="uint8",

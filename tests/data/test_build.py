@@ -259,7 +259,7 @@ def test_an_interrupted_build_continues_and_repeats_no_unit(tmp_path, ray_on_two
 @pytest.mark.slow
 def test_a_build_killed_at_any_moment_gives_the_same_dataset(tmp_path):
     """SIGKILL of the command and all its workers when some units, and again when some shards, are done; then once more
-    the same command: what was done stays as it is, and the result is that of an undisturbed build to the byte."""
+    the same command: finished tasks stay unchanged, and the result equals that of an uninterrupted build to the byte."""
     source = tmp_path / "source"
     for i, image in enumerate(pictures(1500, side=128)):
         (source / f"{i % 5}").mkdir(parents=True, exist_ok=True)
@@ -308,7 +308,7 @@ def test_a_build_killed_at_any_moment_gives_the_same_dataset(tmp_path):
 
 @pytest.mark.parametrize("shuffle", [None, True, False])
 def test_rows_of_a_sorted_source_are_stored_in_random_order_in_shards_of_one_size(tmp_path, shuffle):
-    """So that a few shards are a fair sample of the classes; arrays and tables keep their order unless asked."""
+    """A few shards must be a fair sample of the classes; arrays and tables keep their order by default."""
     source = make_folder(tmp_path / "source")
     chosen = options(str(source), str(tmp_path / "out"), (16,), shuffle=shuffle, shard_bytes=6000)
     build(chosen, show=False)

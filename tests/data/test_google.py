@@ -60,9 +60,9 @@ def test_a_server_that_does_not_answer_is_given_up_with_a_clear_error(monkeypatc
     with pytest.raises(OSError, match="google::cloud::Status") as error:
         open_dataset("gs://bucket/data")
     assert time.monotonic() - before < 30
-    told = storage.unreachable(error.value)
-    assert isinstance(told, UserError)
-    assert "credentials" in told.text()
+    message = storage.unreachable(error.value)
+    assert isinstance(message, UserError)
+    assert "credentials" in message.text()
 
 
 def test_an_unknown_scheme_is_refused():

@@ -1,4 +1,4 @@
-"""Reading Hugging Face's files as they are: the same images that `datasets` itself gives."""
+"""Unconverted files of Hugging Face: the same images as those of `datasets`."""
 
 from __future__ import annotations
 

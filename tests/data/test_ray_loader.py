@@ -1,4 +1,4 @@
-"""`data.loader: ray_data` gives the same batches as the memory-mapped loader, through real Ray Data."""
+"""`data.loader: ray_data` yields the same batches as the memory-mapped loader, through real Ray Data."""
 
 from __future__ import annotations
 

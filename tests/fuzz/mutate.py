@@ -1,7 +1,7 @@
 """Damaged versions of a valid file, and a loop that tries them for a given time.
 
-DIFFSCALE_FUZZ_SECONDS: how long each reader is tried. Default 0, which is one short round; `.ci/run` a few seconds
-each, a minute in all; a full run 600.
+DIFFSCALE_FUZZ_SECONDS: seconds for each reader. The default, 0, is one short round; `.ci/run` takes a few seconds each,
+a minute in total; a full run takes 600.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def damaged_tree(draw: st.DrawFn, valid: dict[str, Any]) -> Any:
 
 
 def fuzz(inputs: st.SearchStrategy[Any], read: Callable[[Any], object]) -> int:
-    """Gives `read` damaged inputs for SECONDS. It may succeed or raise UserError; all else fails the test, shrunk."""
+    """Call `read` with damaged inputs for SECONDS; return how many. Anything but success or UserError fails the test."""
     end, rounds, tried = time.monotonic() + SECONDS, 0, 0
     while rounds == 0 or time.monotonic() < end:
 
@@ -115,7 +115,7 @@ def fuzz(inputs: st.SearchStrategy[Any], read: Callable[[Any], object]) -> int:
 
 
 def fuzz_apart(inputs: st.SearchStrategy[Any], read: Callable[[Any], object]) -> None:
-    """The same in a process of its own, for readers whose native code could crash it."""
+    """Run `fuzz` in a separate process, for readers whose native code could crash it."""
     pid = os.fork()
     if pid == 0:
         try:

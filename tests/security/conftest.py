@@ -1,4 +1,4 @@
-"""Files that a stranger might hand over. Each would leave a mark if any of its code ran."""
+"""Files from strangers. Each would leave a mark if any of its code ran."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def lying_offsets(offsets: list[int]) -> bytes:
     "offsets", [[0, 10, 2**40, 2**41], [0, -(2**40), 5, 6], [0, 10, 5, 64], [2**60, 2**61, 2**62, 2**62 + 1]]
 )
 def test_offsets_outside_the_file_are_an_error_and_not_a_crash(tmp_path, offsets):
-    """In a process of its own: an unchecked offset is a segmentation fault."""
+    """Runs in a separate process: an unchecked offset is a segmentation fault."""
     path = make_dataset(tmp_path / "data", crafted(tmp_path / "data", lying_offsets(offsets)), layout="encoded")
     code = (
         "import sys, numpy as np\n"

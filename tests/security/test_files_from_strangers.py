@@ -84,7 +84,7 @@ def test_yaml_tags_make_no_objects(tmp_path, mark, text):
     ],
 )
 def test_settings_cannot_read_the_environment(tmp_path, monkeypatch, text):
-    """Settings are saved beside checkpoints and in records: a secret must not get into them."""
+    """Settings are saved with checkpoints and in records: a secret must not get into them."""
     monkeypatch.setenv("DIFFSCALE_TEST_SECRET", "hunter2")
     with pytest.raises(UserError) as error:
         cli.load_tree(write(tmp_path / "settings.yaml", text))
