@@ -258,8 +258,8 @@ def test_an_interrupted_build_continues_and_repeats_no_unit(tmp_path, ray_on_two
 
 @pytest.mark.slow
 def test_a_build_killed_at_any_moment_gives_the_same_dataset(tmp_path):
-    """SIGKILL of the command and all its workers when some units, and again when some shards, are done; then once more
-    the same command: finished tasks stay unchanged, and the result equals that of an uninterrupted build to the byte."""
+    """SIGKILL of the command and its workers after some units, and again after some shards; then the same command runs
+    to the end. Finished tasks stay unchanged, and the result equals an uninterrupted build's to the byte."""
     source = tmp_path / "source"
     for i, image in enumerate(pictures(1500, side=128)):
         (source / f"{i % 5}").mkdir(parents=True, exist_ok=True)

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import strategies as st
 
 from diffscale.config import load as cli
+from diffscale.core.hashing import digest_of
 from diffscale.models import create_model
 from diffscale.training.checkpoint import layout as checkpoints
-from diffscale.core.hashing import digest_of
 from diffscale.training.checkpoint.tensors import write_group
 from tests.support.crafted import arrow_file, crafted, make_dataset, pixels_batch, read_everything
 
