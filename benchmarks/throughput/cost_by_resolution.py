@@ -22,9 +22,9 @@ import typer
 from benchmarks.common.contenders import Wrapped
 from benchmarks.common.measure import RESULTS, write
 from benchmarks.common.stepper import Automatic, Stepper
+from diffscale.kernels.runtime import configure_process
 from diffscale.models import PRESETS, create_model
 from diffscale.models.cost import count_cost
-from diffscale.training.numerics import settle_process
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -45,7 +45,7 @@ def settings_at(backbone: str, side: int) -> dict[str, Any]:
 
 def measure(backbone: str, side: int, batch: int, device: str, threads: int, checkpointed: bool, results: Any) -> None:
     """Put (peak bytes above the idle network, median seconds of a step) on the queue; runs in a process of its own."""
-    settle_process(threads, torch.device("cpu"))
+    configure_process(threads, torch.device("cpu"))
 
     def build() -> torch.nn.Module:
         model: Any = create_model(f"{backbone}-tiny", **settings_at(backbone, side))

@@ -22,9 +22,10 @@ from benchmarks.suites.suite import load_suite
 from diffscale.config.experiment import Experiment
 from diffscale.config.factory import build_diffusion, build_model
 from diffscale.core.device import matmul_rate
+from diffscale.kernels.runtime import configure_process
 from diffscale.models.cost import count_cost
 from diffscale.training.learner import Learner
-from diffscale.training.numerics import Numerics, Precision, settle_process
+from diffscale.training.numerics import Numerics, Precision
 from diffscale.training.parallel import World
 
 DATA: Any = Images(32, 3, 0)
@@ -84,7 +85,7 @@ def measure(experiment: Experiment, precision: Precision, device: torch.device, 
 
 def main(steps: Annotated[int, typer.Option(help="timed steps")] = 15) -> None:
     device = torch.device("cuda")
-    settle_process(4, device)
+    configure_process(4, device)
     experiments = [e for e in load_suite("cifar10").experiments(gpu=True) if e.train.seed == 0]
     precisions: tuple[Precision, ...] = ("bf16", "fp32")
     rows = [measure(e, precision, device, steps) for e in experiments for precision in precisions]

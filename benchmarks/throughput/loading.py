@@ -45,7 +45,7 @@ from diffscale.data.build.decode import encode
 from diffscale.data.format.manifest import Manifest, Shard, Split, rows_hash, write_manifest
 from diffscale.data.format.shard import make_batch, write_shard
 from diffscale.data.loading.order import permutation
-from diffscale.training.numerics import settle_process
+from diffscale.kernels.runtime import configure_process
 
 BATCH = 256
 PAIRS = 15
@@ -381,7 +381,7 @@ def measure_shuffle(work: str) -> list[dict[str, Any]]:
 
 
 def main(parts: Annotated[list[str] | None, typer.Argument(help=", ".join(PARTS))] = None) -> None:
-    settle_process(int(os.environ.get("OMP_NUM_THREADS", "1")), torch.device("cpu"))  # as a training worker does
+    configure_process(int(os.environ.get("OMP_NUM_THREADS", "1")), torch.device("cpu"))  # as a training worker does
     measures: dict[str, Callable[[str], list[dict[str, Any]]]] = {
         "gather": measure_gather, "peers": measure_peers, "decode": measure_decode, "step": measure_step,
         "memory": measure_memory, "first": measure_first, "build": measure_build, "shuffle": measure_shuffle,

@@ -37,8 +37,9 @@ from diffscale.core.app import command_app, run_app
 from diffscale.core.device import device_name
 from diffscale.core.storage import write_bytes
 from diffscale.data import Dataset, Loader
+from diffscale.kernels.runtime import configure_process
 from diffscale.training.learner import Learner
-from diffscale.training.numerics import Numerics, choose_numerics, settle_process
+from diffscale.training.numerics import Numerics, choose_numerics
 from diffscale.training.parallel import World
 
 app = command_app()
@@ -82,7 +83,7 @@ def make_learner(experiment: Experiment, numerics: Numerics, world: World | None
 def bare(experiment: Experiment, numerics: Numerics, threads: int, world: World | None = None) -> Callable[[int], None]:
     """A loop over the learner and nothing else; a call runs so many steps."""
     world = world or World()
-    settle_process(threads, torch.device("cpu"))
+    configure_process(threads, torch.device("cpu"))
     learner, dataset = make_learner(experiment, numerics, world)
     batch = experiment.train.global_batch
     batches = iter(Loader(dataset, seed=0, global_batch=batch, shard=world.share(batch), flip=True))

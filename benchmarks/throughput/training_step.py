@@ -1,7 +1,7 @@
 """Training steps per second against peers, side by side: `python -m benchmarks.throughput.training_step unet-small`.
 
 Two processes on one machine, ours and the peer's, take turns: forward, backward and optimizer on a batch of the same
-shape with the same AdamW. Ours runs as a run would choose by itself (diffscale.training.numerics, diffscale.kernels.runtime); the
+shape with the same AdamW. Ours runs as a run would choose by itself (diffscale.training.numerics); the
 peer runs in the best of {fp32, bf16} × {eager, compile} × {contiguous, channels-last}, measured first: bf16 only where
 the processor has it (emulated it is ten times slower), compiled in the precision that is faster eager. The ratio of
 achieved FLOP/s is the median over the pairs with a bootstrap 95 % interval. Rows go to

@@ -19,8 +19,9 @@ from benchmarks.common.measure import write
 from benchmarks.common.stepper import Automatic, Stepper
 from diffscale.kernels import group_norm as norm_act
 from diffscale.kernels import winograd
+from diffscale.kernels.runtime import configure_process
 from diffscale.models import PRESETS
-from diffscale.training.numerics import Numerics, multiplies_bf16, settle_process
+from diffscale.training.numerics import Numerics, multiplies_bf16
 
 KINDS = {  # the first kind one of whose words is in the operation's name
     "convolution": ("conv", "cudnn", "winograd"),
@@ -76,7 +77,7 @@ def main(
     steps: Annotated[int, typer.Option(help="profiled steps")] = 3,
 ) -> None:
     """Profile both contenders of each race, and the tiny presets unless races are named."""
-    settle_process(threads, torch.device("cpu"))
+    configure_process(threads, torch.device("cpu"))
     seen(norm_act, "norm")
     seen(winograd.Kernels, "winograd")
     theirs = Numerics("bf16" if multiplies_bf16(device) else "fp32")

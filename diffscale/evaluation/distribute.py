@@ -18,7 +18,7 @@ from diffscale.evaluation.image_sources import ImageSource
 from diffscale.evaluation.networks.resize import upsample
 from diffscale.evaluation.networks.weights import OFFLINE, WEIGHTS
 from diffscale.evaluation.sampling import ModelSource
-from diffscale.kernels.heap import keep_freed_memory
+from diffscale.kernels.runtime import keep_freed_memory
 
 if TYPE_CHECKING:
     from diffscale.evaluation.networks.extractor import Extractor

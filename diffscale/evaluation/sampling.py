@@ -16,7 +16,7 @@ from diffscale.core.errors import UserError
 from diffscale.core.keyed_random import Stream
 from diffscale.diffusion import Diffusion, Guidance, guided_nfe, keyed_noise, sample
 from diffscale.diffusion.solver_settings import SolverSettings
-from diffscale.kernels.float32 import exact_float32
+from diffscale.kernels.runtime import exact_float32
 
 if TYPE_CHECKING:
     from diffscale.config.experiment import EvalSettings

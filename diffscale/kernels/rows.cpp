@@ -48,7 +48,7 @@ extern "C" void permute(std::int64_t* places, std::int64_t count, std::int64_t n
 }
 
 // A share of the rows by each thread. Fetching a row that is four places ahead hides the wait for its page. The threads
-// are not OpenMP's: a pool of this caller's would slow down the one that trains (diffscale/openmp.py).
+// are not OpenMP's: a pool of this caller's would slow down the one that trains (kernels/runtime.py, single_threaded).
 extern "C" void gather_rows(const std::int64_t* sources, char* target, std::int64_t rows, std::int64_t size, int threads) {
     constexpr std::int64_t ahead = 4;
     const auto copy = [=](int part) {

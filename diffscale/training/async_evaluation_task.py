@@ -11,11 +11,11 @@ import torch
 from diffscale.config.experiment import Experiment
 from diffscale.core import storage
 from diffscale.distributed.messages import EVALUATED, Messages, Notices
+from diffscale.kernels.runtime import configure_process
 from diffscale.training.checkpoint import layout as ck
 from diffscale.training.checkpoint_evaluation import CheckpointEvaluator, evaluated_points
 from diffscale.training.load import load_trained
 from diffscale.training.metrics_log import make_trackers, summary
-from diffscale.training.numerics import settle_process
 from diffscale.training.parallel import World
 
 CHECKPOINT_WAIT_SECONDS = 600.0
@@ -40,7 +40,7 @@ def _evaluate(channel: Messages, config: dict[str, Any], images_seen: int) -> di
     if images_seen in evaluated_points(run_folder, experiment):  # by an earlier attempt
         return {}
     device = torch.device("cuda" if config["gpu"] else "cpu")
-    settle_process(experiment.train.cpus_per_worker, device)
+    configure_process(experiment.train.cpus_per_worker, device)
     trained = load_trained(_complete(run_folder, images_seen), experiment.eval.ema, experiment)
     evaluator = CheckpointEvaluator(
         experiment, trained.dataset, trained.diffusion, World(device=device), trained.numerics

@@ -29,8 +29,7 @@ from diffscale.distributed.connect import gpus
 from diffscale.kernels import compile as native
 from diffscale.kernels import group_norm as norm_act
 from diffscale.kernels import winograd
-from diffscale.kernels.float32 import allow_tf32
-from diffscale.kernels.heap import keep_freed_memory
+from diffscale.kernels.runtime import allow_tf32
 from diffscale.models.accelerate import accelerate, winograd_layers
 from diffscale.models.edm2 import MPWeight
 from diffscale.training.checkpoint.state import is_sharded
@@ -209,20 +208,6 @@ def uses_gpu(experiment: Experiment) -> bool:
     """Return whether the workers use GPUs: train.gpu, where "auto" means that the cluster has one."""
     wanted = experiment.train.gpu
     return bool(gpus()) if wanted == "auto" else bool(wanted)
-
-
-def settle_process(threads: int, device: torch.device) -> None:
-    """Set up a worker's process.
-
-    The number of threads is fixed, since sums depend on it and other workers use the other cores. On a CPU, freed
-    memory is kept for the next tensors. On a GPU, cuDNN sums the gradients of convolutions in a fixed order, so that
-    the same steps give the same weights.
-    """
-    torch.set_num_threads(threads)
-    if device.type == "cpu":
-        keep_freed_memory()
-    else:
-        torch.backends.cudnn.deterministic = True
 
 
 def settle_numerics(experiment: Experiment, run_folder: str, dataset: Dataset, world: World) -> tuple[Numerics, bool]:

@@ -10,7 +10,7 @@ import pytest
 
 TURNS = """
 import resource, sys, torch
-from diffscale.kernels.heap import keep_freed_memory
+from diffscale.kernels.runtime import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 for turn in range(20):

@@ -14,12 +14,11 @@ import yaml
 from diffscale.config.load import load_experiment
 from diffscale.core.errors import UserError
 from diffscale.data import Dataset
-from diffscale.kernels.float32 import exact_float32
+from diffscale.kernels.runtime import exact_float32
 from diffscale.kernels.winograd import FLOAT32
 from diffscale.models import create_model
-from diffscale.training.numerics import Numerics, choose_numerics, multiplies_bf16
+from diffscale.training.numerics import Numerics, choose_numerics, multiplies_bf16, settle_numerics, settled
 from diffscale.training.parallel import World
-from diffscale.training.setting_up import settle_numerics, settled
 
 from .small import SETTINGS, experiment
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffscale.evaluation.metrics.device import to_metric_device
-from diffscale.kernels.float32 import exact_float32
+from diffscale.kernels.runtime import exact_float32
 
 QUERIES, CORPUS = 1024, 8192
 

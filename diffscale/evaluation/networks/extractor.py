@@ -30,7 +30,7 @@ from diffscale.evaluation.networks.weights import (
     load_weights,
     read_safetensors,
 )
-from diffscale.kernels.float32 import exact_float32
+from diffscale.kernels.runtime import exact_float32
 from diffscale.models.accelerate import accelerate_frozen_convolutions
 
 DEFAULT_NETWORK = "efficientnet_lite0"
