@@ -8,6 +8,7 @@ resumes an interrupted evaluation. A folder of images, an .npz of samples or an 
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +17,6 @@ from rich.console import Console
 
 from diffscale.core import storage
 from diffscale.core.app import command_app, run_app
-from diffscale.core.errors import UserError
 
 app = command_app()
 
@@ -43,37 +43,37 @@ def main(
     out: Annotated[str, typer.Option(help="also write the rows to this JSON file")] = "",
 ) -> None:
     """Evaluate a run, a checkpoint or a folder of images."""
-    from diffscale.evaluation.folder import evaluate_folder  # import cost
+    from diffscale.evaluation.folder import evaluate_folder, refuse_sampling  # import cost
     from diffscale.evaluation.networks.weights import weights_from  # import cost
     from diffscale.evaluation.table import rows_table, warnings_of  # import cost
-    from diffscale.training.evaluate_runs import EvaluateOptions, evaluate_run  # import cost
+    from diffscale.training.evaluate_runs import EvaluateOptions, evaluate_run, short_settings  # import cost
     from diffscale.training.load import is_run  # import cost
 
     console = Console()
-
-    def print_picture(uri: str) -> None:
-        console.print(f"picture: {uri}", soft_wrap=True)
-
+    print_picture = partial(console.print, "picture:", soft_wrap=True)
     target = str(Path(target).resolve()) if not storage.is_remote(target) else target
     with weights_from(weights):
         if is_run(target):
-            given = {"metrics": metrics and f"[{metrics}]", "n_generated": n, "resize": resize.removeprefix("default")}
-            settings = [*(overrides or []), *(f"eval.{name}={value}" for name, value in given.items() if value)]
-            options = EvaluateOptions(labels, precision, reference, per_class, memorised, keep, keep_format, workers)
-            records = evaluate_run(
-                target, settings, options, checkpoint=checkpoint, averages=ema, solvers=solver,
-                show=console.status, on_picture=print_picture,
-            )  # fmt: skip
+            settings = [*(overrides or []), *short_settings(metrics, n, resize)]
+            options = EvaluateOptions(
+                checkpoint=checkpoint,
+                averages=tuple(ema or ()),
+                solvers=tuple(solver or ()),
+                labels=labels,
+                precision=precision,
+                reference=reference,
+                per_class=per_class,
+                memorised=memorised,
+                keep=keep,
+                keep_format=keep_format,
+                workers=workers,
+            )
+            records = evaluate_run(target, settings, options, console.status, print_picture)
             rows = [json.loads(record.model_dump_json()) for record in records]
         else:
-            for setting, value in {"OVERRIDE": overrides, "n": n, "ema": ema, "solver": solver, "keep": keep}.items():
-                if value:
-                    expected = "a run or a checkpoint of one: images of a folder are not sampled"
-                    raise UserError(setting=setting, value=value, expected=expected)
-            rows = evaluate_folder(
-                target, reference, (metrics or "fid").split(","), resize=resize, workers=workers, classes=per_class,
-                nearest=memorised, on_picture=print_picture,
-            )  # fmt: skip
+            refuse_sampling(OVERRIDE=overrides, n=n, ema=ema, solver=solver, keep=keep)
+            names = (metrics or "fid").split(",")
+            rows = evaluate_folder(target, reference, names, resize, workers, per_class, memorised, print_picture)
     console.print(rows_table(rows))
     for warning in warnings_of(rows):
         console.print(f"[yellow]note:[/] {warning}", soft_wrap=True)

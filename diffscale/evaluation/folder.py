@@ -24,9 +24,7 @@ def evaluate_folder(
     place: str,
     reference: str,
     metrics: Sequence[str],
-    *,
     resize: str = "default",
-    n_reference: int | None = None,
     workers: int = 0,
     classes: bool = False,
     nearest: int = 0,
@@ -64,7 +62,6 @@ def evaluate_folder(
     settings = EvalSettings(
         metrics=tuple(metrics),
         n_generated=images.n,
-        n_reference=n_reference,
         eval_resolution=side,
         resize=resize,
         grid_images=0,
@@ -89,6 +86,18 @@ def evaluate_folder(
         on_picture(picture)
     shutil.rmtree(work)
     return [m.fields() for m in evaluation.measurements]
+
+
+def refuse_sampling(**given: object) -> None:
+    """Raise UserError for options of sampling, which images on disk do not need. given: by option, falsy if absent."""
+    for setting, value in given.items():
+        if value:
+            raise UserError(
+                setting=setting,
+                value=value,
+                expected="a run or a checkpoint of one",
+                reason="images on disk are not sampled",
+            )
 
 
 def _check_classes(images: Images, theirs: Images) -> None:

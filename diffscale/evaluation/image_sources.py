@@ -13,20 +13,19 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from diffscale.core import storage
 from diffscale.core.errors import UserError
 from diffscale.data import open_dataset
+from diffscale.data.build.decode import IMAGE_SUFFIXES, ImageError, Preparation, open_image
 from diffscale.evaluation.metrics.statistics import UNREADABLE
 
 if TYPE_CHECKING:
     from diffscale.data import Dataset
 
-IMAGE_SUFFIXES = (".png", ".webp", ".bmp", ".jpg", ".jpeg")
-LOSSY_SUFFIXES = (".jpg", ".jpeg")
-MOST_PIXELS = 64_000_000
+LOSSY_SUFFIXES = (".jpg", ".jpeg", ".jp2", ".avif")
+AS_BUILT = Preparation(max_pixels=64_000_000)
 
 Images: TypeAlias = "Dataset | FileSource"
 
@@ -96,7 +95,7 @@ class FileSource:
             return cls([], array)
         files = sorted(p for p in place.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
         if not files:
-            expected = f"a folder with images ({', '.join(IMAGE_SUFFIXES)})"
+            expected = f"a folder with images ({', '.join(sorted(IMAGE_SUFFIXES))})"
             raise UserError(setting="FOLDER", value=str(place), expected=expected)
         return cls(files, lossy=any(f.suffix.lower() in LOSSY_SUFFIXES for f in files))
 
@@ -153,16 +152,13 @@ def select_images(images: Images, rows: np.ndarray) -> DatasetSource | FileSourc
 
 
 def _read_image(file: Path) -> np.ndarray:
-    """Return RGB (H,W,3) uint8. Raises UserError that names a file which is damaged or implausibly large."""
+    """Return RGB (H,W,3) uint8, opened as a dataset's build opens it. Raises UserError that names an unusable file."""
     try:
-        with Image.open(file) as image:
-            if image.width * image.height > MOST_PIXELS:
-                raise ValueError(f"{image.width}x{image.height} pixels")
-            return np.asarray(image.convert("RGB"))
-    except (*UNREADABLE, SyntaxError, Image.DecompressionBombError) as error:
+        return np.asarray(open_image(file.read_bytes(), AS_BUILT).image)
+    except (ImageError, OSError) as error:
         raise UserError(
             setting="FOLDER",
             value=str(file),
-            expected=f"a readable image of at most {MOST_PIXELS:,} pixels",
-            reason=type(error).__name__,
+            expected=f"a readable image of at most {AS_BUILT.max_pixels:,} pixels",
+            reason=str(error),
         ) from None

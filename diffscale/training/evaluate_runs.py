@@ -22,8 +22,11 @@ from diffscale.training.parallel import World
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Options of an evaluation beyond the `eval` settings."""
+    """What to evaluate of a run, and how, beyond the `eval` settings."""
 
+    checkpoint: str = "last"  # last, all, or a number of images seen
+    averages: tuple[str, ...] = ()  # of the weights; empty: that of the settings
+    solvers: tuple[str, ...] = ()  # "heun,steps=18"; empty: that of the settings
     labels: str = "train"  # train, uniform, balanced, none, or a class
     precision: str = ""  # fp32 or bf16 for sampling; empty: as the run computes
     reference: str = ""  # an .npz of statistics in place of the training images
@@ -38,10 +41,6 @@ def evaluate_run(
     target: str,
     overrides: Iterable[str] = (),
     options: EvaluateOptions = EvaluateOptions(),
-    *,
-    checkpoint: str = "last",
-    averages: Sequence[str] | None = None,
-    solvers: Sequence[str] | None = None,
     show: Callable[[str], AbstractContextManager] = nullcontext,
     on_picture: Callable[[str], None] = lambda uri: None,
 ) -> list[Record]:
@@ -49,21 +48,26 @@ def evaluate_run(
 
     Weights of the feature networks are loaded before the first sample is drawn: UserError when there are none.
 
-    target: a run's folder or a checkpoint. checkpoint: "last", "all", or a number of images seen.
+    target: a run's folder or a checkpoint.
     overrides: other `eval` settings, as on the command line.
-    averages, solvers: default: those of the settings.
     show: context of each evaluation, called with its description.
     on_picture: called with the URI of each picture.
     """
     overrides = list(overrides)
     records: list[Record] = []
-    for uri in list_targets(target, checkpoint):
-        chosen: Sequence[str | None] = solvers or [None]
-        for solver in chosen:
+    for uri in list_targets(target, options.checkpoint):
+        solvers: Sequence[str | None] = options.solvers or [None]
+        for solver in solvers:
             experiment = settings_of_run(uri, overrides, solver)
-            for average in averages or [experiment.eval.ema]:
+            for average in options.averages or [experiment.eval.ema]:
                 records += evaluate_trained(load_trained(uri, average, experiment), options, show, on_picture)
     return records
+
+
+def short_settings(metrics: str, n: int, resize: str) -> list[str]:
+    """Return overrides for the command's short options; an empty one, 0 or "default" changes nothing."""
+    given = {"metrics": metrics and f"[{metrics}]", "n_generated": n, "resize": resize.removeprefix("default")}
+    return [f"eval.{name}={value}" for name, value in given.items() if value]
 
 
 def evaluate_trained(

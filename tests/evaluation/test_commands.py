@@ -38,13 +38,18 @@ from .conftest import pictures, write_dataset
 
 FD = "fd_efficientnet_lite0"
 SETTINGS = {
-    "name": "small", "data": {"resolution": 8},
+    "name": "small",
+    "data": {"resolution": 8},
     "model": {"name": "unet", "model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4]},
     "train": {"images": 24, "global_batch": 12, "precision": "fp32", "compile": False, "channels_last": False},
     "eval": {
-        "metrics": [FD], "n_generated": 20, "n_reference": 64, "batch": 10, "solver": {"name": "ddim", "steps": 2},
+        "metrics": [FD],
+        "n_generated": 20,
+        "n_reference": 64,
+        "batch": 10,
+        "solver": {"name": "ddim", "steps": 2},
     },
-}  # fmt: skip
+}
 
 
 @dataclass
@@ -111,8 +116,11 @@ def test_evaluate_writes_records_once_with_several_solvers_and_averages(ray_clus
     records = read_records([str(run)])
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert {(r.solver, r.ema, r.nfe) for r in records} == {
-        ("ddim", "none", 2), ("ddim", "halflife", 2), ("heun", "none", 3), ("heun", "halflife", 3),
-    }  # fmt: skip
+        ("ddim", "none", 2),
+        ("ddim", "halflife", 2),
+        ("heun", "none", 3),
+        ("heun", "halflife", 3),
+    }
     assert {r["record_id"] for r in rows} == {r.record_id for r in records}
     # Not the weights of training under the name of their average: the two differ.
     values = {(r.solver, r.ema): r.value for r in records}
@@ -129,8 +137,10 @@ def test_sample_keeps_images_and_compares_runs_at_the_same_seeds(ray_cluster, ru
     (folder,) = (p for p in tmp_path.iterdir() if p.is_dir())
     assert len(list(folder.glob("*.png"))) == 12
     assert {p.name.removeprefix(folder.name) for p in tmp_path.glob("*.png")} == {
-        "-grid.png", "-trajectory.png", "comparison.png",
-    }  # fmt: skip
+        "-grid.png",
+        "-trajectory.png",
+        "comparison.png",
+    }
     comparison = np.asarray(Image.open(tmp_path / "comparison.png").convert("L"))[:, -600:]
     half = comparison.shape[0] // 2
     np.testing.assert_array_equal(comparison[2 : half - 1], comparison[half + 1 : -2][: half - 3])

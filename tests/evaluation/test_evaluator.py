@@ -25,11 +25,19 @@ FD = "fd_efficientnet_lite0"
 def settings(**changes) -> SimpleNamespace:
     """The fields of `experiment.eval`; the evaluator reads attributes alone."""
     values = {
-        "metrics": (FD,), "n_generated": 40, "n_reference": None, "n_heldout": None, "eval_resolution": None,
+        "metrics": (FD,),
+        "n_generated": 40,
+        "n_reference": None,
+        "n_heldout": None,
+        "eval_resolution": None,
         "resize": "default",
-        "solver": SimpleNamespace(name="ddim"), "guidance_scale": 1.0, "guidance_interval": None, "seed": 0, "batch": 8,
+        "solver": SimpleNamespace(name="ddim"),
+        "guidance_scale": 1.0,
+        "guidance_interval": None,
+        "seed": 0,
+        "batch": 8,
         "grid_images": 9,
-    }  # fmt: skip
+    }
     return SimpleNamespace(**values | changes)
 
 

@@ -95,10 +95,12 @@ def test_the_key_changes_with_content_network_resize_resolution_and_number(tmp_p
     same = write_dataset(tmp_path / "moved" / "a", 48, 16)
     assert reference_key(same, VIEW, None) == reference_key(a, VIEW, None) == reference_key(a, VIEW, 48)
     others = [
-        reference_key(b, VIEW, None), reference_key(a, View("other", 16), None),
+        reference_key(b, VIEW, None),
+        reference_key(a, View("other", 16), None),
         reference_key(a, View("pixels", 32), None),
-        reference_key(a, View("pixels", 16, "clean"), None), reference_key(a, VIEW, 40),
-    ]  # fmt: skip
+        reference_key(a, View("pixels", 16, "clean"), None),
+        reference_key(a, VIEW, 40),
+    ]
     assert len({reference_key(a, VIEW, None), *others}) == 6
 
 

@@ -100,18 +100,32 @@ def _torchscript_names() -> dict[str, str]:
     c = {"branch1x1": "conv", **tower("branch7x7", "tower", 1, 3), **tower("branch7x7dbl", "tower_1", 1, 5)}
     d = {**tower("branch3x3", "tower", 1, 2), **tower("branch7x7x3", "tower_1", 1, 4)}
     e = {
-        "branch1x1": "conv", "branch3x3_1": "tower_conv", "branch3x3_2a": "tower_mixed_conv",
-        "branch3x3_2b": "tower_mixed_conv_1", "branch3x3dbl_1": "tower_1_conv", "branch3x3dbl_2": "tower_1_conv_1",
-        "branch3x3dbl_3a": "tower_1_mixed_conv", "branch3x3dbl_3b": "tower_1_mixed_conv_1",
+        "branch1x1": "conv",
+        "branch3x3_1": "tower_conv",
+        "branch3x3_2a": "tower_mixed_conv",
+        "branch3x3_2b": "tower_mixed_conv_1",
+        "branch3x3dbl_1": "tower_1_conv",
+        "branch3x3dbl_2": "tower_1_conv_1",
+        "branch3x3dbl_3a": "tower_1_mixed_conv",
+        "branch3x3dbl_3b": "tower_1_mixed_conv_1",
         "branch_pool": "tower_2_conv",
-    }  # fmt: skip
+    }
     pool = {"branch_pool": "tower_2.conv"}
     stem = ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "Conv2d_3b_1x1", "Conv2d_4a_3x3")
     names = {name: "conv" + (f"_{i}" if i else "") for i, name in enumerate(stem)}
     mixed = {
-        "5b": a | pool, "5c": a | pool, "5d": a | pool, "6a": b, "6b": c | pool, "6c": c | pool, "6d": c | pool,
-        "6e": c | pool, "7a": d, "7b": e, "7c": e,
-    }  # fmt: skip
+        "5b": a | pool,
+        "5c": a | pool,
+        "5d": a | pool,
+        "6a": b,
+        "6b": c | pool,
+        "6c": c | pool,
+        "6d": c | pool,
+        "6e": c | pool,
+        "7a": d,
+        "7b": e,
+        "7c": e,
+    }
     for i, (block, branches) in enumerate(mixed.items()):
         scope = "mixed" + (f"_{i}" if i else "")
         names |= {f"Mixed_{block}.{ours}": f"{scope}.{theirs}" for ours, theirs in branches.items()}

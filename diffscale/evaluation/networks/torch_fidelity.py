@@ -26,18 +26,26 @@ DINOV2_SIZE = 224
 DINOV2 = {
     # name: (timm's architecture, Meta's file, sha256 of it)
     "dinov2-vit-s-14": (
-        "vit_small_patch14_dinov2", "dinov2_vits14", "b938bf1bc15cd2ec0feacfe3a1bb553fe8ea9ca46a7e1d8d00217f29aef60cd9"
+        "vit_small_patch14_dinov2",
+        "dinov2_vits14",
+        "b938bf1bc15cd2ec0feacfe3a1bb553fe8ea9ca46a7e1d8d00217f29aef60cd9",
     ),
     "dinov2-vit-b-14": (
-        "vit_base_patch14_dinov2", "dinov2_vitb14", "0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73"
+        "vit_base_patch14_dinov2",
+        "dinov2_vitb14",
+        "0b8b82f85de91b424aded121c7e1dcc2b7bc6d0adeea651bf73a13307fad8c73",
     ),
     "dinov2-vit-l-14": (
-        "vit_large_patch14_dinov2", "dinov2_vitl14", "d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428"
+        "vit_large_patch14_dinov2",
+        "dinov2_vitl14",
+        "d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428",
     ),
     "dinov2-vit-g-14": (
-        "vit_giant_patch14_dinov2", "dinov2_vitg14", "baf8467e50af277596bbbafa06887c177ee899ab46033649c383577d7e9309d3"
+        "vit_giant_patch14_dinov2",
+        "dinov2_vitg14",
+        "baf8467e50af277596bbbafa06887c177ee899ab46033649c383577d7e9309d3",
     ),
-}  # fmt: skip
+}
 NAMES = (*clip.MODEL_METADATA, *DINOV2)
 
 

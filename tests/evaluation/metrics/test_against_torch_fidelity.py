@@ -97,10 +97,14 @@ def test_every_metric_agrees_with_calculate_metrics_to_1e6(extract, fid_toleranc
     near, score = precision_recall(generated, reference), inception_score(generated)
     ours = {
         "frechet_inception_distance": frechet_of_features(generated, Root.of(moments_of(reference))),
-        "kernel_inception_distance_mean": kid[0], "kernel_inception_distance_std": kid[1],
-        "precision": near.precision, "recall": near.recall, "f_score": near.f_score,
-        "inception_score_mean": score[0], "inception_score_std": score[1],
-    }  # fmt: skip
+        "kernel_inception_distance_mean": kid[0],
+        "kernel_inception_distance_std": kid[1],
+        "precision": near.precision,
+        "recall": near.recall,
+        "f_score": near.f_score,
+        "inception_score_mean": score[0],
+        "inception_score_std": score[1],
+    }
     assert set(theirs) == set(ours)
     for key, value in ours.items():
         tolerance = fid_tolerance if key == "frechet_inception_distance" else 1e-6
@@ -119,6 +123,6 @@ def test_the_check_value_from_arrow_with_the_real_inception(tmp_path):
             arrow(check_images(train), tmp_path / name)
     except UserError as error:
         pytest.skip(f"neither on this machine nor from a registry: {error.setting}")
-    (fid,) = evaluate_folder(str(tmp_path / "test"), str(tmp_path / "train"), ["fid"]).measurements
-    assert fid.value == pytest.approx(CHECK_VALUE, abs=0.01)
-    assert (fid.metric, fid.network, fid.n_generated, fid.n_reference) == ("fid", "inception", 256, 256)
+    (fid,) = evaluate_folder(str(tmp_path / "test"), str(tmp_path / "train"), ["fid"])
+    assert fid["value"] == pytest.approx(CHECK_VALUE, abs=0.01)
+    assert (fid["metric"], fid["network"], fid["n_generated"], fid["n_reference"]) == ("fid", "inception", 256, 256)

@@ -1,4 +1,4 @@
-"""Expected values: closed forms (the Fréchet distance of Gaussians, Dowson and Landau 1982) and torch-fidelity on the same features."""
+"""Expected values: closed forms for Gaussians (Dowson and Landau 1982), and torch-fidelity on the same features."""
 
 from __future__ import annotations
 

@@ -79,9 +79,12 @@ def dinov2_state(width: int = 384, depth: int = 12) -> dict[str, torch.Tensor]:
     """Random weights of ViT-S/14 under Meta's keys, the same on every machine."""
     random = np.random.RandomState(0)
     shapes = {
-        "cls_token": (1, 1, width), "pos_embed": (1, 1 + 37 * 37, width), "mask_token": (1, width),
-        "patch_embed.proj.weight": (width, 3, 14, 14), "patch_embed.proj.bias": (width,),
-    }  # fmt: skip
+        "cls_token": (1, 1, width),
+        "pos_embed": (1, 1 + 37 * 37, width),
+        "mask_token": (1, width),
+        "patch_embed.proj.weight": (width, 3, 14, 14),
+        "patch_embed.proj.bias": (width,),
+    }
     for i in range(depth):
         for name, shape in {
             "norm1.weight": (width,),
