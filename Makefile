@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart test test-slow lint benchmark install install-dev install-peers clean
+.PHONY: quickstart test test-gate test-slow lint benchmark install install-dev install-peers clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -37,10 +37,13 @@ lint: install-dev
 test: lint  ## ruff, mypy and the fast tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=15 $(ARGS)
 
+test-gate: install-dev  ## the slow tests that decide: kills, a lost node, overfitting, a whole sweep, a job
+	$(BIN)/python -m pytest -m gate --durations=0 $(ARGS)
+
 test-slow: install-dev  ## the tests that take minutes: kill tests, overfit tests, whole sweeps
 	$(BIN)/python -m pytest -m slow --durations=15 $(ARGS)
 
-benchmark: install-peers  ## every suite, one run after the other; cut it off and call it again
+benchmark: install-peers  ## every suite, one run after the other; interrupt it and call it again
 	$(BIN)/python -m benchmarks.run $(ARGS)
 
 clean:

@@ -33,6 +33,7 @@ def checkpoints(storage: Path) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.gate
 @pytest.mark.timeout(1200)
 def test_a_job_is_stopped_with_a_checkpoint_and_submitting_it_again_finishes_it(local_cluster, tmp_path):
     images = BATCH * 200

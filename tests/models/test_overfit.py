@@ -23,7 +23,7 @@ def images() -> torch.Tensor:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [pytest.param(m, marks=pytest.mark.gate if m == "dit" else ()) for m in MODELS])
 def test_64_images_are_learnt_by_heart(name):
     torch.manual_seed(0)
     model, x0 = create_model(f"{name}-tiny", **({"resolution": 8} | SIDE.get(name, {}))), images()

@@ -29,6 +29,7 @@ def test_overrides_reach_the_sweep_or_every_trial(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.gate
 def test_halving_ends_with_a_preset_that_train_takes(tmp_path: Path) -> None:
     assert tune(write_sweep(tmp_path)).wait(timeout=280) == 0
     assert sorted(ends(tmp_path).values()) == ["finished", "stopped", "stopped"]

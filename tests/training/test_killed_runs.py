@@ -14,9 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from diffscale import train
 from diffscale.training.checkpoint import layout as ck
-from diffscale.training.history import read_history
+from diffscale.training.metrics_log import read_history
+from diffscale.training.run import train
 
 from .small import BATCH, environment, experiment, final_state, kill_all, settings_file, wait_for
 
@@ -26,7 +26,7 @@ RESUMABLE = 143
 
 @pytest.fixture(scope="module")
 def uninterrupted(shared_storage: Path, private_ray: None) -> dict[str, str]:
-    result = train.run(experiment(shared_storage, name="whole", train=WORKERS), show=False)
+    result = train(experiment(shared_storage, name="whole", train=WORKERS), show=False)
     assert result.finished
     return final_state(result.run_folder)
 
@@ -67,7 +67,7 @@ def run_killing_workers(storage: Path, name: str, moments: list[int], seed: int)
 
     thread = threading.Thread(target=killer, daemon=True)
     thread.start()
-    result = train.run(e, show=False)
+    result = train(e, show=False)
     thread.join(timeout=5)
     assert result.finished
     assert not thread.is_alive()
@@ -75,6 +75,7 @@ def run_killing_workers(storage: Path, name: str, moments: list[int], seed: int)
 
 
 @pytest.mark.slow
+@pytest.mark.gate
 def test_a_killed_worker_leaves_the_same_weights(shared_storage: Path, uninterrupted: dict[str, str]) -> None:
     folder = run_killing_workers(shared_storage, "worker", [30 * BATCH], seed=0)
     assert final_state(folder) == uninterrupted
@@ -89,6 +90,7 @@ def start(storage: Path, *overrides: str) -> subprocess.Popen[str]:
 
 @pytest.mark.timeout(900)
 @pytest.mark.slow
+@pytest.mark.gate
 def test_sigterm_and_a_killed_command_leave_the_same_weights(
     shared_storage: Path, uninterrupted: dict[str, str]
 ) -> None:
@@ -183,7 +185,7 @@ def test_a_hung_rank_is_noticed_and_the_run_goes_on(
 
     thread = threading.Thread(target=stop_one, daemon=True)
     thread.start()
-    result = train.run(e, show=False)
+    result = train(e, show=False)
     thread.join(timeout=5)
     assert result.finished
     assert final_state(folder) == uninterrupted
