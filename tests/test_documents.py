@@ -25,8 +25,8 @@ ABSENT = re.compile(
 RETIRED_WORDS = re.compile(
     r"\bbeside\b"
     r"|\bhand(s|ed|ing)? over\b"
-    r"|\b(make|makes|made|making) up\b"
-    r"|\b(take|takes|taken|took|taking) up\b"
+    r"|\b(make|makes|made|making) up\b(?! (for|of))"
+    r"|\b(take|takes|taken|took|taking) up\b(?! to)"
     r"|\b(lay|lays|laid) over\b"
     r"|\blearn(t|s|ed)? by heart\b"
     r"|\b(is|are|was|were) (not )?to be\b"
