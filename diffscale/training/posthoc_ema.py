@@ -25,7 +25,7 @@ SWEEP_WIDTHS = (0.02, 0.03, 0.045, 0.065, 0.09, 0.125, 0.17, 0.2)
 def make(run: str, widths: list[float], images: int | None = None) -> tuple[str, dict[float, float]]:
     """Write the averages into a checkpoint; return its folder and, for each width, the residual of its profile.
 
-    Raises UserError where the run has no such checkpoint or no power-function averages.
+    Raises UserError where the run has no checkpoint there or no power-function averages.
 
     run: the run's folder, absolute.
     widths: relative widths of the averages (a power function's standard deviation as a share of training).

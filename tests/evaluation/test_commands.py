@@ -239,7 +239,7 @@ def test_folders_that_cannot_be_compared_are_refused(folders, own_cache, tmp_pat
         call(evaluate.app, str(reference))
 
 
-def test_classes_and_the_nearest_pictures_of_images_that_are_there(folders, own_cache, tmp_path, monkeypatch):
+def test_classes_and_the_nearest_pictures_of_images_on_disk(folders, own_cache, tmp_path, monkeypatch):
     images, reference = folders
     write_dataset(tmp_path / "samples", 30, 16, seed=3)
     monkeypatch.chdir(tmp_path)
@@ -255,19 +255,19 @@ def test_classes_and_the_nearest_pictures_of_images_that_are_there(folders, own_
         call(evaluate.app, str(images), *arguments, "--per-class")
 
 
-def test_what_is_said_about_sampling_is_not_ignored_for_images_that_are_there(folders, own_cache):
+def test_options_of_sampling_are_refused_for_images_on_disk(folders, own_cache):
     images, reference = folders
     for option in (["eval.n_generated=7"], ["--n", "7"], ["--solver", "ddim"], ["--ema", "none"], ["--keep", "there"]):
         with pytest.raises(UserError, match="are not sampled"):
             call(evaluate.app, str(images), *option, "--reference", str(reference), "--metrics", FD)
 
 
-def test_a_folder_whose_evaluation_was_cut_off_is_not_read_twice(folders, own_cache, monkeypatch):
+def test_a_folder_whose_evaluation_was_interrupted_is_not_read_twice(folders, own_cache, monkeypatch):
     images, reference = folders
     whole = evaluate_folder(str(images), str(reference), [FD])
     assert list((own_cache / "evaluations").iterdir()) == []
-    monkeypatch.setattr(Evaluator, "measure", lambda *a: pytest.fail("cut off"))
-    with pytest.raises(BaseException, match="cut off"):
+    monkeypatch.setattr(Evaluator, "measure", lambda *a: pytest.fail("interrupted"))
+    with pytest.raises(BaseException, match="interrupted"):
         evaluate_folder(str(images), str(reference), [FD])
     monkeypatch.undo()
     monkeypatch.setenv("DIFFSCALE_CACHE", str(own_cache))

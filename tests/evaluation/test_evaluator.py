@@ -102,7 +102,7 @@ def test_an_interrupted_evaluation_goes_on_and_gives_the_same_numbers(dataset, n
     assert ends(tmp_path / "work") == {0: 64, 64: 128, 128: 130}
 
 
-def test_runs_of_another_resolution_are_compared_at_the_common_one_with_the_native_beside(dataset, tmp_path):
+def test_runs_of_another_resolution_are_compared_at_the_common_one_and_at_their_own(dataset, tmp_path):
     larger = write_dataset(tmp_path / "large", 48, 32)
     both = settings(eval_resolution=32)
     evaluator = Evaluator(both, dataset, str(tmp_path), compared=larger)

@@ -65,7 +65,7 @@ def precision_recall(generated: NDArray, reference: NDArray, *, k: int = 3, k_de
     """Return precision and recall (Kynkäänniemi et al. 2019; k = 3), density and coverage (Naeem et al. 2020; k = 5).
 
     Precision: share of *generated* samples inside the ball of any reference image; recall: share of *reference*
-    images inside the ball of any generated sample. A ball reaches to the k-th nearest of its own set.
+    images inside the ball of any generated sample. A ball reaches to the k-th nearest of the same set.
     Raises ValueError when a set has no more than k_density samples.
     """
     if min(len(generated), len(reference)) <= k_density:

@@ -104,7 +104,7 @@ def load_moments(path: Path, spatial: bool = False) -> Moments:
     """Read statistics from an .npz of diffscale, ADM or EDM: `mu` and `sigma`, for sFID ADM's `mu_s` and `sigma_s`.
 
     A file without the number of samples gets n = 0, which a record shows as unknown.
-    Raises UserError when the file is not such an .npz; nothing in it is unpickled.
+    Raises UserError if the file is not an .npz of statistics; nothing in it is unpickled.
     """
     names = ("mu_s", "sigma_s") if spatial else ("mu", "sigma")
     try:
