@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from diffscale.distributed.connect import connect
 from diffscale.evaluation.distribute import devices
 from diffscale.evaluation.evaluator import Evaluator
 from diffscale.evaluation.image_sources import Images, open_images, select_images
+
+if TYPE_CHECKING:
+    from diffscale.data import Dataset
 
 
 def evaluate_folder(
@@ -68,7 +71,7 @@ def evaluate_folder(
     )
     evaluator = Evaluator(
         settings,
-        theirs,
+        cast("Dataset", theirs),  # only a model's samples and grids need more than its resolution
         str(cache_dir()),
         compared=theirs,
         device=device,
