@@ -14,10 +14,10 @@ import typer
 from rich.console import Console
 
 from diffscale.config.load import load_experiment
-from diffscale.core.app import run_app
+from diffscale.core.app import command_app, run_app
 from diffscale.training.run import EXIT_STOPPED, resumable_exit_code, train
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = command_app()
 
 
 @app.command()

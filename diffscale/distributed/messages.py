@@ -1,5 +1,8 @@
-"""Small messages between the command and its workers, through the cluster's own key-value store: progress one way, the
-wish to stop the other. It needs no process, port or file of its own and works across nodes."""
+"""Passes progress and stop requests through the cluster's key-value store, which works across nodes.
+
+It needs no extra process, port or file. The store is Ray's internal one: `ray.experimental.internal_kv` saves an actor
+and the seconds in which the actor would start. Replace it when Ray has a public key-value store.
+"""
 
 from __future__ import annotations
 
@@ -11,27 +14,38 @@ import ray
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_list, _internal_kv_put
 
 PREFIX = "diffscale/"
-STOP, OUTCOME, NOTICES = "stop", "outcome", "notices"
+
+# Topics from the command to the workers
+STOP = "stop"  # {}: save a checkpoint and stop
+# Topics from rank 0 to the command
+PHASE = "phase"  # {"phase": loading, training, evaluating or saving}
+PROGRESS = "progress"  # {"images_seen", "end", "loss", "images_per_second", "mfu"}
+EVALUATED = "evaluated"  # {"images_seen", METRIC: value, ...} of the last evaluation
+OUTCOME = "outcome"  # how the launch ended
+# Topics from any process to the command
+NOTICES = "notices"  # notices/WRITER: {"texts": warnings, oldest first}
 
 
-class Channel:
-    """launch: a string that only this launch of the command has."""
+class Messages:
+    """The messages of one launch: the last message of each topic."""
 
     def __init__(self, launch: str) -> None:
+        """launch: an identifier that only this launch of the command has."""
         self.launch = launch
 
     def put(self, topic: str, message: dict[str, Any]) -> None:
+        """Replace the message of a topic."""
         _internal_kv_put(self._key(topic), json.dumps(message).encode(), overwrite=True)
 
     def get(self, topic: str) -> dict[str, Any] | None:
-        """The last message, or None."""
+        """Return the last message of a topic, or None."""
         if not ray.is_initialized():
             return None
         data = _internal_kv_get(self._key(topic))
         return None if data is None else json.loads(data)
 
     def notices(self) -> dict[str, list[str]]:
-        """Every writer's warnings, oldest first."""
+        """Return every writer's warnings, oldest first."""
         if not ray.is_initialized():
             return {}
         keys = sorted(_internal_kv_list(self._key(NOTICES)))
@@ -39,6 +53,7 @@ class Channel:
         return {topic: (self.get(topic) or {"texts": []})["texts"] for topic in topics}
 
     def close(self) -> None:
+        """Delete the messages of the launch."""
         if ray.is_initialized():
             _internal_kv_del(self._key(""), del_by_prefix=True)
 
@@ -47,16 +62,15 @@ class Channel:
 
 
 class Notices(logging.Handler):
-    """Carries warnings to the command, which shows them: what was passed over, retried or is not exact.
+    """A log handler that sends warnings to the command, which shows them."""
 
-    writer: the process that warns, by what it does; one that is started again goes on with the list of the one before.
-    """
-
-    def __init__(self, channel: Channel, writer: str) -> None:
+    def __init__(self, messages: Messages, writer: str) -> None:
+        """writer: name of the process by its role; a restarted process continues the list of the previous one."""
         super().__init__(logging.WARNING)
-        self.channel, self.topic = channel, f"{NOTICES}/{writer}"
-        self.texts: list[str] = (channel.get(self.topic) or {"texts": []})["texts"]
+        self.messages, self.topic = messages, f"{NOTICES}/{writer}"
+        self.texts: list[str] = (messages.get(self.topic) or {"texts": []})["texts"]
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Send one warning."""
         self.texts.append(record.getMessage())
-        self.channel.put(self.topic, {"texts": self.texts})
+        self.messages.put(self.topic, {"texts": self.texts})

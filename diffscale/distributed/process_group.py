@@ -1,27 +1,28 @@
 """How Ray Train's workers join a torch process group, importable without torch.
 
-Ray's own TorchConfig imports torch in the controller, which has no tensor: 3 s that every start would wait for, since
-the controller comes before the workers.
+Ray's own TorchConfig imports torch in the controller, which holds no tensor. Every start would wait 3 s for the import,
+since the controller starts before the workers. Remove this module when Ray's TorchConfig imports torch lazily.
 """
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import ray
 from ray.train.backend import Backend, BackendConfig
 
-COLLECTIVE_SECONDS = 1800  # Ray's; a rank that hangs is noticed by health.py long before
+COLLECTIVE_SECONDS = 1800  # Ray's default; training/control.py notices a rank that hangs long before
 LEAVING_SECONDS = 30
 
 
 @dataclass
 class ProcessGroupConfig(BackendConfig):
-    """In the place of ray.train.torch.TorchConfig. backend: gloo or nccl."""
+    """The process group that replaces ray.train.torch.TorchConfig."""
 
-    backend: str
+    backend: str  # gloo or nccl
 
     @property
     def backend_cls(self) -> type[ProcessGroup]:
@@ -29,7 +30,7 @@ class ProcessGroupConfig(BackendConfig):
 
     @property
     def train_func_context(self) -> Any:
-        from ray.train.torch.config import TorchConfigContextManager  # sets the current CUDA device
+        from ray.train.torch.config import TorchConfigContextManager  # import cost; it sets the current CUDA device
 
         return TorchConfigContextManager
 
@@ -38,7 +39,7 @@ class ProcessGroupConfig(BackendConfig):
 
 
 class ProcessGroup(Backend):
-    """Runs in the controller; the functions below run on the workers."""
+    """Starts and ends the process group from the controller; the functions below run on the workers."""
 
     share_cuda_visible_devices = True
 
@@ -51,32 +52,34 @@ class ProcessGroup(Backend):
 
 
 def _meeting_point() -> tuple[str, int]:
-    from ray.train._internal.utils import get_address_and_port
+    from ray.train._internal.utils import get_address_and_port  # import cost; private: what TorchConfig uses
 
     return get_address_and_port()
 
 
 def _join(backend: str, address: str, port: int) -> None:
-    """The variables are those of torchrun, which libraries look for."""
-    from datetime import timedelta
-
+    """Join the group, with the environment variables of torchrun, which libraries read."""
     import ray.train
-    import torch.distributed as dist
+    import torch.distributed as dist  # import cost
 
     context = ray.train.get_context()
     rank, size = context.get_world_rank(), context.get_world_size()
     os.environ |= {
-        "MASTER_ADDR": address, "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(size),
-        "LOCAL_RANK": str(context.get_local_rank()), "LOCAL_WORLD_SIZE": str(context.get_local_world_size()),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_RANK": str(context.get_local_rank()),
+        "LOCAL_WORLD_SIZE": str(context.get_local_world_size()),
         "NODE_RANK": str(context.get_node_rank()),
-    }  # fmt: skip
+    }
     dist.init_process_group(
         backend, init_method="env://", rank=rank, world_size=size, timeout=timedelta(seconds=COLLECTIVE_SECONDS)
     )
 
 
 def _leave() -> None:
-    import torch.distributed as dist
+    import torch.distributed as dist  # import cost
 
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.destroy_process_group()

@@ -42,7 +42,7 @@ def wanted(experiment: Experiment, gpu: bool, deciding: bool) -> bool:
         return False
     import ray  # import cost
 
-    most = train.workers if isinstance(train.workers, int) else train.workers[1]
+    most = train.max_workers
     have = ray.cluster_resources() if settings.workers == "own" else ray.available_resources()
     needs = {"CPU": train.cpus_per_worker, "GPU": 1} if gpu else {"CPU": train.cpus_per_worker}
     short = [name for name, count in needs.items() if have.get(name, 0) < count * (most + 1)]

@@ -1,24 +1,22 @@
-"""What a run would be and cost, without starting anything."""
+"""Describes a run and its costs without starting anything."""
 
 from __future__ import annotations
 
 from diffscale.config.experiment import Experiment
-from diffscale.core.device import memory_estimate, money
-from diffscale.train import prepare
+from diffscale.core.device import money
+from diffscale.preflight.memory import needed_bytes
 from diffscale.training.checkpoint.layout import save_settings
+from diffscale.training.numerics import settled
 from diffscale.training.plan import make_plan
-from diffscale.training.setting_up import settled
+from diffscale.training.run import prepare
 
 
 def describe(experiment: Experiment) -> str:
-    """Resolved settings, then parameters, FLOPs, memory and the budget. Raises UserError for what cannot work."""
+    """Return the resolved settings, parameters, FLOPs, memory and budget. Raises UserError as `prepare` does."""
     dataset, cost = prepare(experiment)
     experiment = settled(experiment, dataset)
     train, plan = experiment.train, make_plan(experiment, cost.flops_per_image)
-    workers = train.workers if isinstance(train.workers, int) else train.workers[1]
-    averages = len(train.ema.power) + (train.ema.halflife_images or train.ema.halflife_fraction is not None)
-    micro = train.micro_batch or -(-train.global_batch // workers)
-    memory = memory_estimate(cost, int(averages), dataset.resolution, dataset.channels, micro)
+    memory = needed_bytes(experiment, dataset)
     lines = [
         save_settings(experiment).decode().rstrip(),
         "",
@@ -27,8 +25,7 @@ def describe(experiment: Experiment) -> str:
         f"# parameters   {cost.parameters:,}",
         f"# forward      {cost.forward_macs / 1e9:.4g} GMAC = {2 * cost.forward_macs / 1e9:.4g} GFLOP per image",
         f"# training     {cost.flops_per_image / 1e9:.4g} GFLOP per image",
-        f"# memory       {memory / 2**30:.3g} GiB per worker for weights, gradients, optimizer and averages; "
-        "activations come on top",
+        f"# memory       about {memory / 2**30:.3g} GiB per worker at its peak",
     ]
     if plan.end is not None:
         total = plan.end * cost.flops_per_image

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diffscale.config.experiment import EmaSettings
-from diffscale.training.sharding import local
+from diffscale.training.checkpoint.state import local_shard
 
 Values = np.ndarray | np.float64
 
@@ -26,7 +26,7 @@ class Ema:
 
     def __init__(self, model: nn.Module, settings: EmaSettings) -> None:
         self.settings = settings
-        self.parameters = {name: local(p) for name, p in model.named_parameters()}
+        self.parameters = {name: local_shard(p) for name, p in model.named_parameters()}
         names = [profile_name(std) for std in settings.power]
         if settings.halflife_images is not None or settings.halflife_fraction is not None:
             names.insert(0, HALFLIFE)

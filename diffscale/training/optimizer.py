@@ -1,4 +1,4 @@
-"""Optimizers by timm's names, with weight decay only where it belongs."""
+"""Optimizers by timm's names, with weight decay on weight matrices and convolutions alone."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from diffscale.config.experiment import OptimSettings
 from diffscale.core.errors import UserError
 from diffscale.core.text import nearest
-from diffscale.training.sharding import is_sharded
+from diffscale.training.checkpoint.state import is_sharded
 
-# What timm makes for these names as well: timm takes as long to import as torch, and these are what most runs use.
-_KRON = "keeps lists and a random generator of its own, which a checkpoint cannot hold"
+# timm makes the same classes for these names; it takes as long to import as torch, and most runs use these.
+_KRON = "it keeps lists and its own random generator, which a checkpoint cannot hold"
 _REFUSED = {
-    "adahessian": "needs second derivatives, which training does not compute",
+    "adahessian": "it needs second derivatives, which training does not compute",
     "kron": _KRON,
     "kronc": _KRON,
     "kronw": _KRON,
@@ -24,13 +24,13 @@ _FROM_TORCH: dict[str, type[torch.optim.Adam]] = {"adam": torch.optim.Adam, "ada
 
 
 def create_optimizer(model: nn.Module, optim: OptimSettings) -> torch.optim.Optimizer:
-    """timm's optimizer of that name over `parameter_groups`. Raises UserError for an unknown name."""
+    """Create timm's optimizer of a name over `parameter_groups`. Raises UserError for an unknown name."""
     check_name(optim.name)
     groups = parameter_groups(model, optim.weight_decay)
     if optim.name in _FROM_TORCH:
         fused = None if any(is_sharded(p) for p in model.parameters()) else True
         return _FROM_TORCH[optim.name](groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=fused)
-    from timm.optim import create_optimizer_v2, get_optimizer_info
+    from timm.optim import create_optimizer_v2, get_optimizer_info  # import cost
 
     info = get_optimizer_info(optim.name)
     extra: dict[str, Any] = {"eps": optim.eps} if info.has_eps else {}
@@ -40,21 +40,23 @@ def create_optimizer(model: nn.Module, optim: OptimSettings) -> torch.optim.Opti
 
 
 def check_name(name: str) -> None:
-    """Raises UserError with the nearest of timm's names, or for one that cannot train or resume here."""
+    """Raise UserError for an unknown name, and for an optimizer that cannot train or resume here."""
     if name in _FROM_TORCH:
         return
-    from timm.optim import list_optimizers
+    from timm.optim import list_optimizers  # import cost
 
     known = [str(n) for n in list_optimizers() if n not in _REFUSED]
     if name in _REFUSED:
-        raise UserError(setting="optim.name", value=name, expected=f"another optimizer: it {_REFUSED[name]}")
+        raise UserError(setting="optim.name", value=name, expected="another optimizer", reason=_REFUSED[name])
     if name not in known:
         raise UserError(setting="optim.name", value=name, expected=nearest(name, known))
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups, in the order of `model.named_parameters()`: decayed, and not: vectors and scalars (norms, biases),
-    embedding tables, and what `model.no_weight_decay()` names."""
+    """Return the group with weight decay and the group without, each in the order of `model.named_parameters()`.
+
+    Without decay: vectors and scalars (norms, biases), embedding tables, and what `model.no_weight_decay()` names.
+    """
     exempt: set[str] = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()  # type: ignore[operator]
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding):

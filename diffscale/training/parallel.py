@@ -1,7 +1,8 @@
-"""Several workers, one sum: shares of the batch, gradients reduced in a fixed order, and FSDP2.
+"""Several workers: shares of the batch, gradients reduced in a fixed order, and FSDP2.
 
 DistributedDataParallel rebuilds its buckets after the first step, so a resumed run sums in another order on three or
-more ranks (DECISIONS 9). Here the layout is fixed by the parameters, so the same ranks always add in the same order.
+more ranks and its result differs in the last bits. Here the parameters alone determine the layout, so the same ranks
+always add in the same order.
 """
 
 from __future__ import annotations
@@ -13,29 +14,31 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from diffscale.data.loading import even_share
+
 BUCKET_BYTES = 25 << 20
 
 
 @dataclass(frozen=True)
 class World:
-    """Who this worker is. A single worker needs no process group."""
+    """This worker's rank among all workers. A single worker needs no process group."""
 
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def share(self, global_batch: int) -> tuple[int, int]:
-        """First and last (exclusive) place of each global batch that is this worker's; shares differ by one at most."""
-        return share(global_batch, self.rank, self.size)
+        """Return the first and last (exclusive) place of this worker's share of each global batch."""
+        return even_share(global_batch, self.rank, self.size)
 
     def sum(self, values: Tensor) -> Tensor:
-        """In place, over all workers."""
+        """Sum over all workers, in place."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
     def from_first(self, value: Any) -> Any:
-        """Rank 0's value, on all."""
+        """Return rank 0's value on every rank."""
         if self.size == 1:
             return value
         box = [value if self.rank == 0 else None]
@@ -43,7 +46,7 @@ class World:
         return box[0]
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, on all."""
+        """Return every rank's value on every rank."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -51,34 +54,38 @@ class World:
         return values
 
     def barrier(self) -> None:
+        """Wait for all ranks."""
         if self.size > 1:
             dist.barrier()
 
 
-def share(global_batch: int, rank: int, size: int) -> tuple[int, int]:
-    return global_batch * rank // size, global_batch * (rank + 1) // size
-
-
 def passes(global_batch: int, size: int, micro_batch: int | None) -> int:
-    """Passes per step on every worker: as many as the largest share needs."""
+    """Return the passes per step on every worker: the number that the largest share needs."""
     largest = -(-global_batch // size)
     return -(-largest // (micro_batch or largest))
 
 
 class Gradients(Protocol):
-    """What the learner asks of the gradients, whether they are replicated or sharded."""
+    """Gradients of one step, replicated or sharded."""
 
-    def begin(self) -> None: ...  # zero them
-    def expect(
-        self, last: bool
-    ) -> None: ...  # before a backward pass; the last one's gradients are summed over workers
-    def finish(self) -> Tensor: ...  # after it: waits for the sum; their norm, a scalar
-    def scale(self, factor: float) -> None: ...
+    def begin(self) -> None:
+        """Set the gradients to zero."""
+
+    def expect(self, last: bool) -> None:
+        """Announce a backward pass. After the last one of a step the gradients are summed over workers."""
+
+    def finish(self) -> Tensor:
+        """Wait for the sum and return its norm, a scalar."""
+
+    def scale(self, factor: float) -> None:
+        """Multiply the gradients by a factor."""
 
 
 class FlatGradients:
-    """Gradients as views of one buffer in the order of the parameters, last first; its slices of 25 MiB are summed over
-    workers in that order while the backward pass is still computing the rest."""
+    """Gradients as views of one buffer, in the reverse order of the parameters.
+
+    Buckets of 25 MiB are summed over workers in this order while the backward pass computes the next ones.
+    """
 
     def __init__(self, model: nn.Module, world: World) -> None:
         self.world = world
@@ -132,7 +139,7 @@ class FlatGradients:
 
     def finish(self) -> Tensor:
         if self.world.size > 1:
-            while len(self._works) < len(self.buckets):  # of parameters that took no part in this step
+            while len(self._works) < len(self.buckets):  # of parameters that this step did not use
                 self._sum_next()
             for work in self._works:
                 work.wait()
@@ -144,7 +151,7 @@ class FlatGradients:
 
 
 class ShardedGradients:
-    """Gradients that FSDP2 sums and scatters itself."""
+    """Gradients that FSDP2 sums and scatters."""
 
     def __init__(self, model: nn.Module, world: World) -> None:
         self.model, self.world = model, world
@@ -171,13 +178,13 @@ class ShardedGradients:
 
 
 def shard(model: nn.Module, world: World, precision: str) -> nn.Module:
-    """FSDP2 over the model's own blocks, in place. Gradients are sums, as with `FlatGradients`.
+    """Apply FSDP2 to the model's blocks, in place, and return the model. Gradients are sums, as with `FlatGradients`.
 
-    With bf16 on CUDA the parameters travel and compute in bf16 and gradients are reduced in float32; elsewhere both
-    stay float32 and autocast does the rest, so that FSDP2 computes what replicated workers compute.
+    With bf16 on CUDA, parameters are gathered and computed with in bf16, and gradients are reduced in float32.
+    Elsewhere both stay float32 under autocast, so that FSDP2 computes what replicated workers compute.
     """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.device_mesh import init_device_mesh  # import cost
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # import cost
 
     low = precision == "bf16" and world.device.type == "cuda"
     policy = MixedPrecisionPolicy(

@@ -1,4 +1,4 @@
-"""Repeats the batches after which a run stopped because they were not finite, and says what was not."""
+"""Repeats the batches after which a run stopped because they were not finite, and reports what was not finite."""
 
 from __future__ import annotations
 
@@ -17,18 +17,16 @@ from diffscale.diffusion import training_loss
 from diffscale.training.checkpoint import layout as ck
 from diffscale.training.checkpoint import saver as saving
 from diffscale.training.learner import Batch, Learner
-from diffscale.training.numerics import Numerics
+from diffscale.training.numerics import Numerics, settled
 from diffscale.training.plan import make_plan
-from diffscale.training.setting_up import settled
+from diffscale.training.run import prepare
 
 
 def replay(experiment: Experiment) -> str:
-    """In this process, from the newest good checkpoint before the batches: a report, one line per finding.
+    """Repeat the batches in this process, from the newest good checkpoint before them. Returns one line per finding.
 
-    Raises UserError when the run did not stop for that reason.
+    Raises UserError if the run did not stop because of losses or gradients that are not finite.
     """
-    from diffscale.train import prepare
-
     _, cost = prepare(experiment)
     dataset = open_training_data(experiment)
     experiment = settled(experiment, dataset)
@@ -36,19 +34,21 @@ def replay(experiment: Experiment) -> str:
     uri = storage.join(folder, "nonfinite.json")
     if not storage.exists(uri):
         raise UserError(
-            setting="--replay", value=folder, expected="a run that stopped at losses or gradients that are not finite"
+            setting="--replay",
+            value=folder,
+            expected="a run that stopped because losses or gradients were not finite",
         )
     found = json.loads(storage.read_bytes(uri))
     plan = make_plan(experiment, cost.flops_per_image)
     torch.manual_seed(experiment.train.seed)
-    numerics = Numerics(**json.loads(storage.read_bytes(storage.join(folder, "numerics.json")))["numerics"])
+    numerics = Numerics.load(folder) or Numerics()
     model = numerics.prepare(build_model(experiment, dataset))
-    classes = dataset.num_classes if experiment.data.class_conditional else 0
+    classes = experiment.num_classes(dataset)
     diffusion = build_diffusion(experiment, dataset)
     learner = Learner(model, diffusion, experiment, numerics=numerics, num_classes=classes, end=plan.end)
     checkpoint = ck.newest_good(folder, until=found["first"])
     if checkpoint is not None:
-        saving.load(learner, checkpoint)
+        saving.restore(learner, checkpoint)
     train, data = experiment.train, experiment.data
     lines = [f"replaying positions {found['first']} to {found['last'] - 1} from {checkpoint or 'the start'}"]
     with Loader(
@@ -72,7 +72,7 @@ def replay(experiment: Experiment) -> str:
 
 
 def _examine(learner: Learner, batch: Batch, extra: dict[str, Tensor]) -> list[str]:
-    """Which samples have a loss that is not finite, and the first module that gave it."""
+    """Report samples whose loss is not finite, and the first module whose output is not finite."""
     first: list[str] = []
 
     def watch(name: str) -> object:
@@ -84,7 +84,7 @@ def _examine(learner: Learner, batch: Batch, extra: dict[str, Tensor]) -> list[s
         return hook
 
     hooks = [m.register_forward_hook(watch(n)) for n, m in learner.model.named_modules() if n]
-    u, noise, label, keep = learner.draws(batch.positions, batch.images.shape[1:], batch.labels)
+    u, noise, label, keep = learner.draw_noise(batch.positions, batch.images.shape[1:], batch.labels)
     with torch.no_grad(), learner.numerics.autocast("cpu"):
         terms = training_loss(
             learner.diffusion, learner.model, batch.images, u=u, noise=noise, label=label, self_cond_keep=keep, **extra

@@ -1,4 +1,4 @@
-"""The loop that Ray Train runs on every worker: a session, and its outcome to the command."""
+"""The function that every worker of a run executes: one Trainer, whose outcome rank 0 sends to the command."""
 
 from __future__ import annotations
 
@@ -7,66 +7,69 @@ from typing import Any
 
 import torch
 
-from diffscale.config.experiment import Experiment
-from diffscale.core.device import Cost
 from diffscale.core.errors import UserError
 from diffscale.data import ShardError
-from diffscale.distributed.messages import OUTCOME, STOP, Channel, Notices
-from diffscale.training.async_evaluation import hand_over
+from diffscale.distributed.messages import OUTCOME, STOP, Messages, Notices
+from diffscale.training.async_evaluation import submit
 from diffscale.training.checkpoint.saver import StorageFailed
 from diffscale.training.parallel import World
-from diffscale.training.trainer import Session
+from diffscale.training.spec import Outcome, RunSpec
+from diffscale.training.trainer import Trainer
 
 
-def train_worker(config: dict[str, Any]) -> None:
-    """The loop that Ray Train runs on every worker."""
-    import ray.train
+def train_worker(config: dict[str, Any], world: World | None = None) -> None:
+    """Train on this rank to the end of the launch.
 
-    context = ray.train.get_context()
-    run_session(config, World(context.get_world_rank(), context.get_world_size(), device_of(config)))
-
-
-def device_of(config: dict[str, Any]) -> torch.device:
-    if torch.cuda.is_available() and config["gpu"]:
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
-
-
-def run_session(config: dict[str, Any], world: World) -> None:
-    """A session of this rank, its notices and its outcome going to the command."""
-    channel = Channel(config["launch"])
-    stops = [channel] if config["stop_with"] is None else [channel, Channel(config["stop_with"])]
-    experiment = Experiment.model_validate_json(config["experiment"])
-    if channel.get(OUTCOME) is not None:  # a rank ended the run, and Ray Train starts the others again: nothing to do
+    config: "spec", a RunSpec as JSON, and "should_stop", which may be None
+    world: this rank; None asks Ray Train
+    """
+    spec = RunSpec.from_json(config["spec"])
+    world = world or _ray_world(spec.gpu)
+    messages = Messages(spec.launch)
+    if messages.get(OUTCOME) is not None:  # a rank ended the run, and Ray Train restarted the others
         return
-    logger, notices = logging.getLogger("diffscale"), Notices(channel, f"rank {world.rank}")
+    stops = [messages] if spec.stop_with is None else [messages, Messages(spec.stop_with)]
+    logger, notices = logging.getLogger("diffscale"), Notices(messages, f"rank {world.rank}")
     logger.addHandler(notices)
     try:
-        session = Session(
-            experiment,
-            config["run_folder"],
+        trainer = Trainer(
+            spec.experiment,
+            spec.run_folder,
             world,
-            Cost(*config["cost"]),
-            channel,
-            config["should_stop"],
-            lambda: any(c.get(STOP) is not None for c in stops),
-            (lambda images: hand_over(images, world.rank)) if config["evaluate_beside"] else None,
+            spec.cost,
+            messages,
+            should_stop=config["should_stop"],
+            stop_requested=lambda: any(m.get(STOP) is not None for m in stops),
+            submit=(lambda images: submit(images, world.rank)) if spec.evaluate_async else None,
         )
-        outcome = session.run()
+        outcome = trainer.run()
     except (UserError, StorageFailed) as error:
-        channel.put(OUTCOME, failure(error))
-        if world.size > 1:  # the other ranks wait for this one: Ray Train ends them when it raises
+        messages.put(OUTCOME, _failure(error).to_json())
+        if world.size > 1:  # the other ranks wait for this one; Ray Train ends them when it raises
             raise
         return
     finally:
         logger.removeHandler(notices)
     if world.rank == 0:
-        channel.put(OUTCOME, outcome)
+        messages.put(OUTCOME, outcome.to_json())
 
 
-def failure(error: Exception) -> dict[str, Any]:
-    """The outcome of a run that cannot go on, whatever is tried again."""
+def device_of(gpu: bool) -> torch.device:
+    """Return the device that a worker trains on."""
+    if torch.cuda.is_available() and gpu:
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _ray_world(gpu: bool) -> World:
+    import ray.train  # import cost
+
+    context = ray.train.get_context()
+    return World(context.get_world_rank(), context.get_world_size(), device_of(gpu))
+
+
+def _failure(error: Exception) -> Outcome:
+    """Return the outcome of a run that no further attempt can continue."""
     if isinstance(error, UserError):
-        reason = "data" if isinstance(error, ShardError) else "refused"
-        return {"reason": reason, "error": error.fields()}
-    return {"reason": "storage", "message": str(error)}
+        return Outcome("data" if isinstance(error, ShardError) else "refused", error=error.fields())
+    return Outcome("storage", message=str(error))

@@ -15,7 +15,7 @@ from diffscale.config.experiment import Experiment
 from diffscale.config.factory import open_training_data
 from diffscale.config.load import merge, validate
 from diffscale.training.checkpoint import layout as ck
-from diffscale.training.setting_up import settled
+from diffscale.training.numerics import settled
 
 BATCH = 12
 SETTINGS: dict[str, Any] = {

@@ -13,7 +13,7 @@ from diffscale.core.errors import UserError
 from diffscale.data import Dataset
 from diffscale.training.checkpoint import layout as ck
 from diffscale.training.checkpoint import saver as saving
-from diffscale.training.checkpoint.tensors import Damaged, read_group, write_group
+from diffscale.training.checkpoint.tensors import CheckpointDamaged, read_group, write_group
 
 from .small import BATCH, experiment
 from .test_learner import batches, learner, steps, weights
@@ -24,7 +24,7 @@ STATE: dict[str, Any] = {"record": {}, "data": {"resolution": 8, "channels": 3, 
 def save(of: Any, folder: Path, finished: Any = lambda _: None) -> str:
     settings = ck.save_settings(of.experiment)
     saver = saving.Saver(str(folder), 0, 1, "test", settings, finished)
-    saver.save(saving.take(of, STATE, 0))
+    saver.save(saving.snapshot(of, STATE, 0))
     saver.wait()
     return ck.folder_of(str(folder), of.images_seen)
 
@@ -39,7 +39,7 @@ def test_resume_is_bit_identical(shared_storage: Path, dataset: Dataset, tmp_pat
     place = save(first, tmp_path)
     second = learner(shared_storage, dataset, optim=optim, train={"seed": 1})
     second.experiment = first.experiment
-    saving.load(second, place)
+    saving.restore(second, place)
     assert second.images_seen == 3 * BATCH
     steps(second, data[3:])
     assert torch.equal(weights(second), weights(straight))
@@ -70,7 +70,7 @@ def test_any_truncated_file_is_noticed(shared_storage: Path, dataset: Dataset, t
     place = Path(save(learner(shared_storage, dataset), tmp_path))
     with open(place / cut, "r+b") as file:
         file.truncate((place / cut).stat().st_size // 2)
-    with pytest.raises(Damaged, match=cut):
+    with pytest.raises(CheckpointDamaged, match=cut):
         ck.verify(str(place))
 
 
@@ -113,7 +113,7 @@ def test_rotation_keeps_the_newest_whole_and_the_points_weights(
     for batch in batches(dataset, 4):
         of.step(batch)
         save(of, tmp_path)
-    ck.rotate(str(tmp_path), ck.Keep(whole={4 * BATCH}, weights={2 * BATCH}, averages=False))
+    ck.rotate(str(tmp_path), ck.RetentionPolicy(whole={4 * BATCH}, weights={2 * BATCH}, averages=False))
     assert [ck.images_of(c) for c in ck.list_checkpoints(str(tmp_path))] == [2 * BATCH, 4 * BATCH]
     thin = ck.folder_of(str(tmp_path), 2 * BATCH)
     ck.verify(thin)
@@ -127,13 +127,13 @@ def test_a_checkpoint_that_is_thinned_while_it_is_read_is_not_damaged(
 ) -> None:
     """Training rotates what an evaluation beside it reads."""
     place = save(learner(shared_storage, dataset), tmp_path)
-    checksum = ck.checksum
+    digest_of = ck.digest_of
 
     def rotated_first(uri: str) -> Any:
-        ck.rotate(str(tmp_path), ck.Keep(whole=set(), weights={0}, averages=False))
-        return checksum(uri)
+        ck.rotate(str(tmp_path), ck.RetentionPolicy(whole=set(), weights={0}, averages=False))
+        return digest_of(uri)
 
-    monkeypatch.setattr(ck, "checksum", rotated_first)
+    monkeypatch.setattr(ck, "digest_of", rotated_first)
     ck.verify(place)
     assert not any(name.startswith("optimizer") for name in ck.files_of(place))
 
@@ -147,7 +147,7 @@ def test_post_hoc_averages_come_from_thinned_checkpoints(
     for batch in batches(dataset, 4):
         of.step(batch)
         save(of, tmp_path)
-    ck.rotate(str(tmp_path), ck.Keep(whole={4 * BATCH}, weights=set(), averages=True))
+    ck.rotate(str(tmp_path), ck.RetentionPolicy(whole={4 * BATCH}, weights=set(), averages=True))
     assert len(ck.list_checkpoints(str(tmp_path))) == 4
     place, residuals = make(str(tmp_path), [0.07, 0.1])
     ck.verify(place)
@@ -175,7 +175,7 @@ def test_weights_for_sampling(shared_storage: Path, dataset: Dataset, tmp_path: 
 
 
 def test_slices_of_any_world_size_are_one_tensor(tmp_path: Path) -> None:
-    from diffscale.training.sharding import Slice
+    from diffscale.training.checkpoint.state import Slice
 
     whole = {"w": torch.randn(7, 3), "b": torch.randn(2), "n": torch.tensor(5, dtype=torch.int64)}
     for rank in range(3):
@@ -247,11 +247,11 @@ def test_checkpoints_on_s3_are_saved_verified_rotated_and_resumed(
     assert ck.newest_good(bucket) == places[0]
     storage.write_bytes(uri, good)
     other = learner(shared_storage, dataset)
-    saving.load(other, str(ck.newest_good(bucket)))
+    saving.restore(other, str(ck.newest_good(bucket)))
     steps(of, data[2:])
     steps(other, data[2:])
     assert torch.equal(weights(of), weights(other))
-    ck.rotate(bucket, ck.Keep(whole={2 * BATCH}, weights=set(), averages=False))
+    ck.rotate(bucket, ck.RetentionPolicy(whole={2 * BATCH}, weights=set(), averages=False))
     assert ck.list_checkpoints(bucket) == places[1:]
 
 

@@ -14,7 +14,7 @@ from diffscale.core import storage
 from diffscale.core.errors import UserError
 from diffscale.data import Dataset
 from diffscale.training.checkpoint import layout as ck
-from diffscale.training.history import History, make_trackers, read_history
+from diffscale.training.metrics_log import History, make_trackers, read_history
 
 from .small import BATCH, environment, kill_all, settings, wait_for
 from .test_sessions import launch, short

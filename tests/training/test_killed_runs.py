@@ -150,7 +150,7 @@ def test_the_same_command_computes_the_same_on_a_busy_machine(tmp_path: Path) ->
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_workers_commands_and_nodes_killed_at_random_moments_leave_the_same_weights(tmp_path: Path) -> None:
-    """The default command, killed three times; `python -m benchmarks.reliability.killed_runs` has every way to compute."""
+    """The default command, killed three times; benchmarks.reliability.killed_runs has every way to compute."""
     command = [
         sys.executable,
         "-m",

@@ -1,4 +1,4 @@
-"""Runs begun by earlier code resume: the folders in old_run/ were written by commit 3316457 and stopped at 144 images."""
+"""Runs begun by earlier code resume: commit 3316457 wrote the folders in old_run/ and stopped at 144 images."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from diffscale.config.experiment import Experiment
 from diffscale.config.load import parse_yaml, validate
 from diffscale.core.device import device_name
 from diffscale.data import Dataset
-from diffscale.training.history import read_history
-from diffscale.training.setting_up import settled
-from diffscale.training.trainer import Session
+from diffscale.training.metrics_log import read_history
+from diffscale.training.numerics import settled
 from diffscale.training.parallel import World
-from diffscale.train import prepare
+from diffscale.training.run import prepare
+from diffscale.training.trainer import Trainer
 
 from .small import final_state
 
@@ -49,8 +49,8 @@ def test_a_run_of_an_earlier_commit_resumes_to_the_weights_of_an_uninterrupted_o
     _, cost = prepare(e)
     e = settled(e, dataset)
     assert e.run_folder(dataset.content_hash) == str(folder)
-    outcome = Session(e, str(folder), World(), cost).run()
-    assert outcome["reason"] == "finished"
+    outcome = Trainer(e, str(folder), World(), cost).run()
+    assert outcome.reason == "finished"
     losses = {str(row["images_seen"]): row["loss"] for row in read_history(str(folder)) if row["images_seen"] != 180}
     expected = EXPECTED["runs"][run]
     assert losses == pytest.approx(expected["losses"], rel=1e-3)

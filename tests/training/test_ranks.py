@@ -15,10 +15,10 @@ from diffscale.config.factory import build_diffusion, build_model
 from diffscale.data import Dataset, Loader
 from diffscale.training.checkpoint import layout as ck
 from diffscale.training.checkpoint import saver as saving
+from diffscale.training.checkpoint.state import gather_full
 from diffscale.training.learner import Learner
 from diffscale.training.numerics import Numerics
 from diffscale.training.parallel import World, shard
-from diffscale.training.sharding import whole
 
 from .small import BATCH, experiment
 
@@ -47,7 +47,7 @@ def train(of: Learner, dataset: Dataset, count: int) -> list[float]:
 
 
 def full(of: Learner) -> list[torch.Tensor]:
-    weights = [whole(p.detach()).clone() for p in of.model.parameters()]
+    weights = [gather_full(p.detach()).clone() for p in of.model.parameters()]
     return weights + [a for average in of.ema.averages.values() for a in average.values()]
 
 
@@ -63,13 +63,13 @@ def resumed_midway(
     train(first, dataset, count // 2)
     saver = saving.Saver(str(place), world.rank, world.size, "a", ck.save_settings(first.experiment), lambda _: None)
     state = {"record": {}, "data": {}}
-    saver.save(saving.take(first, state, world.rank))
+    saver.save(saving.snapshot(first, state, world.rank))
     saver.wait()
     world.barrier()
     second = make(storage, dataset, world, seed=0, **train_settings)
     for p in second.model.parameters():
         p.data.zero_()
-    saving.load(second, str(ck.newest_good(str(place))))
+    saving.restore(second, str(ck.newest_good(str(place))))
     train(second, dataset, count - count // 2)
     return second
 
@@ -162,7 +162,7 @@ def test_a_sharded_checkpoint_loads_on_one_worker(
     assert place is not None
     assert len(list(Path(place).glob("model.*-of-*.safetensors"))) == size
     of = make(str(shared_storage), dataset, World())
-    saving.load(of, place)
+    saving.restore(of, place)
     losses = train(of, dataset, STEPS - STEPS // 2)
     assert losses == pytest.approx(of_ranks[size]["fsdp2"][STEPS // 2 :], rel=1e-6)
 

@@ -16,8 +16,8 @@ from diffscale.config.experiment import OptimSettings
 from diffscale.config.factory import build_diffusion, build_model
 from diffscale.data import Dataset
 from diffscale.training.checkpoint import layout as ck
-from diffscale.training.checkpoint import optimizer_state
 from diffscale.training.checkpoint import saver as saving
+from diffscale.training.checkpoint import state
 from diffscale.training.checkpoint.tensors import read_group, write_group
 from diffscale.training.learner import Learner
 from diffscale.training.numerics import Numerics, winograd_available
@@ -63,7 +63,7 @@ def make(storage: Path, dataset: Dataset, model: str, numerics: Numerics, optim:
 
 def tensors(of: Learner) -> dict[str, Tensor]:
     """Weights, averages and optimizer state, by the names of a checkpoint."""
-    snapshot = saving.take(of, {}, 0)
+    snapshot = saving.snapshot(of, {}, 0)
     assert snapshot is not None
     return {f"{group}:{name}": t for group, (found, _) in snapshot.groups.items() for name, t in found.items()}
 
@@ -71,10 +71,10 @@ def tensors(of: Learner) -> dict[str, Tensor]:
 def resumed(of: Learner, make_again: Callable[[], Learner], folder: Path) -> Learner:
     """Another learner that knows nothing but the checkpoint of the first."""
     saver = saving.Saver(str(folder), 0, 1, "test", ck.save_settings(of.experiment), lambda _: None)
-    saver.save(saving.take(of, {"record": {}, "data": {}}, 0))
+    saver.save(saving.snapshot(of, {"record": {}, "data": {}}, 0))
     saver.wait()
     again = make_again()
-    saving.load(again, ck.folder_of(str(folder), of.images_seen))
+    saving.restore(again, ck.folder_of(str(folder), of.images_seen))
     return again
 
 
@@ -143,16 +143,16 @@ def test_every_optimizer_continues_from_its_stored_state(tmp_path: Path, name: s
     optimizer, optimizer_again = optimizer_of(model), optimizer_of(again)
     for i in range(3):
         step(model, optimizer, i)
-    state, numbers = optimizer_state.flatten(optimizer, model)
-    write_group(str(tmp_path), "state", {k: v.detach() for k, v in state.items()}, {}, 0, 1)
+    stored, numbers = state.flatten_optimizer(optimizer, model)
+    write_group(str(tmp_path), "state", {k: v.detach() for k, v in stored.items()}, {}, 0, 1)
     with torch.no_grad():
         for mine, theirs in zip(again.parameters(), model.parameters(), strict=True):
             mine.copy_(theirs)
-    optimizer_state.restore(optimizer_again, again, read_group(str(tmp_path), "state") if state else {}, numbers)
+    state.restore_optimizer(optimizer_again, again, read_group(str(tmp_path), "state") if stored else {}, numbers)
     for i in range(3, 6):
         step(model, optimizer, i)
         step(again, optimizer_again, i)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
-    after, after_again = (optimizer_state.flatten(*pair)[0] for pair in ((optimizer, model), (optimizer_again, again)))
+    after, after_again = (state.flatten_optimizer(*pair)[0] for pair in ((optimizer, model), (optimizer_again, again)))
     assert after.keys() == after_again.keys()
     assert all(torch.equal(after[k], after_again[k]) and after[k].dtype == after_again[k].dtype for k in after)

@@ -1,11 +1,11 @@
-"""Checkpoints of a run: what is in one, which ones are complete, which one is good, and which may go.
+"""Checkpoints of a run on disk: their files, which of them are complete and undamaged, and which rotation deletes.
 
     checkpoints/images-000131072/
       model.safetensors  ema/halflife.safetensors  ema/std0.050.safetensors  optimizer/state.safetensors
       state.json  experiment.yaml  COMPLETE
 
-COMPLETE is written last and holds the size and SHA-256 of every other file, so a folder without it does not exist and
-a folder with it can be proven.
+COMPLETE is written last and holds the size and SHA-256 of every other file: a folder without it is not a checkpoint,
+and a folder with it can be verified. torch.distributed.checkpoint is not used because its metadata is a pickle.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from torch import nn
 
 from diffscale.core import storage
 from diffscale.core.errors import UserError
+from diffscale.core.hashing import Digest, digest_of
+from diffscale.core.text import one_line
 from diffscale.training.checkpoint.tensors import (
-    Damaged,
-    FileInfo,
-    checksum,
+    CheckpointDamaged,
     group_files,
     groups_in,
     read_group,
@@ -40,17 +40,22 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 COMPLETE = "COMPLETE"
 _NAME = re.compile(r"/checkpoints/images-(\d{1,18})/?$")
-_FILE = re.compile(r"([A-Za-z0-9_-][A-Za-z0-9._-]*/)?[A-Za-z0-9_-][A-Za-z0-9._-]*")  # inside the checkpoint's folder
+_FILE = re.compile(r"([A-Za-z0-9_-][A-Za-z0-9._-]*/)?[A-Za-z0-9_-][A-Za-z0-9._-]*")  # inside the folder
 FORMAT = 1
-FOR_RESUMING = ("model", "optimizer/state")
 
 
 def folder_of(run_folder: str, images_seen: int) -> str:
+    """Return the checkpoint folder of a run at a number of images."""
     return storage.join(run_folder, "checkpoints", f"images-{images_seen:09d}")
 
 
+def run_of(checkpoint: str) -> str:
+    """Return the run's folder of a checkpoint."""
+    return checkpoint.rpartition("/checkpoints/")[0]
+
+
 def images_of(checkpoint: str) -> int:
-    """Raises ValueError for a folder of another name."""
+    """Return the images seen at a checkpoint. Raises ValueError for a folder with another kind of name."""
     found = _NAME.search(checkpoint)
     if found is None:
         raise ValueError(f"{checkpoint} is not named as a checkpoint")
@@ -58,48 +63,53 @@ def images_of(checkpoint: str) -> int:
 
 
 def list_checkpoints(run_folder: str) -> list[str]:
-    """Complete ones, oldest first. Their files are not read: `verify` does that."""
+    """Return a run's complete checkpoints, oldest first, without reading their files (`verify` does)."""
     marks = storage.list_files(storage.join(run_folder, "checkpoints"), COMPLETE, recursive=True)
     found = (mark.removesuffix("/" + COMPLETE) for mark in marks)
     return sorted((folder for folder in found if _NAME.search(folder)), key=images_of)
 
 
-def complete(checkpoint: str, files: dict[str, FileInfo]) -> None:
-    """Makes it visible, or replaces its list of files; the last thing that is written."""
+def complete(checkpoint: str, files: dict[str, Digest]) -> None:
+    """Publish the checkpoint by writing COMPLETE, or update its file list."""
     text = json.dumps({"format": FORMAT, "files": {name: list(info) for name, info in sorted(files.items())}}, indent=1)
     storage.write_bytes(storage.join(checkpoint, COMPLETE), text.encode())
 
 
-def files_of(checkpoint: str) -> dict[str, FileInfo]:
-    """What COMPLETE lists. Raises Damaged."""
+def files_of(checkpoint: str) -> dict[str, Digest]:
+    """Return the files that COMPLETE lists. Raises CheckpointDamaged."""
     try:
         data = json.loads(storage.read_bytes(storage.join(checkpoint, COMPLETE)))
         if data["format"] != FORMAT:
-            raise Damaged(f"{checkpoint}: format {data['format']}, this diffscale reads {FORMAT}")
-        files = {name: FileInfo(str(sha), int(count)) for name, (sha, count) in data["files"].items()}
+            raise CheckpointDamaged(f"{checkpoint}: format {data['format']}, this diffscale reads {FORMAT}")
+        files = {name: Digest(str(sha), int(count)) for name, (sha, count) in data["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise Damaged(f"{checkpoint}/{COMPLETE}: {error}") from None
+        raise CheckpointDamaged(f"{checkpoint}/{COMPLETE}: {error}") from None
     if strange := [name for name in files if not _FILE.fullmatch(name)]:  # `rotate` deletes what is listed
-        raise Damaged(f"{checkpoint}/{COMPLETE}: it lists {strange[0]!r}, which is no file of a checkpoint")
+        raise CheckpointDamaged(f"{checkpoint}/{COMPLETE}: it lists {strange[0]!r}, not a checkpoint's file")
     return files
 
 
 def verify(checkpoint: str) -> None:
-    """Reads every file. Raises Damaged naming the first one that is missing or whose checksum differs."""
+    """Read every file. Raises CheckpointDamaged naming the first one that is missing or whose checksum differs."""
     for name, info in files_of(checkpoint).items():
         try:
-            found = checksum(storage.join(checkpoint, name))
+            found = digest_of(storage.join(checkpoint, name))
         except OSError as error:
             if isinstance(error, FileNotFoundError) and name not in files_of(checkpoint):
-                continue  # rotated away since the list was read
-            raise Damaged(f"{checkpoint}/{name}: {error}") from None
+                continue  # rotation deleted it after the list was read
+            raise CheckpointDamaged(f"{checkpoint}/{name}: {error}") from None
         if found != info:
-            raise Damaged(f"{checkpoint}/{name}: {found.bytes} bytes with another checksum, {info.bytes} were written")
+            raise CheckpointDamaged(
+                f"{checkpoint}/{name}: {found.bytes} bytes with another checksum, {info.bytes} were written"
+            )
 
 
 def newest_good(run_folder: str, for_resuming: bool = True, until: int | None = None) -> str | None:
-    """The newest one that is whole (with optimizer state, if it is to be resumed from, and not after `until` images).
-    A damaged one is passed over, and the log says so."""
+    """Return the newest undamaged checkpoint, or None. The log names each damaged checkpoint that is skipped.
+
+    for_resuming: require optimizer state
+    until: images seen at most
+    """
     for checkpoint in reversed(list_checkpoints(run_folder)):
         if until is not None and images_of(checkpoint) > until:
             continue
@@ -108,15 +118,15 @@ def newest_good(run_folder: str, for_resuming: bool = True, until: int | None = 
             if for_resuming and not any(name.startswith("optimizer/") for name in names):
                 continue
             verify(checkpoint)
-        except Damaged as error:
-            log.warning("damaged checkpoint passed over, going on from the one before: %s", error)
+        except CheckpointDamaged as error:
+            log.warning("skipped a damaged checkpoint, using the one before it: %s", error)
             continue
         return checkpoint
     return None
 
 
-def distrust(run_folder: str, position: int) -> None:
-    """Takes back every checkpoint that has seen `position`: its image, or the checkpoint, was damaged. Files stay."""
+def invalidate_checkpoints_from(run_folder: str, position: int) -> None:
+    """Unpublish every checkpoint trained on data at or after `position` (their files are kept for inspection)."""
     for checkpoint in list_checkpoints(run_folder):
         if images_of(checkpoint) > position:
             mark = storage.join(checkpoint, COMPLETE)
@@ -125,20 +135,22 @@ def distrust(run_folder: str, position: int) -> None:
 
 
 def read_state(checkpoint: str) -> dict[str, Any]:
-    """state.json. Raises Damaged."""
+    """Return the content of state.json. Raises CheckpointDamaged."""
     try:
         state = json.loads(storage.read_bytes(storage.join(checkpoint, "state.json")))
         if not isinstance(state, dict):
             raise ValueError("not a mapping")
         return state
     except (OSError, ValueError, RecursionError) as error:
-        raise Damaged(f"{checkpoint}/state.json: {error}") from None
+        raise CheckpointDamaged(f"{checkpoint}/state.json: {error}") from None
 
 
 def read_weights(checkpoint: str, ema: str) -> dict[str, Tensor]:
-    """The model's state with the weights of an average (`none`, `halflife`, `0.05`, `std0.050`, ...).
+    """Return the model's state with the weights of an average.
 
-    Raises UserError when the run did not track that average.
+    Raises UserError if the run did not track the average.
+
+    ema: none, halflife, or a relative width such as 0.05 or std0.050
     """
     name = ema_name(ema)
     tensors = read_group(checkpoint, "model")
@@ -151,17 +163,20 @@ def read_weights(checkpoint: str, ema: str) -> dict[str, Tensor]:
 
 
 def read_experiment(checkpoint: str) -> Experiment:
-    """The settings saved beside it. Raises UserError where the file is not one."""
-    from diffscale.config.load import parse_yaml, validate
+    """Return the settings saved in a checkpoint. Raises UserError if they are invalid."""
+    from diffscale.config.load import parse_yaml, validate  # import cost
 
     uri = storage.join(checkpoint, "experiment.yaml")
     return validate(parse_yaml(storage.read_bytes(uri).decode(errors="replace"), uri))
 
 
 def load_for_sampling(checkpoint: str, ema: str) -> tuple[Experiment, nn.Module, int, dict[str, Any]]:
-    """(settings, model on the CPU in eval mode with those weights, images seen, the record's columns that training
-    determines). Raises UserError for a damaged checkpoint or an average that was not tracked."""
-    from diffscale.models import create_model
+    """Return the settings, the model, the images seen, and the record columns that training determines.
+
+    The model is on the CPU in eval mode and carries the weights of the average `ema`. Raises UserError for a damaged
+    checkpoint or an average that the run did not track.
+    """
+    from diffscale.models import create_model  # import cost
 
     try:
         verify(checkpoint)
@@ -173,17 +188,19 @@ def load_for_sampling(checkpoint: str, ema: str) -> tuple[Experiment, nn.Module,
             model.load_state_dict(tensors)
             return experiment, model.eval(), int(state["images_seen"]), dict(state["record"])
         except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
-            raise Damaged(f"{checkpoint}: {' '.join(str(error).split())[:300]}") from None
-    except (Damaged, FileNotFoundError) as error:
+            raise CheckpointDamaged(f"{checkpoint}: {one_line(error, 300)}") from None
+    except (CheckpointDamaged, FileNotFoundError) as error:
         raise UserError(
             setting="CHECKPOINT",
             value=checkpoint,
-            expected=f"an undamaged checkpoint ({error})",
-            fix="use an earlier one of the run",
+            expected="an undamaged checkpoint",
+            reason=str(error),
+            fix="use an earlier checkpoint of the run",
         ) from None
 
 
 def save_settings(experiment: Experiment) -> bytes:
+    """Return experiment.yaml."""
     return yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False).encode()
 
 
@@ -191,28 +208,30 @@ def save_settings(experiment: Experiment) -> bytes:
 
 
 @dataclass(frozen=True)
-class Keep:
-    """What to leave of each checkpoint: all of it, its weights, its averages, or nothing."""
+class RetentionPolicy:
+    """What rotation keeps of each checkpoint: all of it, its weights, its averages, or nothing."""
 
-    whole: set[int]
-    weights: set[int]
-    averages: bool  # of all others, for post-hoc EMA
+    whole: set[int]  # images seen of the checkpoints to keep unchanged
+    weights: set[int]  # images seen of the checkpoints to keep without their optimizer state
+    averages: bool  # whether to keep the averages of all other checkpoints, for post-hoc EMA
 
 
-def rotate(run_folder: str, keep: Keep) -> None:
-    """Thins and deletes checkpoints. COMPLETE is shortened or deleted first, so no moment shows a folder with less
-    than it lists."""
+def rotate(run_folder: str, policy: RetentionPolicy) -> None:
+    """Delete checkpoints, or the parts of them that the policy does not keep.
+
+    COMPLETE is shortened or deleted first, so a folder never holds less than it lists.
+    """
     for checkpoint in list_checkpoints(run_folder):
         images = images_of(checkpoint)
-        if images in keep.whole:
+        if images in policy.whole:
             continue
         try:
             files = files_of(checkpoint)
-        except Damaged:
+        except CheckpointDamaged:
             continue
         left = {n: i for n, i in files.items() if not n.startswith("optimizer/")}
-        if images not in keep.weights:
-            left = {n: i for n, i in left.items() if keep.averages and not n.startswith("model.")}
+        if images not in policy.weights:
+            left = {n: i for n, i in left.items() if policy.averages and not n.startswith("model.")}
         if left == files:
             continue
         if left:
@@ -224,7 +243,7 @@ def rotate(run_folder: str, keep: Keep) -> None:
 
 
 def delete_partial(checkpoint: str) -> None:
-    """Removes a folder that was never completed."""
+    """Delete the folder of a checkpoint that was never completed."""
     if not storage.exists(storage.join(checkpoint, COMPLETE)):
         _delete_folder(checkpoint)
 

@@ -1,4 +1,4 @@
-"""Saving beside training: a snapshot is taken between two steps, and a thread makes it durable."""
+"""Writes checkpoints in the background: `snapshot` copies between two steps, a thread of `Saver` makes it durable."""
 
 from __future__ import annotations
 
@@ -14,11 +14,20 @@ import torch
 from torch import Tensor
 
 from diffscale.core import storage
+from diffscale.core.hashing import Digest, digest_of
 from diffscale.training.checkpoint import layout as ck
-from diffscale.training.checkpoint import optimizer_state
-from diffscale.training.checkpoint.tensors import FileInfo, read_group, write_group
+from diffscale.training.checkpoint.state import (
+    Slice,
+    flatten_optimizer,
+    local_rows,
+    local_shard,
+    optimizer_rows,
+    optimizer_slices,
+    restore_optimizer,
+    row_slice,
+)
+from diffscale.training.checkpoint.tensors import read_group, write_group
 from diffscale.training.learner import Learner
-from diffscale.training.sharding import Slice, local, rows_of, slice_of
 
 log = logging.getLogger(__name__)
 
@@ -39,57 +48,57 @@ class Snapshot:
     state: dict[str, Any]
 
 
-def take(learner: Learner, state: dict[str, Any], rank: int) -> Snapshot | None:
-    """Copies what a checkpoint holds; None for a rank that has nothing to write. Blocks for the copy alone."""
+def snapshot(learner: Learner, state: dict[str, Any], rank: int) -> Snapshot | None:
+    """Copy this rank's part of a checkpoint, or return None if the rank writes nothing.
+
+    Blocks only while copying to host memory.
+
+    state: further content of state.json, plain JSON values
+    """
     if rank and not learner.sharded:
         return None
     parameters = dict(learner.model.named_parameters())
     model = learner.model.state_dict()
-    groups = {"model": ({n: _copy(t) for n, t in model.items()}, {n: slice_of(t) for n, t in model.items()})}
+    groups = {"model": ({n: _copy(t) for n, t in model.items()}, {n: row_slice(t) for n, t in model.items()})}
     for name, average in learner.ema.averages.items():
-        places = {n: slice_of(parameters[n]) for n in average}
+        places = {n: row_slice(parameters[n]) for n in average}
         groups[f"ema/{name}"] = ({n: _copy(t) for n, t in average.items()}, places)
-    tensors, numbers = optimizer_state.flatten(learner.optimizer, learner.model)
-    places = optimizer_state.slices(tensors, learner.model)
+    tensors, numbers = flatten_optimizer(learner.optimizer, learner.model)
+    places = optimizer_slices(tensors, learner.model)
     groups["optimizer/state"] = ({n: _copy(t) for n, t in tensors.items()}, places)
     return Snapshot(learner.images_seen, groups, state | learner.scalars() | {"optimizer": numbers})
 
 
-def load(learner: Learner, checkpoint: str) -> dict[str, Any]:
-    """Puts a checkpoint into a learner of any world size, of which each rank reads its rows; gives state.json.
+def restore(learner: Learner, checkpoint: str) -> dict[str, Any]:
+    """Load a checkpoint into a learner of any world size and return state.json. Each rank reads its own rows.
 
-    Raises Damaged.
+    Raises CheckpointDamaged.
     """
     state = ck.read_state(checkpoint)
     model = learner.model.state_dict()
     parameters = dict(learner.model.named_parameters())
     with torch.no_grad():
-        weights = read_group(checkpoint, "model", lambda name, _: rows_of(model[name]))
+        weights = read_group(checkpoint, "model", lambda name, _: local_rows(model[name]))
         for name, target in model.items():
-            local(target).copy_(weights[name])
+            local_shard(target).copy_(weights[name])
         for name, average in learner.ema.averages.items():
-            stored = read_group(checkpoint, f"ema/{name}", lambda name, _: rows_of(parameters[name]))
+            stored = read_group(checkpoint, f"ema/{name}", lambda name, _: local_rows(parameters[name]))
             for key, mine in average.items():
                 mine.copy_(stored[key])
     tensors = {}
     if state["images_seen"]:
-        tensors = read_group(checkpoint, "optimizer/state", optimizer_state.rows(learner.model))
-    optimizer_state.restore(learner.optimizer, learner.model, tensors, state["optimizer"])
+        tensors = read_group(checkpoint, "optimizer/state", optimizer_rows(learner.model))
+    restore_optimizer(learner.optimizer, learner.model, tensors, state["optimizer"])
     learner.load_scalars(state)
     return state
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    return local(tensor).detach().to("cpu", copy=True)
+    return local_shard(tensor).detach().to("cpu", copy=True)
 
 
 class Saver:
-    """Writes snapshots of one run in a thread, one at a time. Every rank has one; rank 0's completes the checkpoint.
-
-    attempt: a string of this launch of the workers, so that rank 0 does not take the shards of an earlier one for its
-    own. settings: experiment.yaml. finished: called (in the thread) with the images seen of each completed checkpoint.
-    before: called (in the thread) before a checkpoint is completed, to make durable what belongs to it.
-    """
+    """Writes the snapshots of one run in a thread, one at a time. Every rank has one; that of rank 0 completes them."""
 
     def __init__(
         self,
@@ -101,27 +110,34 @@ class Saver:
         finished: Callable[[int], None],
         before: Callable[[], None] = lambda: None,
     ) -> None:
+        """Set up; nothing is written yet.
+
+        attempt: unique to this launch of the workers, so that rank 0 ignores the shards of an earlier launch
+        settings: content of experiment.yaml
+        finished: called in the thread with the images seen of each completed checkpoint
+        before: called in the thread before a checkpoint is completed, to make durable what belongs to it
+        """
         self.run_folder, self.rank, self.size, self.attempt = run_folder, rank, size, attempt
         self.settings, self.before, self.finished = settings, before, finished
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
     def save(self, snapshot: Snapshot | None) -> None:
-        """Hands it over; waits for the one before. Raises StorageFailed if that one failed."""
+        """Start writing a snapshot once the previous one is written. Raises StorageFailed if that failed."""
         self.wait()
         if snapshot is not None:
             self._thread = threading.Thread(target=self._run, args=(snapshot,), daemon=True, name="checkpoint")
             self._thread.start()
 
     def wait(self) -> None:
-        """Until nothing is being written. Raises StorageFailed."""
+        """Wait until nothing is being written. Raises StorageFailed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         self.check()
 
     def check(self) -> None:
-        """Raises StorageFailed if the last snapshot could not be written, without waiting for one that still may."""
+        """Raise StorageFailed if the last snapshot could not be written, without waiting for one in progress."""
         if self._error is not None:
             error, self._error = self._error, None
             raise StorageFailed(str(error)) from error
@@ -133,7 +149,7 @@ class Saver:
                 return
             except Exception as error:
                 uri = ck.folder_of(self.run_folder, snapshot.images_seen)
-                log.warning("checkpoint %s, try %d: %s", uri, attempt + 1, error)
+                log.warning("checkpoint %s, attempt %d: %s", uri, attempt + 1, error)
                 if pause is None:
                     self._error = error
                     return
@@ -141,10 +157,10 @@ class Saver:
 
     def _write(self, snapshot: Snapshot) -> None:
         uri = ck.folder_of(self.run_folder, snapshot.images_seen)
-        if storage.exists(storage.join(uri, ck.COMPLETE)):  # a restart came past here before
+        if storage.exists(storage.join(uri, ck.COMPLETE)):  # by an earlier launch
             return
         try:
-            files: dict[str, FileInfo] = {}
+            files: dict[str, Digest] = {}
             for group, (tensors, slices) in snapshot.groups.items():
                 files |= write_group(uri, group, tensors, slices, self.rank, self.size)
             if self.rank:
@@ -155,7 +171,7 @@ class Saver:
                 ("experiment.yaml", self.settings),
             ):
                 storage.write_bytes(storage.join(uri, name), data)
-                files[name] = ck.checksum(storage.join(uri, name))
+                files[name] = digest_of(storage.join(uri, name))
             if any(any(slices.values()) for _, slices in snapshot.groups.values()):
                 for rank in range(1, self.size):
                     files |= self._await(uri, rank)
@@ -163,24 +179,24 @@ class Saver:
             ck.complete(uri, files)
         except Exception:
             if not self.rank:
-                ck.delete_partial(uri)  # gives the space back; another checkpoint is never touched for it
+                ck.delete_partial(uri)  # frees its space; other checkpoints stay untouched
             raise
         self.finished(snapshot.images_seen)
 
     def _shard_list(self, uri: str, rank: int) -> str:
         return storage.join(uri, f"shards-{rank:05d}.json")
 
-    def _listed(self, files: dict[str, FileInfo]) -> bytes:
+    def _listed(self, files: dict[str, Digest]) -> bytes:
         return json.dumps({"attempt": self.attempt, "files": {n: list(i) for n, i in files.items()}}).encode()
 
-    def _await(self, uri: str, rank: int) -> dict[str, FileInfo]:
-        """The files of another rank, once it has written them."""
+    def _await(self, uri: str, rank: int) -> dict[str, Digest]:
+        """Wait for the files of another rank and return their digests."""
         end = time.monotonic() + SHARD_WAIT_SECONDS
         while time.monotonic() < end:
             try:
                 data = json.loads(storage.read_bytes(self._shard_list(uri, rank)))
                 if data["attempt"] == self.attempt:
-                    return {name: FileInfo(*info) for name, info in data["files"].items()}
+                    return {name: Digest(*info) for name, info in data["files"].items()}
             except FileNotFoundError:
                 pass
             time.sleep(0.1)

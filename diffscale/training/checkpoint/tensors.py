@@ -1,7 +1,7 @@
-"""Groups of named tensors in safetensors files, whole or one slice per rank; read without pickle, checked by SHA-256.
+"""Groups of named tensors in safetensors files, one file or one per rank; read without pickle, checked by SHA-256.
 
-A group NAME is `NAME.safetensors`, or `NAME.00000-of-00004.safetensors` and so on, in which each tensor is a slice of
-rows; where it belongs is in the header. Any number of readers can take any rows of it.
+A group NAME is `NAME.safetensors`, or `NAME.00000-of-00004.safetensors` and so on. Each tensor there is a slice of
+rows, and the file's header holds the first row of each. Any number of readers can read any rows.
 """
 
 from __future__ import annotations
@@ -15,38 +15,43 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from diffscale.core import storage
-from diffscale.training.sharding import Slice
+from diffscale.core.hashing import Digest
+from diffscale.training.checkpoint.state import Slice
 
 _NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 SLICES = "slices"
 Rows = Callable[[str, tuple[int, ...]], tuple[int, int] | None]
 
 
-class FileInfo(NamedTuple):
-    sha256: str
-    bytes: int
-
-
-class Damaged(Exception):
+class CheckpointDamaged(Exception):
     """A file of a checkpoint is missing, short or altered."""
 
 
 def write_group(
     folder: str, group: str, tensors: Mapping[str, Tensor], slices: Mapping[str, Slice | None], rank: int, size: int
-) -> dict[str, FileInfo]:
-    """Writes this rank's file of a group; gives its name and checksum. Tensors are on the CPU.
+) -> dict[str, Digest]:
+    """Write this rank's file of a group and return its name and digest.
 
-    Tensors that are not sliced are written by rank 0 alone; with one rank or no slices there is one plain file.
+    Rank 0 alone writes tensors that are not sliced. With one rank or no slices the group is one plain file.
+
+    tensors: the rows that this rank holds, on the CPU
+    slices: place of those rows in the full tensor; None for a full tensor
     """
     if not any(slices.get(name) for name in tensors) and size > 1:
         size = 1
@@ -59,13 +64,13 @@ def write_group(
 
 
 def read_group(folder: str, group: str, rows: Rows | None = None) -> dict[str, Tensor]:
-    """The tensors of a group, however many files they are in; of each only what `rows` wants is read.
+    """Read the tensors of a group from all its files. Raises CheckpointDamaged if no file is there.
 
-    rows: (name, whole shape) → first and last (exclusive) row, None for all. Raises Damaged when nothing is there.
+    rows: (name, full shape) → first and last (exclusive) row to read; None for all rows
     """
     files = group_files(folder, group)
     if not files:
-        raise Damaged(f"{folder}: no tensors {group}")
+        raise CheckpointDamaged(f"{folder}: no tensors {group}")
     parts: dict[str, list[tuple[int, Tensor]]] = {}
     for file in files:
         for name, (start, tensor) in _read(file, rows).items():
@@ -76,11 +81,12 @@ def read_group(folder: str, group: str, rows: Rows | None = None) -> dict[str, T
         try:
             out[name] = pieces[0][1] if len(pieces) == 1 else torch.cat([t for _, t in pieces])
         except RuntimeError as error:
-            raise Damaged(f"{folder}: slices of {name} do not fit: {error}") from None
+            raise CheckpointDamaged(f"{folder}: slices of {name} do not fit: {error}") from None
     return out
 
 
 def group_files(folder: str, group: str) -> list[str]:
+    """Return the URIs of a group's files; an empty list if it does not exist."""
     parent, _, base = group.rpartition("/")
     place = storage.join(folder, parent) if parent else folder
     pattern = re.compile(re.escape(base) + r"(\.\d{5}-of-\d{5})?\.safetensors")
@@ -88,24 +94,13 @@ def group_files(folder: str, group: str) -> list[str]:
 
 
 def groups_in(folder: str) -> list[str]:
-    """Names of the groups in a folder, without its subfolders'."""
+    """Return the names of the groups in a folder, without those in its sub-folders."""
     names = (f.rpartition("/")[2] for f in storage.list_files(folder, ".safetensors"))
     return sorted({re.sub(r"(\.\d{5}-of-\d{5})?\.safetensors$", "", name) for name in names})
 
 
-def checksum(uri: str) -> FileInfo:
-    """Raises FileNotFoundError."""
-    fs, path = storage.filesystem(uri)
-    digest, count = hashlib.sha256(), 0
-    with fs.open_input_stream(path) as file:
-        while chunk := file.read(1 << 24):
-            digest.update(chunk)
-            count += len(chunk)
-    return FileInfo(digest.hexdigest(), count)
-
-
 def _read(uri: str, rows: Rows | None) -> dict[str, tuple[int, Tensor]]:
-    """What is wanted of the file's tensors, by name, each with the first row of the whole that it holds."""
+    """Read the requested rows of each tensor in a file; return the first row's index in the full tensor with each."""
     out = {}
     try:
         with _reader(uri) as file:
@@ -133,7 +128,7 @@ def _read(uri: str, rows: Rows | None) -> dict[str, tuple[int, Tensor]]:
         RuntimeError,
         OverflowError,
     ) as error:
-        raise Damaged(f"{uri}: {error}") from None
+        raise CheckpointDamaged(f"{uri}: {error}") from None
 
 
 @contextmanager
@@ -148,7 +143,7 @@ def _reader(uri: str) -> Iterator[Any]:
 
 
 class _Remote:
-    """safe_open for a file in an object store: what is asked for is fetched by its range."""
+    """A stand-in for safe_open on a file in an object store: each tensor is fetched by its byte range."""
 
     def __init__(self, file: Any) -> None:
         self.file = file
@@ -192,9 +187,11 @@ class _RemoteTensor:
         return flat.reshape([last - first, *self.shape[1:]] if self.shape else [])
 
 
-def _write(uri: str, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> FileInfo:
-    """The safetensors format (8 bytes length, JSON header, data), streamed: nothing is held twice, and the checksum is
-    made on the way. Largest alignment first, as the library orders it; then by name."""
+def _write(uri: str, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> Digest:
+    """Write the safetensors format (8 bytes length, JSON header, data) as a stream and return its digest.
+
+    The stream holds no second copy of the tensors. The order is the library's: largest alignment first, then by name.
+    """
     order = sorted(tensors, key=lambda n: (-tensors[n].element_size(), n))
     header: dict[str, Any] = {"__metadata__": metadata}
     offset = 0
@@ -213,7 +210,7 @@ def _write(uri: str, tensors: Mapping[str, Tensor], metadata: dict[str, str]) ->
             file.write(chunk)
             digest.update(chunk)
             count += len(chunk)
-    return FileInfo(digest.hexdigest(), count)
+    return Digest(digest.hexdigest(), count)
 
 
 def _bytes(t: Tensor) -> memoryview:
