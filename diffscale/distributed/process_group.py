@@ -12,6 +12,7 @@ from datetime import timedelta
 from typing import Any
 
 import ray
+import ray.train
 from ray.train.backend import Backend, BackendConfig
 
 COLLECTIVE_SECONDS = 1800  # Ray's default; training/control.py notices a rank that hangs long before
@@ -59,7 +60,6 @@ def _meeting_point() -> tuple[str, int]:
 
 def _join(backend: str, address: str, port: int) -> None:
     """Join the group, with the environment variables of torchrun, which libraries read."""
-    import ray.train
     import torch.distributed as dist  # import cost
 
     context = ray.train.get_context()

@@ -18,7 +18,7 @@ HALFLIFE = "halflife"
 
 
 class Ema:
-    """The averages that the settings ask for, each a float32 copy of the (local) parameters; buffers are the model's.
+    """The averages of the settings, each a float32 copy of the (local) parameters; buffers are the model's.
 
     Averages are named `halflife` and `std0.050` (a power function's relative width). They are functions of the weights
     after each step and of images seen alone, so a resumed run continues them bit for bit.
@@ -37,21 +37,25 @@ class Ema:
 
     @torch.no_grad()
     def update(self, images_seen: int, images: int) -> None:
-        """After a step of `images` that brought the run to `images_seen`."""
+        """Update the averages after a step of `images` that ended at `images_seen`."""
         current = [p.detach() for p in self.parameters.values()]
         for name, average in self.averages.items():
             beta = self.beta(name, images_seen, images)
             torch._foreach_lerp_(list(average.values()), [p.float() for p in current], 1 - beta)
 
     def beta(self, name: str, images_seen: int, images: int) -> float:
+        """Return the weight of an average's previous value in the update."""
         if name == HALFLIFE:
             return halflife_beta(self.settings, images_seen, images)
         return power_beta(self._exponents[name], images_seen, images)
 
 
 def halflife_beta(settings: EmaSettings, images_seen: int, images: int) -> float:
-    """½^(images / half-life). The half-life is a share of `images_seen`, and at most `halflife_images` where that is
-    set: an average that is constant from then on and short enough to forget the random start before."""
+    """Return ½^(images / half-life).
+
+    The half-life is a share of `images_seen`, and at most `halflife_images` if set: the early average is short enough to
+    forget the random initial weights, the later one has a constant half-life.
+    """
     share = settings.halflife_fraction or WARMUP_SHARE
     halflife = share * images_seen
     if settings.halflife_images is not None:
@@ -60,13 +64,13 @@ def halflife_beta(settings: EmaSettings, images_seen: int, images: int) -> float
 
 
 def power_beta(gamma: float, images_seen: int, images: int) -> float:
-    """(1 − Δt/t)^(γ+1), t counted after the step; the first is 0 (Karras et al. 2023, eq. 127)."""
+    """Return (1 − Δt/t)^(γ+1) with t counted after the step; the first is 0 (Karras et al. 2023, eq. 127)."""
     return (1 - images / images_seen) ** (gamma + 1)
 
 
 def exponent(std: float) -> float:
-    """γ of the power function whose profile has the relative width `std`, 0 < std < 0.289 (Karras et al. 2023, eq.
-    126): the largest real root of γ³ + 7γ² + (16 − s)γ + (12 − s), s = std⁻². 0.05 → 16.972199, 0.10 → 6.937204.
+    """Return γ of the power function whose profile has the relative width `std`, 0 < std < 0.289 (Karras et al. 2023,
+    eq. 126): the largest real root of γ³ + 7γ² + (16 − s)γ + (12 − s), s = std⁻². 0.05 → 16.972199, 0.10 → 6.937204.
 
     Raises ValueError outside the range.
     """
@@ -78,11 +82,12 @@ def exponent(std: float) -> float:
 
 
 def profile_name(std: float) -> str:
+    """Return the name of the average with a relative width."""
     return f"std{std:.3f}"
 
 
 def ema_name(setting: str) -> str:
-    """The name of the weights that `eval.ema` asks for: none, halflife, or a width such as 0.05 or std0.050.
+    """Return the name of the weights of a setting `eval.ema`: none, halflife, or a width such as 0.05 or std0.050.
 
     Raises ValueError for anything else.
     """
@@ -97,11 +102,11 @@ def ema_name(setting: str) -> str:
 
 
 def reconstruct(stored: list[tuple[float, int]], wanted: tuple[float, int]) -> np.ndarray:
-    """Weights (n,) of n stored averages whose sum is the best approximation of another one (Karras et al. 2023, C.2).
+    """Return the weights (n,) of n stored averages whose sum best approximates another one (Karras et al. 2023, C.2).
 
     stored: (relative width, images seen) of each, none later than `wanted`'s images seen. Least squares between the
     averaging profiles in float64; the weights sum to 1. A stored average itself comes back exactly.
-    Raises ValueError where nothing is stored or something is later.
+    Raises ValueError if nothing is stored or a stored average is later.
     """
     if not stored or any(t > wanted[1] for _, t in stored):
         raise ValueError(f"post-hoc EMA at {wanted[1]} images needs averages stored at or before it, here {stored}")
@@ -116,7 +121,7 @@ def reconstruct(stored: list[tuple[float, int]], wanted: tuple[float, int]) -> n
 
 
 def profile_error(stored: list[tuple[float, int]], wanted: tuple[float, int], weights: np.ndarray) -> float:
-    """Relative L2 error of the weighted sum of the stored profiles against the wanted one."""
+    """Return the relative L2 error of the weighted sum of the stored profiles against the wanted one."""
     g = np.array([exponent(std) for std, _ in stored])
     t = np.array([float(time) for _, time in stored])
     g_w, t_w = np.float64(exponent(wanted[0])), np.float64(wanted[1])
@@ -127,7 +132,7 @@ def profile_error(stored: list[tuple[float, int]], wanted: tuple[float, int], we
 
 
 def _inner(g_a: Values, t_a: Values, g_b: Values, t_b: Values) -> np.ndarray:
-    """∫ of the product of two profiles: (γa+1)(γb+1)·r^e / ((γa+γb+1)·max(ta, tb)), r = ta/tb."""
+    """Return ∫ of the product of two profiles: (γa+1)(γb+1)·r^e / ((γa+γb+1)·max(ta, tb)), r = ta/tb."""
     ratio = t_a / t_b
     power = np.where(t_a < t_b, g_b, -g_a)
     return (g_a + 1) * (g_b + 1) * ratio**power / ((g_a + g_b + 1) * np.maximum(t_a, t_b))

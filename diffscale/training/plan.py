@@ -1,4 +1,4 @@
-"""When a run ends, is evaluated and is checkpointed, and at what learning rate it is: functions of images seen."""
+"""When a run ends, is evaluated and is checkpointed, and its learning rate: functions of images seen."""
 
 from __future__ import annotations
 
@@ -13,28 +13,30 @@ EVERY_STEPS = 50  # between log lines, where the settings name no number of imag
 
 @dataclass(frozen=True)
 class Plan:
-    """The clock's marks of one run; images are multiples of the global batch.
-
-    end: images at which the run ends, None where only device-seconds end it. points: images of the evaluations.
-    seconds_points: the same in device-seconds, for a run that device-seconds end.
-    """
+    """The budget, evaluations and checkpoints of one run. Images are multiples of the global batch."""
 
     global_batch: int
-    end: int | None
-    points: tuple[int, ...]
-    device_seconds: float | None
-    seconds_points: tuple[float, ...]
-    checkpoint_images: int | None
-    log_images: int
+    end: int | None  # images at which the run ends; None if only device-seconds end it
+    points: tuple[int, ...]  # images of the evaluations
+    device_seconds: float | None  # at which the run ends
+    seconds_points: tuple[float, ...]  # device-seconds of the evaluations of a run that device-seconds end
+    checkpoint_images: int | None  # images between checkpoints; None for CHECKPOINT_SECONDS
+    log_images: int  # images between rows of the history
 
     def finished(self, images_seen: int, device_seconds: float) -> bool:
+        """Return whether the budget is used."""
         return (self.end is not None and images_seen >= self.end) or (
             self.device_seconds is not None and device_seconds >= self.device_seconds
         )
 
     def evaluates(self, images: int, before: float, after: float, ended: bool) -> bool:
-        """Whether to evaluate after the step that ended at `images`, during which device-seconds went from `before`
-        to `after`. A run that is ended by its device-seconds is evaluated there if a share of 1 was asked for."""
+        """Return whether to evaluate after the step that ended at `images`.
+
+        A run that its device-seconds end is evaluated at the end if eval.points has a share of 1.
+
+        before, after: device-seconds at the step's beginning and end
+        ended: whether the budget is used
+        """
         if images in self.points:
             return True
         if ended and self.device_seconds is not None and self.device_seconds in self.seconds_points:
@@ -42,13 +44,14 @@ class Plan:
         return any(before < mark <= after for mark in self.seconds_points)
 
     def checkpoints(self, images: int, seconds_since_last: float) -> bool:
+        """Return whether to save a checkpoint after the step that ended at `images`."""
         if self.checkpoint_images is not None:
             return images % self.checkpoint_images < self.global_batch
         return seconds_since_last >= CHECKPOINT_SECONDS
 
 
 def make_plan(experiment: Experiment, flops_per_image: float) -> Plan:
-    """Budgets and shares of them as images, each rounded up to a whole global batch."""
+    """Turn the budgets and the evaluation points into images, each rounded up to a multiple of the global batch."""
     train, settings = experiment.train, experiment.eval
     batch = train.global_batch
     ends = [float(train.images)] if train.images is not None else []
@@ -77,16 +80,16 @@ def make_plan(experiment: Experiment, flops_per_image: float) -> Plan:
 
 
 def whole_batches(images: float, global_batch: int) -> int:
-    """`images` rounded up to a multiple of the batch, at least one; a rounding error of 1e-9 does not make one more."""
+    """Round `images` up to a positive multiple of the batch. A relative excess of 1e-9 is a rounding error."""
     return max(1, math.ceil(images / global_batch * (1 - 1e-9))) * global_batch
 
 
 def learning_rate(optim: OptimSettings, images_seen: int, global_batch: int, end: int | None) -> float:
-    """Rate of the step that takes `images_seen` on by a global batch, evaluated at the step's middle.
+    """Return the learning rate of the step that begins at `images_seen`, evaluated at the step's middle.
 
     constant; inverse_sqrt: lr / √max(t / reference_images, 1) (Karras et al. 2023, eq. 67); cosine:
     lr · ½(1 + cos(π · cosine_rate · progress)) with progress counted from the end of the warm-up (Jabri et al. 2022 run
-    .7 to .8 of the half wave). Each times a linear warm-up from zero, and a linear decay to zero over the last
+    0.7 to 0.8 of the half wave). Each times a linear warm-up from zero, and a linear decay to zero over the last
     decay_images. `end`: images of the whole run, needed by cosine and decay.
     """
     t = images_seen + global_batch / 2

@@ -1,4 +1,4 @@
-"""What a run tells of itself: each interval once, in the file and in the trackers."""
+"""The history and the trackers: each interval once, in the file and in the trackers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from diffscale.training.checkpoint import layout as ck
 from diffscale.training.metrics_log import History, make_trackers, read_history
 
 from .small import BATCH, environment, kill_all, settings, wait_for
-from .test_sessions import launch, short
+from .test_trainer import launch, short
 
 
 @pytest.mark.parametrize("remote", [False, True])

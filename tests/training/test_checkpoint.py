@@ -125,7 +125,7 @@ def test_rotation_keeps_the_newest_whole_and_the_points_weights(
 def test_a_checkpoint_that_is_thinned_while_it_is_read_is_not_damaged(
     shared_storage: Path, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Training rotates what an evaluation beside it reads."""
+    """Training rotates checkpoints while a separate evaluation task reads them."""
     place = save(learner(shared_storage, dataset), tmp_path)
     digest_of = ck.digest_of
 
@@ -272,6 +272,6 @@ def test_an_unreachable_store_is_retried_then_stops_without_touching_earlier_che
     assert ck.newest_good(place) == second
 
 
-def test_settings_are_saved_beside_every_checkpoint(shared_storage: Path, dataset: Dataset, tmp_path: Path) -> None:
+def test_settings_are_saved_in_every_checkpoint(shared_storage: Path, dataset: Dataset, tmp_path: Path) -> None:
     place = save(learner(shared_storage, dataset), tmp_path)
     assert ck.read_experiment(place) == experiment(shared_storage)

@@ -181,16 +181,16 @@ def test_an_interrupted_evaluation_continues_with_the_samples_it_had(shared_stor
             raise InterruptedError
 
     trainer = Trainer(e, folder, World(), COST)
-    assert trainer.evaluations.judge is not None
-    trainer.evaluations.judge.evaluator.keep_images = cut
+    assert trainer.evaluations.evaluator is not None
+    trainer.evaluations.evaluator.evaluator.keep_images = cut
     with pytest.raises(InterruptedError):
         trainer.run()
     trainer.saver.wait()
     assert generated == [0, 64]
 
     again = Trainer(e, folder, World(), COST)
-    assert again.evaluations.judge is not None
-    again.evaluations.judge.evaluator.keep_images = lambda first, _: generated.append(first)
+    assert again.evaluations.evaluator is not None
+    again.evaluations.evaluator.evaluator.keep_images = lambda first, _: generated.append(first)
     assert again.run().reason == "finished"
     assert generated == [0, 64, 64]  # the first chunk was there
     assert len(storage.list_files(storage.join(folder, "records"), ".json")) == 1
