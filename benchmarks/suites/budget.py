@@ -31,7 +31,7 @@ class Images(NamedTuple):
 def cost_of(suite: Suite, experiment: Experiment, known: dict[str, Cost]) -> Cost:
     """known: what was counted before, by model and images, for the runs that share them."""
     images = Images(experiment.data.resolution, 3, CLASSES[suite.data])
-    classes = images.num_classes if experiment.data.class_conditional else 0
+    classes = experiment.num_classes(images)
     key = identify(model=experiment.model.model_dump(mode="json"), resolution=images.resolution, classes=classes)
     if key not in known:
         known[key] = count_cost(lambda: build_model(experiment, images), images.resolution, 3, classes)  # type: ignore[arg-type]

@@ -1,16 +1,16 @@
-"""The settings of one run: typed, overridable by dotted keys, validated before anything starts, and hashed.
+"""The settings of one run: typed, overridable by dotted keys, validated before a run starts, and hashed.
 
 `model`, `diffusion.schedule`, `diffusion.weighting` and `eval.solver` are unions chosen by `name`; their fields are
-the keyword parameters of the classes that they build (diffscale/config/unions.py), so they are written down once.
+the keyword parameters of the classes that they build (diffscale/config/unions.py), so each is written once.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from diffscale.config.unions import named, union_of
+from diffscale.config.unions import choice, union_of
 from diffscale.core.hashing import identify
 from diffscale.core.storage import check_absolute, default_storage, join
 from diffscale.diffusion import INTERPOLANTS, PREDICTIONS, SCHEDULES, SOLVERS, WEIGHTINGS
@@ -19,11 +19,11 @@ from diffscale.records.schema import Endpoint
 
 GIVEN_BY_DATA = {"resolution", "channels", "num_classes"}
 
-if TYPE_CHECKING:
-    from diffscale.config.unions import Named as Model
-    from diffscale.config.unions import Named as Schedule
-    from diffscale.config.unions import Named as Solver
-    from diffscale.config.unions import Named as Weighting
+if TYPE_CHECKING:  # mypy does not see what pydantic.create_model returns
+    from diffscale.config.unions import Choice as Model
+    from diffscale.config.unions import Choice as Schedule
+    from diffscale.config.unions import Choice as Solver
+    from diffscale.config.unions import Choice as Weighting
 
     Interpolant: TypeAlias = str
     Prediction: TypeAlias = str
@@ -35,6 +35,14 @@ else:
     Interpolant = Literal[tuple(INTERPOLANTS)]
     Prediction = Literal[tuple(PREDICTIONS)]
 
+
+class HasClasses(Protocol):
+    """A dataset, as far as the number of its classes goes."""
+
+    @property
+    def num_classes(self) -> int: ...
+
+
 Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -43,7 +51,7 @@ class Section(BaseModel):
 
 
 class DataSettings(Section):
-    path: str = Field("builtin:emoji", description="dataset folder, absolute or a URI; builtin:emoji is in the package")
+    path: str = Field("builtin:emoji", description="dataset folder or its URI; builtin:emoji is in the package")
     resolution: int = Field(32, ge=4, description="side in pixels at which to train")
     class_conditional: bool = Field(True, description="give the model the labels")
     flip: bool = Field(True, description="mirror half of the images")
@@ -56,10 +64,10 @@ class DataSettings(Section):
 
 
 class DiffusionSettings(Section):
-    schedule: Schedule = Field(named("simple_cosine"), description="logsnr as a function of t")
+    schedule: Schedule = Field(choice("simple_cosine"), description="logsnr as a function of t")
     interpolant: Interpolant = Field("vp", description="logsnr to (alpha, sigma)")
-    prediction: Prediction = Field("v", description="what the network gives")
-    weighting: Weighting = Field(named("min_snr"), description="weight of the loss over logsnr")
+    prediction: Prediction = Field("v", description="quantity that the network predicts")
+    weighting: Weighting = Field(choice("min_snr"), description="weight of the loss over logsnr")
     input_scale: float = Field(1.0, gt=0, description="Chen's b: images are multiplied by it")
     input_range: Literal["-1,1", "0,1"] = Field("-1,1", description="range of the images given to the network")
     input_std: Literal["auto", "unit", "data", "none"] = Field("auto", description="what the noisy input is divided by")
@@ -81,7 +89,7 @@ class OptimSettings(Section):
     warmup_images: int = Field(0, ge=0, description="images over which the learning rate rises from zero")
     reference_images: int = Field(1_000_000, gt=0, description="images after which inverse_sqrt begins to fall")
     cosine_rate: float = Field(
-        1.0, gt=0, le=1, description="share of the half wave that cosine runs through (RIN .7-.8)"
+        1.0, gt=0, le=1, description="share of the half wave that cosine runs through (RIN: 0.7 to 0.8)"
     )
     decay_images: int = Field(0, ge=0, description="linear decay to zero over the last images (a decay branch)")
 
@@ -89,7 +97,7 @@ class OptimSettings(Section):
 class EmaSettings(Section):
     halflife_images: int | None = Field(None, gt=0, description="constant half-life in images")
     halflife_fraction: float | None = Field(0.05, gt=0, lt=1, description="half-life as a share of the images seen")
-    power: tuple[float, ...] = Field((), description="EDM2's relative widths to track for post-hoc EMA: .05, .10")
+    power: tuple[float, ...] = Field((), description="EDM2's relative widths to track for post-hoc EMA: 0.05, 0.10")
 
 
 class CheckpointSettings(Section):
@@ -103,30 +111,42 @@ class TrainSettings(Section):
     seed: int = Field(0, ge=0)
     global_batch: int = Field(64, ge=1, description="images per optimisation step over all workers")
     micro_batch: int | None = Field(None, ge=1, description="images per pass on one worker; null: all at once")
-    images: int | None = Field(None, gt=0, description="stop after so many images")
-    flops: float | None = Field(None, gt=0, description="stop after so many training FLOPs")
-    device_seconds: float | None = Field(None, gt=0, description="stop after so many seconds x devices")
-    wall_seconds: float | None = Field(None, gt=0, description="checkpoint and exit (resumable) after so long")
+    images: int | None = Field(None, gt=0, description="budget in images")
+    flops: float | None = Field(None, gt=0, description="budget in training FLOPs")
+    device_seconds: float | None = Field(None, gt=0, description="budget in seconds times devices")
+    wall_seconds: float | None = Field(
+        None, gt=0, description="seconds after which to write a checkpoint and exit (resumable)"
+    )
     precision: Literal["auto", "bf16", "fp16", "tf32", "fp32"] = Field(
-        "auto", description="of matrix products; auto: bf16 where the device has instructions for it, else fp32"
+        "auto", description="of matrix products; auto: bf16 if the device has instructions for it, else fp32"
     )
     compile: bool | Literal["auto"] = Field("auto", description="torch.compile; auto: large networks on a GPU")
     channels_last: bool | Literal["auto"] = Field("auto", description="memory format; auto: networks of convolutions")
     winograd: bool | Literal["auto"] = Field(
-        "auto", description="3 x 3 convolutions by Winograd's algorithm on a CPU; auto: where channels_last is auto too"
+        "auto", description="3 x 3 convolutions by Winograd's algorithm on a CPU; auto: if channels_last is auto too"
     )
     activation_checkpointing: bool = Field(False, description="recompute activations of each block")
     workers: int | tuple[int, int] = Field(1, description="Ray Train workers, or (fewest, most) for an elastic run")
     cpus_per_worker: int = Field(1, ge=1)
-    gpu: bool | Literal["auto"] = Field("auto", description="one GPU for each worker, where the cluster has any")
+    gpu: bool | Literal["auto"] = Field("auto", description="one GPU for each worker, if the cluster has GPUs")
     parallel: Literal["ddp", "fsdp2"] = "ddp"
-    max_failures: int = Field(8, ge=-1, description="restarts after a lost worker; -1 without limit")
+    max_failures: int = Field(8, ge=-1, description="restarts after a lost worker; -1: no limit")
     nonfinite_limit: int = Field(10, ge=1, description="skipped steps in a row after which the run stops")
     ema: EmaSettings = EmaSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     log_every_images: int | None = Field(None, gt=0, description="null: every 50 steps")
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
     price_per_device_hour: float | None = Field(None, ge=0)
+
+    @property
+    def min_workers(self) -> int:
+        """Fewest workers with which the run trains."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """Most workers with which the run trains."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 
 class EvalSettings(Section):
@@ -138,7 +158,7 @@ class EvalSettings(Section):
     points_flops: tuple[float, ...] = Field((), description="when, in training FLOPs, besides the points")
     eval_resolution: int | None = Field(None, ge=4, description="common side for comparison; null: data.resolution")
     resize: str = Field("default", description="how images reach the network's size; named in the record")
-    solver: Solver = Field(named("dpmpp_2m", steps=20), description="sampler")
+    solver: Solver = Field(choice("dpmpp_2m", steps=20), description="sampler")
     guidance_scale: float = Field(1.0, ge=0, description="classifier-free guidance; 1 is none")
     guidance_interval: tuple[float, float] | None = Field(None, description="logsnr between which to guide")
     ema: str = Field("halflife", description="weights to sample from: none, halflife, or a power width such as 0.05")
@@ -149,12 +169,12 @@ class EvalSettings(Section):
 
 
 class Experiment(Section):
-    """One run. `run_id` is what it is; the rest is where, how long and how it is looked at."""
+    """The settings of one run. `run_id` identifies its weights, the rest its place, length and evaluation."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$", description="name of the run's folder")
-    storage: str = Field(default_factory=default_storage, description="absolute path or URI under which runs live")
+    storage: str = Field(default_factory=default_storage, description="path or URI under which runs live")
     data: DataSettings = DataSettings()
-    model: Model = Field(named("unet"), description="backbone")
+    model: Model = Field(choice("unet"), description="backbone")
     diffusion: DiffusionSettings = DiffusionSettings()
     optim: OptimSettings = OptimSettings()
     train: TrainSettings = TrainSettings()
@@ -177,8 +197,12 @@ class Experiment(Section):
         check_absolute(self.storage)
         return self
 
+    def num_classes(self, dataset: HasClasses) -> int:
+        """Return the number of classes that the model is conditioned on, 0 without labels."""
+        return dataset.num_classes if self.data.class_conditional else 0
+
     def endpoint(self, images_seen: int) -> Endpoint:
-        """What the learning rate's state makes of an evaluation at `images_seen` (DECISIONS 2)."""
+        """Return the state of the learning rate at `images_seen` (CONTRIBUTING.md, decision 2)."""
         optim, total = self.optim, self.train.images
         if optim.schedule == "cosine" or optim.decay_images:
             assert total is not None
@@ -189,7 +213,7 @@ class Experiment(Section):
         return "inverse_sqrt" if optim.schedule == "inverse_sqrt" else "constant"
 
     def weights_settings(self) -> dict[str, Any]:
-        """The settings that change the weights: what `run_id` is the hash of, next to the data's content."""
+        """Return the settings that change the weights: with the data's content they determine `run_id`."""
         s = self.model_dump(mode="json")
         data = {k: s["data"][k] for k in ("resolution", "class_conditional", "flip", "augment", "order")}
         keys = ("seed", "global_batch", "precision", "compile", "channels_last", "activation_checkpointing", "ema")
@@ -201,17 +225,18 @@ class Experiment(Section):
         return {"data": data, "model": s["model"], "diffusion": s["diffusion"], "optim": s["optim"], "train": train}
 
     def run_id(self, content_hash: str) -> str:
-        """16 hex digits; the same for the same weights, whatever the workers, storage, evaluation or budget.
+        """Return 16 hex digits: the same for the same weights, whatever the workers, storage, evaluation or budget.
 
-        Of settings in which "auto" has been replaced by a choice: see `training.numerics.settled`.
+        Settings in which "auto" stands have another identity than the ones that training chooses in their place.
         """
         return identify(content_hash=content_hash, **self.weights_settings())
 
     def run_folder(self, content_hash: str) -> str:
+        """Return the folder of the run's checkpoints, records and samples."""
         return join(check_absolute(self.storage), "runs", f"{self.name}-{self.run_id(content_hash)}")
 
     def dotted(self) -> dict[str, Any]:
-        """Every setting by its dotted key, as plain JSON values."""
+        """Return every setting by its dotted key, as plain JSON values."""
         return _flatten(self.model_dump(mode="json"))
 
 

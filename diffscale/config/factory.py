@@ -1,4 +1,4 @@
-"""From settings to objects: the dataset, the model, the diffusion and the sampler of an experiment."""
+"""Builds the objects that the settings describe: dataset, model, diffusion, solver."""
 
 from __future__ import annotations
 
@@ -17,22 +17,21 @@ if TYPE_CHECKING:
 
 
 def open_training_data(experiment: Experiment) -> Dataset:
-    """The dataset of `data.path` at `data.resolution`; builtin:emoji is built under the storage the first time."""
+    """Open the dataset of `data.path` at `data.resolution`. builtin:emoji is built under the storage the first time."""
     data = experiment.data
     cache = ShardCache(data.cache, data.cache_gigabytes)
     return open_dataset(resolve(data.path, data.resolution, experiment.storage), cache=cache)
 
 
 def build_model(experiment: Experiment, dataset: Dataset) -> nn.Module:
-    """The backbone for this data. Raises UserError where it cannot take the resolution or a setting."""
+    """Build the backbone for this data. Raises UserError if it does not accept the resolution or a setting."""
     settings = experiment.model
-    classes = dataset.num_classes if experiment.data.class_conditional else 0
     try:
         return create_model(
             settings.name,
             resolution=dataset.resolution,
             channels=dataset.channels,
-            num_classes=classes,
+            num_classes=experiment.num_classes(dataset),
             **settings.arguments(),
         )
     except ValueError as error:
@@ -40,7 +39,7 @@ def build_model(experiment: Experiment, dataset: Dataset) -> nn.Module:
 
 
 def build_diffusion(experiment: Experiment, dataset: Dataset) -> Diffusion:
-    """Schedule, interpolant, prediction and weighting. Raises UserError for a singular combination."""
+    """Build schedule, interpolant, prediction and weighting. Raises UserError for a singular combination."""
     d = experiment.diffusion
     try:
         return create_diffusion(
@@ -60,6 +59,7 @@ def build_diffusion(experiment: Experiment, dataset: Dataset) -> Diffusion:
 
 
 def build_solver(experiment: Experiment) -> Any:
+    """Build the sampler of `eval.solver`. Raises UserError for a setting that it does not accept."""
     settings = experiment.eval.solver
     try:
         return SOLVERS[settings.name](**settings.arguments())

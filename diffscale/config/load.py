@@ -1,8 +1,9 @@
-"""Settings from a preset or a file with dotted overrides, and what is wrong with them in one sentence."""
+"""Loads settings from a preset or a file with dotted overrides, and explains what is wrong with them."""
 
 from __future__ import annotations
 
 import re
+import typing
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
@@ -14,20 +15,24 @@ from pydantic import ValidationError
 from yaml import YAMLError
 
 from diffscale.core.errors import UserError
+from diffscale.core.storage import resolve
 from diffscale.core.text import nearest, one_line
 
 if TYPE_CHECKING:
     from diffscale.config.experiment import Experiment
 
+BUILTIN = "builtin:"
+"""What the names of datasets in the package begin with."""
+
 
 def preset_names(kind: str = "presets") -> list[str]:
-    """Names of the presets (or of the sweeps, kind='sweeps') in the package."""
+    """Return the names of the presets (or of the sweeps, kind='sweeps') in the package."""
     folder = resources.files("diffscale.config") / kind
     return sorted(Path(f.name).stem for f in folder.iterdir() if f.name.endswith(".yaml"))
 
 
 def load_tree(preset_or_file: str, kind: str = "presets") -> dict[str, Any]:
-    """The settings of a preset of the package or of a YAML file, with those of its `base` underneath."""
+    """Return the settings of a preset or a YAML file, merged over the settings of its `base`."""
     if preset_or_file.endswith((".yaml", ".yml")) or "/" in preset_or_file:
         path = Path(preset_or_file).expanduser()
         if not path.is_file():
@@ -49,8 +54,10 @@ def load_tree(preset_or_file: str, kind: str = "presets") -> dict[str, Any]:
 
 
 def parse_yaml(text: str, source: str) -> dict[str, Any]:
-    """A YAML mapping as plain values. `${section.key}` refers to another key; resolvers that read the environment
-    are off, so that no secret gets from there into settings that are saved and published with results."""
+    """Return a YAML mapping as plain values. `${section.key}` refers to another key.
+
+    Resolvers that read the environment are off, so that no secret gets into settings, which are saved and published.
+    """
     try:
         OmegaConf.clear_resolver("oc.env")
         tree = OmegaConf.create(text)
@@ -58,12 +65,12 @@ def parse_yaml(text: str, source: str) -> dict[str, Any]:
             raise ValueError("not a mapping of settings")
         return OmegaConf.to_container(tree, resolve=True)  # type: ignore[return-value]
     except (YAMLError, OmegaConfBaseException, ValueError, RecursionError, TypeError, AttributeError) as error:
-        expected = f"a YAML mapping of settings ({one_line(error)})"
-        raise UserError(setting="PRESET_OR_FILE", value=source, expected=expected) from None
+        expected = "a YAML mapping of settings"
+        raise UserError(setting="PRESET_OR_FILE", value=source, expected=expected, reason=one_line(error)) from None
 
 
 def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
-    """`["train.images=1e6", "model.name=rin"]` as a tree."""
+    """Return overrides such as `["train.images=1e6", "model.name=rin"]` as a tree."""
     for item in overrides:
         if not re.match(r"^[A-Za-z_][\w.]*=", item):
             raise UserError(setting="OVERRIDE", value=item, expected="a dotted key and a value: train.global_batch=128")
@@ -71,12 +78,18 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
         OmegaConf.clear_resolver("oc.env")
         return OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)), resolve=True)  # type: ignore[return-value]
     except (YAMLError, OmegaConfBaseException, ValueError) as error:
-        raise UserError(setting="OVERRIDE", value=" ".join(overrides), expected=one_line(error)) from None
+        expected = "dotted keys with YAML values"
+        raise UserError(
+            setting="OVERRIDE", value=" ".join(overrides), expected=expected, reason=one_line(error)
+        ) from None
 
 
 def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """`above` laid over `below`. A section whose `name` changes starts afresh: the settings of another backbone or
-    schedule mean nothing to the new one. A plain string for such a section is short for its name."""
+    """Return the settings `below` with `above` overriding them.
+
+    A section whose `name` changes starts afresh, since the settings of another backbone or schedule mean nothing to the
+    new one. A plain string for a section with a name is short for that name.
+    """
     out = dict(below)
     for key, value in above.items():
         old = out.get(key)
@@ -91,26 +104,40 @@ def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_experiment(preset_or_file: str, overrides: Iterable[str] = ()) -> Experiment:
-    """PRESET_OR_FILE [key=value ...] as validated settings. Raises UserError naming the key and the nearest valid."""
+    """Return PRESET_OR_FILE [key=value ...] as validated settings. Raises UserError with the key and the nearest."""
     return validate(merge(load_tree(preset_or_file), parse_overrides(overrides)))
 
 
 def validate(tree: dict[str, Any]) -> Experiment:
-    from diffscale.config.experiment import Experiment
+    """Return a tree of settings as an Experiment, with relative paths resolved. Raises UserError for the first mistake.
 
-    tree = _expand_model_preset(tree)
+    `storage` and `data.path` may be relative to the working directory, except in a Ray job: see `storage.resolve`.
+    """
+    from diffscale.config.experiment import Experiment  # import cost
+
+    tree = _resolve_paths(_expand_model_preset(tree))
     try:
         return Experiment.model_validate(tree)
     except ValidationError as error:
         raise explain(error, Experiment, tree) from None
 
 
+def _resolve_paths(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return the tree with absolute `storage` and `data.path`."""
+    if isinstance(place := tree.get("storage"), str):
+        tree = tree | {"storage": resolve(place)}
+    data = tree.get("data")
+    if isinstance(data, dict) and isinstance(path := data.get("path"), str) and not path.startswith(BUILTIN):
+        tree = tree | {"data": data | {"path": resolve(path, "data.path")}}
+    return tree
+
+
 def _expand_model_preset(tree: dict[str, Any]) -> dict[str, Any]:
-    """`model: {preset: NAME, ...}` takes the settings of a published size; further keys lie over it."""
+    """Replace `model: {preset: NAME, ...}` by the settings of a published size, which further keys override."""
     model = tree.get("model")
     if not (isinstance(model, dict) and "preset" in model):
         return tree
-    from diffscale.models.presets.convolutional import PRESETS
+    from diffscale.models.presets import PRESETS  # import cost
 
     rest = {k: v for k, v in model.items() if k != "preset"}
     name = str(model["preset"])
@@ -121,7 +148,7 @@ def _expand_model_preset(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def explain(error: ValidationError, schema: Any, tree: dict[str, Any]) -> UserError:
-    """The first thing wrong with the settings, as a UserError."""
+    """Return the first mistake in the settings as a UserError."""
     first = error.errors()[0]
     location, kind, context = [str(p) for p in first["loc"]], first["type"], first.get("ctx", {})
     # A chosen alternative of a union puts its name into the location: leave it out of the dotted key.
@@ -140,7 +167,7 @@ def explain(error: ValidationError, schema: Any, tree: dict[str, Any]) -> UserEr
         return UserError(setting=dotted, value=None, expected="a value; it has no default")
     message = first["msg"].removeprefix("Value error, ")
     value = first["input"] if dotted else tree.get("name", "")
-    return UserError(setting=dotted or "settings of", value=value, expected=message)
+    return UserError(setting=dotted or "(top level)", value=value, expected=message)
 
 
 def _without_tags(location: list[str], tree: Any) -> list[str]:
@@ -159,9 +186,7 @@ def _without_tags(location: list[str], tree: Any) -> list[str]:
 
 
 def _known_keys(schema: Any, location: list[str]) -> list[str]:
-    """Names of the fields of the model that a location of a validation error leads to."""
-    import typing
-
+    """Return the fields of the model that a location of a validation error leads to."""
     for part in location:
         options = [schema]
         if not (isinstance(schema, type) and part in getattr(schema, "model_fields", {})):

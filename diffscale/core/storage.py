@@ -1,4 +1,4 @@
-"""Where runs live: small durable reads and writes on a local folder, NFS, s3:// or gs:// (pyarrow.fs)."""
+"""Storage of runs: small durable reads and writes on a local folder, NFS, s3:// or gs:// (pyarrow.fs)."""
 
 from __future__ import annotations
 
@@ -12,21 +12,47 @@ from pyarrow import fs as pafs
 from diffscale.core.errors import UserError
 
 ENVIRONMENT = "DIFFSCALE_STORAGE"
+JOB_VARIABLES = ("RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_JOB_ID")
+"""Variables that Ray sets for the program of a submitted job and for its workers."""
 SCHEMES = ("s3", "gs", "gcs", "file")
-GCS_PATIENCE = timedelta(seconds=60)  # of one call; Google's own 15 minutes look like a hang
+GCS_PATIENCE = timedelta(seconds=60)  # for one call; Google's own 15 minutes look like a hang
 
 
 def default_storage() -> str:
-    """`$DIFFSCALE_STORAGE`, else `~/diffscale`."""
-    return os.environ.get(ENVIRONMENT) or str(Path.home() / "diffscale")
+    """Return `$DIFFSCALE_STORAGE`, else `~/diffscale`."""
+    return resolve(os.environ.get(ENVIRONMENT) or str(Path.home() / "diffscale"), ENVIRONMENT)
+
+
+def in_ray_job() -> bool:
+    """Return whether this process belongs to a job that was submitted to a Ray cluster."""
+    return any(name in os.environ for name in JOB_VARIABLES)
+
+
+def resolve(uri: str, setting: str = "storage") -> str:
+    """Return a place as a URI or an absolute path without `file://`; a relative path starts at the working directory.
+
+    Raises UserError for a relative path in a Ray job: its working directory is a temporary copy of the uploaded one.
+    """
+    path = os.path.expanduser(uri.removeprefix("file://"))
+    if "://" in path or os.path.isabs(path):
+        return check_absolute(path, setting)
+    if in_ray_job():
+        raise UserError(
+            setting=setting,
+            value=uri,
+            expected="an absolute path or a URI (s3://bucket/folder, gs://bucket/folder)",
+            reason="the working directory of a Ray job is a temporary copy, deleted after the job",
+        )
+    return os.path.abspath(path)
 
 
 def is_remote(uri: str) -> bool:
+    """Return whether the place is in an object store."""
     return "://" in uri and not uri.startswith("file://")
 
 
 def check_absolute(uri: str, setting: str = "storage") -> str:
-    """The same place without `file://`; a relative path is refused (a Ray job's working directory is temporary)."""
+    """Return the place without `file://`. Raises UserError for a relative path, an unknown scheme or credentials."""
     path = uri.removeprefix("file://")
     if is_remote(uri) and "@" in uri.split("://", 1)[1].split("/", 1)[0]:
         raise UserError(
@@ -50,7 +76,7 @@ def check_absolute(uri: str, setting: str = "storage") -> str:
 
 
 def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
-    """The pyarrow filesystem of `uri` and the path inside it.
+    """Return the pyarrow filesystem of `uri` and the path inside it.
 
     `$AWS_ENDPOINT_URL` points s3:// at another server (MinIO, moto), as it does for AWS's own tools, and
     `$STORAGE_EMULATOR_HOST` gs:// at an emulator, as it does for Google's.
@@ -72,7 +98,7 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
 
 
 def unreachable(error: OSError) -> UserError | None:
-    """What to tell a person when an object store refuses or does not answer; None for any other error."""
+    """Return the explanation of an object store's refusal or silence, or None for any other error."""
     text = str(error).splitlines()[0][:400] if str(error) else ""
     if "AWS Error" in text:
         fix = "check the bucket's name, AWS_ACCESS_KEY_ID or the machine's role, AWS_DEFAULT_REGION, AWS_ENDPOINT_URL"
@@ -82,7 +108,7 @@ def unreachable(error: OSError) -> UserError | None:
         )
     else:
         return None
-    return UserError(setting="storage", value=text, expected="an object store that answers", fix=fix)
+    return UserError(setting="storage", value=text, expected="a reachable object store", fix=fix)
 
 
 def join(uri: str, *parts: str) -> str:
@@ -95,14 +121,14 @@ def exists(uri: str) -> bool:
 
 
 def read_bytes(uri: str) -> bytes:
-    """The whole file. Raises FileNotFoundError."""
+    """Return the whole file. Raises FileNotFoundError."""
     fs, path = filesystem(uri)
     with fs.open_input_stream(path) as file:
         return file.read()
 
 
 def write_bytes(uri: str, data: bytes) -> None:
-    """Writes the file so that a reader sees all of it or nothing: one PUT, or a synced temporary file and a rename."""
+    """Write a file of which readers see all or nothing: one PUT, or a synced temporary file and a rename."""
     fs, path = filesystem(uri)
     if is_remote(uri):
         with fs.open_output_stream(path) as file:
@@ -122,7 +148,7 @@ def write_bytes(uri: str, data: bytes) -> None:
 
 
 def list_files(uri: str, suffix: str = "", recursive: bool = False) -> list[str]:
-    """Full URIs of the files under a folder, sorted; a folder that does not exist holds none."""
+    """Return the full URIs of the files under a folder, sorted; a folder that does not exist has none."""
     fs, path = filesystem(uri)
     selector = pafs.FileSelector(path, recursive=recursive, allow_not_found=True)
     scheme = uri.split("://")[0] + "://" if is_remote(uri) else ""

@@ -19,7 +19,7 @@ OVERHEAD = 1.15  # workspaces and fragmentation
 def needed_bytes(experiment: Experiment, dataset: Dataset) -> int:
     """Estimated peak of one worker: weights, gradients, moments, averages, and what the backward pass needs."""
     train = experiment.train
-    workers = train.workers if isinstance(train.workers, int) else train.workers[0]
+    workers = train.min_workers
     images = min(train.micro_batch or train.global_batch, -(-train.global_batch // workers))
     parameters, activations = count(experiment, dataset, images)
     averages = int(bool(train.ema.halflife_images or train.ema.halflife_fraction)) + len(train.ema.power)

@@ -59,3 +59,16 @@ def test_settings_come_back_from_their_own_dump() -> None:
     e = load_experiment("quickstart-rin")
     assert Experiment.model_validate(e.model_dump(mode="json")) == e
     assert e.dotted()["train.ema.halflife_fraction"] == e.train.ema.halflife_fraction
+
+
+def test_workers_and_classes_have_one_reading() -> None:
+    e = load_experiment("quickstart-unet", ["train.workers=3"])
+    assert (e.train.min_workers, e.train.max_workers) == (3, 3)
+    e = load_experiment("quickstart-unet", ["train.workers=[2, 4]"])
+    assert (e.train.min_workers, e.train.max_workers) == (2, 4)
+
+    class Ten:
+        num_classes = 10
+
+    assert e.num_classes(Ten()) == 10
+    assert load_experiment("quickstart-unet", ["data.class_conditional=false"]).num_classes(Ten()) == 0

@@ -1,4 +1,4 @@
-"""Settings from presets, files and dotted overrides; every mistake told in one screen with exit code 2."""
+"""Settings from presets, files and dotted overrides; every mistake explained on one screen with exit code 2."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ MISTAKES = [
     (["quickstart-unet", "train.global_batch=many"], "train.global_batch"),
     (["quickstart-unet", "train.precision=bf61"], "bf16"),
     (["quickstart-unet", "diffusion.prediction=vv"], "'vv'"),
-    (["quickstart-unet", "storage=somewhere"], "storage=/"),
+    (["quickstart-unet", "storage=ftp://host/runs"], "s3://bucket/folder"),
+    (["quickstart-unet", "storage=s3://user:word@bucket/runs"], "credentials"),
     (["quickstart-unet", "train.flops=null"], "train.images"),
     (["quickstart-unet", "optim.schedule=cosine"], "train.images"),
     (["quickstart-unet", "no-equals-sign"], "no-equals-sign"),
@@ -74,6 +75,24 @@ def test_commands_print_one_screen_and_exit_with_2(tmp_path: Path) -> None:
         assert "Traceback" not in run.stderr
         assert "expected:" in run.stderr
         assert not list(tmp_path.iterdir())
+
+
+def test_relative_paths_start_at_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    e = load_experiment("quickstart-unet", ["storage=runs", "data.path=../images"])
+    assert e.storage == str(tmp_path / "runs")
+    assert e.data.path == str(tmp_path.parent / "images")
+    e = load_experiment("quickstart-unet", ["storage=s3://bucket/runs", "data.path=builtin:emoji"])
+    assert (e.storage, e.data.path) == ("s3://bucket/runs", "builtin:emoji")
+    monkeypatch.setenv("DIFFSCALE_STORAGE", "elsewhere")
+    assert load_experiment("quickstart-unet").storage == str(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize("override", ["storage=runs", "data.path=images"])
+def test_a_job_refuses_relative_paths(override: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    with pytest.raises(UserError, match="temporary"):
+        load_experiment("quickstart-unet", [override])
 
 
 def test_overrides_keep_yaml_types() -> None:
