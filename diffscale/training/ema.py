@@ -53,8 +53,8 @@ class Ema:
 def halflife_beta(settings: EmaSettings, images_seen: int, images: int) -> float:
     """Return ½^(images / half-life).
 
-    The half-life is a share of `images_seen`, and at most `halflife_images` if set: the early average is short enough to
-    forget the random initial weights, the later one has a constant half-life.
+    The half-life is a share of `images_seen`, and at most `halflife_images` if set: an early average is short enough
+    to forget the random initial weights, a later one has a constant half-life.
     """
     share = settings.halflife_fraction or WARMUP_SHARE
     halflife = share * images_seen
