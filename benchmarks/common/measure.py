@@ -1,24 +1,21 @@
-"""Two ways of doing one thing, timed in turns in one process: what the metric and sampling benchmarks share."""
+"""Paired timings, intervals, and the tables of results."""
 
 from __future__ import annotations
 
 import csv
 import json
-import os
-import platform
 import statistics
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks.common.machine import made_by
 from diffscale.core import storage
 from diffscale.core.cache import cache_dir
-from diffscale.core.provenance import source
 
 RESULTS = Path(__file__).parents[1] / "results" / "throughput"
 
@@ -26,10 +23,14 @@ RESULTS = Path(__file__).parents[1] / "results" / "throughput"
 def race(
     ours: Callable[[], Any], theirs: Callable[[], Any], work: int, pairs: int, unfinished: str = ""
 ) -> dict[str, Any]:
-    """Alternating pairs (who begins alternates too) after one warm-up of each. work: items in one call.
+    """Time two calls in alternating pairs after one warm-up of each; the side that starts alternates too.
 
-    unfinished: a name under which pairs are kept until all are there, so that a long race can be run in parts.
-    ratio: median over the pairs of their seconds to ours, with a bootstrap 95 % interval (DECISIONS 20).
+    ours, theirs: the calls
+    work: items in one call
+    pairs: how many
+    unfinished: name under which pairs are kept until all are measured, so that a long race can be resumed
+
+    The returned ratio is the median over the pairs of their seconds to ours, with a bootstrap 95 % interval.
     """
     kept = cache_dir() / "benchmarks" / f"{unfinished}.json" if unfinished else None
     seconds: list[tuple[float, float]] = json.loads(kept.read_text()) if kept and kept.exists() else []
@@ -59,39 +60,42 @@ def race(
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
-    """Bootstrap 95 % interval of the median of values (n,)."""
+    """Return the bootstrap 95 % interval of the median of values (n,)."""
     draws = np.random.default_rng(0).choice(values, (10_000, len(values)))
     low, high = np.quantile(np.median(draws, axis=1), [0.025, 0.975])
     return float(low), float(high)
 
 
 def write(name: str, rows: list[dict[str, Any]]) -> Path:
-    """results/throughput/NAME.csv, whole, each row with what made it (where it does not say so already)."""
+    """Write results/throughput/NAME.csv, each row with its machine, date, commit and command. Return the path."""
     path = RESULTS / f"{name}.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
     made = made_by()
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0] | made))
-        writer.writeheader()
-        writer.writerows(made | row for row in rows)
+    write_csv(path, [made | row for row in rows])
     return path
 
 
-def made_by() -> dict[str, Any]:
-    """Machine, date, commit and command of a measurement."""
-    commit, dirty = source()
-    module = getattr(sys.modules["__main__"].__spec__, "name", sys.argv[0]).removesuffix(".__main__")
-    return {
-        "machine": f"{os.cpu_count()} cores of {cpu_name()}", "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "commit": f"{commit[:12]}{'+' if dirty else ''}", "command": " ".join(["python -m", module, *sys.argv[1:]]),
-    }  # fmt: skip
+def read_csv(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a table; none if it does not exist."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
-def cpu_name() -> str:
-    """The processor's name where Linux tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write a table whole; its columns are those of all rows, in the order of their first appearance."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def wait_for(condition: Callable[[], Any], seconds: float, what: str, every: float = 0.5) -> Any:
+    """Return the first true value of the condition. Raise TimeoutError that names `what` after `seconds`."""
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        if time.monotonic() > end:
+            raise TimeoutError(f"{what}: not within {seconds:.0f} s")
+        time.sleep(every)
+    return found

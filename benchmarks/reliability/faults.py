@@ -10,7 +10,6 @@ weights are those of the calm run. Rows go to benchmarks/results/faults.csv; a f
 from __future__ import annotations
 
 import contextlib
-import csv
 import json
 import os
 import shutil
@@ -26,8 +25,9 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from benchmarks.common.measure import made_by
-from benchmarks.reliability.namespaces import Network, Node, network, unavailable, wait_for
+from benchmarks.common.machine import made_by
+from benchmarks.common.measure import read_csv, wait_for, write_csv
+from benchmarks.reliability.namespaces import Network, Node, network, unavailable
 
 RESULTS = Path(__file__).parents[1] / "results" / "faults.csv"
 BATCH, STEPS, CHECKPOINT_STEPS = 16, 240, 20
@@ -271,16 +271,10 @@ def compare(run: Runs, calm: Runs | None) -> str:
 
 
 def save(row: Row) -> None:
-    RESULTS.parent.mkdir(exist_ok=True)
-    rows: dict[tuple[str, str], dict[str, str]] = {}
-    if RESULTS.exists():
-        with open(RESULTS, newline="") as file:
-            rows = {(r["fault"], r["program"]): r for r in csv.DictReader(file)}
-    made = rows[row.fault, row.program] = {k: str(v) for k, v in (asdict(row) | made_by()).items()}
-    with open(RESULTS, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(made), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows.values())
+    """Write the table with this row in the place of an earlier one of the same fault and program."""
+    earlier = {(r["fault"], r["program"]): r for r in read_csv(RESULTS)}
+    earlier.pop((row.fault, row.program), None)
+    write_csv(RESULTS, [*earlier.values(), asdict(row) | made_by()])
 
 
 def calm_program(kind: str, storage: Path) -> Runs:

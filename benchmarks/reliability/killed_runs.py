@@ -11,7 +11,6 @@ replaces its rows.
 
 from __future__ import annotations
 
-import csv
 import os
 import random
 import secrets
@@ -22,14 +21,15 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import psutil
 import typer
 
-from benchmarks.common.measure import made_by
+from benchmarks.common.machine import made_by
+from benchmarks.common.measure import read_csv, wait_for, write_csv
 from diffscale.core.errors import UserError
 from diffscale.core.text import nearest
 from diffscale.training.checkpoint import layout as ck
@@ -145,7 +145,7 @@ class Run:
         def met() -> bool:
             return condition() or self.process.poll() is not None
 
-        wait_for(met, what)
+        wait_for(met, LIMIT, what, every=0.02)
         if self.process.poll() is not None and not condition():
             raise RuntimeError(f"{what}: the command ended before:\n{self.log.read_text()[-3000:]}")
 
@@ -162,15 +162,6 @@ class Run:
     def history(self) -> list[dict[str, Any]]:
         """Its rows, without what depends on the machine's speed."""
         return [{k: v for k, v in row.items() if k not in VARYING} for row in read_history(str(self.folder))]
-
-
-def wait_for(condition: Callable[[], Any], what: str) -> Any:
-    end = time.monotonic() + LIMIT
-    while time.monotonic() < end:
-        if found := condition():
-            return found
-        time.sleep(0.02)
-    raise TimeoutError(f"{what}: not within {LIMIT:.0f} s")
 
 
 def workers() -> list[psutil.Process]:
@@ -197,7 +188,7 @@ class Killer:
             self.run.process.wait()
             self.run.start()
             return
-        victim = self.choice.choice(wait_for(workers, "a worker"))
+        victim = self.choice.choice(wait_for(workers, LIMIT, "a worker", every=0.02))
         if kind == "worker":
             victim.kill()
             return
@@ -257,16 +248,11 @@ def killed_run(cluster: Cluster, nodes: list[Any], storage: Path, name: str) -> 
 
 
 def save(path: Path, rows: list[Row]) -> None:
-    """The table with these rows in the place of those of the same cases."""
-    kept, made, order = [], made_by(), list(CASES)
-    if path.exists():
-        with path.open(newline="") as file:
-            kept = [row for row in csv.DictReader(file) if row["case"] not in {r.case for r in rows}]
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*(f.name for f in fields(Row)), *made], lineterminator="\n")
-        writer.writeheader()
-        new = [asdict(row) | made for row in rows]
-        writer.writerows(sorted([*kept, *new], key=lambda row: (order.index(row["case"]), int(row["kill"]))))
+    """Write the table with these rows in the place of those of the same cases."""
+    made, order = made_by(), list(CASES)
+    kept = [row for row in read_csv(path) if row.get("case") not in {r.case for r in rows}]
+    table = [*kept, *(asdict(row) | made for row in rows)]
+    write_csv(path, sorted(table, key=lambda row: (order.index(row["case"]), int(row["kill"]))))
 
 
 def main(

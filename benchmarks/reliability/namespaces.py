@@ -16,9 +16,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
+from benchmarks.common.measure import wait_for
 from diffscale.distributed.connect import NODE_ENVIRONMENT
 
 PORT = 6379
@@ -220,16 +221,6 @@ def network(nodes: int, cpus: list[int] | None = None, **environment: str) -> It
         yield net
     finally:
         net.close()
-
-
-def wait_for(condition: Callable[[], bool], seconds: float, what: str, every: float = 0.5) -> float:
-    """Seconds until the condition held. Raises TimeoutError that says what was waited for."""
-    start = time.monotonic()
-    while not condition():
-        if time.monotonic() - start > seconds:
-            raise TimeoutError(f"{what}: not within {seconds:.0f} s")
-        time.sleep(every)
-    return time.monotonic() - start
 
 
 def _ip(*arguments: str) -> str:

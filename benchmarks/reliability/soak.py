@@ -9,7 +9,6 @@ below one file handle for each round, in every process.
 
 from __future__ import annotations
 
-import csv
 import os
 import shutil
 import tempfile
@@ -22,7 +21,8 @@ import numpy as np
 import psutil
 import typer
 
-from benchmarks.common.measure import made_by
+from benchmarks.common.machine import made_by
+from benchmarks.common.measure import write_csv
 
 RESULTS = Path(__file__).parents[1] / "results" / "soak.csv"
 WARMUP = 0.5  # share of the rounds that is left out: caches and thread pools fill
@@ -128,12 +128,9 @@ def main(minutes: Annotated[float, typer.Option(help="for how long")] = 30.0) ->
 
 
 def write(rows: list[dict[str, float | str]]) -> None:
-    RESULTS.parent.mkdir(exist_ok=True)
-    with open(RESULTS, "w", newline="") as file:
-        made = made_by()
-        writer = csv.DictWriter(file, list(rows[0] | made), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(row | made for row in rows)
+    """Write the table with what made it."""
+    made = made_by()
+    write_csv(RESULTS, [row | made for row in rows])
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import torch
 import typer
 from PIL import Image
 
-from benchmarks.common.measure import made_by
+from benchmarks.common.machine import made_by
 from benchmarks.suites import cifar10
 from diffscale.core import storage
 from diffscale.core.cache import cache_dir

@@ -10,7 +10,6 @@ benchmarks/results/throughput/training_step.csv.
 
 from __future__ import annotations
 
-import csv
 import itertools
 import statistics
 from collections.abc import Callable
@@ -23,7 +22,8 @@ import torch.multiprocessing as multiprocessing
 import typer
 
 from benchmarks.common.contenders import RACES, training_flops
-from benchmarks.common.measure import cpu_name, made_by
+from benchmarks.common.machine import cpu_name, made_by
+from benchmarks.common.measure import interval, read_csv, write_csv
 from benchmarks.common.stepper import Automatic, Stepper
 from diffscale.core.device import matmul_rate
 from diffscale.kernels.runtime import keep_freed_memory
@@ -115,13 +115,6 @@ def best_mode(race: str, setup: Setup, modes: list[Numerics]) -> Numerics:
     return fastest(modes, seconds)
 
 
-def interval(ratios: np.ndarray, draws: int = 10_000) -> tuple[float, float]:
-    """Bootstrap 95 % interval of the median."""
-    rows = np.random.default_rng(0).integers(0, len(ratios), (draws, len(ratios)))
-    low, high = np.percentile(np.median(ratios[rows], axis=1), (2.5, 97.5))
-    return float(low), float(high)
-
-
 def run_race(race: str, setup: Setup, pairs: int, mode: Numerics, ours: Numerics | None = None) -> list[dict]:
     """Alternate `pairs` times and return the two rows, ours with the ratio."""
     entry, sides = RACES[race], ("ours", "peer")
@@ -166,15 +159,8 @@ def write(rows: list[dict], path: Path) -> None:
     def key(row: dict) -> tuple[str, ...]:
         return tuple(str(row[k]) for k in ("race", "device", "compared"))
 
-    kept: list[dict] = []
-    if path.exists():
-        with path.open(newline="", encoding="utf-8") as file:
-            kept = [row for row in csv.DictReader(file) if key(row) not in {key(r) for r in rows}]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(sorted(kept + rows, key=lambda row: (row["race"], row["device"], row["side"])))
+    kept = [row for row in read_csv(path) if key(row) not in {key(r) for r in rows}]
+    write_csv(path, sorted(kept + rows, key=lambda row: (row["race"], row["device"], row["side"])))
 
 
 def main(

@@ -7,13 +7,13 @@ measured: the rates of the GPU and of its links are the manufacturer's, times th
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from benchmarks.common.measure import made_by
+from benchmarks.common.machine import made_by
+from benchmarks.common.measure import write_csv
 from benchmarks.studies.scaling.measure import measured
 from benchmarks.studies.scaling.model import Link, bytes_per_step, efficiency
 from diffscale.models import PRESETS, create_model
@@ -50,7 +50,11 @@ def main(
 
 
 def projected() -> list[dict[str, Any]]:
-    """A global batch of 2,048 shared among the devices (strong scaling), against as many devices that need not talk."""
+    """Return the efficiency of a global batch of 2,048 that the devices share.
+
+    It is relative to the same number of devices without communication. This is strong scaling: the batch of each
+    device shrinks with their number.
+    """
     rows = []
     for name in PROJECTED:
         settings = PRESETS[name]
@@ -85,10 +89,7 @@ def projected() -> list[dict[str, Any]]:
 
 def _write(name: str, rows: list[dict[str, Any]]) -> None:
     made = made_by()
-    with open(RESULTS / name, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0] | made))
-        writer.writeheader()
-        writer.writerows(row | made for row in rows)
+    write_csv(RESULTS / name, [row | made for row in rows])
     print(RESULTS / name)
 
 
