@@ -6,7 +6,7 @@ its denoiser D(z, logsnr), `sample` draws images with `SOLVERS[name](...)`.
 
 from diffscale.diffusion.beta_schedules import alpha_bars, cosine_betas, linear_betas
 from diffscale.diffusion.denoiser import Guidance, denoise
-from diffscale.diffusion.forward_process import add_noise, corrupt, ddpm_jump, ddpm_step, measured_logsnr
+from diffscale.diffusion.forward_process import add_noise, measured_logsnr, mix, q_sample, q_sample_step
 from diffscale.diffusion.interpolants import INTERPOLANTS
 from diffscale.diffusion.loss import LossTerms, multiscale_error, training_loss
 from diffscale.diffusion.predictions import PREDICTIONS, convert, from_x0_eps, to_x0_eps
@@ -30,11 +30,8 @@ __all__ = [
     "add_noise",
     "alpha_bars",
     "convert",
-    "corrupt",
     "cosine_betas",
     "create_diffusion",
-    "ddpm_jump",
-    "ddpm_step",
     "denoise",
     "from_x0_eps",
     "guided_nfe",
@@ -42,7 +39,10 @@ __all__ = [
     "linear_betas",
     "loss_concentration",
     "measured_logsnr",
+    "mix",
     "multiscale_error",
+    "q_sample",
+    "q_sample_step",
     "sample",
     "slope",
     "to_x0_eps",

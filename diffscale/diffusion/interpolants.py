@@ -18,7 +18,7 @@ def vp(logsnr: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def linear(logsnr: Tensor) -> tuple[Tensor, Tensor]:
-    """alpha + sigma = 1: `corrupt` with amount = sigma, and rectified flow with t = sigma."""
+    """alpha + sigma = 1: `mix` with amount = sigma, and rectified flow with t = sigma."""
     return torch.sigmoid(logsnr / 2), torch.sigmoid(-logsnr / 2)
 
 

@@ -42,7 +42,7 @@ class DiTBlock(nn.Module):
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
-        from timm.layers import GELUTanh, Mlp  # here, since timm takes 2 s to import
+        from timm.layers import GELUTanh, Mlp  # import cost: 2 s
 
         self.mlp = Mlp(width, int(width * mlp_ratio), act_layer=GELUTanh, drop=(dropout, 0.0))
         self.modulation = nn.Linear(width, 6 * width)
@@ -61,8 +61,8 @@ class DiT(Backbone):
     """forward(x_in (B, C, H, W), logsnr (B,), label (B,) int64 | None, state) → (prediction (B, out, H, W), None).
 
     Any H and W: the input is padded inside to whole patches and the output cropped; a grid other than the native one
-    gets the positions of that stretched over it. The label `num_classes` and label=None mean "no label", which has a
-    vector of its own. As initialised the output is exactly zero.
+    gets the positions of that stretched over it. The label `num_classes` and label=None mean "no label", which has its
+    own vector. As initialised the output is exactly zero.
     """
 
     def __init__(
@@ -122,9 +122,7 @@ class DiT(Backbone):
         return unpatchify(x, *grid, self.patch)[:, :, :height, :width].to(x_in.dtype), None
 
     def blocks_for_fsdp(self) -> list[nn.Module]:
-        """The units that FSDP2 shards one by one."""
         return list(self.blocks)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters with two dimensions or more that are not to decay: positions and class vectors."""
         return {"positions"} | ({"embed_label.weight"} if self.embed_label is not None else set())

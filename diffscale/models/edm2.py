@@ -165,7 +165,7 @@ class Uncertainty(nn.Module):
 
 
 class EDM2(Backbone):
-    """The magnitude-preserving UNet, and beside it `uncertainty`, its head for the loss weighting.
+    """The magnitude-preserving UNet, with `uncertainty`, a head for the loss weighting.
 
     forward(x_in (B, C, H, W), logsnr (B,), label (B,) int64 | None, state) → (prediction (B, C, H, W), None) for any H
     and W: the input is padded inside to a multiple of 2^(levels − 1) and the output cropped. x_in should have unit
@@ -289,9 +289,7 @@ class EDM2(Backbone):
                 module.weight.data.copy_(module.normalised())  # .data: a second pass before backward is no error
 
     def blocks_for_fsdp(self) -> list[nn.Module]:
-        """The units that FSDP2 shards one by one."""
         return [*self.encoder, *self.decoder]
 
     def no_weight_decay(self) -> set[str]:
-        """All parameters: their scale has no effect."""
         return {name for name, _ in self.named_parameters()}

@@ -251,10 +251,8 @@ class HDiT(Backbone):
         return x[:, :, :height, :width].to(x_in.dtype), None
 
     def blocks_for_fsdp(self) -> list[nn.Module]:
-        """The units that FSDP2 shards one by one."""
         return [module for module in self.modules() if isinstance(module, HDiTBlock)]
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters with two dimensions or more that are not to decay, as released: the embeddings'."""
         names = {"noise_in.weight", "augment_in.weight", "embed_label.weight"}
         return names & {name for name, _ in self.named_parameters()}

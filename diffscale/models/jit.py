@@ -63,8 +63,8 @@ class JiT(Backbone):
     """forward(x_in (B, C, H, W), logsnr (B,), label (B,) int64 | None, state) → (prediction (B, C, H, W), None).
 
     Any H and W: the input is padded inside to whole patches and the output cropped; a grid other than the native one
-    gets the positions of that stretched over it. The label `num_classes` and label=None mean "no label", which has a
-    vector of its own. As initialised the output is exactly zero.
+    gets the positions of that stretched over it. The label `num_classes` and label=None mean "no label", which has its
+    own vector. As initialised the output is exactly zero.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class JiT(Backbone):
         num_heads: int = 12,  # B 12, L and H 16
         mlp_ratio: float = 4.0,  # of a plain MLP with as many weights; the SwiGLU's hidden width is 2/3 of it
         dropout: float = 0.0,  # in the middle half of the blocks
-        context_tokens: int = 32,  # class tokens beside the patches; without classes they are learned registers
+        context_tokens: int = 32,  # class tokens that join the patches; without classes they are learned registers
         context_start: int = 4,  # block before which they join: B 4, L 8, H 10
     ) -> None:
         super().__init__()
@@ -135,10 +135,8 @@ class JiT(Backbone):
         return unpatchify(self.head(x), *grid, self.patch)[:, :, :height, :width].to(x_in.dtype), None
 
     def blocks_for_fsdp(self) -> list[nn.Module]:
-        """The units that FSDP2 shards one by one."""
         return list(self.blocks)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters with two dimensions or more that are not to decay: positions, context, class vectors."""
         names = {"positions", "context", "embed_label.weight"}
         return names & {name for name, _ in self.named_parameters()}

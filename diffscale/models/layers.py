@@ -1,7 +1,7 @@
 """Layers that more than one backbone uses: noise-level and label embeddings, norms, resampling, attention.
 
-Shapes: B batch, C channels, H × W image, N tokens, D width. Nothing here knows of schedules or losses; a model gets
-the noise level as log SNR (λ = ln α²/σ²) and derives the number that its embedding expects with `noise_condition`.
+Shapes: B batch, C channels, H × W image, N tokens, D width. The layers know nothing of schedules or losses; a model
+gets the noise level as log SNR (λ = ln α²/σ²) and derives the number that its embedding expects (`noise_condition`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _BETA_MIN, _BETA_MAX = 0.1, 20.0  # DDPM's 1e-4 → 0.02 over 1000 steps, in con
 
 
 def noise_condition(logsnr: Tensor, kind: NoiseInput) -> Tensor:
-    """The scalar that a noise-level embedding is given, from log SNR. (B,) float32 → (B,) float32.
+    """Return the input of a noise-level embedding from log SNR. (B,) float32 → (B,) float32.
 
     edm: ln(σ)/4 with σ = e^(−λ/2) (Karras et al. 2022, table 1). ddpm: 1000·t of the linear-β process, inverted in
     closed form from ln ᾱ(t) = −½(β_max−β_min)t² − β_min·t (Song et al. 2021, eq. 33). angle: 1000·t of the cosine
@@ -44,12 +44,12 @@ def noise_condition(logsnr: Tensor, kind: NoiseInput) -> Tensor:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """A context in which operations keep the precision of their inputs (the meta device knows no autocast)."""
+    """Return a context in which operations keep the precision of their inputs (the meta device has no autocast)."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 class SinusoidalEmbedding(nn.Module):
-    """cos and sin of a scalar at geometric frequencies 1 … 1/max_period. (B,) → (B, dim), dim even.
+    """Cosines and sines of a scalar at geometric frequencies 1 … 1/max_period. (B,) → (B, dim), dim even.
 
     endpoint: whether the lowest frequency is 1/max_period itself (DDPM, DDPM++) or one step short of it (ADM, DiT).
     """
@@ -69,9 +69,9 @@ class SinusoidalEmbedding(nn.Module):
 
 
 class FourierEmbedding(nn.Module):
-    """cos and sin of a scalar at random, fixed, normally distributed frequencies. (B,) → (B, dim), dim even.
+    """Cosines and sines of a scalar at random, fixed, normally distributed frequencies. (B,) → (B, dim), dim even.
 
-    The frequencies are part of the state dict: a model is of no use with others (NCSN++, Song et al. 2021).
+    The frequencies are in the state dict: a checkpoint only works with its own (NCSN++, Song et al. 2021).
     """
 
     def __init__(self, dim: int, bandwidth: float = 16.0) -> None:
@@ -87,9 +87,9 @@ class FourierEmbedding(nn.Module):
 
 
 def one_hot_or_null(label: Tensor | None, num_classes: int, batch: int, device: torch.device) -> Tensor:
-    """(B,) int64 labels → (B, num_classes) float32 one-hot rows; the label `num_classes` and None give zero rows.
+    """Return one-hot rows (B, num_classes) float32 of labels (B,) int64; zero rows for `num_classes` and None.
 
-    Nothing here depends on values, so it works on the meta device and traces into one graph.
+    Control flow does not depend on values, so it works on the meta device and traces into one graph.
     """
     if label is None:
         return torch.zeros(batch, num_classes, device=device)
@@ -97,7 +97,7 @@ def one_hot_or_null(label: Tensor | None, num_classes: int, batch: int, device: 
 
 
 class LabelEmbedding(nn.Module):
-    """A learned vector per class; no label is the zero vector (plus the bias, where there is one).
+    """A learned vector per class; no label is the zero vector, plus the bias if there is one.
 
     (B,) int64 in [0, num_classes], where num_classes means "no label" → (B, dim). Rows start as N(0, 1).
     """
@@ -176,9 +176,9 @@ class Resample(nn.Module):
 
 
 def attention_at(level: int, resolution: int, attn_resolutions: tuple[int, ...]) -> bool:
-    """Whether a level of a UNet (0 is the finest) has a side s with s ≤ wanted < 2s for one of the wanted sides."""
+    """Return whether a level of a UNet (0 is the finest) has a side s with s ≤ r < 2s for an r in attn_resolutions."""
     side = resolution / 2**level
-    return any(side <= wanted < 2 * side for wanted in attn_resolutions)
+    return any(side <= r < 2 * side for r in attn_resolutions)
 
 
 def to_tokens(x: Tensor) -> Tensor:
@@ -192,7 +192,7 @@ def to_image(tokens: Tensor, height: int, width: int) -> Tensor:
 
 
 def multi_head_attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """`attend` over `heads` slices of the width. q (B, N, D), k and v (B, M, D) → (B, N, D)."""
+    """Attend in `heads` slices of the width. q (B, N, D), k and v (B, M, D) → (B, N, D)."""
     q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
     return attend(q, k, v).transpose(1, 2).flatten(2)
 
@@ -224,24 +224,46 @@ def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
 
 
 class Backbone(nn.Module):
-    """What every architecture has beside its layers and its forward pass."""
+    """An architecture: how a denoising network is called, and what training asks of it.
+
+    forward(x_in, logsnr, label=None, state=None, **extra) → (prediction, state)
+
+    x_in: (B, C, H, W) noisy images after input scaling. Any H and W: the input is padded inside and the output
+        cropped; learned positions are interpolated for a grid other than that of `resolution`.
+    logsnr: (B,) float32, ln(alpha²/sigma²)
+    label: (B,) int64 in [0, num_classes]; num_classes and None mean "no label"
+    state: what the previous call returned, or None; only models with `carries_state` use it
+    extra: keywords of some architectures, such as augment_label (B, augment_dim)
+    prediction: (B, out_channels or C, H, W) in the precision of x_in
+
+    The constructor takes (resolution, channels=3, num_classes=0, *, settings with defaults) and raises ValueError,
+    naming the setting, for settings that it cannot have.
+    """
 
     carries_state = False  # whether forward returns a state for the next call
     checkpointed = False
+
+    def blocks_for_fsdp(self) -> list[nn.Module]:
+        """Return the modules that FSDP2 shards one by one; none contains another."""
+        raise NotImplementedError
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of parameters with two dimensions or more that weight decay must leave alone."""
+        return set()
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""
         self.checkpointed = enabled
 
     def run_block(self, block: Callable[..., Any], *inputs: Any) -> Any:
-        """Call a block; where it is checkpointed and gradients are wanted, its activations are forgotten."""
+        """Call a block; if it is checkpointed and gradients are needed, its activations are recomputed in backward."""
         if self.checkpointed and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
 
 
 def check_levels(resolution: int, channel_mult: tuple[float, ...], num_blocks: int) -> None:
-    """Raises ValueError for a UNet that cannot be."""
+    """Raise ValueError if the level settings are impossible."""
     if resolution < 1 or not channel_mult or num_blocks < 1:
         raise ValueError(
             f"resolution = {resolution}, channel_mult = {channel_mult}, num_blocks = {num_blocks}: "

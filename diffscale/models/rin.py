@@ -40,7 +40,7 @@ class FeedForward(nn.Module):
     def __init__(self, width: int, ratio: int, dropout: float = 0.0, drop_path: float = 0.0) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        from timm.layers import DropPath, Mlp  # here, since timm takes 2 s to import
+        from timm.layers import DropPath, Mlp  # import cost: 2 s
 
         self.mlp = Mlp(width, width * ratio, drop=(dropout, 0.0))
         self.drop_path = DropPath(drop_path)
@@ -79,7 +79,7 @@ class SelfAttention(nn.Module):
         self.heads = heads
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        from timm.layers import DropPath
+        from timm.layers import DropPath  # import cost: 2 s
 
         self.drop_path = DropPath(drop_path)
         self.mlp = FeedForward(width, mlp_ratio, dropout, drop_path)
@@ -132,8 +132,8 @@ class RIN(Backbone):
         layers: int = 2,  # self-attention layers per block
         latent_heads: int = 16,  # of the self-attention
         rw_heads: int = 8,  # of reads and writes; ImageNet 16
-        dropout: float = 0.0,  # in the MLPs of the self-attention layers; the authors' CIFAR-10 has .1
-        drop_path: float = 0.0,  # probability of skipping a self-attention layer's branch; likewise .1
+        dropout: float = 0.0,  # in the MLPs of the self-attention layers; the authors' CIFAR-10 has 0.1
+        drop_path: float = 0.0,  # probability of skipping a self-attention layer's branch; likewise 0.1
         zero_output: bool = False,  # the output starts at zero, as other backbones' do; the authors' does not
         self_conditioning: bool = True,  # the state has an effect; False drops its parameters
     ) -> None:
@@ -226,9 +226,7 @@ class RIN(Backbone):
         return out[:, :, :height, :width].to(x_in.dtype), latents
 
     def blocks_for_fsdp(self) -> list[nn.Module]:
-        """The units that FSDP2 shards one by one."""
         return list(self.blocks)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters with two dimensions or more that are not to decay: positions and latents."""
         return {"positions", "latents"}

@@ -1,6 +1,6 @@
 """The convolutional UNet with everything the field added to it, each a setting that can be switched off.
 
-Published configurations (see presets.py): DDPM (Ho et al. 2020), DDPM++ and NCSN++ (Song et al. 2021, as tuned by
+Published configurations (models/presets): DDPM (Ho et al. 2020), DDPM++ and NCSN++ (Song et al. 2021, as tuned by
 Karras et al. 2022), ADM (Dhariwal & Nichol 2021). Without `skips` it is the plain autoencoder baseline.
 """
 
@@ -34,7 +34,7 @@ from diffscale.models.layers import (
 
 @dataclass(frozen=True)
 class BlockSettings:
-    """What all residual blocks of one UNet have in common; the fields are UNet's own settings of the same names."""
+    """The settings that all residual blocks of one UNet share; the fields are UNet's own settings of the same names."""
 
     embedding_width: int
     residual: bool
@@ -115,7 +115,7 @@ class ConvResample(nn.Module):
 
 
 class InputPyramid(nn.Module):
-    """NCSN++'s path for the image itself beside the encoder: downsampled, projected, added at every level.
+    """NCSN++'s path for the image itself parallel to the encoder: downsampled, projected, added at every level.
 
     residual: 3 × 3 convolution, then the filter, and the sum is what the next level gets. skip: the filter, then 1 × 1.
     """
@@ -352,9 +352,7 @@ class UNet(Backbone):
         return out[:, :, :height, :width].to(x_in.dtype), None
 
     def blocks_for_fsdp(self) -> list[nn.Module]:
-        """The units that FSDP2 shards one by one."""
         return [*self.encoder, *self.middle, *self.decoder]
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters with two dimensions or more that are not to decay: the class vectors."""
         return {"embed_label.weight"} if self.embed_label is not None else set()

@@ -75,7 +75,7 @@ class TransformerBlock(nn.Module):
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.q_gain, self.k_gain = nn.Parameter(torch.ones(width // heads)), nn.Parameter(torch.ones(width // heads))
         self.dropout = nn.Dropout(dropout)
-        from timm.layers import GELUTanh, Mlp  # here, since timm takes 2 s to import
+        from timm.layers import GELUTanh, Mlp  # import cost: 2 s
 
         self.mlp = Mlp(width, int(width * mlp_ratio), act_layer=GELUTanh, drop=dropout)
 
@@ -205,7 +205,7 @@ class UViT(Backbone):
         return to_image(tokens, *grid)
 
     def descend(self, x: Tensor, embedding: Tensor, index: int) -> Tensor:
-        """Level `index` and everything below it, there and back. Same shape in and out."""
+        """Level `index` and everything below it, down and up again. Same shape in and out."""
         if index == len(self.levels):
             return self.transform(x, embedding)
         level = self.levels[index]
@@ -243,10 +243,8 @@ class UViT(Backbone):
         return x[:, :, :height, :width].to(x_in.dtype), None
 
     def blocks_for_fsdp(self) -> list[nn.Module]:
-        """The units that FSDP2 shards one by one."""
         convolutional = [block for m in self.modules() if isinstance(m, Level) for block in [*m.down, *m.up]]
         return [*convolutional, *self.blocks]
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters with two dimensions or more that are not to decay: positions and class vectors."""
         return {"positions"} | ({"embed_label.weight"} if self.embed_label is not None else set())

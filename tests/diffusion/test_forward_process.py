@@ -8,11 +8,11 @@ from diffscale.diffusion import (
     INTERPOLANTS,
     add_noise,
     alpha_bars,
-    corrupt,
-    ddpm_jump,
-    ddpm_step,
     linear_betas,
     measured_logsnr,
+    mix,
+    q_sample,
+    q_sample_step,
 )
 
 from .exact_denoisers import unit_noise
@@ -20,7 +20,7 @@ from .exact_denoisers import unit_noise
 
 def test_corrupt_mixes_linearly_from_the_image_to_the_noise():
     x, noise = unit_noise(3, 1, 4, 4), unit_noise(3, 1, 4, 4, seed=1)
-    mixed = corrupt(x, noise, torch.tensor([0.0, 0.25, 1.0]))
+    mixed = mix(x, noise, torch.tensor([0.0, 0.25, 1.0]))
     assert torch.equal(mixed[0], x[0])
     torch.testing.assert_close(mixed[1], 0.75 * x[1] + 0.25 * noise[1])
     assert torch.equal(mixed[2], noise[2])
@@ -31,13 +31,13 @@ def test_corrupt_is_the_linear_interpolant():
     amount = torch.linspace(0.1, 0.9, 9)
     alpha, sigma = INTERPOLANTS["linear"](2 * torch.log((1 - amount) / amount))
     z = alpha[:, None, None, None] * x + sigma[:, None, None, None] * noise
-    torch.testing.assert_close(corrupt(x, noise, amount), z)
+    torch.testing.assert_close(mix(x, noise, amount), z)
 
 
 def test_add_noise_is_corrupt_by_the_share_of_timesteps():
     x, noise = unit_noise(3, 1, 4, 4), unit_noise(3, 1, 4, 4, seed=1)
     steps = torch.tensor([0, 250, 1000])
-    assert torch.equal(add_noise(x, noise, steps), corrupt(x, noise, steps / 1000))
+    assert torch.equal(add_noise(x, noise, steps), mix(x, noise, steps / 1000))
 
 
 def test_the_jump_is_the_chain_in_distribution():
@@ -56,9 +56,9 @@ def test_a_chain_of_steps_ends_where_the_jump_does():
     x = torch.full((4000, 1), 2.0, dtype=torch.float64)
     chain = x
     for i, beta in enumerate(betas):
-        chain = ddpm_step(chain, unit_noise(4000, 1, seed=i, dtype=torch.float64), beta.expand(4000))
+        chain = q_sample_step(chain, unit_noise(4000, 1, seed=i, dtype=torch.float64), beta.expand(4000))
     bar = alpha_bars(betas)[-1].expand(4000)
-    jump = ddpm_jump(x, unit_noise(4000, 1, seed=99, dtype=torch.float64), bar)
+    jump = q_sample(x, unit_noise(4000, 1, seed=99, dtype=torch.float64), bar)
     assert abs(chain.mean() - jump.mean()) < 5 * (2 * (1 - bar[0]) / 4000) ** 0.5
     assert abs(chain.var() / jump.var() - 1) < 0.12
 
@@ -66,7 +66,7 @@ def test_a_chain_of_steps_ends_where_the_jump_does():
 def test_inputs_in_0_1_have_a_quarter_of_the_signal():
     x, noise = unit_noise(8, 3, 64, 64).clamp(-1, 1), unit_noise(8, 3, 64, 64, seed=1)
     bar = torch.full((8,), 0.5)
-    difference = measured_logsnr(ddpm_jump(x, noise, bar), x) - measured_logsnr(ddpm_jump((x + 1) / 2, noise, bar), x)
+    difference = measured_logsnr(q_sample(x, noise, bar), x) - measured_logsnr(q_sample((x + 1) / 2, noise, bar), x)
     torch.testing.assert_close(difference, torch.full((8,), 4.0).log().double(), rtol=0, atol=0.1)
 
 

@@ -1,4 +1,4 @@
-"""What UViT, RIN, DiT, JiT and HDiT have in common: the call, the start, gradients, sizes, precision, compilation."""
+"""Properties that UViT, RIN, DiT, JiT and HDiT share: the call, the start, gradients, sizes, precision, compilation."""
 
 from __future__ import annotations
 

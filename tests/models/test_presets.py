@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from diffscale.models import PRESETS, create_model
-from diffscale.models.presets.convolutional import UNET_PRESETS
+from diffscale.models.presets import CONVOLUTIONAL
 
 COUNTS = {
     "ddpm-cifar10": 35_746_307,
@@ -68,7 +68,7 @@ def test_an_override_of_a_preset_changes_the_count_as_in_the_authors_code(name, 
 
 def test_every_published_unet_is_counted():
     unpublished = {"unet-tiny", "edm2-tiny", "unet-cifar10-small", "edm2-cifar10"}
-    assert set(COUNTS) == set(UNET_PRESETS) - unpublished
+    assert set(COUNTS) == set(CONVOLUTIONAL) - unpublished
 
 
 def test_a_preset_is_not_changed_by_overriding_it():

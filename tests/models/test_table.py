@@ -1,18 +1,40 @@
-"""The table of presets that a command writes into the README."""
+"""The table of presets that a command writes into diffscale/models/README.md."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from diffscale import models
 from diffscale.models.__main__ import BEGIN, END, rewrite, table
 
 
 def test_costs_are_those_published():
-    # REFERENCE.md section 7: DiT-S/2 6.056 GMAC. DDPM's CIFAR-10 network: 35.7 M parameters (Ho et al. 2020).
+    # DiT-S/2: 6.056 GMAC (Peebles & Xie 2023, table 4). DDPM's CIFAR-10 network: 35.7 M parameters (Ho et al. 2020).
     assert "| 6.056 |" in table("dit-s-2")
     assert "| 35,746,307 |" in table("ddpm-cifar10")
     assert len(table("d*t-s-?").splitlines()) == 2 + 3
+
+
+def committed() -> dict[str, str]:
+    """The committed rows by preset."""
+    text = (Path(models.__file__).parent / "README.md").read_text(encoding="utf-8")
+    rows = text[text.index(BEGIN) : text.index(END)].splitlines()[3:]
+    return {row.split("`")[1]: row for row in rows}
+
+
+def test_the_committed_table_has_every_preset():
+    assert list(committed()) == list(models.PRESETS)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["*-tiny", "dit-s-?", pytest.param("*", marks=pytest.mark.slow)]
+)
+def test_the_committed_table_is_current(pattern):
+    found = {row.split("`")[1]: row for row in table(pattern).splitlines()[2:]}
+    assert found == {name: row for name, row in committed().items() if name in found}
 
 
 def test_only_what_is_between_the_markers_is_replaced():
@@ -31,7 +53,8 @@ def test_a_file_without_the_two_markers_is_refused(text):
 def test_the_command_writes_the_file_and_refuses_others(tmp_path):
     import typer
 
-    from diffscale.models.__main__ import main
+    from diffscale import models
+from diffscale.models.__main__ import main
 
     app = typer.Typer()
     app.command()(main)

@@ -237,7 +237,7 @@ def test_noise_conditions_match_their_definitions():
 
 
 def test_the_ddpm_condition_is_close_to_ddpms_own_step_number():
-    # ᾱ of DDPM's linear β schedule, 1e-4 → 0.02 in 1000 steps (REFERENCE.md section 2: ᾱ_499 = .0785872).
+    # ᾱ of DDPM's linear β schedule, 1e-4 → 0.02 in 1000 steps (Ho et al. 2020: ᾱ_499 = 0.0785872).
     alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
     assert alpha_bar[499].item() == pytest.approx(0.0785872, rel=1e-5)
     steps = torch.tensor([0, 10, 100, 499, 900, 999])

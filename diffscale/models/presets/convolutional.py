@@ -1,4 +1,4 @@
-"""Networks by name: the architecture and settings of published ones, and tiny ones for a CPU.
+"""Presets of UNet and EDM2: published configurations, and tiny ones for a CPU.
 
 Names start with the family, then the data they were published for. `create_model(name, **overrides)` builds one. The
 parameter counts of the published ones are those of the authors' own code (tests/models/test_presets.py).
@@ -7,8 +7,6 @@ parameter counts of the published ones are those of the authors' own code (tests
 from __future__ import annotations
 
 from typing import Any
-
-from diffscale.models.presets.transformers import TRANSFORMER_PRESETS
 
 Preset = dict[str, Any]
 
@@ -80,7 +78,7 @@ def _edm2(size: str, channels: int) -> Preset:
     }
 
 
-UNET_PRESETS: dict[str, Preset] = {
+CONVOLUTIONAL: dict[str, Preset] = {
     "unet-tiny": {
         "name": "unet",
         "resolution": 32,
@@ -143,5 +141,3 @@ UNET_PRESETS: dict[str, Preset] = {
     **{f"edm2-imagenet64-{size}": _edm2(size, 3) for size in ("xs", "s", "m", "l", "xl")},
     **{f"edm2-imagenet512-{size}": _edm2(size, 4) for size in _EDM2_WIDTHS},
 }
-
-PRESETS: dict[str, Preset] = {**UNET_PRESETS, **TRANSFORMER_PRESETS}

@@ -1,4 +1,6 @@
-"""Published configurations of UViT, RIN and the transformers, and tiny ones for a CPU. Settings not named are defaults.
+"""Presets of UViT, RIN and the transformers: published configurations, and tiny ones for a CPU.
+
+Settings that a preset does not name have the default of the architecture.
 
 DiT, JiT, rin-cifar10, rin-imagenet64 and hdit-* are the authors' released configurations. The papers give those of
 UViT (two billion parameters, arXiv 2301.11093) and of RIN at 128 and 256 pixels (arXiv 2212.11972) without code.
@@ -71,7 +73,7 @@ _UVIT_2B = {
     "embedding_width": 1024,
 }
 
-TRANSFORMER_PRESETS: dict[str, Preset] = {
+TRANSFORMERS: dict[str, Preset] = {
     "uvit-tiny": {
         "name": "uvit",
         "resolution": 32,
