@@ -1,6 +1,6 @@
 """`python -m benchmarks.reliability.killed_runs [CASE ...]`: runs killed at random moments end as a calm run does.
 
-Each case is one training run on two of three one-CPU Ray nodes of this machine: the quickstart's UNet as it is by
+Each case is one training run on two of three one-CPU Ray nodes of this machine: the quickstart's UNet by
 default, then small networks of every backbone, over precisions, memory formats, convolution algorithms, compilation,
 optimizers, DDP and FSDP2. At random steps and a random part of a second after them, SIGKILL goes to a worker, to the
 command that trains, or to all processes of a node. A killed command is given again, a lost node is replaced by a new

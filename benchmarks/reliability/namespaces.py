@@ -214,7 +214,7 @@ class Network:
 
 @contextlib.contextmanager
 def network(nodes: int, cpus: list[int] | None = None, **environment: str) -> Iterator[Network]:
-    """A running cluster of `nodes` Ray nodes with so many CPUs (one each by default)."""
+    """A running cluster of `nodes` Ray nodes with `cpus` CPUs (one each by default)."""
     net = Network(nodes, cpus, **environment)
     try:
         net.start()

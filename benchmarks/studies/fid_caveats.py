@@ -51,7 +51,7 @@ def halved(resample: Image.Resampling) -> Change:
 
 
 CHANGES: dict[str, Change] = {
-    "as it is": lambda image: image,
+    "unchanged": lambda image: image,
     **{f"jpeg {q}": jpeg(q) for q in QUALITIES},
     "16 px lanczos": halved(Image.Resampling.LANCZOS),
     "16 px box": halved(Image.Resampling.BOX),
@@ -66,7 +66,7 @@ class Features:
         self.network, self.n = network, n
         self._extractors: dict[str, Any] = {}
 
-    def get(self, train: bool, change: str = "as it is", resize: str = "default") -> np.ndarray:
+    def get(self, train: bool, change: str = "unchanged", resize: str = "default") -> np.ndarray:
         name = f"{self.network}-{self.n}-{'train' if train else 'test'}-{change}-{resize}.npy".replace(" ", "_")
         file = cache_dir() / "fid_caveats" / name
         if not file.exists():

@@ -1,1 +1,1 @@
-"""Suites: the runs that a benchmark is made of, and the peers beside them."""
+"""Suites: the runs of a benchmark, and their peers."""

@@ -19,10 +19,11 @@ COLUMNS = [
 
 
 def against_peers(records: Iterable[Record]) -> pd.DataFrame:
-    """For each comparability group (DECISIONS 1), peer and backbone: the training FLOPs at which the backbone first
-    had the value that the peer's best width ended with (interpolated, log-log), and their share of the peer's FLOPs.
+    """Return one row for each comparability group, peer and backbone (CONTRIBUTING.md, decision 1).
 
-    Empty cells: never reached. The kind of endpoint is not compared: a peer's learning rate ends as its recipe says.
+    A row holds the training FLOPs at which the backbone first reached the final value of the peer's best width
+    (interpolated in log-log), and their share of the peer's FLOPs. Empty cells were never reached. The kind of endpoint
+    is not compared, because a peer's learning rate ends as its recipe says.
     """
     rows = comparable(to_rows(records))
     if rows.empty:

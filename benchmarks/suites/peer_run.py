@@ -27,7 +27,7 @@ SAVE_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class PeerRun:
-    """A peer at one width, beside the runs of `like`: the same data, training FLOPs and evaluation."""
+    """A peer at one width, with the data, training FLOPs and evaluation of the run `like`."""
 
     suite: str
     peer: str
@@ -64,7 +64,7 @@ def version_of(peer: str) -> str:
 
 
 def run(peer: PeerRun) -> list[Record]:
-    """Trains it, or goes on with it, evaluates its average and writes the records into its run folder."""
+    """Train or resume the peer, evaluate its average and write the records into its run folder."""
     torch.set_num_threads(peer.like.train.cpus_per_worker)
     dataset = open_training_data(peer.like)
     folder = peer.run_folder(dataset.content_hash)
@@ -81,7 +81,7 @@ def device_of(like: Experiment) -> torch.device:
 
 
 def train(peer: PeerRun, recipe: Recipe, dataset: Dataset, file: Path) -> tuple[int, float]:
-    """Images seen and seconds of training at the end; every minute a checkpoint, from which a killed run goes on."""
+    """Train to the end and return (images seen, seconds). A checkpoint every minute lets a killed run resume."""
     images_seen, seconds = _load(recipe, file)
     loader = Loader(
         dataset,

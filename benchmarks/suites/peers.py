@@ -153,7 +153,7 @@ def lucidrains_cost(width: int, side: int) -> Cost:
 
 def lucidrains_recipe(width: int, side: int, flops: float, device: torch.device) -> Recipe:
     """denoising-diffusion-pytorch's Trainer and GaussianDiffusion at their defaults: batch 16, Adam at 1e-4, sigmoid
-    betas, v, average with decay .995 every 10 steps. Its README's network is kept and its width (64) is scaled."""
+    betas, v, average with decay 0.995 every 10 steps. Its README's network is kept and its width (64) is scaled."""
     from denoising_diffusion_pytorch import GaussianDiffusion
     from ema_pytorch import EMA
 

@@ -35,7 +35,7 @@ CHECK_VALUE = 110.2808
 
 
 def check_images(train: bool) -> np.ndarray:
-    """The 256 images of torch-fidelity's own test (ASSETS.md)."""
+    """Return the 256 images of torch-fidelity's test: its random state and its sorted choice."""
     images, _ = cifar10.load(train)
     return images[np.sort(np.random.RandomState(2020).choice(len(images), 256, replace=False))]
 

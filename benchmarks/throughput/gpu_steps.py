@@ -1,7 +1,7 @@
 """What keeps a GPU from working at full speed on a suite's small networks: `python -m benchmarks.throughput.gpu_steps`.
 
 For each backbone of the CIFAR-10 suite at its GPU size, eager and in both precisions: milliseconds of a step of the
-Ray-free learner (DECISIONS 23), how many of them the GPU is busy, and whether the same steps from the
+learner without Ray, how many of them the GPU is busy, and whether the same steps from the
 same start end in the same weights. Writes benchmarks/results/throughput/gpu_steps.csv.
 """
 

@@ -6,7 +6,7 @@ decode      256x256 encoded images delivered, to the decoder alone on the same n
 step        seconds that a training step waits for the loader, of the step's seconds (<= 1 %, measured directly)
 memory      anonymous memory (RssAnon) after reading a dataset and one of ten times its size
 first       seconds from opening a local dataset to its first batch (<= 1 s, imports excluded)
-build       anonymous memory of a whole build of large images, all its processes together, beside its limit
+build       anonymous memory of a whole build of large images, all its processes together, and its limit
 shuffle     how well the blocked order shuffles: classes of a batch, for shards stored sorted by class or shuffled
 
 Images are random pixels of CIFAR-10's size and number: no reader's speed depends on what they show; for `decode` they
@@ -187,7 +187,7 @@ def measure_peers(work: str) -> list[dict[str, Any]]:
 
 
 def measure_decode(work: str) -> list[dict[str, Any]]:
-    """Beside Pillow's own decoding to an array, in as many threads.
+    """Against Pillow's decoding to an array, in the same number of threads.
 
     Both begin every turn with new threads, on the same processors: JPEG decoding was seen at two speeds, 1.5 times
     apart, which a thread mostly kept; why was not found.
@@ -348,7 +348,7 @@ def _anonymous_of(command: psutil.Process) -> dict[str, float]:
 
 
 def measure_shuffle(work: str) -> list[dict[str, Any]]:
-    """A dataset of 64 shards of 4,000 rows, 1,000 classes: classes in a batch of 256, beside how much must be near.
+    """A dataset of 64 shards of 4,000 rows, 1,000 classes: classes in a batch of 256, and the share of near rows.
 
     stored sorted: by class, as an image folder lists them; shuffled: as `data build` stores folders and archives.
     """

@@ -137,7 +137,7 @@ def diffusers_steps(network: nn.Module, mode: Numerics, folder: Path) -> Steps:
 
 
 def lucidrains_steps(network: nn.Module, mode: Numerics, folder: Path) -> Steps:
-    """Its Trainer, told to go on for so many steps."""
+    """Return its Trainer's loop; a call runs the given number of steps."""
     from denoising_diffusion_pytorch import GaussianDiffusion, Trainer
 
     trainer = Trainer(

@@ -5,7 +5,7 @@
     workers   two workers of one thread against one worker of two threads
     start     command to first step, and what it goes into
 
-Ratios are of alternating pairs with bootstrap 95 % intervals (DECISIONS 20). The peers' training steps are in
+Ratios are of alternating pairs with bootstrap 95 % intervals. The peers' training steps are in
 training_step.py. Results: benchmarks/results/throughput/training_CASE.csv.
 """
 
@@ -81,7 +81,7 @@ def make_learner(experiment: Experiment, numerics: Numerics, world: World | None
 
 
 def bare(experiment: Experiment, numerics: Numerics, threads: int, world: World | None = None) -> Callable[[int], None]:
-    """A loop over the learner and nothing else; a call runs so many steps."""
+    """Return a loop over the learner and nothing else; a call runs the given number of steps."""
     world = world or World()
     configure_process(threads, torch.device("cpu"))
     learner, dataset = make_learner(experiment, numerics, world)

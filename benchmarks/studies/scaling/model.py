@@ -1,7 +1,7 @@
 """Scaling cost from two counts, bytes moved and FLOPs computed per step: a model simple enough to check by hand.
 
 A step on one device takes compute = FLOPs / rate; communication takes bytes / bandwidth + latency · hops, of which
-what fits beside the backward pass (two thirds of compute) costs nothing. Ring collectives over n devices move
+what overlaps the backward pass (two thirds of compute) costs nothing. Ring collectives over n devices move
 2(n−1)/n of the gradients' bytes (all-reduce), (n−1)/n of the parameters' or gradients' (all-gather, reduce-scatter).
 """
 
@@ -38,7 +38,7 @@ def efficiency(
     parallel: str = "ddp",
     overlap: float = 1.0,
 ) -> float:
-    """Throughput of n devices over n times that of one, with so many images on each (weak scaling), 0 to 1.
+    """Throughput of n devices over n times that of one, with equally many images on each (weak scaling), 0 to 1.
 
     rate: FLOP/s that a device reaches in training. overlap: share of the backward pass that communication can use.
     """
