@@ -29,9 +29,7 @@ def test_the_committed_table_has_every_preset():
     assert list(committed()) == list(models.PRESETS)
 
 
-@pytest.mark.parametrize(
-    "pattern", ["*-tiny", "dit-s-?", pytest.param("*", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("pattern", ["*-tiny", "dit-s-?", pytest.param("*", marks=pytest.mark.slow)])
 def test_the_committed_table_is_current(pattern):
     found = {row.split("`")[1]: row for row in table(pattern).splitlines()[2:]}
     assert found == {name: row for name, row in committed().items() if name in found}
@@ -53,8 +51,7 @@ def test_a_file_without_the_two_markers_is_refused(text):
 def test_the_command_writes_the_file_and_refuses_others(tmp_path):
     import typer
 
-    from diffscale import models
-from diffscale.models.__main__ import main
+    from diffscale.models.__main__ import main
 
     app = typer.Typer()
     app.command()(main)
