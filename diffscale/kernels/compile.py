@@ -1,8 +1,7 @@
-"""C++ sources beside the modules that use them, compiled once by the machine's own compiler into the user's cache and
-called by ctypes.
+"""Compiles the C++ kernels of this folder, once per machine, and loads them with ctypes.
 
-DIFFSCALE_NATIVE_KERNELS=0 turns them off; without a compiler there are none. Callers then use torch's operations or
-numpy's.
+DIFFSCALE_NATIVE_KERNELS=0 turns them off, and without a compiler there are none. Callers then use operations of torch
+or numpy.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-fno-trappin
 
 @functools.cache
 def library(name: str) -> ctypes.CDLL | None:
-    """The compiled `name`.cpp ("rows"), built on first use; None where that is impossible or not wanted."""
+    """Return the compiled `name`.cpp ("rows"), built on first use; None if that is impossible or turned off."""
     compiler = shutil.which("g++") or shutil.which("c++")
     if os.environ.get("DIFFSCALE_NATIVE_KERNELS") == "0" or compiler is None:
         return None
@@ -42,9 +41,9 @@ def library(name: str) -> ctypes.CDLL | None:
 
 
 def available(name: str) -> bool:
-    """Whether there is such a library, and it can run on this processor where it says whether (`available`).
+    """Return whether a library can be compiled and runs on this processor (its function `available`, if it has one).
 
-    Once answered, torch.compile can read the answer, as it cannot look into a library.
+    The answer is kept: torch.compile can trace the second call, but not the look into a library.
     """
     if name not in _AVAILABLE:
         found = library(name)
@@ -56,12 +55,12 @@ _AVAILABLE: dict[str, bool] = {}
 
 
 def pointers(*tensors: Tensor | None) -> list[ctypes.c_void_p]:
-    """Where the data of each tensor begins; null for None."""
+    """Return the data pointers of the tensors; a null pointer for None."""
     return [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors]
 
 
 def addresses(*arrays: np.ndarray) -> list[ctypes.c_void_p]:
-    """Where the data of each array begins."""
+    """Return the data pointers of the arrays."""
     return [ctypes.c_void_p(array.ctypes.data) for array in arrays]
 
 
@@ -82,7 +81,7 @@ def _build(source: Path, compiler: str) -> Path:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if folder.stat().st_uid != os.getuid() or not os.access(folder, os.W_OK):
-            raise PermissionError(f"{folder} is not this user's own")
+            raise PermissionError(f"{folder} does not belong to this user")
     except OSError:
         folder = Path(tempfile.mkdtemp(prefix="diffscale-"))
     target = folder / f"{source.stem}-{key}.so"

@@ -1,8 +1,8 @@
 """Group normalisation, scale and shift, and SiLU as one operation.
 
-On a CPU torch's own group norm is several times slower on channels-last images than on contiguous ones, and
-convolutions are up to twice as slow on contiguous ones, so a UNet loses either way. norm_act.cpp makes one pass
-of it (native.py), used for channels-last images; everywhere else torch's operations are.
+On a CPU torch's group norm is several times slower on channels-last images than on contiguous ones, and convolutions
+are up to twice as slow on contiguous ones, so a UNet loses either way. group_norm.cpp does all three in one pass over
+channels-last images; other images, and other devices, use torch's operations.
 """
 
 from __future__ import annotations
@@ -32,7 +32,13 @@ def norm_act(
     shift: Tensor | None = None,
     silu: bool = True,
 ) -> Tensor:
-    """silu(group_norm(x)·(1 + scale) + shift) in the precision of x. x (B, C, H, W); scale and shift (B, C) or None."""
+    """Return silu(group_norm(x)·(1 + scale) + shift) in the precision of x.
+
+    x: (B, C, H, W)
+    weight, bias: (C,)
+    scale, shift: (B, C), or None for neither
+    silu: False leaves out the SiLU
+    """
     if _suits_kernel(x):
         gamma, beta = weight[None].expand(len(x), -1), bias[None].expand(len(x), -1)
         if scale is not None and shift is not None:
@@ -117,7 +123,7 @@ def _(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Te
 
 
 def run(name: str, tensors: tuple[Tensor, ...], groups: int, *eps: ctypes.c_float, silu: bool) -> None:
-    """Call a kernel of norm_act.cpp; the first of the tensors is the images (B, C, H, W)."""
+    """Call a kernel of group_norm.cpp; the first of the tensors is the images (B, C, H, W)."""
     images = tensors[0]
     b, c, h, w = images.shape
     flags = (int(silu), int(images.dtype == torch.bfloat16), torch.get_num_threads())

@@ -7,7 +7,7 @@ about ten times that of a direct sum. In bfloat16, on processors that multiply i
 of 36, and an error about twice that of direct convolution of bfloat16; larger tiles would amplify its rounding tenfold.
 Filters are transformed in float32, before they are rounded.
 
-So it is a choice of the run (training/numerics.py), off in a model as built.
+So a run chooses it (training/numerics.py), and a model does not use it before models/accelerate.py installs it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Kernels:
         getattr(library(self.name), f"winograd_{name}")(*pointers(*tensors), *integers(*sizes), threads)
 
     def cover(self, height: int, width: int) -> bool:
-        """Whether tiles cover images of that size well."""
+        """Return whether tiles cover images of height × width pixels well."""
         tiles = -(-height // self.tile) * -(-width // self.tile)
         return height * width >= self.filled * self.tile**2 * tiles
 
@@ -86,7 +86,7 @@ def conv3x3(
 
 
 def shift_of(x: Tensor, bias: Tensor | None, shift: Tensor | None) -> Tensor | None:
-    """The sum of bias (K,) and shift (B, K), either or both None, as (B, K) float32."""
+    """Return the sum of bias (K,) and shift (B, K), either or both None, as (B, K) float32; None if both are."""
     if shift is None:
         return None if bias is None else bias.float().expand(len(x), -1)
     return shift.float() if bias is None else bias.float() + shift.float()
@@ -183,7 +183,7 @@ class Filters(NamedTuple):
 
 
 def transform_filters(weight: Tensor, kernels: Kernels, back: bool = False) -> Filters:
-    """Of weight (K, C, 3, 3): for its convolution, or for the one that takes dy (B, K, H, W) back to (B, C, H, W)."""
+    """Transform weight (K, C, 3, 3) for its convolution; with `back`, for the one from dy (B, K, H, W) to dx."""
     weight = weight.float().contiguous(memory_format=torch.channels_last)
     size = (kernels.tile + 2) ** 2 * (weight.shape[0] * weight.shape[1] + kernels.apart)
     out = weight.new_empty(size, dtype=kernels.dtype)
@@ -206,12 +206,12 @@ def kernels_of(x: Tensor) -> Kernels:
 
 
 def channels_last_like(x: Tensor, channels: int) -> Tensor:
-    """New, of x (B, C, H, W) with so many channels."""
+    """Return an empty tensor like x (B, C, H, W) with another number of channels and channels-last strides."""
     shape = (len(x), channels, *x.shape[2:])
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def image_sizes(x: Tensor, channels_out: int) -> tuple[int, ...]:
-    """B, H, W, C, K, as the kernels take them."""
+    """Return B, H, W, C, K in the order of the kernels' arguments."""
     b, c, h, w = x.shape
     return b, h, w, c, channels_out
