@@ -1,0 +1,94 @@
+"""`python -m diffscale.runs [STORAGE]`: the runs of a storage, the one that changed last first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Annotated
+
+import typer
+from pyarrow import fs as pafs
+from rich.console import Console
+from rich.table import Table
+
+from diffscale.core import storage
+from diffscale.core.app import command_app, run_app
+from diffscale.core.errors import UserError
+from diffscale.records.schema import Record, higher_is_better
+from diffscale.records.store import read_records
+from diffscale.training.checkpoint import layout
+
+app = command_app()
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """One run: its folder, how far it is, its best value, and when it changed last."""
+
+    folder: str
+    images_seen: int
+    budget: int | None
+    metric: str
+    best: float | None
+    changed: datetime
+
+
+@app.command()
+def main(
+    place: Annotated[str, typer.Argument(metavar="[STORAGE]", help="default: $DIFFSCALE_STORAGE or ~/diffscale")] = "",
+) -> None:
+    """List the runs of a storage: how far they are and their best values, the newest first."""
+    root = storage.resolve(place, "STORAGE") if place else storage.default_storage()
+    runs = list_runs(root)
+    if not runs:
+        raise UserError(setting="STORAGE", value=root, expected="a folder in which runs were trained; it has no run")
+    table = Table(box=None, header_style="bold")
+    for title, justify in (("run", "left"), ("images", "right"), ("done", "right"), ("best", "left"), ("", "left")):
+        table.add_column(title, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for run in runs:
+        done = f"{min(run.images_seen / run.budget, 1):.0%}" if run.budget else "?"
+        best = f"{run.metric} {run.best:.5g}" if run.best is not None else ""
+        name = run.folder.rpartition("/")[2]
+        table.add_row(name, f"{run.images_seen:,}", done, best, f"{run.changed.astimezone():%Y-%m-%d %H:%M}")
+    Console(highlight=False).print(table)
+
+
+def list_runs(root: str) -> list[RunSummary]:
+    """Return the runs under a storage that have a complete checkpoint or a record, the newest first."""
+    fs, path = storage.filesystem(storage.join(root, "runs"))
+    folders = fs.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+    scheme = root.split("://")[0] + "://" if storage.is_remote(root) else ""
+    found = [_summary(scheme + info.path) for info in folders if info.type == pafs.FileType.Directory]
+    return sorted((run for run in found if run is not None), key=lambda run: run.changed, reverse=True)
+
+
+def _summary(folder: str) -> RunSummary | None:
+    records = read_records([folder])
+    times = [datetime.fromisoformat(r.created) for r in records]
+    seen = [r.images_seen for r in records]
+    experiment = None
+    if checkpoints := layout.list_checkpoints(folder):
+        newest = max(checkpoints, key=layout.images_of)
+        experiment = layout.read_experiment(newest)
+        seen.append(layout.images_of(newest))
+        fs, path = storage.filesystem(storage.join(newest, layout.COMPLETE))
+        times.append(fs.get_file_info(path).mtime or datetime.fromtimestamp(0, UTC))
+    if not seen:
+        return None
+    train = experiment.train if experiment else None
+    budget = train.images if train else None
+    if train and budget is None and train.flops and records:
+        budget = int(train.flops / records[0].flops_per_image)
+    metric = experiment.eval.metrics[0] if experiment and experiment.eval.metrics else ""
+    metric = metric or (records[0].metric if records else "")
+    return RunSummary(folder, max(seen), budget, metric, best_value(records, metric), max(times))
+
+
+def best_value(records: list[Record], metric: str) -> float | None:
+    """Return the best value of a metric in its own direction, or None without a record of it."""
+    values = [r.value for r in records if r.metric == metric]
+    return (max if higher_is_better(metric) else min)(values, default=None)
+
+
+if __name__ == "__main__":
+    run_app(app)
