@@ -26,6 +26,7 @@ from diffscale.evaluation.metrics.distances import Root, frechet_of_features
 from diffscale.evaluation.metrics.intervals import frechet_at_infinity, frechet_interval
 from diffscale.evaluation.metrics.statistics import moments_of
 from diffscale.evaluation.networks.extractor import create_extractor
+from diffscale.report.figures.style import style
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -121,6 +122,7 @@ def rows_of(network: str, n: int) -> list[dict[str, Any]]:
     return rows
 
 
+@style()
 def plot(table: pd.DataFrame, file: Path) -> None:
     networks = list(table["network"].unique())
     figure, axes = plt.subplots(1, len(networks), figsize=(7.5 * len(networks), 5), squeeze=False, layout="constrained")

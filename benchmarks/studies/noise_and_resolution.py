@@ -30,6 +30,7 @@ from diffscale.data import open_dataset, resolve
 from diffscale.diffusion import SCHEDULES, SOLVERS, Diffusion, create_diffusion, measured_logsnr
 from diffscale.diffusion.interpolants import per_image
 from diffscale.diffusion.solver_settings import Grid
+from diffscale.report.figures.style import style
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
@@ -113,6 +114,7 @@ def shown(diffusion: Diffusion, image: Tensor) -> np.ndarray:
     return ((picture + 1) / 2).clamp(0, 1).numpy()
 
 
+@style()
 def plot(table: pd.DataFrame, images: dict[int, Tensor], picture: int, path: Path) -> None:
     """Above: one picture at t = 0.25 at every side. Below: what is left of the images at 8 pixels, against t."""
     figure = plt.figure(figsize=(15, 8), layout="constrained")
@@ -157,6 +159,7 @@ def distributions() -> pd.DataFrame:
     return pd.DataFrame(rows).round({"logsnr": 4})
 
 
+@style()
 def plot_distributions(table: pd.DataFrame, path: Path) -> None:
     """For each schedule: the density of logsnr in training, and under it the levels of each grid."""
     figure, axes = plt.subplots(5, 2, figsize=(12, 14), sharex=True, layout="constrained")

@@ -25,6 +25,7 @@ from benchmarks.common.stepper import Automatic, Stepper
 from diffscale.kernels.runtime import configure_process
 from diffscale.models import PRESETS, create_model
 from diffscale.models.cost import count_cost
+from diffscale.report.figures.style import style
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -91,6 +92,7 @@ def case(backbone: str, side: int, batch: int, device: str, threads: int, checkp
     }
 
 
+@style()
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Three panels over the resolution, a line for each backbone."""
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), constrained_layout=True)
