@@ -1,4 +1,4 @@
-"""`python -m diffscale.doctor [PRESET_OR_FILE] [key=value ...]`: what would go wrong, before money is spent.
+"""`python -m diffscale.doctor [PRESET_OR_FILE] [key=value ...]`: problems of a cluster, before money is spent.
 
 Checks every node of the cluster: versions, authentication, GPUs and an all-reduce over them, the storage, the dataset,
 clocks, disks and shared memory, the weights of the metrics, and the memory that the preset needs. Prints a table with a
@@ -20,10 +20,9 @@ from rich.table import Table
 from diffscale.config.load import load_experiment
 from diffscale.core import storage as places
 from diffscale.core.app import command_app, run_app
-from diffscale.preflight import checks as judge
-from diffscale.preflight import facts
+from diffscale.preflight import checks, node_facts
 from diffscale.preflight.checks import Finding
-from diffscale.preflight.facts import NodeFacts, Wanted
+from diffscale.preflight.node_facts import NodeFacts, ProbeSpec
 
 if TYPE_CHECKING:
     from diffscale.config.experiment import Experiment
@@ -41,7 +40,7 @@ def main(
 ) -> None:
     """Check a cluster, and whether a preset will run on it."""
     experiment = load_experiment(preset, overrides or []) if preset else None
-    place = places.check_absolute(experiment.storage if experiment else storage or places.default_storage())
+    place = experiment.storage if experiment else places.resolve(storage or places.default_storage())
     findings = examine(experiment, place, address)
     show(findings)
     raise typer.Exit(int(any(f.level == "failure" for f in findings)))
@@ -49,7 +48,7 @@ def main(
 
 def examine(experiment: Experiment | None, storage: str, address: str | None = None) -> list[Finding]:
     """All findings, in the order of the table. Connects to Ray (and leaves it connected)."""
-    from diffscale.distributed.connect import connect
+    from diffscale.distributed.connect import authentication_mode, connect  # import cost
 
     connect(address)
     import ray
@@ -57,14 +56,14 @@ def examine(experiment: Experiment | None, storage: str, address: str | None = N
     from diffscale.preflight import cluster
 
     private = not (address or os.environ.get("RAY_ADDRESS"))
-    findings = judge.authentication(_auth_mode(), private, judge.default_token_file())
+    findings = checks.authentication(authentication_mode(), private, checks.default_token_file())
     path, content_hash, problems = _driver_data(experiment, storage)
     findings += problems
     metrics = experiment.eval.metrics if experiment and experiment.eval.n_generated else ()
     probe = places.join(storage, f".doctor-{uuid.uuid4().hex[:12]}")
     try:
         findings += _leave_probe(probe)
-        nodes, silent = cluster.gather_all(Wanted(storage, probe, path, tuple(metrics)))
+        nodes, silent = cluster.gather_all(ProbeSpec(storage, probe, path, tuple(metrics)))
         written = [name.rsplit("/", 1)[-1] for name in _probe_files(probe)]
     finally:
         _remove(probe)
@@ -74,15 +73,15 @@ def examine(experiment: Experiment | None, storage: str, address: str | None = N
     gpu = _wants_gpu(experiment, nodes)
     shown = ", ".join(f"{n.host} ({n.cpus} CPUs, {len(n.gpus)} GPUs)" for n in nodes)
     findings.append(Finding("nodes", "ok", f"Ray {ray.__version__}: {shown}"))
-    findings += judge.versions(nodes, facts.versions())
-    findings += judge.gpus(nodes, _workers(experiment) if gpu else 0)
+    findings += checks.versions(nodes, node_facts.versions())
+    findings += checks.gpus(nodes, _workers(experiment) if gpu else 0)
     findings.append(cluster.all_reduce(gpu and any(n.gpus for n in nodes)))
-    findings += judge.storage(nodes, storage, written)
+    findings += checks.storage(nodes, storage, written)
     if path:
-        findings += judge.dataset(nodes, path, content_hash)
-    findings += judge.clocks(cluster.clock_offsets()) + judge.disks(nodes) + judge.metrics(nodes)
+        findings += checks.dataset(nodes, path, content_hash)
+    findings += checks.clocks(cluster.clock_offsets()) + checks.disks(nodes) + checks.metrics(nodes)
     if experiment is not None and path:
-        findings += judge.memory(_memory(experiment), nodes, gpu)
+        findings += checks.memory(_memory(experiment), nodes, gpu)
     return findings
 
 
@@ -98,13 +97,7 @@ def show(findings: list[Finding], console: Console | None = None) -> None:
     console.print(table)
     failed = sum(f.level == "failure" for f in findings)
     warned = sum(f.level == "warning" for f in findings)
-    console.print(f"{failed} failed, {warned} warnings" if failed or warned else "all well")
-
-
-def _auth_mode() -> str:
-    from ray._raylet import AuthenticationMode, get_authentication_mode  # type: ignore[attr-defined]
-
-    return "token" if get_authentication_mode() == AuthenticationMode.TOKEN else "disabled"
+    console.print(f"{failed} failed, {warned} warnings" if failed or warned else "all checks passed")
 
 
 def _driver_data(experiment: Experiment | None, storage: str) -> tuple[str, str, list[Finding]]:
@@ -117,7 +110,7 @@ def _driver_data(experiment: Experiment | None, storage: str) -> tuple[str, str,
         path = resolve(experiment.data.path, experiment.data.resolution, storage)
         return path, open_dataset(path).content_hash, []
     except (OSError, ValueError) as error:
-        fix = "see python -m diffscale.data build --help; data.path must be absolute or a URI"
+        fix = "see python -m diffscale.data build --help; data.path must exist on every node"
         return "", "", [Finding("dataset", "failure", " ".join(str(error).split())[:300], fix)]
 
 
@@ -151,11 +144,8 @@ def _wants_gpu(experiment: Experiment | None, nodes: list[NodeFacts]) -> bool:
 
 
 def _workers(experiment: Experiment | None) -> int:
-    """The fewest workers that the run starts with."""
-    if experiment is None:
-        return 0
-    workers = experiment.train.workers
-    return workers if isinstance(workers, int) else workers[0]
+    """Return the fewest workers with which the run starts."""
+    return experiment.train.min_workers if experiment else 0
 
 
 def _memory(experiment: Experiment) -> int:

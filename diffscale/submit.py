@@ -92,7 +92,9 @@ def submit(client: Any, entrypoint: str, environment: dict[str, Any]) -> str:
             if "No available agent" in text and time.monotonic() < end:
                 time.sleep(POLL)
                 continue
-            raise UserError(setting="submit", value=entrypoint, expected=f"a job that Ray accepts: {text}") from None
+            raise UserError(
+                setting="submit", value=entrypoint, expected="a job that Ray accepts", reason=text
+            ) from None
 
 
 def load_runtime_env(path: Path) -> dict[str, Any]:

@@ -94,6 +94,16 @@ def gpus() -> list[str]:
     return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 
 
+def authentication_mode() -> str:
+    """Return "token" or "disabled": how the connected cluster authenticates its clients.
+
+    Ray has no public function for it. Once it has one, this import of ray._raylet can go.
+    """
+    from ray._raylet import AuthenticationMode, get_authentication_mode  # type: ignore[attr-defined]  # import cost
+
+    return "token" if get_authentication_mode() == AuthenticationMode.TOKEN else "disabled"
+
+
 def _start_or_join(address: str, **settings: Any) -> None:
     import ray
 
@@ -103,7 +113,8 @@ def _start_or_join(address: str, **settings: Any) -> None:
         raise UserError(
             setting="RAY_ADDRESS",
             value=address,
-            expected=f"a Ray that answers; it said: {error}",
+            expected="a reachable Ray cluster",
+            reason=str(error),
             fix="on a busy machine: once more; else see the newest /tmp/ray/session_*/logs of that machine",
         ) from error
 
@@ -119,7 +130,8 @@ def _require_listener(address: str) -> None:
         raise UserError(
             setting="RAY_ADDRESS",
             value=address,
-            expected=f"HOST:PORT of a running cluster's head ({error})",
+            expected="HOST:PORT of a running cluster's head",
+            reason=str(error),
             fix="`ray start --head` prints it; without RAY_ADDRESS this machine alone is used",
         ) from None
 

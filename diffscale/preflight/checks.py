@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from diffscale.preflight.facts import NodeFacts
+from diffscale.preflight.node_facts import NodeFacts
 
 Level = Literal["ok", "warning", "failure"]
 

@@ -11,7 +11,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from diffscale.preflight.checks import Finding
-from diffscale.preflight.facts import NodeFacts, Wanted, clock, gather
+from diffscale.preflight.node_facts import NodeFacts, ProbeSpec, clock, gather
 
 TIMEOUT = 120.0  # seconds for one node to answer: it imports torch first
 
@@ -28,7 +28,7 @@ def on_node(node_id: str, function: Callable[..., Any], *arguments: Any, **optio
     return ray.remote(function).options(**wanted).remote(*arguments)
 
 
-def gather_all(wanted: Wanted) -> tuple[list[NodeFacts], list[Finding]]:
+def gather_all(wanted: ProbeSpec) -> tuple[list[NodeFacts], list[Finding]]:
     """Facts of all nodes that answered in time; a failure for each that did not."""
     hosts = alive_nodes()
     tasks = {node_id: on_node(node_id, gather, node_id, wanted) for node_id in hosts}

@@ -41,7 +41,7 @@ def require_shared(storage: str) -> None:
         raise UserError(
             setting="storage",
             value=storage,
-            expected=f"one place for all nodes; not seen from {', '.join(blind)}",
+            expected=f"a path visible from every node; missing on: {', '.join(blind)}",
             fix="use s3:// or gs://, or mount one file system at this path on all nodes (python -m diffscale.doctor)",
         )
 

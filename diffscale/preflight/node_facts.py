@@ -16,7 +16,7 @@ PACKAGES = ("ray", "torch", "pyarrow", "numpy", "timm", "diffscale")
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ProbeSpec:
     """What to look at: the run's storage, its probe folder there, data and metrics (empty: do not look)."""
 
     storage: str
@@ -45,7 +45,7 @@ class NodeFacts:
     metric_errors: dict[str, str] = field(default_factory=dict)  # metric -> error, empty when its weights are there
 
 
-def gather(node_id: str, wanted: Wanted) -> NodeFacts:
+def gather(node_id: str, wanted: ProbeSpec) -> NodeFacts:
     """Everything about the node that this runs on."""
     facts = NodeFacts(node_id, socket.gethostname())
     facts.versions = versions()
@@ -99,7 +99,7 @@ def _gather_gpus(facts: NodeFacts) -> None:
         facts.cuda_error = _short(error)
 
 
-def _gather_storage(facts: NodeFacts, wanted: Wanted) -> None:
+def _gather_storage(facts: NodeFacts, wanted: ProbeSpec) -> None:
     from diffscale.core import storage
 
     try:
