@@ -83,7 +83,7 @@ class Features:
         return np.load(file, allow_pickle=False)
 
 
-def rows_of(network: str, n: int) -> list[dict[str, Any]]:
+def caveat_rows(network: str, n: int) -> list[dict[str, Any]]:
     f = Features(network, n)
     root = Root.of(moments_of(f.get(True)))
     base, low, high = frechet_interval(f.get(False), root)
@@ -144,7 +144,7 @@ def main(
 ) -> None:
     rows: list[dict[str, Any]] = []
     for network, n in (("inception", inception), ("efficientnet_lite0", light)):
-        rows += rows_of(network, n) if n else []
+        rows += caveat_rows(network, n) if n else []
     table = pd.DataFrame([row | made_by() for row in rows])
     RESULTS.mkdir(exist_ok=True)
     table.to_csv(RESULTS / "fid_caveats.csv", index=False, float_format="%.6g")

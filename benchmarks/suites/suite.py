@@ -79,10 +79,11 @@ class Suite(Sweep):
 
     def experiments(self, gpu: bool = False, extra: dict[str, Any] | None = None) -> list[Experiment]:
         """Return every run: those of the sweep, then the repeats. extra: nested settings over all others."""
-        ledger = self._grown().ledger(gpu, extra) if gpu else self.ledger(gpu, extra)
+        suite = self._grown() if gpu else self
+        ledger = suite.ledger(gpu, extra)
         trials = trials_of(ledger)
         found = [experiment for trial in trials for experiment in trial.experiments]
-        for repeat in ledger.sweep.repeats:
+        for repeat in suite.repeats:
             for trial in trials:
                 if not repeat.runs or ledger.sweep.run_name(trial.point).removeprefix(f"{self.name}-") in repeat.runs:
                     found += [ledger.experiment(trial.point, seed, repeat.overrides) for seed in repeat.seeds]

@@ -70,6 +70,9 @@ class Noise:
         pixels = random.integers(0, 256, (last - first, 3, SIDE, SIDE), dtype=np.uint8)
         return torch.from_numpy(pixels), torch.zeros(last - first, dtype=torch.long)
 
+    def at(self, rows: np.ndarray) -> Tensor:
+        return torch.cat([self.images(row - row % self.batch, row + 1)[0][-1:] for row in rows.tolist()])
+
 
 def _measure(metric: str, n: int, answer: Any) -> None:
     with tempfile.TemporaryDirectory() as temporary:

@@ -54,7 +54,7 @@ def test_errors_are_those_of_the_noise_and_of_the_image():
 
 
 def test_input_scale_moves_logsnr_by_exactly_2_ln_b():
-    # REFERENCE 2: at scale b the image has SNR b² times that of the plain one
+    # Chen 2023 (arXiv 2301.10972): at scale b the image has SNR b² times that of the plain one
     x, noise = unit_noise(4, 3, 256, 256), unit_noise(4, 3, 256, 256, seed=1)
     levels = torch.zeros(4)
     alpha, sigma = (per_image(c, x) for c in INTERPOLANTS["vp"](levels))
@@ -79,7 +79,7 @@ def test_unit_normalisation_is_chens_formula():
     diffusion = create_diffusion(interpolant="vp", input_scale=0.3)
     logsnr = torch.linspace(-9, 9, 19, dtype=torch.float64)
     gamma = torch.sigmoid(logsnr)
-    expected = ((0.3**2 - 1) * gamma + 1).sqrt()  # Chen 2023; REFERENCE 2
+    expected = ((0.3**2 - 1) * gamma + 1).sqrt()  # Chen 2023 (arXiv 2301.10972): √((b² − 1)γ + 1)
     torch.testing.assert_close(diffusion.input_norm(*diffusion.alpha_sigma(logsnr)), expected)
 
 
@@ -105,7 +105,7 @@ def test_F_gives_the_network_edms_preconditioned_input(interpolant):
     logsnr = -2 * sigma.log()
     estimate, _ = denoise(diffusion, Spy(), y * per_image(diffusion.alpha_sigma(logsnr)[0], y), logsnr)
     s = per_image(sigma, y)
-    torch.testing.assert_close(seen[0], y / (s**2 + 0.25).sqrt())  # c_in; REFERENCE 4
+    torch.testing.assert_close(seen[0], y / (s**2 + 0.25).sqrt())  # c_in: Karras et al. 2022, table 1
     torch.testing.assert_close(estimate, y * 0.25 / (s**2 + 0.25))  # c_skip
 
 
@@ -122,7 +122,7 @@ def test_multiscale_error_is_the_papers_sum():
     difference = unit_noise(2, 3, 128, 128)
     expected = sum(
         (nn.functional.avg_pool2d(difference, 128 // s) ** 2).mean((1, 2, 3)) / s for s in (32, 64, 128)
-    )  # REFERENCE 3
+    )  # Hoogeboom et al. 2023 (simple diffusion), section 3.3
     torch.testing.assert_close(multiscale_error(difference), expected)
     with pytest.raises(ValueError, match="resolution 48"):
         multiscale_error(unit_noise(1, 1, 48, 48))

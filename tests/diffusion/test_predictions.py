@@ -55,7 +55,7 @@ def test_predictions_are_what_their_papers_define(interpolant):
     }
     for name, value in expected.items():
         torch.testing.assert_close(from_x0_eps(name, x, eps, alpha, sigma, sigma_data), value)
-    # the inversions of REFERENCE 1
+    # solved for x and for eps: z = αx + σε with v = αε − σx, or with u = ε − x
     v, u = expected["v"], expected["u"]
     torch.testing.assert_close((alpha * z - sigma * v) / (alpha**2 + sigma**2), x)
     torch.testing.assert_close((z + alpha * u) / (alpha + sigma), eps)
@@ -99,7 +99,7 @@ def test_error_gain_is_that_of_an_error_in_the_output(interpolant, prediction):
         still = to_x0_eps(prediction, z, out, alpha, sigma, 0.5)
         gain = ((moved[0] - still[0]) / 1e-3).square().log()
         torch.testing.assert_close(gain, log_error_gain(prediction, alpha, sigma, 0.5), rtol=1e-6, atol=1e-6)
-        # ‖Δeps‖² = e^logsnr ‖Δx0‖² in every interpolant (REFERENCE 3)
+        # ‖Δeps‖² = e^logsnr ‖Δx0‖² in every interpolant, because z = αx + σε is fixed
         ratio = ((moved[1] - still[1]) / (moved[0] - still[0])).square().log()
         assert float(ratio) == pytest.approx(logsnr, abs=1e-6)
 

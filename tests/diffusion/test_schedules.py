@@ -32,12 +32,12 @@ def gamma_at(schedule, *t):
 
 
 def test_ddpm_linear_has_the_published_cumulative_product():
-    bars = alpha_bars(linear_betas())  # REFERENCE 2 [C]: official code
+    bars = alpha_bars(linear_betas())  # expected: computed with DDPM's code
     assert bars[[0, 499, 999]].tolist() == pytest.approx([0.9999, 0.0785872, 4.03583e-5], rel=2e-6)
 
 
 def test_iddpm_cosine_has_the_published_cumulative_product():
-    bars = alpha_bars(cosine_betas())  # REFERENCE 2 [C]: official code
+    bars = alpha_bars(cosine_betas())  # expected: computed with improved DDPM's code
     assert bars[[0, 499, 999]].tolist() == pytest.approx([0.9999587, 0.4938436, 2.4288e-9], rel=2e-5)
 
 
@@ -50,7 +50,7 @@ def test_discrete_schedules_pass_through_their_steps(name, betas):
 
 @pytest.mark.parametrize(
     ("name", "arguments", "expected"),
-    [  # REFERENCE 2 [C]: Chen's code at t = .25, .5, .75
+    [  # Chen's code (arXiv 2301.10972, algorithm 1) at t = 0.25, 0.5, 0.75
         ("cosine_gamma", (0.2, 1, 1), [0.723607, 0.381966, 0.105573]),
         ("sigmoid_gamma", (-3, 3, 1), [0.850854, 0.5, 0.149146]),
         ("sigmoid_gamma", (0, 3, 0.3), [0.151639, 0.0132961, 0.00101485]),
@@ -62,13 +62,14 @@ def test_gamma_schedules_have_the_published_values(name, arguments, expected):
 
 
 def test_offset_cosine_is_pix2seqs():
-    angle = (0.3 + 0.0002) / (1 + 0.00025) * math.pi / 2  # pix2seq's gamma(t, ns=.0002, ds=.00025)
+    angle = (0.3 + 0.0002) / (1 + 0.00025) * math.pi / 2  # pix2seq's gamma(t, ns=0.0002, ds=0.00025)
     assert gamma_at(SCHEDULES["offset_cosine_gamma"](), 0.3) == pytest.approx([math.cos(angle) ** 2], rel=1e-12)
 
 
 @pytest.mark.parametrize(("noise_resolution", "expected"), [(64, -2.7726), (32, -4.1589)])
 def test_simple_cosine_is_shifted_by_the_published_amount_at_256(noise_resolution, expected):
-    schedule = SCHEDULES["simple_cosine"](noise_resolution=noise_resolution, resolution=256)  # REFERENCE 2 [C]
+    # Hoogeboom et al. 2023 (simple diffusion), section 3.1: 2 ln(noise_d / d) above the plain cosine, which is 0 at 0.5
+    schedule = SCHEDULES["simple_cosine"](noise_resolution=noise_resolution, resolution=256)
     assert float(schedule.logsnr(torch.tensor(0.5))) == pytest.approx(expected, abs=5e-5)
 
 
@@ -82,7 +83,7 @@ def test_interpolated_schedule_has_the_high_noise_resolution_at_the_clean_end():
 
 @pytest.mark.parametrize(
     ("name", "arguments", "mean", "std"),
-    [  # REFERENCE 1 and 2: EDM is N(−2 P_mean, 4 P_std²); JiT at 256 is N(−1.6, 1.6²), at 512 lower by 2 ln 2
+    [  # EDM is N(−2 P_mean, 4 P_std²); JiT at 256 is N(−1.6, 1.6²), at 512 lower by 2 ln 2
         ("edm_lognormal", {}, 2.4, 2.4),
         ("edm_lognormal", {"p_mean": -0.8, "p_std": 1.6}, 1.6, 3.2),
         ("flow_logit_normal", JIT | {"resolution": 256}, -1.6, 1.6),

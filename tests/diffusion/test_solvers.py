@@ -67,7 +67,7 @@ def test_heun_has_the_error_of_edms_sampler_on_a_gaussian(steps, error):
     values = []
     solver = SOLVERS["heun"](steps=steps, grid="karras")
     image = sample(diffusion, net, torch.ones(1, 1, 1, 1), solver=solver, callback=lambda e: values.append(e.z))
-    assert float(values[0]) == pytest.approx(80)  # REFERENCE 4 [C]: σ_d = .5, x0 = 80, truth .499990
+    assert float(values[0]) == pytest.approx(80)  # σ_d = 0.5, x0 = 80: the exact end is 0.499990
     assert float(image) / 0.499990 - 1 == pytest.approx(error, abs=2e-5)
     assert len(values) == solver.nfe == 2 * steps - 1
 
@@ -183,7 +183,7 @@ def test_karras_grid_has_the_published_levels():
     solver = SOLVERS["heun"](steps=18, grid="karras")
     sigmas = [math.exp(-x / 2) for x in solver.logsnr_grid(SCHEDULES["edm_lognormal"]())]
     expected = {0: 80, 1: 57.585985, 2: 40.785574, 3: 28.374585, 15: 0.022935, 16: 0.007528, 17: 0.002}
-    for i, sigma in expected.items():  # REFERENCE 2 [C]
+    for i, sigma in expected.items():  # Karras et al. 2022, equation 5
         assert sigmas[i] == pytest.approx(sigma, rel=3e-5)
 
 
@@ -229,7 +229,7 @@ def test_static_clipping_limits_the_estimate_at_the_scale_of_the_images():
 
 def test_dynamic_threshold_is_imagens():
     x = 2 * unit_noise(3, *SHAPE)
-    x[1] *= 0.1  # within the range: stays as it is
+    x[1] *= 0.1  # within the range: unchanged
     clipped = SOLVERS["ddim"](clip="dynamic", dynamic_percentile=0.9).clip_estimate(x, -1.0, 1.0)
     s = torch.quantile(x[0].abs(), 0.9)
     torch.testing.assert_close(clipped[0], x[0].clamp(-s, s) / s)  # Saharia et al. 2022, section 2.3

@@ -23,7 +23,7 @@ LOGSNR = torch.linspace(-12, 12, 49, dtype=torch.float64)
 SNR = LOGSNR.exp()
 SIGMA_DATA = 0.5
 
-# Weights on ‖Δx0‖² as their papers write them (REFERENCE 3).
+# Weights on ‖Δx0‖² as their papers write them.
 ON_X0 = {
     "uniform_eps": SNR,
     "uniform_x0": torch.ones_like(SNR),
@@ -85,7 +85,7 @@ def test_edms_loss_of_a_zero_network_is_1_where_the_data_has_sigma_data():
     u = (torch.arange(64) + 0.5) / 64
     x, noise = 0.5 * unit_noise(64, 3, 64, 64), unit_noise(64, 3, 64, 64, seed=1)
     terms = training_loss(diffusion, Zero(), x, u=u, noise=noise)
-    torch.testing.assert_close(terms.loss, torch.ones(64), rtol=0, atol=0.06)  # REFERENCE 3 [C]
+    torch.testing.assert_close(terms.loss, torch.ones(64), rtol=0, atol=0.06)  # λ(σ) c_out² = 1
     assert float(terms.loss.mean()) == pytest.approx(1, abs=0.005)
 
 

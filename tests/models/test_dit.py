@@ -10,7 +10,7 @@ from diffscale.models import create_model
 from diffscale.models.dit import DiT
 from diffscale.models.transformer_layers import rotary_angles, rotate, sincos_positions
 
-# Made by building facebookresearch/DiT's DiT_models[...]() ; XL/2, B/2, S/2 are also in REFERENCE.md section 8.
+# Counted on the networks of facebookresearch/DiT, DiT_models[...](), with the frozen position table.
 PARAMETERS = {
     "dit-s-2": 32_963_360,
     "dit-s-4": 32_945_024,
@@ -25,7 +25,7 @@ PARAMETERS = {
     "dit-xl-4": 675_074_432,
     "dit-xl-8": 675_683_072,
 }
-GMACS = {"dit-xl-2": 118.62, "dit-s-2": 6.056, "dit-b-2": 23.01}  # REFERENCE.md; the paper's table
+GMACS = {"dit-xl-2": 118.62, "dit-s-2": 6.056, "dit-b-2": 23.01}  # the "Gflops" of Peebles and Xie 2022
 
 EXPECTED = ([-1.3822, 1.17994, -1.34214], [0.19455, -0.08673, -0.89806])
 

@@ -44,7 +44,7 @@ def test_the_inverse_is_exact_to_one_millionth_on_images(wavelet):
 def test_unit_noise_keeps_a_variance_near_one_in_every_band(wavelet):
     noise = torch.randn(16, 1, 64, 64, generator=torch.Generator().manual_seed(0))
     variances = dwt(noise, wavelet).var(dim=(0, 2, 3))
-    # 5/3, by its filters' squares: low 1.4375, high .75 per axis
+    # 5/3, by its filters' squares: low 1.4375, high 0.75 per axis
     expected = [1.0] * 4 if wavelet == "haar" else [1.4375**2, 1.4375 * 0.75, 1.4375 * 0.75, 0.75**2]
     assert torch.allclose(variances, torch.tensor(expected), rtol=0.05)
 

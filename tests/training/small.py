@@ -33,12 +33,12 @@ SETTINGS: dict[str, Any] = {
 
 
 def settings(storage: Path | str, **changes: Any) -> dict[str, Any]:
-    """`changes` are sections laid over the settings above; what one of them sets to None stays None."""
+    """Return the settings above with `changes`, a section each, merged in; a value of None stays None."""
     return merge(SETTINGS | {"storage": str(storage)}, changes)
 
 
 def experiment(storage: Path | str, **changes: Any) -> Experiment:
-    """The settings as a run resolves them: its folder follows from what "auto" comes to."""
+    """Return the settings as a run resolves them: its folder follows from the values chosen for "auto"."""
     e = validate(settings(storage, **changes))
     return settled(e, open_training_data(e))
 

@@ -30,7 +30,7 @@ def test_inverse_sqrt_is_edm2s() -> None:
 
 
 def test_cosine_runs_through_the_share_of_the_half_wave() -> None:
-    """RIN: lr/2 (1 + cos(pi rate progress)); with rate .8 the end is at 0.0955 of the top."""
+    """RIN: lr/2 (1 + cos(pi rate progress)); with rate 0.8 the end is at 0.0955 of the top."""
     assert rate(999, end=1000, schedule="cosine", cosine_rate=0.8) == pytest.approx(0.0955, abs=1e-4)
     assert rate(499, end=1000, schedule="cosine") == pytest.approx(0.5)
 

@@ -114,7 +114,7 @@ def test_every_metric_agrees_with_calculate_metrics_to_1e6(extract, fid_toleranc
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_check_value_from_arrow_with_the_real_inception(tmp_path):
-    """110.2808 ± .01: FID of CIFAR-10 train and test, 256 images each (torch-fidelity's test suite; ASSETS.md)."""
+    """FID of CIFAR-10 train and test, 256 images each: 110.2808 ± 0.01 in torch-fidelity's own test suite."""
     from benchmarks.throughput.features import CHECK_VALUE, arrow, check_images
 
     try:
