@@ -137,8 +137,8 @@ RACES: dict[str, Race] = {
 
 def training_flops(build: Build, side: int) -> tuple[int, float]:
     """Return (parameters, FLOPs of forward and backward for one image), counted on the meta device."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
+    from torch.nn.attention import SDPBackend, sdpa_kernel  # import cost
+    from torch.utils.flop_counter import FlopCounterMode  # import cost
 
     with torch.device("meta"):
         network = build()

@@ -204,7 +204,7 @@ def cluster_of_three() -> Iterator[tuple[Cluster, list[Any]]]:
     """A head without CPUs and three nodes with one each, behind a token: Ray gives them this machine's address."""
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
     os.environ.pop("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", None)  # 0 leaves the nodes on the loopback, unreachable (2.60)
-    from ray.cluster_utils import Cluster
+    from ray.cluster_utils import Cluster  # import cost
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     try:

@@ -59,10 +59,10 @@ def watched() -> dict[str, psutil.Process]:
 
 def one_round(number: int, storage: Path) -> None:
     """A run from its beginning, its evaluation with another sampler, and a sweep of two trials."""
-    from diffscale.config.load import load_experiment
-    from diffscale.sweep.ledger import Ledger
-    from diffscale.sweep.run import load_sweep
-    from diffscale.sweep.run import run as run_sweep
+    from diffscale.config.load import load_experiment  # import cost
+    from diffscale.sweep.ledger import Ledger  # import cost
+    from diffscale.sweep.run import load_sweep  # import cost
+    from diffscale.sweep.run import run as run_sweep  # import cost
     from diffscale.training.evaluate_runs import EvaluateOptions, evaluate_run  # import cost
     from diffscale.training.run import train  # import cost
 
@@ -84,7 +84,7 @@ def growth(values: list[float]) -> float:
 
 def main(minutes: Annotated[float, typer.Option(help="for how long")] = 30.0) -> None:
     """Exit code 1 when something grew."""
-    from diffscale.distributed.connect import connect
+    from diffscale.distributed.connect import connect  # import cost
 
     storage = Path(tempfile.mkdtemp(prefix="dss-", dir="/tmp"))
     connect(num_cpus=3)

@@ -60,8 +60,8 @@ def load(train: bool = True) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
 
 def build(folder: str) -> None:
     """Build the dataset of the suites unless it exists: 50,000 training images, the 10,000 test images held out."""
-    from diffscale.data.build.build import BuildOptions
-    from diffscale.data.build.build import build as build_dataset
+    from diffscale.data.build.build import BuildOptions  # import cost
+    from diffscale.data.build.build import build as build_dataset  # import cost
 
     if not storage.exists(storage.join(folder, "manifest.json")):  # which is written last
         build_dataset(BuildOptions(source=str(fetch()), target=folder, resolutions=(32,), workers=0))

@@ -115,12 +115,12 @@ def measure_gather(work: str) -> list[dict[str, Any]]:
 
 def measure_peers(work: str) -> list[dict[str, Any]]:
     import datasets
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    import ray
+    import pyarrow as pa  # import cost
+    import pyarrow.parquet as pq  # import cost
+    import ray  # import cost
     import webdataset
 
-    from diffscale.distributed import connect as ray_session
+    from diffscale.distributed import connect as ray_session  # import cost
 
     count = 20_000
     images = pixels(count)

@@ -54,9 +54,9 @@ class Side(NamedTuple):
 
 def our_steps(side: Side) -> tuple[Steps, float, Numerics]:
     """The training of a session, without Ray; what it costs, and how it chose to compute."""
-    from diffscale.config.factory import build_model, open_training_data
-    from diffscale.training.parallel import World
-    from diffscale.training.trainer import Trainer
+    from diffscale.config.factory import build_model, open_training_data  # import cost
+    from diffscale.training.parallel import World  # import cost
+    from diffscale.training.trainer import Trainer  # import cost
 
     settings = [f"storage={side.folder}", "name=ours", f"train.cpus_per_worker={side.threads}", HEADS[side.peer]]
     experiment = load_experiment("quickstart-unet", [*OURS, *settings])
@@ -78,8 +78,8 @@ def diffusers_steps(network: nn.Module, mode: Numerics, folder: Path) -> Steps:
     from diffusers import DDPMScheduler
     from diffusers.optimization import get_scheduler
     from diffusers.training_utils import EMAModel
-    from PIL import Image
-    from torchvision import transforms
+    from PIL import Image  # import cost
+    from torchvision import transforms  # import cost
 
     augment = transforms.Compose(
         [
@@ -205,9 +205,9 @@ class Contender:
 
 def write_images(folder: Path) -> None:
     """The emoji of 32 pixels as PNG files."""
-    from PIL import Image
+    from PIL import Image  # import cost
 
-    from diffscale.config.factory import open_training_data
+    from diffscale.config.factory import open_training_data  # import cost
 
     settings = ["data.resolution=32", f"storage={folder}", "train.flops=1"]
     dataset = open_training_data(load_experiment("quickstart-unet", settings))

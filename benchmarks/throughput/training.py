@@ -100,9 +100,9 @@ def bare(experiment: Experiment, numerics: Numerics, threads: int, world: World 
 
 def ray_side(config: dict[str, Any]) -> None:
     """In a Ray Train worker: answers each turn with nothing but having done it."""
-    from diffscale.distributed.messages import Messages
-    from diffscale.models.cost import Cost
-    from diffscale.training.trainer import Trainer
+    from diffscale.distributed.messages import Messages  # import cost
+    from diffscale.models.cost import Cost  # import cost
+    from diffscale.training.trainer import Trainer  # import cost
 
     channel = Messages(config["launch"])
     experiment = Experiment.model_validate_json(config["experiment"])
@@ -124,13 +124,13 @@ def ray_side(config: dict[str, Any]) -> None:
 def against_ray(experiment: Experiment, pairs: int, steps: int) -> dict[str, Any]:
     import threading
 
-    from diffscale.distributed.connect import connect
+    from diffscale.distributed.connect import connect  # import cost
 
     connect(num_cpus=2)
-    from ray.train import RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train import RunConfig, ScalingConfig  # import cost
+    from ray.train.torch import TorchConfig, TorchTrainer  # import cost
 
-    from diffscale.distributed.messages import Messages
+    from diffscale.distributed.messages import Messages  # import cost
 
     channel = Messages(uuid.uuid4().hex)
     folder, numerics = f"{experiment.storage}/runs/{experiment.name}", settled(experiment)
@@ -169,9 +169,9 @@ def against_ray(experiment: Experiment, pairs: int, steps: int) -> dict[str, Any
 
 def overheads(experiment: Experiment, pairs: int, steps: int) -> dict[str, Any]:
     """Seconds blocked, as shares of the seconds of a step; a checkpoint is spread over the ten minutes between two."""
-    from diffscale.training.checkpoint import saver as saving
-    from diffscale.training.metrics_log import History, MetricsLog
-    from diffscale.training.plan import CHECKPOINT_SECONDS, EVERY_STEPS
+    from diffscale.training.checkpoint import saver as saving  # import cost
+    from diffscale.training.metrics_log import History, MetricsLog  # import cost
+    from diffscale.training.plan import CHECKPOINT_SECONDS, EVERY_STEPS  # import cost
 
     learner, dataset = make_learner(experiment, settled(experiment))
     batch = experiment.train.global_batch

@@ -40,7 +40,7 @@ def run_trials(
         return {}
     for trial in trials:
         ledger.note_begun(trial.point)
-    from ray import tune
+    from ray import tune  # import cost
 
     space = {"point": tune.grid_search([json.dumps(t.point) for t in trials])}
     return _fit(ledger, space, len(trials), flops, None, handle_signals)
@@ -51,9 +51,9 @@ def run_suggested(ledger: Ledger, done: list[Trial], handle_signals: bool = Fals
     left = ledger.sweep.search.samples - len(done)
     if left <= 0:
         return {}
-    from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
-    from ray.tune.search import ConcurrencyLimiter
-    from ray.tune.search.optuna import OptunaSearch
+    from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution  # import cost
+    from ray.tune.search import ConcurrencyLimiter  # import cost
+    from ray.tune.search.optuna import OptunaSearch  # import cost
 
     distributions: dict[str, BaseDistribution] = {}
     if ledger.sweep.variants:
@@ -89,18 +89,18 @@ def _fit(
     would take all CPUs and their workers would wait forever. It holds a small share of the head node, and
     `max_concurrent` limits the number of drivers.
     """
-    from diffscale.distributed.connect import connect
+    from diffscale.distributed.connect import connect  # import cost
 
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # our own table shows the trials
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # and our own files hold their history
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # Tune's thread would begin another cluster after `Stopped`
     connect()
     logging.getLogger("ray.tune.analysis").setLevel(logging.ERROR)  # it misses the histories that are off
-    from ray import tune
-    from ray.tune import Callback, FailureConfig, RunConfig, TuneConfig
+    from ray import tune  # import cost
+    from ray.tune import Callback, FailureConfig, RunConfig, TuneConfig  # import cost
 
-    from diffscale.distributed.messages import STOP, Messages
-    from diffscale.training.numerics import uses_gpu
+    from diffscale.distributed.messages import STOP, Messages  # import cost
+    from diffscale.training.numerics import uses_gpu  # import cost
 
     running: set[str] = set()
 

@@ -19,9 +19,9 @@ def run_trial(sweep: Sweep, config: dict[str, Any], flops: float | None, stop_wi
     stop_with: launch id of the message channel that carries the sweep's stop request.
     here: the run's one worker is this process.
     """
-    from ray import tune
+    from ray import tune  # import cost
 
-    from diffscale.distributed.messages import STOP, Messages
+    from diffscale.distributed.messages import STOP, Messages  # import cost
     from diffscale.training.run import train  # import cost
 
     ledger = Ledger(sweep)

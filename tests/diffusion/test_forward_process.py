@@ -1,4 +1,4 @@
-"""Corruption as tutorials write it: mixing, its discrete form, DDPM's chain, and the signal-to-noise ratio of images."""
+"""Corruption as tutorials write it: mixing, its discrete form, DDPM's chain, the signal-to-noise ratio of images."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def measured(overrides: list[str]) -> list[dict[str, Any]]:
 
 
 def _rank(rank: int, folder: str, texts: list[str], queue: Any) -> None:
-    from diffscale.config.experiment import Experiment
+    from diffscale.config.experiment import Experiment  # import cost
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
@@ -64,9 +64,9 @@ def _measure_link() -> Link:
 
 
 def _measure_steps(experiment: Any, rank: int, link: Link) -> dict[str, Any]:
-    from benchmarks.throughput.training import bare, settled
-    from diffscale.config.factory import build_model
-    from diffscale.training.parallel import World
+    from benchmarks.throughput.training import bare, settled  # import cost
+    from diffscale.config.factory import build_model  # import cost
+    from diffscale.training.parallel import World  # import cost
 
     dataset = open_training_data(experiment)
     cost = count_cost(lambda: build_model(experiment, dataset), dataset.resolution, 3, dataset.num_classes)
