@@ -53,10 +53,13 @@ def race(
     return {
         "ours_per_s": round(work / statistics.median(a for a, _ in seconds), 4),
         "theirs_per_s": round(work / statistics.median(b for _, b in seconds), 4),
-        "ratio": round(float(np.median(ratios)), 4), "ratio_low": round(low, 4),
-        "ratio_high": round(high, 4), "pairs": pairs, "threads": torch.get_num_threads(),
+        "ratio": round(float(np.median(ratios)), 4),
+        "ratio_low": round(low, 4),
+        "ratio_high": round(high, 4),
+        "pairs": pairs,
+        "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-    }  # fmt: skip
+    }
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:

@@ -36,12 +36,25 @@ LIMIT = 420.0  # seconds for one run with its fault
 WORKER = {"train": "RayTrainWorker", "sweep": "ImplicitFunc"}  # in the title of a training process
 
 SMALL = [
-    "data.resolution=16", "model.model_channels=16", "model.channel_mult=[1,2]", "model.num_blocks=1",
-    "model.attn_resolutions=[]", "model.middle_attention=false", "optim.warmup_images=0", "eval.n_generated=0",
-    f"train.global_batch={BATCH}", f"train.images={BATCH * STEPS}", "train.flops=null", "train.precision=fp32",
-    f"train.log_every_images={BATCH}", f"train.checkpoint.every_images={BATCH * CHECKPOINT_STEPS}",
-    "train.compile=false", "train.channels_last=false", "optim.lr=2e-4", "train.trackers=[]",
-]  # fmt: skip
+    "data.resolution=16",
+    "model.model_channels=16",
+    "model.channel_mult=[1,2]",
+    "model.num_blocks=1",
+    "model.attn_resolutions=[]",
+    "model.middle_attention=false",
+    "optim.warmup_images=0",
+    "eval.n_generated=0",
+    f"train.global_batch={BATCH}",
+    f"train.images={BATCH * STEPS}",
+    "train.flops=null",
+    "train.precision=fp32",
+    f"train.log_every_images={BATCH}",
+    f"train.checkpoint.every_images={BATCH * CHECKPOINT_STEPS}",
+    "train.compile=false",
+    "train.channels_last=false",
+    "optim.lr=2e-4",
+    "train.trackers=[]",
+]
 SWEEP = ["train.workers=1", "eval.n_generated=16", "eval.points=[1.0]", "eval.grid_images=0"]
 
 
@@ -101,10 +114,13 @@ class Program(Runs):
             file = net.folder / f"{name}.yaml"
             overrides = dict(item.split("=", 1) for item in [*settings, *SWEEP])
             sweep = {
-                "name": name, "base": "quickstart-unet", "space": {"optim.lr": [1e-4, 2e-4]}, "max_concurrent": 2,
+                "name": name,
+                "base": "quickstart-unet",
+                "space": {"optim.lr": [1e-4, 2e-4]},
+                "max_concurrent": 2,
                 "overrides": {key: yaml.safe_load(value) for key, value in overrides.items()},
                 "budget": {"trial": {"images": BATCH * STEPS}},
-            }  # fmt: skip
+            }
             file.write_text(yaml.safe_dump(sweep))
             self.command = [str(file)]
         self.started = time.time()

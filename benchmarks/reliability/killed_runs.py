@@ -59,11 +59,20 @@ class Case:
     @property
     def command(self) -> list[str]:
         return [
-            sys.executable, "-m", "diffscale.train", self.preset, "eval.n_generated=0", "train.trackers=[]",
-            "train.gpu=false", "train.max_failures=-1", "train.flops=null", f"train.images={self.batch * self.steps}",
+            sys.executable,
+            "-m",
+            "diffscale.train",
+            self.preset,
+            "eval.n_generated=0",
+            "train.trackers=[]",
+            "train.gpu=false",
+            "train.max_failures=-1",
+            "train.flops=null",
+            f"train.images={self.batch * self.steps}",
             f"train.checkpoint.every_images={self.batch * self.checkpoint_steps}",
-            f"train.log_every_images={self.batch}", *self.settings,
-        ]  # fmt: skip
+            f"train.log_every_images={self.batch}",
+            *self.settings,
+        ]
 
 
 def small(kills: int, model: str, *settings: str) -> Case:
@@ -76,12 +85,14 @@ NETWORKS = {
     "unet": ("model.model_channels=16", "model.attn_resolutions=[4]", "model.channels_per_head=16"),
     "edm2": ("model={name: edm2, model_channels: 16, channel_mult: [1, 2], num_blocks: 1, channels_per_head: 16}",),
     "uvit": ("model={name: uvit, conv_widths: [16], conv_blocks: 1, width: 32, depth: 2, num_heads: 2}",),
-    "rin": ("model={name: rin, patch_size: 2, interface_width: 32, latents: 8, latent_width: 32, latent_heads: 2, "
-            "rw_heads: 2, num_blocks: 1, layers: 1}",),
+    "rin": (
+        "model={name: rin, patch_size: 2, interface_width: 32, latents: 8, latent_width: 32, latent_heads: 2, "
+        "rw_heads: 2, num_blocks: 1, layers: 1}",
+    ),
     "dit": ("model={name: dit, patch_size: 2, width: 32, depth: 2, num_heads: 2}",),
     "jit": ("model={name: jit, patch_size: 2, bottleneck: 16, width: 32, depth: 2, num_heads: 2, context_start: 1}",),
     "hdit": ("model={name: hdit, patch_size: 1, widths: [32, 64], depths: [1, 1], global_levels: 1}",),
-}  # fmt: skip
+}
 CASES = {
     "defaults": Case(3),
     "defaults-one-worker": Case(2, ("train.workers=1",)),
@@ -239,12 +250,17 @@ def killed_run(cluster: Cluster, nodes: list[Any], storage: Path, name: str) -> 
     differing = [what for what in ("tensors", "history") if getattr(run, what)() != getattr(calm, what)()]
     return [
         Row(
-            case=name, settings=" ".join(case.settings), kill=number, killed=kind, at_images=images,
-            resumed_images=resumed, seconds=round(seconds, 1),
+            case=name,
+            settings=" ".join(case.settings),
+            kill=number,
+            killed=kind,
+            at_images=images,
+            resumed_images=resumed,
+            seconds=round(seconds, 1),
             outcome=f"{' and '.join(differing)} differ" if differing else "identical",
         )
         for number, (kind, images, resumed, seconds) in enumerate(kills, 1)
-    ]  # fmt: skip
+    ]
 
 
 def save(path: Path, rows: list[Row]) -> None:

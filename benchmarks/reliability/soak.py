@@ -29,11 +29,24 @@ WARMUP = 0.5  # share of the rounds that is left out: caches and thread pools fi
 MEGABYTES, HANDLES = 1.0, 1.0  # growth per round that is still flat
 LONG_LIVED = ("gcs_server", "raylet", "log_monitor", "monitor.py")
 SMALL = [
-    "data.resolution=16", "model.model_channels=16", "model.channel_mult=[1,2]", "model.num_blocks=1",
-    "model.attn_resolutions=[]", "model.middle_attention=false", "optim.warmup_images=0", "train.global_batch=16",
-    "train.images=320", "train.flops=null", "train.workers=1", "train.trackers=[]", "train.compile=false",
-    "train.channels_last=false", "eval.n_generated=32", "eval.points=[1.0]", "eval.grid_images=0",
-]  # fmt: skip
+    "data.resolution=16",
+    "model.model_channels=16",
+    "model.channel_mult=[1,2]",
+    "model.num_blocks=1",
+    "model.attn_resolutions=[]",
+    "model.middle_attention=false",
+    "optim.warmup_images=0",
+    "train.global_batch=16",
+    "train.images=320",
+    "train.flops=null",
+    "train.workers=1",
+    "train.trackers=[]",
+    "train.compile=false",
+    "train.channels_last=false",
+    "eval.n_generated=32",
+    "eval.points=[1.0]",
+    "eval.grid_images=0",
+]
 
 
 def anonymous_megabytes(pid: int) -> float:

@@ -13,9 +13,22 @@ from diffscale.report.stats.facets import comparable, groups, to_rows
 from diffscale.report.stats.frontier import first_reach, is_on_frontier
 
 COLUMNS = [
-    "metric", "n_generated", "n_reference", "nfe", "peer", "width", "peer_flops", "peer_value", "peer_low", "peer_high",
-    "backbone", "flops_to_reach", "share_of_peer_flops", "value_at_end", "end_flops",
-]  # fmt: skip
+    "metric",
+    "n_generated",
+    "n_reference",
+    "nfe",
+    "peer",
+    "width",
+    "peer_flops",
+    "peer_value",
+    "peer_low",
+    "peer_high",
+    "backbone",
+    "flops_to_reach",
+    "share_of_peer_flops",
+    "value_at_end",
+    "end_flops",
+]
 
 
 def against_peers(records: Iterable[Record]) -> pd.DataFrame:
@@ -46,8 +59,15 @@ def _row(group: pd.Series, peer: object, best: pd.Series, backbone: object, curv
     last = curve.iloc[-1]
     shared = {name: group[name] for name in ("metric", "n_generated", "n_reference", "nfe")}
     return shared | {
-        "peer": peer, "width": best["settings"]["peer.width"], "peer_flops": best["train_flops"],
-        "peer_value": best["value"], "peer_low": best["value_low"], "peer_high": best["value_high"],
-        "backbone": backbone, "flops_to_reach": reach, "share_of_peer_flops": reach / best["train_flops"],
-        "value_at_end": last["value"], "end_flops": last["train_flops"],
-    }  # fmt: skip
+        "peer": peer,
+        "width": best["settings"]["peer.width"],
+        "peer_flops": best["train_flops"],
+        "peer_value": best["value"],
+        "peer_low": best["value_low"],
+        "peer_high": best["value_high"],
+        "backbone": backbone,
+        "flops_to_reach": reach,
+        "share_of_peer_flops": reach / best["train_flops"],
+        "value_at_end": last["value"],
+        "end_flops": last["train_flops"],
+    }

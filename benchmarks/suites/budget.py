@@ -65,13 +65,21 @@ def _row(
     per_sample += sum(FEATURE_FLOPS[m] for m in e.metrics if m in FEATURE_FLOPS) / FEATURE_RATE
     samples = points * e.n_generated + (at_end or 0)
     return {
-        "suite": suite.name, "run": name, "seed": seed, "parameters": cost.parameters,
+        "suite": suite.name,
+        "run": name,
+        "seed": seed,
+        "parameters": cost.parameters,
         "forward_gflop": round(2 * cost.forward_macs / 1e9, 4),
-        "training_gflop_per_image": round(cost.flops_per_image / 1e9, 4), "train_flops": flops,
-        "images": round(flops / cost.flops_per_image), "points": points, "n": e.n_generated,
-        "n_at_end": at_end or e.n_generated, "nfe": nfe, "training_seconds": round(flops / TRAINING_RATE),
+        "training_gflop_per_image": round(cost.flops_per_image / 1e9, 4),
+        "train_flops": flops,
+        "images": round(flops / cost.flops_per_image),
+        "points": points,
+        "n": e.n_generated,
+        "n_at_end": at_end or e.n_generated,
+        "nfe": nfe,
+        "training_seconds": round(flops / TRAINING_RATE),
         "evaluation_seconds": round(samples * per_sample),
-    }  # fmt: skip
+    }
 
 
 def everything() -> pd.DataFrame:

@@ -73,14 +73,17 @@ def measure(experiment: Experiment, precision: Precision, device: torch.device, 
     events = profiler.key_averages()
     flops = count_cost(lambda: build_model(experiment, DATA), 32, 3, 0).flops_per_image * size / seconds
     return {
-        "network": experiment.name.rpartition("-")[2], "precision": precision, "batch": size,
+        "network": experiment.name.rpartition("-")[2],
+        "precision": precision,
+        "batch": size,
         "ms_per_step": round(seconds * 1e3, 1),
         "gpu_busy_ms": round(sum(e.self_device_time_total for e in events) / PROFILED / 1e3, 2),
         "flop_per_s": f"{flops:.3g}",
         "mfu": f"{flops / matmul_rate(device, precision):.4f}",
         "same_weights_twice": all(torch.equal(a, b) for a, b in zip(*ends, strict=True)),
-        "device": torch.cuda.get_device_name(), "torch": torch.__version__,
-    }  # fmt: skip
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+    }
 
 
 def main(steps: Annotated[int, typer.Option(help="timed steps")] = 15) -> None:

@@ -254,11 +254,17 @@ def measure_step(work: str) -> list[dict[str, Any]]:
     shares = np.array(blocked) / np.array(total)
     draws = np.random.default_rng(0).choice(shares, (10_000, len(shares))).mean(1)
     low, high = np.quantile(draws, [0.025, 0.975])
-    return [{
-        "what": "share of the step spent waiting for the loader", "step_ms": round(1e3 * float(np.median(total)), 3),
-        "blocked_share": round(float(shares.mean()), 5), "low": round(float(low), 5), "high": round(float(high), 5),
-        "target": 0.01, "threads": torch.get_num_threads(),
-    }]  # fmt: skip
+    return [
+        {
+            "what": "share of the step spent waiting for the loader",
+            "step_ms": round(1e3 * float(np.median(total)), 3),
+            "blocked_share": round(float(shares.mean()), 5),
+            "low": round(float(low), 5),
+            "high": round(float(high), 5),
+            "target": 0.01,
+            "threads": torch.get_num_threads(),
+        }
+    ]
 
 
 def _rss_anon(folder: str, answer: Any) -> None:
@@ -300,8 +306,14 @@ def measure_first(work: str) -> list[dict[str, Any]]:
         with Loader(open_dataset(folder), seed=0, global_batch=BATCH, flip=True) as loader:
             next(iter(loader))
             seconds.append(time.perf_counter() - begin)
-    return [{"what": "open_dataset to first batch", "median_s": round(float(np.median(seconds)), 4),
-             "worst_s": round(max(seconds), 4), "target_s": 1.0}]  # fmt: skip
+    return [
+        {
+            "what": "open_dataset to first batch",
+            "median_s": round(float(np.median(seconds)), 4),
+            "worst_s": round(max(seconds), 4),
+            "target_s": 1.0,
+        }
+    ]
 
 
 def measure_build(work: str) -> list[dict[str, Any]]:
@@ -383,9 +395,15 @@ def measure_shuffle(work: str) -> list[dict[str, Any]]:
 def main(parts: Annotated[list[str] | None, typer.Argument(help=", ".join(PARTS))] = None) -> None:
     configure_process(int(os.environ.get("OMP_NUM_THREADS", "1")), torch.device("cpu"))  # as a training worker does
     measures: dict[str, Callable[[str], list[dict[str, Any]]]] = {
-        "gather": measure_gather, "peers": measure_peers, "decode": measure_decode, "step": measure_step,
-        "memory": measure_memory, "first": measure_first, "build": measure_build, "shuffle": measure_shuffle,
-    }  # fmt: skip
+        "gather": measure_gather,
+        "peers": measure_peers,
+        "decode": measure_decode,
+        "step": measure_step,
+        "memory": measure_memory,
+        "first": measure_first,
+        "build": measure_build,
+        "shuffle": measure_shuffle,
+    }
     for part in parts or PARTS:
         with tempfile.TemporaryDirectory() as work:
             os.environ["DIFFSCALE_CACHE"] = f"{work}/cache"

@@ -122,10 +122,15 @@ def main(
         if not is_compiled:
             their_network._compiled_call_impl = None
     row = {
-        "race": name, "steps": steps, "batch": batch, "our_flops": flops[0], "their_flops": flops[1],
-        "our_mode": str(our_mode), "their_mode": str(their_mode),
+        "race": name,
+        "steps": steps,
+        "batch": batch,
+        "our_flops": flops[0],
+        "their_flops": flops[1],
+        "our_mode": str(our_mode),
+        "their_mode": str(their_mode),
         "theirs_compiled": is_compiled,
-    }  # fmt: skip
+    }
     row |= race(lambda: our_run(our_mode), lambda: their_run(their_mode), batch, pairs, f"sampling-{name}")
     print(row, write("sampling", [row]))
 

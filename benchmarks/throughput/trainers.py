@@ -34,11 +34,23 @@ from diffscale.training.numerics import Numerics
 Steps = Callable[[int], None]
 BATCH = 16
 OURS = [
-    "model=unet", "model.num_blocks=2", "model.model_channels=32", "model.channel_mult=[1,2,4]",
-    "model.attn_resolutions=[8]", "model.resample=conv", "model.adaptive_scale=false", "data.resolution=32",
-    "data.class_conditional=false", f"train.global_batch={BATCH}", "train.flops=null", "train.images=100000000",
-    "train.compile=false", "train.workers=1", "train.trackers=[]", "eval.n_generated=0",
-]  # fmt: skip
+    "model=unet",
+    "model.num_blocks=2",
+    "model.model_channels=32",
+    "model.channel_mult=[1,2,4]",
+    "model.attn_resolutions=[8]",
+    "model.resample=conv",
+    "model.adaptive_scale=false",
+    "data.resolution=32",
+    "data.class_conditional=false",
+    f"train.global_batch={BATCH}",
+    "train.flops=null",
+    "train.images=100000000",
+    "train.compile=false",
+    "train.workers=1",
+    "train.trackers=[]",
+    "eval.n_generated=0",
+]
 HEADS = {"diffusers": "model.channels_per_head=32", "lucidrains": "model.num_heads=4"}
 NETWORKS = {"diffusers": "unet-small", "lucidrains": "unet-lucidrains"}  # in contenders.RACES
 
@@ -160,8 +172,9 @@ def lucidrains_steps(network: nn.Module, mode: Numerics, folder: Path) -> Steps:
 
 
 PEERS: dict[str, Callable[[nn.Module, Numerics, Path], Steps]] = {
-    "diffusers": diffusers_steps, "lucidrains": lucidrains_steps
-}  # fmt: skip
+    "diffusers": diffusers_steps,
+    "lucidrains": lucidrains_steps,
+}
 
 
 def worker(pipe: Any, side: Side, mode: Numerics | None) -> None:

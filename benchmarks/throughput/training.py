@@ -197,9 +197,12 @@ def overheads(experiment: Experiment, pairs: int, steps: int) -> dict[str, Any]:
     whole, ema, logging, save = (float(np.median(s)) for s in (step_seconds, ema_seconds, log_seconds, save_seconds))
     shares = {"ema": ema / whole, "history": logging / whole, "checkpoint": save / CHECKPOINT_SECONDS}
     return {
-        "step_seconds": round(whole, 4), **{f"{k}_share": round(v, 6) for k, v in shares.items()},
-        "sum_share": round(sum(shares.values()), 5), "checkpoint_blocks_seconds": round(save, 4), "steps": pairs,
-    }  # fmt: skip
+        "step_seconds": round(whole, 4),
+        **{f"{k}_share": round(v, 6) for k, v in shares.items()},
+        "sum_share": round(sum(shares.values()), 5),
+        "checkpoint_blocks_seconds": round(save, 4),
+        "steps": pairs,
+    }
 
 
 # ---- two workers against one
@@ -250,27 +253,44 @@ def cold_start(experiment: Experiment, pairs: int, steps: int) -> dict[str, Any]
         name = f"{experiment.name}-{repeat}"
         batch = experiment.train.global_batch
         command = [
-            sys.executable, "-m", "diffscale.train", PRESET, f"storage={experiment.storage}", f"name={name}",
-            "eval.n_generated=0", "train.trackers=[]", "train.flops=null", f"train.images={batch}", "train.workers=1",
-            "train.compile=false", f"train.log_every_images={batch}", f"train.precision={experiment.train.precision}",
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "diffscale.train",
+            PRESET,
+            f"storage={experiment.storage}",
+            f"name={name}",
+            "eval.n_generated=0",
+            "train.trackers=[]",
+            "train.flops=null",
+            f"train.images={batch}",
+            "train.workers=1",
+            "train.compile=false",
+            f"train.log_every_images={batch}",
+            f"train.precision={experiment.train.precision}",
+        ]
         started = time.time()
         subprocess.run(command, check=True, capture_output=True)
         ended = time.time()
         folder = next(Path(experiment.storage, "runs").glob(f"{name}-*"))
         first = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])["time"]
         marks = [
-            started, os.stat(folder / "provenance.json").st_mtime, os.stat(folder / "numerics.json").st_mtime, first,
+            started,
+            os.stat(folder / "provenance.json").st_mtime,
+            os.stat(folder / "numerics.json").st_mtime,
+            first,
             ended,
-        ]  # fmt: skip
+        ]
         rows.append(np.diff(marks))
     driver, workers, first_step, rest = np.median(rows, axis=0)
     return {
-        "driver_ready_seconds": round(float(driver), 2), "ray_and_worker_ready_seconds": round(float(workers), 2),
-        "first_step_seconds": round(float(first_step), 2), "save_and_end_seconds": round(float(rest), 2),
-        "command_to_first_step_seconds": round(float(driver + workers + first_step), 2), "starts": len(rows),
+        "driver_ready_seconds": round(float(driver), 2),
+        "ray_and_worker_ready_seconds": round(float(workers), 2),
+        "first_step_seconds": round(float(first_step), 2),
+        "save_and_end_seconds": round(float(rest), 2),
+        "command_to_first_step_seconds": round(float(driver + workers + first_step), 2),
+        "starts": len(rows),
         "load_average": round(os.getloadavg()[0], 1),
-    }  # fmt: skip
+    }
 
 
 if __name__ == "__main__":

@@ -84,10 +84,11 @@ def test_a_killed_peer_resumes_to_the_same_weights(name: str, tmp_path: Path) ->
 def _peer(name: str, storage: Path) -> peer_run.PeerRun:
     suite = load_suite("unet-ablations")
     changes = {
-        "storage": str(storage), "data": {"resolution": 32, "class_conditional": False},
+        "storage": str(storage),
+        "data": {"resolution": 32, "class_conditional": False},
         "train": {"flops": 3e10},
         "eval": {"n_generated": 4, "n_reference": 8, "n_heldout": 0, "grid_images": 0, "solver": {"steps": 1}},
-    }  # fmt: skip
+    }
     return peer_run.PeerRun("test", name, 16 if name == "diffusers" else 8, suite.experiments(extra=changes)[0])
 
 

@@ -7,15 +7,32 @@ import pytest
 from diffscale.config.load import load_experiment
 
 SAME = [
-    "name=other", "storage=/elsewhere", "train.workers=4", "train.micro_batch=8", "train.flops=9e15",
-    "train.price_per_device_hour=3", "eval.n_generated=7", "eval.solver.steps=3", "train.trackers=[]",
-    "train.checkpoint.keep_last=9", "train.max_failures=0",
-]  # fmt: skip
+    "name=other",
+    "storage=/elsewhere",
+    "train.workers=4",
+    "train.micro_batch=8",
+    "train.flops=9e15",
+    "train.price_per_device_hour=3",
+    "eval.n_generated=7",
+    "eval.solver.steps=3",
+    "train.trackers=[]",
+    "train.checkpoint.keep_last=9",
+    "train.max_failures=0",
+]
 DIFFERENT = [
-    "train.seed=1", "train.global_batch=48", "optim.lr=1e-5", "diffusion.prediction=eps", "train.precision=fp32",
-    "data.flip=false", "data.resolution=24", "model.name=rin", "train.ema.halflife_fraction=0.2", "train.compile=false",
-    "diffusion.schedule=ddpm_linear", "data.class_conditional=false",
-]  # fmt: skip
+    "train.seed=1",
+    "train.global_batch=48",
+    "optim.lr=1e-5",
+    "diffusion.prediction=eps",
+    "train.precision=fp32",
+    "data.flip=false",
+    "data.resolution=24",
+    "model.name=rin",
+    "train.ema.halflife_fraction=0.2",
+    "train.compile=false",
+    "diffusion.schedule=ddpm_linear",
+    "data.class_conditional=false",
+]
 
 
 @pytest.mark.parametrize("override", SAME)

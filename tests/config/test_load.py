@@ -27,8 +27,10 @@ def test_another_name_starts_a_section_afresh_and_a_string_is_short_for_it() -> 
     assert merge(below, {"model": {"name": "rin"}})["model"] == {"name": "rin"}
     assert merge(below, {"model": "rin"})["model"] == {"name": "rin"}
     assert merge(below, {"model": {"num_blocks": 1}})["model"] == {
-        "name": "unet", "model_channels": 32, "num_blocks": 1
-    }  # fmt: skip
+        "name": "unet",
+        "model_channels": 32,
+        "num_blocks": 1,
+    }
     assert (
         load_experiment("quickstart-unet", ["diffusion.schedule=ddpm_linear"]).diffusion.schedule.name == "ddpm_linear"
     )

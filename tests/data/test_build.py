@@ -185,9 +185,11 @@ def test_large_images_are_kept_encoded_and_a_fitting_file_is_kept_byte_for_byte(
     (tmp_path / "source").mkdir()
     photo = np.tile(pictures(1, side=16)[0], (2, 3, 1))
     files = {
-        "a.png": png(photo[:, :32]), "b.jpg": png(photo[:, :32], "JPEG"), "c.png": png(photo),
+        "a.png": png(photo[:, :32]),
+        "b.jpg": png(photo[:, :32], "JPEG"),
+        "c.png": png(photo),
         "d.webp": png(photo, "WEBP", lossless=True),
-    }  # fmt: skip
+    }
     for file, data in files.items():
         (tmp_path / "source" / file).write_bytes(data)
     chosen = options(str(tmp_path / "source"), str(tmp_path / "out"), (32,), layout="encoded", shuffle=False)

@@ -18,9 +18,17 @@ from diffscale.sweep.ledger import Ledger
 from diffscale.sweep.settings import Sweep
 
 DIRECTIONS = {
-    "fd": False, "fd_inf": False, "kid": False, "sfid": False,
-    "precision": True, "recall": True, "f_score": True, "density": True, "coverage": True, "is": True,
-}  # fmt: skip
+    "fd": False,
+    "fd_inf": False,
+    "kid": False,
+    "sfid": False,
+    "precision": True,
+    "recall": True,
+    "f_score": True,
+    "density": True,
+    "coverage": True,
+    "is": True,
+}
 RECORDED = {
     "fid": False,
     "fid_inf": False,

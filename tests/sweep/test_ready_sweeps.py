@@ -12,9 +12,14 @@ from diffscale.sweep.ledger import Ledger
 from diffscale.sweep.run import load_sweep, planned
 
 TRIALS = {
-    "quickstart": 4, "schedule-x-resolution": 12, "shift-x-input-scale": 16, "prediction-x-weighting": 13,
-    "backbone-x-size": 24, "unet-ablations": 6, "learning-rate": 0,
-}  # fmt: skip
+    "quickstart": 4,
+    "schedule-x-resolution": 12,
+    "shift-x-input-scale": 16,
+    "prediction-x-weighting": 13,
+    "backbone-x-size": 24,
+    "unet-ablations": 6,
+    "learning-rate": 0,
+}
 
 
 @pytest.mark.parametrize("name", preset_names("sweeps"))

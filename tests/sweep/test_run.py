@@ -62,9 +62,11 @@ def test_asha_stops_a_trial_that_is_worse_than_those_before_it(tmp_path: Path) -
 def test_tpe_suggests_as_many_trials_as_asked_for_within_their_bounds(tmp_path: Path) -> None:
     changes = {
         "space": {"optim.lr": {"loguniform": [1e-4, 1e-2]}, "diffusion.prediction": {"choice": ["v", "eps"]}},
-        "search": {"name": "tpe", "samples": 3}, "scheduler": {"name": "none"}, "max_concurrent": 1,
+        "search": {"name": "tpe", "samples": 3},
+        "scheduler": {"name": "none"},
+        "max_concurrent": 1,
         "budget": {"trial": {"flops": 2.0e9}},
-    }  # fmt: skip
+    }
     sweep = write_sweep(tmp_path, **changes)
     assert tune(sweep).wait(timeout=280) == 0
     ledger = Ledger(load_sweep(str(sweep), []))

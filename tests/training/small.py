@@ -24,12 +24,16 @@ SETTINGS: dict[str, Any] = {
     "model": {"name": "unet", "model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4]},
     "optim": {"lr": 2e-4, "weight_decay": 0.01},
     "train": {
-        "images": 120 * BATCH, "global_batch": BATCH,
-        "ema": {"power": [0.05, 0.1]}, "checkpoint": {"every_images": 10 * BATCH}, "trackers": [], "gpu": False,
+        "images": 120 * BATCH,
+        "global_batch": BATCH,
+        "ema": {"power": [0.05, 0.1]},
+        "checkpoint": {"every_images": 10 * BATCH},
+        "trackers": [],
+        "gpu": False,
         "log_every_images": 10 * BATCH,
     },
     "eval": {"n_generated": 0},
-}  # fmt: skip
+}
 
 
 def settings(storage: Path | str, **changes: Any) -> dict[str, Any]:

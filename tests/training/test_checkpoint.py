@@ -223,9 +223,13 @@ def test_files_are_what_safetensors_reads_and_writes(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     tensors = {
-        "bf16": torch.randn(3, 2).bfloat16(), "f64": torch.randn(2).double(), "bool": torch.tensor([True, False]),
-        "scalar": torch.tensor(1.5), "empty": torch.zeros(0, 4), "strided": torch.randn(4, 3).t(),
-    }  # fmt: skip
+        "bf16": torch.randn(3, 2).bfloat16(),
+        "f64": torch.randn(2).double(),
+        "bool": torch.tensor([True, False]),
+        "scalar": torch.tensor(1.5),
+        "empty": torch.zeros(0, 4),
+        "strided": torch.randn(4, 3).t(),
+    }
     write_group(str(tmp_path), "model", tensors, {}, 0, 1)
     found = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(found[n], tensors[n]) for n in tensors)

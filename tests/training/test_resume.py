@@ -30,15 +30,38 @@ from .test_learner import batches
 MODELS = {
     "unet": {"name": "unet", "model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4]},
     "edm2": {"name": "edm2", "model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1, "channels_per_head": 16},
-    "uvit": {"name": "uvit", "conv_widths": [16], "conv_blocks": 1, "width": 32, "depth": 2, "num_heads": 2,
-             "embedding_width": 32},
-    "rin": {"name": "rin", "patch_size": 2, "interface_width": 32, "latents": 8, "latent_width": 32,
-            "latent_heads": 2, "rw_heads": 2, "num_blocks": 1, "layers": 1},
+    "uvit": {
+        "name": "uvit",
+        "conv_widths": [16],
+        "conv_blocks": 1,
+        "width": 32,
+        "depth": 2,
+        "num_heads": 2,
+        "embedding_width": 32,
+    },
+    "rin": {
+        "name": "rin",
+        "patch_size": 2,
+        "interface_width": 32,
+        "latents": 8,
+        "latent_width": 32,
+        "latent_heads": 2,
+        "rw_heads": 2,
+        "num_blocks": 1,
+        "layers": 1,
+    },
     "dit": {"name": "dit", "patch_size": 2, "width": 32, "depth": 2, "num_heads": 2},
-    "jit": {"name": "jit", "patch_size": 2, "bottleneck": 16, "width": 32, "depth": 2, "num_heads": 2,
-            "context_start": 1},
+    "jit": {
+        "name": "jit",
+        "patch_size": 2,
+        "bottleneck": 16,
+        "width": 32,
+        "depth": 2,
+        "num_heads": 2,
+        "context_start": 1,
+    },
     "hdit": {"preset": "hdit-tiny"},
-}  # fmt: skip
+}
 NUMERICS = [
     Numerics(precision, channels_last, winograd=winograd)
     for precision, (channels_last, winograd) in product(("fp32", "bf16"), ((False, False), (True, False), (True, True)))

@@ -83,13 +83,20 @@ def _measure_steps(experiment: Any, rank: int, link: Link) -> dict[str, Any]:
     # One core cannot add gradients and compute at once: nothing overlaps.
     predicted = efficiency(cost.parameters, cost.flops_per_image, half, 2, rate, link, overlap=0.0)
     return {
-        "preset": experiment.name, "images_per_device": half, "parameters": cost.parameters,
+        "preset": experiment.name,
+        "images_per_device": half,
+        "parameters": cost.parameters,
         "flops_per_step_and_device": cost.flops_per_image * half,
         "bytes_per_step_and_device": bytes_per_step(cost.parameters, 2, "ddp"),
-        "link_bytes_per_second": round(link.bandwidth), "link_latency_seconds": round(link.latency, 7),
-        "flops_per_second": round(rate), "step_alone_seconds": round(one, 4), "step_of_two_seconds": round(two, 4),
-        "efficiency_measured": round(one / two, 4), "efficiency_predicted": round(predicted, 4), "kind": "measured",
-    }  # fmt: skip
+        "link_bytes_per_second": round(link.bandwidth),
+        "link_latency_seconds": round(link.latency, 7),
+        "flops_per_second": round(rate),
+        "step_alone_seconds": round(one, 4),
+        "step_of_two_seconds": round(two, 4),
+        "efficiency_measured": round(one / two, 4),
+        "efficiency_predicted": round(predicted, 4),
+        "kind": "measured",
+    }
 
 
 def _median(call: Any, repeats: int = 9) -> float:
