@@ -1,1 +1,1 @@
-"""Ray: connecting, workers, process groups and messages, with every private part of Ray that is used."""
+"""Ray: connecting, jobs, workers, process groups and messages, with every private part of Ray that is used."""

@@ -18,14 +18,14 @@ HEALTH_TIMEOUT = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
 PREEMPTION_WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 SEVERAL_NODES = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
-# What every node of a cluster of several starts Ray with (the image, cluster.sh, train.sbatch). Ray's defaults notice
-# a dead machine after 5 x 3 s and one that does not answer after 5 x (3 + 10) s; these after 5 x 1 and 5 x (1 + 4) s.
-# Five misses in a row outlast a link that is gone for 5 s.
+# The environment in which every node of a larger cluster starts Ray (the image, cluster.sh, train.sbatch). With these
+# values a dead machine is noticed after 5 times 1 s and a silent one after 5 times (1 + 4) s; with Ray's defaults after
+# 5 times 3 s and 5 times (3 + 10) s. Five misses in a row outlast a link that is interrupted for 5 s.
 NODE_ENVIRONMENT = {
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "4000",
     "RAY_health_check_failure_threshold": "5",
-    "RAY_worker_niceness": "0",  # Ray's 15 starves the workers beside any other program
+    "RAY_worker_niceness": "0",  # Ray's 15 starves the workers on a machine with other programs
 }
 
 
@@ -34,33 +34,36 @@ _private = False
 
 
 def is_private() -> bool:
-    """Whether this process has started the cluster, which then ends with it."""
+    """Return whether this process has started the cluster, which then ends with the process."""
     return _private
 
 
 def connect(address: str | None = None, num_cpus: int | None = None) -> None:
-    """Connects once; later calls do nothing.
+    """Connect this process to Ray once; later calls do nothing.
 
     Ray Train's controller polls its workers every 2 s by default, which makes short runs slow and notices a dead
-    worker late; its wait for the workers of a lost node is 60 s. Both are set here unless the user did.
-    Raises UserError where no cluster answers at the address and where a private one does not start.
+    worker late; its wait for the workers of a lost node is 60 s. Both are shortened unless the user has set them.
+    Raises UserError if no cluster answers at the address, and if a private one does not start.
+
+    address: address of a cluster; "local" for a private one; None for $RAY_ADDRESS, else a private one.
+    num_cpus: CPUs of a private cluster; None for all of this machine.
     """
     global _private
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     os.environ.setdefault(REPORT_INTERVAL, "0.2")
     os.environ.setdefault(START_TIMEOUT, "20")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves the workers beside any other program
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves the workers on a machine with other programs
     if not sys.stdout.isatty():
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # or workers' lines carry terminal codes into a job's log
-    if address == "local":  # no machine of it is ever taken away: a process fewer to start for each run
+    if address == "local":  # its machine is never preempted: each run starts one process fewer
         os.environ.setdefault(PREEMPTION_WATCHER, "0")
     if address == "local" and "ray" not in sys.modules:
-        # Without the first Ray 2.60 listens on every interface even for one node (measured). Both are read when Ray
-        # is imported: a program that did so before decides for itself.
+        # Without the variable Ray 2.60 listens on every interface even for one node (measured). Ray reads it and
+        # RAY_AUTH_MODE when it is imported, so a program that has imported Ray before decides for itself.
         os.environ.setdefault(SEVERAL_NODES, "0")
         _require_token()
-    import ray
+    import ray  # import cost
 
     if ray.is_initialized():
         return
@@ -79,17 +82,20 @@ def connect(address: str | None = None, num_cpus: int | None = None) -> None:
 
 
 def gpus() -> list[str]:
-    """Kinds of the cluster's GPUs ("H100", ...), as Ray calls them. Of the cluster that RAY_ADDRESS names or that this
-    process is connected to; before a private one is started, of this machine, which it will consist of."""
+    """Return the kinds of the cluster's GPUs by Ray's names ("H100", ...).
+
+    The cluster is the one that RAY_ADDRESS names or to which this process is connected. Before a private cluster is
+    started, the GPUs are this machine's.
+    """
     loaded = sys.modules.get("ray")
     if os.environ.get("RAY_ADDRESS") or (loaded is not None and loaded.is_initialized()):
         connect()
-        import ray
+        import ray  # import cost
 
         resources = ray.cluster_resources()
         kinds = [name.removeprefix(_KIND) for name in resources if name.startswith(_KIND)]
         return (kinds or ["GPU"]) if resources.get("GPU", 0) > 0 else []
-    import torch
+    import torch  # import cost
 
     return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 
@@ -97,7 +103,8 @@ def gpus() -> list[str]:
 def authentication_mode() -> str:
     """Return "token" or "disabled": how the connected cluster authenticates its clients.
 
-    Ray has no public function for it. Once it has one, this import of ray._raylet can go.
+    Ray has no public function for it, and doctor must report the mode in effect. Once Ray has one, this import of
+    ray._raylet can go.
     """
     from ray._raylet import AuthenticationMode, get_authentication_mode  # type: ignore[attr-defined]  # import cost
 
@@ -105,7 +112,7 @@ def authentication_mode() -> str:
 
 
 def _start_or_join(address: str, **settings: Any) -> None:
-    import ray
+    import ray  # import cost
 
     try:
         ray.init(address=address, logging_level=logging.WARNING, **settings)
@@ -115,12 +122,12 @@ def _start_or_join(address: str, **settings: Any) -> None:
             value=address,
             expected="a reachable Ray cluster",
             reason=str(error),
-            fix="on a busy machine: once more; else see the newest /tmp/ray/session_*/logs of that machine",
+            fix="on a busy machine try again; else see the newest /tmp/ray/session_*/logs of that machine",
         ) from error
 
 
 def _require_listener(address: str) -> None:
-    """Raises UserError unless something listens there: Ray would try for minutes. For HOST:PORT alone."""
+    """Raise UserError unless something listens at HOST:PORT: Ray would try for minutes. Other forms are not checked."""
     host, _, port = address.rpartition(":")
     if "/" in address or not port.isdecimal():
         return
@@ -132,14 +139,14 @@ def _require_listener(address: str) -> None:
             value=address,
             expected="HOST:PORT of a running cluster's head",
             reason=str(error),
-            fix="`ray start --head` prints it; without RAY_ADDRESS this machine alone is used",
+            fix="`ray start --head` prints it; without RAY_ADDRESS only this machine is used",
         ) from None
 
 
 def _require_token() -> None:
-    """Asks for Ray's token on the private cluster too, so that no other user of this machine can run code in it.
+    """Require Ray's token on the private cluster too, so that no other user of this machine can run code in it.
 
-    Ray would write the token file readable by all (0644), so it is made here first, 0600.
+    Ray would write the token file readable by all (0644), so it is created before with mode 0600.
     """
     if "RAY_AUTH_MODE" in os.environ:
         return
@@ -150,5 +157,5 @@ def _require_token() -> None:
             with open(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
                 file.write(secrets.token_hex(32))
         except FileExistsError:
-            pass  # another run made it at the same moment
+            pass  # another run has created it at the same moment
     os.environ["RAY_AUTH_MODE"] = "token"

@@ -1,1 +1,1 @@
-"""What `python -m diffscale.doctor` checks: facts gathered on each node, and what they mean."""
+"""The checks of `python -m diffscale.doctor`: facts gathered on each node, and the findings that follow from them."""

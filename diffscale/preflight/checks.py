@@ -1,4 +1,4 @@
-"""What the facts mean: one finding per check, each failure with its fix. Pure functions of facts."""
+"""Checks over the collected facts: each returns findings, each failure comes with its fix. Pure functions of facts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from diffscale.preflight.node_facts import NodeFacts
 
 Level = Literal["ok", "warning", "failure"]
 
-MINIMUM = {"python": "3.11", "torch": "2.11", "ray": "2.60"}  # DESIGN.md, Libraries
+MINIMUM = {"python": "3.11", "torch": "2.11", "ray": "2.60"}  # as in pyproject.toml
 SKEW_WARNING, SKEW_FAILURE = 1.0, 30.0  # seconds; S3 refuses requests that are 15 minutes off, logs mislead much sooner
 DISK_WARNING, DISK_FAILURE = 20e9, 2e9  # bytes: Ray spills objects and logs there; checkpoints are written there
 SHARED_MEMORY_WARNING, SHARED_MEMORY_FAILURE = 1e9, 256e6  # bytes; Docker's default of 64 MB stops the object store
@@ -32,11 +32,12 @@ class Finding:
 
 
 def gigabytes(size: float) -> str:
+    """Return a number of bytes as text."""
     return f"{size / 1e9:.1f} GB"
 
 
 def versions(nodes: Sequence[NodeFacts], driver: dict[str, str]) -> list[Finding]:
-    """Every node runs what the driver runs, and nothing is older than the oldest supported."""
+    """Check that every node runs the driver's versions, and that no package is older than the oldest supported."""
     findings = []
     for name, own in sorted(driver.items()):
         if name in MINIMUM and _numbers(own) < _numbers(MINIMUM[name]):
@@ -55,7 +56,11 @@ def versions(nodes: Sequence[NodeFacts], driver: dict[str, str]) -> list[Finding
 
 
 def authentication(mode: str, private: bool, token_file: Path | None) -> list[Finding]:
-    """A cluster that others can reach has a token, in a file that only its owner reads."""
+    """Check that a cluster which others can reach has a token, in a file that only its owner reads.
+
+    mode: "token" or "disabled".
+    private: whether the cluster is a Ray on this machine's loopback that this process started.
+    """
     findings = []
     generate = "ray get-auth-token --generate > /dev/null && chmod 600 ~/.ray/auth_token"
     if mode == "token":
@@ -75,7 +80,7 @@ def authentication(mode: str, private: bool, token_file: Path | None) -> list[Fi
 
 
 def gpus(nodes: Sequence[NodeFacts], needed: int) -> list[Finding]:
-    """Every GPU runs a kernel, and there are as many as the run needs."""
+    """Check that every GPU runs a kernel, and that the run finds the number of GPUs that it needs."""
     findings = []
     for n in nodes:
         if n.cuda_error:
@@ -96,7 +101,10 @@ def gpus(nodes: Sequence[NodeFacts], needed: int) -> list[Finding]:
 
 
 def storage(nodes: Sequence[NodeFacts], uri: str, written: Sequence[str]) -> list[Finding]:
-    """Every node reads what the driver wrote, and the driver sees what every node wrote (`written`: node ids)."""
+    """Check that every node reads the driver's file, and that the driver sees every node's file.
+
+    written: ids of the nodes whose files the driver sees.
+    """
     findings = []
     shared = "use s3:// or gs://, or mount one file system at this path on all nodes"
     for n in nodes:
@@ -118,7 +126,7 @@ def storage(nodes: Sequence[NodeFacts], uri: str, written: Sequence[str]) -> lis
 
 
 def dataset(nodes: Sequence[NodeFacts], path: str, content_hash: str) -> list[Finding]:
-    """Every node opens the data and finds the same content."""
+    """Check that every node opens the data and finds the same content."""
     findings = []
     for n in nodes:
         if n.data_error:
@@ -131,7 +139,11 @@ def dataset(nodes: Sequence[NodeFacts], path: str, content_hash: str) -> list[Fi
 
 
 def clocks(offsets: dict[str, tuple[float, float]]) -> list[Finding]:
-    """host -> (seconds ahead of the driver, uncertainty: half of the round trip)."""
+    """Check that the clocks agree.
+
+    offsets: for each host, the seconds by which its clock is ahead of the driver's, and half of the round trip (s),
+        which bounds the error of the first number.
+    """
     findings = []
     for host, (offset, uncertainty) in offsets.items():
         worst = max(abs(offset) - uncertainty, 0.0)
@@ -144,7 +156,7 @@ def clocks(offsets: dict[str, tuple[float, float]]) -> list[Finding]:
 
 
 def disks(nodes: Sequence[NodeFacts]) -> list[Finding]:
-    """Room for Ray's files, and shared memory for its objects."""
+    """Check that there is room for Ray's files, and shared memory for its objects."""
     findings = []
     for n in nodes:
         level, fix = _disk(n.temporary_free)
@@ -163,7 +175,7 @@ def disks(nodes: Sequence[NodeFacts]) -> list[Finding]:
 
 
 def metrics(nodes: Sequence[NodeFacts]) -> list[Finding]:
-    """The feature networks of the metrics have their weights on every node."""
+    """Check that the weights of the metrics' feature networks are on every node."""
     findings = []
     for metric in sorted({m for n in nodes for m in n.metric_errors}):
         missing = [(n.host, n.metric_errors[metric]) for n in nodes if n.metric_errors.get(metric)]
@@ -177,7 +189,11 @@ def metrics(nodes: Sequence[NodeFacts]) -> list[Finding]:
 
 
 def memory(needed: int, nodes: Sequence[NodeFacts], gpu: bool) -> list[Finding]:
-    """The estimated peak of one worker against the smallest device (or the smallest node's RAM on CPU), in bytes."""
+    """Compare the estimated peak of one worker with the smallest device.
+
+    needed: bytes.
+    gpu: whether the workers run on GPUs; else the smallest node's RAM counts.
+    """
     sizes = [size for n in nodes for _, size in n.gpus] if gpu else [n.memory for n in nodes]
     if not sizes:
         return []
@@ -206,5 +222,5 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def default_token_file() -> Path:
-    """Where Ray reads the token from when RAY_AUTH_TOKEN is not set."""
+    """Return the file from which Ray reads the token if RAY_AUTH_TOKEN is not set."""
     return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")

@@ -1,10 +1,11 @@
-"""Runs the checks on every node of the connected Ray cluster, each pinned to its node, with a time limit."""
+"""Runs functions on every node of the connected Ray cluster, each pinned to its node, with a time limit."""
 
 from __future__ import annotations
 
 import socket
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import ray
@@ -17,19 +18,19 @@ TIMEOUT = 120.0  # seconds for one node to answer: it imports torch first
 
 
 def alive_nodes() -> dict[str, str]:
-    """node id -> host name of every living node."""
+    """Return the host name of every living node, by node id."""
     return {n["NodeID"]: n["NodeManagerHostname"] for n in ray.nodes() if n["Alive"]}
 
 
 def on_node(node_id: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> ray.ObjectRef:
-    """Starts a function on one node, without asking for CPUs: a busy node answers too."""
+    """Start a function on one node. It reserves no CPU, so that a busy node answers too."""
     pinned = NodeAffinitySchedulingStrategy(node_id, soft=False)
     wanted: dict[str, Any] = {"num_cpus": 0, "max_retries": 0, "scheduling_strategy": pinned, **options}
     return ray.remote(function).options(**wanted).remote(*arguments)
 
 
 def gather_all(wanted: ProbeSpec) -> tuple[list[NodeFacts], list[Finding]]:
-    """Facts of all nodes that answered in time; a failure for each that did not."""
+    """Return the facts of all nodes that answered in time, and a failure for each of the others."""
     hosts = alive_nodes()
     tasks = {node_id: on_node(node_id, gather, node_id, wanted) for node_id in hosts}
     facts, findings, end = [], [], time.monotonic() + TIMEOUT
@@ -37,14 +38,17 @@ def gather_all(wanted: ProbeSpec) -> tuple[list[NodeFacts], list[Finding]]:
         try:
             facts.append(ray.get(task, timeout=max(end - time.monotonic(), 1.0)))
         except Exception as error:
-            found = f"{hosts[node_id]} did not answer: {_first_line(error)}"
+            found = f"{hosts[node_id]} did not answer: {_last_line(error)}"
             fix = "look at `ray status` and the node's logs; the job's environment must exist on it"
             findings.append(Finding("nodes", "failure", found, fix))
     return facts, findings
 
 
 def clock_offsets() -> dict[str, tuple[float, float]]:
-    """host -> (seconds ahead of this process, half of the round trip), from the quickest of five calls."""
+    """Return for each host the seconds by which its clock is ahead of this process, and half of the round trip (s).
+
+    Both are of the quickest of five calls.
+    """
     hosts, offsets = alive_nodes(), {}
     for node_id, host in hosts.items():
         pinned = NodeAffinitySchedulingStrategy(node_id, soft=False)
@@ -72,7 +76,10 @@ class _Clock:
 
 
 def all_reduce(gpu: bool) -> Finding:
-    """One all-reduce over all GPUs (NCCL), or over one process on each node (gloo): addresses, ports and links work."""
+    """Check addresses, ports and links by one all-reduce.
+
+    gpu: over all GPUs by NCCL; else over one process on each node by gloo.
+    """
     backend, name = ("nccl", "NCCL") if gpu else ("gloo", "gloo")
     places = [
         (node["NodeID"], node["NodeManagerAddress"])
@@ -93,9 +100,9 @@ def all_reduce(gpu: bool) -> Finding:
         sums = ray.get(tasks, timeout=TIMEOUT)
     except Exception as error:
         fix = "open all ports between the nodes; choose the interface with NCCL_SOCKET_IFNAME / GLOO_SOCKET_IFNAME"
-        return Finding("all-reduce", "failure", f"{name} over {len(places)} processes: {_first_line(error)}", fix)
+        return Finding("all-reduce", "failure", f"{name} over {len(places)} processes: {_last_line(error)}", fix)
     if set(sums) != {float(len(places))}:
-        return Finding("all-reduce", "failure", f"{name} gave {sums}", "the links corrupt data: test the hardware")
+        return Finding("all-reduce", "failure", f"{name} returned {sums}", "the links corrupt data: test the hardware")
     return Finding("all-reduce", "ok", f"{name} over {len(places)} processes")
 
 
@@ -106,10 +113,8 @@ def _free_port() -> int:
 
 
 def _sum_of_ones(address: str, backend: str, rank: int, world_size: int) -> float:
-    from datetime import timedelta
-
-    import torch
-    import torch.distributed as dist
+    import torch  # import cost
+    import torch.distributed as dist  # import cost
 
     limit = timedelta(seconds=60)
     dist.init_process_group(backend, init_method=address, rank=rank, world_size=world_size, timeout=limit)
@@ -121,6 +126,7 @@ def _sum_of_ones(address: str, backend: str, rank: int, world_size: int) -> floa
         dist.destroy_process_group()
 
 
-def _first_line(error: Exception) -> str:
+def _last_line(error: Exception) -> str:
+    """Return the type and the last line: in an error of a Ray task the cause stands last."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[-1] if lines else ''}"[:200]

@@ -1,4 +1,4 @@
-"""How much memory one worker needs, counted on fake tensors: nothing is allocated, no device is needed."""
+"""Memory of one worker, counted on fake tensors: nothing is allocated, no device is needed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ OVERHEAD = 1.15  # workspaces and fragmentation
 
 
 def needed_bytes(experiment: Experiment, dataset: Dataset) -> int:
-    """Estimated peak of one worker: weights, gradients, moments, averages, and what the backward pass needs."""
+    """Return the estimated peak of one worker in bytes.
+
+    It consists of weights, gradients, moments, averages, and the tensors kept for the backward pass.
+    """
     train = experiment.train
     workers = train.min_workers
     images = min(train.micro_batch or train.global_batch, -(-train.global_batch // workers))
@@ -29,14 +32,16 @@ def needed_bytes(experiment: Experiment, dataset: Dataset) -> int:
 
 
 def count(experiment: Experiment, dataset: Dataset, images: int) -> tuple[int, int]:
-    """(parameters, bytes that one forward pass of so many images keeps for its backward pass).
+    """Return the number of parameters, and the bytes that one forward pass keeps for its backward pass.
 
     With train.activation_checkpointing only the inputs of the checkpointed blocks are kept; the block that is
     recomputed comes on top of them and is not counted.
-    """
-    from diffscale.config.factory import build_model
 
-    # "auto" is counted as float32, the larger: it is settled on the device, which may be another machine's
+    images: number of images in the pass.
+    """
+    from diffscale.config.factory import build_model  # import cost
+
+    # "auto" is counted as float32, the larger: it is resolved on the device, which can be in another machine.
     low = {"bf16": torch.bfloat16, "fp16": torch.bfloat16}.get(experiment.train.precision)
     side, channels = dataset.resolution, dataset.channels
     kept: dict[int, int] = {}
@@ -59,14 +64,14 @@ def count(experiment: Experiment, dataset: Dataset, images: int) -> tuple[int, i
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
             torch.autocast("cpu", low, enabled=low is not None),
         ):
-            output = model(*arguments)  # held while its graph is counted
+            output = model(*arguments)  # kept until its graph is counted
         parameters = sum(p.numel() for p in model.parameters())
         del output
     return parameters, sum(kept.values())
 
 
 def _fake(model: nn.Module) -> None:
-    """Puts fake CPU tensors in the place of parameters and buffers, so that autocast acts as it would on real ones."""
+    """Replace parameters and buffers by fake CPU tensors, on which autocast acts like on real ones."""
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is not None:

@@ -1,4 +1,4 @@
-"""A local path is one place for a run only when every node sees the same folder behind it (DECISIONS 7)."""
+"""Proof that a local path is the same folder on every node: without it a run's files would be scattered."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ TIMEOUT = 60.0  # seconds for all nodes to answer
 
 
 def require_shared(storage: str) -> None:
-    """Does nothing for a URI or a cluster of one node; else proves, on each node, that the storage is the driver's.
+    """Raise UserError with the names of the nodes that do not see the driver's folder.
 
-    Ray is connected. Raises UserError that names the nodes which see another folder or none.
+    Ray must be connected. A URI and a cluster of one node need no check.
     """
-    import ray
+    # Ray reads the variables that connect() sets when it is imported.
+    import ray  # import cost
 
-    from diffscale.preflight.cluster import alive_nodes, on_node
+    from diffscale.preflight.cluster import alive_nodes, on_node  # import cost
 
     if places.is_remote(storage):
         return
@@ -47,8 +48,8 @@ def require_shared(storage: str) -> None:
 
 
 def _answer(task: Any) -> bool | None:
-    """What a node said; None where it did not: a node that is lost at this moment says nothing about the storage."""
-    import ray
+    """Return a node's answer; None if it is lost at this moment, which is no fault of the storage."""
+    import ray  # import cost
 
     try:
         return bool(ray.get(task, timeout=1.0))
