@@ -1,7 +1,7 @@
 """`python -m diffscale.ema RUN --std 0.07`: averages of any length from a finished run (EDM2's post-hoc EMA).
 
-RUN is a run's folder that was trained with `train.ema.power` (two widths, 0.05 and 0.10, are enough). The result is
-written into the checkpoint, where `sample` and `evaluate` find it: `eval.ema=0.07`. `--sweep` makes one average for
+RUN is the folder of a run that was trained with `train.ema.power` (two widths, 0.05 and 0.10, are enough). The result
+is written into the checkpoint, where `sample` and `evaluate` find it: `eval.ema=0.07`. `--sweep` makes one average for
 each width of a range, evaluates them all and prints the best.
 """
 
@@ -30,7 +30,7 @@ def main(
     from diffscale.training import posthoc_ema  # import cost
     from diffscale.training.ema import profile_name  # import cost
 
-    run = storage.check_absolute(run, "RUN")
+    run = storage.resolve(run, "RUN")
     widths = list(std or (posthoc_ema.SWEEP_WIDTHS if sweep else []))
     if not widths:
         raise UserError(setting="--std", value=None, expected="at least one relative width, such as 0.07, or --sweep")

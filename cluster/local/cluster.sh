@@ -13,7 +13,7 @@ cpus=${DIFFSCALE_CPUS:-$(($(nproc) / 2 > 0 ? $(nproc) / 2 : 1))} # of each of th
 memory=${DIFFSCALE_OBJECT_STORE:-300000000}                      # bytes of shared memory for objects, each node
 
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$folder/auth_token"
-# NODE_ENVIRONMENT of diffscale/distributed/connect.py, where it says why.
+# NODE_ENVIRONMENT of diffscale/distributed/connect.py, which gives the reasons.
 export RAY_health_check_period_ms=1000 RAY_health_check_timeout_ms=4000 RAY_health_check_failure_threshold=5
 export RAY_worker_niceness=0
 export RAY_API_SERVER_ADDRESS="http://127.0.0.1:$dashboard"
@@ -22,7 +22,7 @@ export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 # keeps Ray on loopback: ray_on_loopb
 start() { # name, arguments of `ray start`: a process group of its own, so that `down` ends exactly what `up` began
     local name=$1
     shift
-    # Ray's fixed agent port (52365) is taken wherever another Ray runs, and then no job starts: 0 takes a free one.
+    # No job starts if another Ray uses Ray's fixed agent port (52365): 0 chooses a free one.
     setsid python "$here/ray_on_loopback.py" start "$@" --node-ip-address=127.0.0.1 --num-cpus="$cpus" --object-store-memory="$memory" \
         --dashboard-agent-listen-port=0 --disable-usage-stats --block > "$folder/$name.log" 2>&1 < /dev/null &
     echo $! > "$folder/$name.pid"
@@ -52,7 +52,7 @@ up() {
     for _ in $(seq 60); do
         count=$(nodes)
         if [[ $count -eq 1 && ! -e $folder/second.pid ]]; then
-            # A folder of its own: a node unpacks a job's files anew, in the other's folder under the running job.
+            # Own folder: in a shared one this node would unpack a job's files again, under the running job.
             start second --address="127.0.0.1:$port" --temp-dir="$folder/ray2"
         fi
         if [[ $count -eq 2 ]]; then

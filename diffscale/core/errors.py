@@ -1,4 +1,4 @@
-"""The errors that a person can cause, told in one screen."""
+"""Errors that a user can cause, each explained on one screen."""
 
 from __future__ import annotations
 

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-GAP = 2
-CAPTION = 12
-LEAST_CELL = 64  # pixels: a class name of twelve letters fits underneath
+GAP = 2  # pixels
+CAPTION = 12  # pixels
+LEAST_CELL = 64  # pixels; a class name of twelve letters fits below
 
 
 def grid(images: NDArray, captions: Sequence[str] = (), columns: int | None = None) -> Image.Image:
@@ -20,7 +20,7 @@ def grid(images: NDArray, captions: Sequence[str] = (), columns: int | None = No
     Small images are enlarged by whole factors without smoothing, so that pixels stay pixels.
 
     images: (N,H,W,C) uint8, C 1 or 3.
-    columns: default: as many as make the sheet nearly square.
+    columns: None for a nearly square sheet.
     """
     n = len(images)
     columns = min(columns or int(np.ceil(np.sqrt(n))), n)

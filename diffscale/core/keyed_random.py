@@ -1,4 +1,4 @@
-"""Random numbers that are functions of (seed, stream, position): no state, so no order of calls to keep.
+"""Random numbers as functions of (seed, stream, position): without state, so the order of calls does not matter.
 
 Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) in torch's 64-bit integers. The
 key is the seed; the counter is (position, block of four values, stream). The integers, and so `uniform`, are identical
@@ -17,11 +17,11 @@ from torch import Tensor
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
-_CHUNK = 1 << 15  # counters worked on at a time on a CPU: bounds the memory of intermediates, and is fastest
+_CHUNK = 1 << 15  # counters per pass on a CPU: bounds the memory of intermediates, and is the fastest
 
 
 class Stream(IntEnum):
-    """What the numbers are for. Two streams of one position are independent; so are the steps of `at_step`."""
+    """Purposes of random numbers. Two streams of one position are independent; so are the steps of `at_step`."""
 
     TIME = 0
     NOISE = 1
@@ -37,16 +37,20 @@ class Stream(IntEnum):
 
 
 def at_step(stream: int, step: int) -> int:
-    """The stream of a sampler's step: 0 ≤ step < 2²⁴."""
+    """Return the stream of a sampler's step: 0 ≤ step < 2²⁴."""
     return int(stream) | (step + 1) << 8
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
-    """Ten rounds of Philox4x32. Counter and result are four int64 tensors of one shape with values in [0, 2³²)."""
+    """Return the result of ten rounds of Philox4x32: four int64 tensors with values in [0, 2³²).
+
+    counter: four int64 tensors of one shape, values in [0, 2³²).
+    key: two integers in [0, 2³²).
+    """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
-        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]  # the low 64 bits are right although they wrap around
+        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]  # the low 64 bits are right although the product overflows
         c0 = (p1 >> 32).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(_MASK)
         c2 = (p0 >> 32).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(_MASK)
         c1, c3 = p1, p0  # the high halves are masked off once c1 and c3 have passed into c0 and c2, or at the end
@@ -55,10 +59,14 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
 
 
 def uniform(seed: int, stream: int, positions: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
-    """Uniform numbers in (0, 1), multiples of 2⁻²³ plus 2⁻²⁴; exact, so identical on every device.
+    """Return uniform numbers in (0, 1), multiples of 2⁻²³ plus 2⁻²⁴; exact, so identical on every device.
 
-    seed: 0 ≤ seed < 2⁶⁴. stream: 0 ≤ stream < 2³² (`Stream`, `at_step`). positions (B,) int64 ≥ 0.
-    → float32 (B, *shape) on the positions' device; row i depends on positions[i] alone.
+    The result is float32 (B, *shape) on the positions' device; row i depends on positions[i] alone.
+
+    seed: 0 ≤ seed < 2⁶⁴.
+    stream: 0 ≤ stream < 2³² (`Stream`, `at_step`).
+    positions: (B,) int64 ≥ 0.
+    shape: shape of the numbers of one position.
     """
     count = math.prod(shape)
     words = torch.cat(_words(seed, stream, positions, -(-count // 4)), dim=1)[:, :count]
@@ -66,7 +74,7 @@ def uniform(seed: int, stream: int, positions: Tensor, shape: tuple[int, ...] = 
 
 
 def normal(seed: int, stream: int, positions: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Unit normal numbers by Box and Muller (1958), |value| ≤ 6.66. Arguments and result as for `uniform`."""
+    """Return unit normal numbers by Box and Muller (1958), |value| ≤ 6.66. Arguments and shapes as for `uniform`."""
     count = math.prod(shape)
     blocks = -(-count // 4)
     out = torch.empty(len(positions), 4, blocks, dtype=torch.float32, device=positions.device)
@@ -83,11 +91,14 @@ def normal(seed: int, stream: int, positions: Tensor, shape: tuple[int, ...]) ->
 
 
 def stratified_uniform(seed: int, positions: Tensor, global_batch: int) -> Tensor:
-    """One number in (0, 1) for each position, spread evenly over each global batch (Kingma et al. 2021, appendix I.1).
+    """Return a number in (0, 1) per position, spread evenly over each global batch (Kingma et al. 2021, appendix I.1).
 
     Batch k = position // global_batch has the points (j / global_batch + r_k) mod 1, j = 0 … global_batch − 1, in an
-    order in which any run of neighbouring positions is spread evenly too; r_k is keyed by (seed, k). positions (B,)
-    int64 → float32 (B,). Each number alone is uniform, whatever share of the batch is asked for.
+    order in which any run of neighbouring positions is spread evenly too; r_k is keyed by (seed, k). Each number alone
+    is uniform, whatever share of the batch is requested. The result is float32 (B,).
+
+    positions: (B,) int64 ≥ 0.
+    global_batch: images, at least 1.
     """
     if global_batch < 1:
         raise ValueError(f"global_batch = {global_batch}: at least 1")
@@ -98,13 +109,13 @@ def stratified_uniform(seed: int, positions: Tensor, global_batch: int) -> Tenso
 
 
 def _golden_stride(n: int) -> int:
-    """The number coprime to n that is nearest to n / golden ratio."""
+    """Return the number coprime to n that is nearest to n / golden ratio."""
     near = round(n * (math.sqrt(5) - 1) / 2)
     return next(s for d in range(n + 1) for s in (near - d, near + d) if s > 0 and math.gcd(s, n) == 1)
 
 
 def _words(seed: int, stream: int, positions: Tensor, blocks: int) -> tuple[Tensor, ...]:
-    """Four (B, blocks) int64 in [0, 2³²): block j of position p is philox((p low, p high, j, stream), seed)."""
+    """Return four (B, blocks) int64 in [0, 2³²): block j of position p is philox((p low, p high, j, stream), seed)."""
     if not 0 <= seed < 1 << 64:
         raise ValueError(f"seed = {seed}: at least 0 and below 2**64")
     shape = (len(positions), blocks)

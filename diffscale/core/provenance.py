@@ -1,4 +1,4 @@
-"""What made a result: source commit, versions of the libraries, devices."""
+"""The provenance of a result: source commit and versions of the libraries."""
 
 from __future__ import annotations
 
@@ -16,14 +16,19 @@ LIBRARIES = ("diffscale", "torch", "torchvision", "ray", "timm", "torch-fidelity
 
 
 class Source(NamedTuple):
+    """The state of the source code."""
+
     commit: str
     dirty: bool
 
 
 @cache
 def source() -> Source:
-    """The commit and whether files were changed: from the environment (Ray leaves .git out of a job's upload, so the
-    driver that submits passes them on), else from git, else a hash of the package's files."""
+    """Return the commit and whether files were changed since.
+
+    They come from the environment if it has them: Ray leaves .git out of a job's upload, so the driver that submits the
+    job sends both. Else they come from git; without git a hash of the package's files stands for the commit.
+    """
     if commit := os.environ.get(COMMIT):
         return Source(commit, os.environ.get(DIRTY, "0") not in ("", "0", "false"))
     package = Path(__file__).parents[1]
@@ -46,7 +51,7 @@ def _git(root: Path, *arguments: str) -> str:
 
 @cache
 def versions() -> dict[str, str]:
-    """Installed versions of Python and of the libraries that results depend on."""
+    """Return the installed versions of Python and of the libraries that results depend on."""
     found = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:
@@ -57,6 +62,6 @@ def versions() -> dict[str, str]:
 
 
 def job_environment() -> dict[str, str]:
-    """What a driver hands to processes that have no .git beside them."""
+    """Return the environment variables that carry the source's state to processes without a .git folder."""
     commit, dirty = source()
     return {COMMIT: commit, DIRTY: str(int(dirty))}

@@ -53,7 +53,12 @@ class ProcessGroup(Backend):
 
 
 def _meeting_point() -> tuple[str, int]:
-    from ray.train._internal.utils import get_address_and_port  # import cost; private: what TorchConfig uses
+    """Return address and free port of rank 0.
+
+    The function of Ray is private: it finds the address by which the other nodes reach this one, as TorchConfig does,
+    and saves a copy of its code. It can go with this module.
+    """
+    from ray.train._internal.utils import get_address_and_port  # import cost
 
     return get_address_and_port()
 
