@@ -226,7 +226,7 @@ def keep_records(run_folder: str, out: Path) -> None:
 
 
 def tabulate(suite: Suite, out: Path) -> None:
-    """Write the suite's tables, plots and page from all its records; one picture for each figure."""
+    """Write the suite's tables, plots and page from all its records; one image for each figure."""
     from diffscale.report import write_report  # import cost
 
     write_report([str(out)], out, title=f"diffscale: {suite.name}")

@@ -15,7 +15,7 @@ from diffscale.training.numerics import Numerics, Precision, choose_numerics
 
 @dataclass(frozen=True)
 class Automatic:
-    """What a run asks for by default."""
+    """The numeric choices of a run with default settings."""
 
     precision: Precision | Literal["auto"] = "auto"
     channels_last: bool | Literal["auto"] = "auto"

@@ -164,7 +164,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Fault:
-    """`do` harms the cluster while the run is going on and may wait in between; the clock starts before it."""
+    """`do` harms the cluster during the run and may wait in between; the clock starts before it."""
 
     name: str
     do: Callable[[Network, Program], None]
@@ -210,7 +210,7 @@ def slow_node(net: Network, run: Program) -> None:
 
 
 def restart_cluster(net: Network, run: Program) -> None:
-    """The head dies, and with it the driver; the nodes are started again and the same command is given again."""
+    """The head dies, and with it the driver; the nodes are started again and the same command runs again."""
     net.head.kill()
     run.process.wait(60)
     time.sleep(1)

@@ -3,7 +3,7 @@
 Each case is one training run on two of three one-CPU Ray nodes of this machine: the quickstart's UNet by
 default, then small networks of every backbone, over precisions, memory formats, convolution algorithms, compilation,
 optimizers, DDP and FSDP2. At random steps and a random part of a second after them, SIGKILL goes to a worker, to the
-command that trains, or to all processes of a node. A killed command is given again, a lost node is replaced by a new
+command that trains, or to all processes of a node. A killed command is started again, a lost node is replaced by a new
 one. At the end the weights, averages and optimizer state are compared, as files, with those of an uninterrupted run,
 and the loss history row by row. A row per kill goes to benchmarks/results/killed_runs.csv; a case that is run again
 replaces its rows.
@@ -122,13 +122,13 @@ class Row:
     kill: int  # of this run, from 1
     killed: str  # worker, command or node
     at_images: int  # seen when it happened
-    resumed_images: int  # of the checkpoint that training went on from
+    resumed_images: int  # of the checkpoint from which training resumed
     seconds: float  # from the kill to the next step
     outcome: str  # of the run
 
 
 class Run:
-    """`python -m diffscale.train` on the cluster, given again when it was killed."""
+    """`python -m diffscale.train` on the cluster, started again after a kill."""
 
     def __init__(self, address: str, storage: Path, name: str, case: Case) -> None:
         self.storage, self.name, self.case = storage, name, case

@@ -1,6 +1,6 @@
 """Several real Ray nodes on one machine: Linux network namespaces joined by a switch, each node with its own address.
 
-Needs root and iproute2. The switch lives in a namespace of its own, so the machine's network is untouched; a node's
+Needs root and iproute2. The switch lives in a separate namespace, so the machine's network is untouched; a node's
 cable can be pulled and put back, or made slow, and everything inside a node can be killed like a power cut.
 """
 

@@ -1,7 +1,7 @@
 """`python -m benchmarks.studies.fid_caveats`: how far resize, JPEG quality and sample count move FID on CIFAR-10.
 
 Test images stand for a perfect generator, training images are the reference; one thing is changed at a time. Features
-are kept in diffscale's cache, so a run that was cut off goes on. Writes results/fid_caveats.csv and .png.
+are kept in diffscale's cache, so an interrupted run continues. Writes results/fid_caveats.csv and .png.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ def treated(treatment: str, side: int) -> Diffusion:
 
 
 def real_images(path: str, side: int, count: int, storage: str) -> Tensor:
-    """(count, 3, side, side) float32 in [−1, 1], the same pictures at every side."""
+    """(count, 3, side, side) float32 in [−1, 1], the same images at every side."""
     dataset = open_dataset(resolve(path, side, storage))
     indices = np.linspace(0, dataset.n - 1, min(count, dataset.n)).astype(np.int64)
     images, _ = dataset.gather(indices)
@@ -116,7 +116,7 @@ def shown(diffusion: Diffusion, image: Tensor) -> np.ndarray:
 
 @style()
 def plot(table: pd.DataFrame, images: dict[int, Tensor], picture: int, path: Path) -> None:
-    """Above: one picture at t = 0.25 at every side. Below: what is left of the images at 8 pixels, against t."""
+    """Above: one image at t = 0.25 at every side. Below: what is left of the images at 8 pixels, against t."""
     figure = plt.figure(figsize=(15, 8), layout="constrained")
     halves: Any = figure.subfigures(2, 1, height_ratios=(1.25, 1.4))
     above, below = halves

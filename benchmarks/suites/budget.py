@@ -16,7 +16,7 @@ from diffscale.models.cost import Cost, count_cost
 FILE = SUITES / "budget.csv"
 CLASSES = {"emoji": 9, "cifar10": 10}
 TRAINING_RATE, SAMPLING_RATE, FEATURE_RATE = 70e9, 90e9, 100e9
-"""FLOP/s of two cores of an AMD EPYC without bf16, 2026-11-24: what the expected seconds are reckoned with."""
+"""FLOP/s of two cores of an AMD EPYC without bf16, 2026-11-24: the basis of the expected seconds."""
 FEATURE_FLOPS = {"fid": 11.4e9, "fd_efficientnet_lite0": 0.26e9}  # of one image, at the network's own input size
 
 

@@ -51,8 +51,8 @@ class AtLogsnr(nn.Module):
 class Recipe:
     """One peer ready to be trained.
 
-    step: one optimisation step on images (B,C,H,W) in [-1,1], gives its loss. parts: what has a state_dict, by name,
-    for the checkpoint. averaged: the network whose samples are judged, as AtLogsnr. endpoint: what the learning rate
+    step: one optimisation step on images (B,C,H,W) in [-1,1], returns its loss. parts: what has a state_dict, by name,
+    for the checkpoint. averaged: the network whose samples are evaluated, as AtLogsnr. endpoint: what the learning rate
     has come to at the end (a record's column). device: where all of it is.
     """
 

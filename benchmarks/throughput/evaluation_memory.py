@@ -1,9 +1,9 @@
 """Peak memory of an evaluation of 5,000 and of 50,000 samples: `python -m benchmarks.throughput.evaluation_memory`.
 
-What is not a feature's cost is real: the samples pass through the Evaluator, its spool and its metrics. The network is
-one random layer with Inception's 2048 features, so that 50,000 samples take minutes. Each row is a process of its own,
-whose anonymous memory (RssAnon: not the files that it has mapped) is looked at every 10 ms. Rows that are in the CSV
-already are kept, so one can be measured at a time.
+All but the cost of a feature is real: the samples pass through the Evaluator, its feature store and its metrics. The
+network is one random layer with Inception's 2048 features, so that 50,000 samples take minutes. Each row is measured in
+a separate process, whose anonymous memory (RssAnon: without mapped files) is read every 10 ms. Rows that the CSV
+already has are kept, so each can be measured alone.
 """
 
 from __future__ import annotations

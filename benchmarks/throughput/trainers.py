@@ -197,7 +197,7 @@ def worker(pipe: Any, side: Side, mode: Numerics | None) -> None:
 
 
 class Contender:
-    """A process that steps when it is asked to."""
+    """A process that steps on request."""
 
     def __init__(self, side: Side, mode: Numerics | None = None) -> None:
         context = multiprocessing.get_context("spawn")

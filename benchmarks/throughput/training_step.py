@@ -66,7 +66,7 @@ def worker(pipe: Any, race: str, side: str, setup: Setup, mode: Numerics | None)
 
 
 class Contender:
-    """A worker process, asleep but for when it is asked to step."""
+    """A worker process that sleeps until a step is requested."""
 
     def __init__(self, race: str, side: str, setup: Setup, mode: Numerics | None) -> None:
         context = multiprocessing.get_context("spawn")
@@ -86,7 +86,7 @@ class Contender:
 
 
 def modes_on(device: str, compiled: bool) -> list[Numerics]:
-    """Those worth trying: bf16 where it is not emulated, compiled ones if asked for."""
+    """Modes worth trying: bf16 where it is not emulated, compiled ones if requested."""
     emulated = not multiplies_bf16(device)
     return [m for m in MODES if (compiled or not m.compile) and not (emulated and m.precision == "bf16")]
 

@@ -30,7 +30,7 @@ def pixels(data, **settings):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(orientation):
-    """Each stored form, turned by its tag, is the same upright picture (Exif 2.32, table 4.6.4)."""
+    """Each stored form, turned by its tag, is the same upright image (Exif 2.32, table 4.6.4)."""
     upright = gradient()
     back = {
         1: lambda a: a,
@@ -153,7 +153,7 @@ def test_pixels_are_copied_to_the_byte_and_nothing_behind_them(side):
     assert (room[noise.size :] == 77).all()
 
 
-def test_lossy_files_are_told_from_lossless_ones():
+def test_lossy_files_are_distinguished_from_lossless_ones():
     image = Image.fromarray(gradient())
     lossy = {
         form: open_image(saved(image, form), Preparation()).lossy for form in ("PNG", "JPEG", "BMP", "GIF", "TIFF")

@@ -45,7 +45,7 @@ def test_uneven_and_empty_shares_are_allowed(dataset):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads as Linux shows them")
-def test_it_starts_no_pool_of_threads_beside_the_trainers(tmp_path):
+def test_it_starts_no_second_pool_of_threads(tmp_path):
     write_dataset(tmp_path, pictures(64, side=64))
     torch.randn(1 << 20).abs_()  # the pool of this thread
     before, threads = psutil.Process().num_threads(), torch.get_num_threads()

@@ -37,7 +37,7 @@ def test_the_permutation_can_be_undone_at_any_size(n, data):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_position_means_the_same_row_however_it_is_asked_for(form):
+def test_a_position_means_the_same_row_however_it_is_read(form):
     n, positions = 1000, np.arange(2500)
     whole = positions_to_indices(positions, n, 5, **form)
     assert whole.tolist() == [int(positions_to_indices(np.array([p]), n, 5, **form)[0]) for p in positions]

@@ -23,7 +23,7 @@ def pair(interpolant: str, logsnr: float, dtype=torch.float32):
 @EVERY_INTERPOLANT
 @settings(deadline=None)
 @given(logsnr=st.floats(-20, 20, width=32))
-def test_all_interpolants_have_the_signal_to_noise_ratio_they_are_asked_for(interpolant, logsnr):
+def test_all_interpolants_have_the_requested_signal_to_noise_ratio(interpolant, logsnr):
     alpha, sigma = pair(interpolant, logsnr)
     assert float(2 * (alpha.log() - sigma.log())) == pytest.approx(logsnr, rel=2e-6, abs=4e-6)
 

@@ -169,7 +169,7 @@ def test_a_metric_without_weights_stops_before_sampling(ray_cluster, run, own_ca
         evaluate_run(str(run), ["eval.metrics=[fid]"])
 
 
-def test_in_training_the_average_is_judged_whatever_the_training_batch_is(training, own_cache, tmp_path):
+def test_in_training_the_average_is_evaluated_whatever_the_training_batch_is(training, own_cache, tmp_path):
     """Two mistakes of others: a distance of the weights without EMA, and one that the training batch size changes."""
 
     def values(**changes) -> list[float]:

@@ -113,7 +113,7 @@ def test_ranks_share_the_chunks_in_order(tmp_path):
     assert all(np.array_equal(merged[k]["images"], alone[k]["images"]) for k in alone)
 
 
-def test_one_rank_that_is_asked_to_stop_stops_all_after_the_same_chunks(tmp_path):
+def test_a_stop_request_on_one_rank_stops_all_after_the_same_chunks(tmp_path):
     source, ranges = DatasetSource(write_dataset(tmp_path, 200, 8), np.arange(200)), chunk_ranges(200, 8)
     slots: list[Any] = [None, None]
     barrier = threading.Barrier(2)

@@ -88,7 +88,7 @@ def test_copies_of_the_training_images_have_no_distance_and_are_called_memorised
     assert fd.value_heldout > 10 * abs(fd.value)
 
 
-def test_an_interrupted_evaluation_goes_on_and_gives_the_same_numbers(dataset, network, diffusion, tmp_path):
+def test_an_interrupted_evaluation_resumes_with_the_same_numbers(dataset, network, diffusion, tmp_path):
     evaluator = Evaluator(settings(n_generated=130), dataset, str(tmp_path))
     sampling = evaluator.sampling(SOLVERS["ddim"](steps=1))
     whole = evaluator.evaluate(network, diffusion, sampling, folder=tmp_path / "work")

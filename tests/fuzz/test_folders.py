@@ -121,7 +121,7 @@ def test_checkpoints_with_wrong_values(run, tmp_path, name):
     fuzz(damaged_tree(json.loads(file.read_text())), read)
 
 
-def test_folders_of_any_name_beside_checkpoints(run, tmp_path):
+def test_folders_of_any_name_next_to_checkpoints(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     names = st.text(st.characters(codec="ascii", exclude_characters="/\0"), min_size=1, max_size=12)
 

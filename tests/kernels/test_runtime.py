@@ -1,4 +1,4 @@
-"""Freed memory is kept for the next tensors, where the C library can be told so."""
+"""Freed memory is kept for the next tensors, where the C library has a setting for it."""
 
 from __future__ import annotations
 

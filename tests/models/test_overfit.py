@@ -1,4 +1,4 @@
-"""Each architecture can learn 64 images by heart: the error of the denoised image falls far below what it starts at."""
+"""Each architecture can memorise 64 images: the error of the denoised image falls far below what it starts at."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def test_time_and_class_tokens_take_the_place_of_latents():
     assert model.initial_latents(torch.zeros(2), torch.tensor([1, 2]), None).shape == (2, 6, 32)
 
 
-def test_the_network_is_told_gamma_and_hears_nothing_of_the_noise_below_it():
+def test_the_network_sees_gamma_and_nothing_of_the_noise_below_it():
     model = RIN(**TINY)
     near_noise = model.initial_latents(torch.tensor([-40.0, -60.0]), None, None)  # γ·1000 < 1e-14 for both
     assert torch.allclose(near_noise[0], near_noise[1])

@@ -150,7 +150,7 @@ def test_dropout_acts_in_training_only():
 
 
 @pytest.mark.parametrize(("resolution", "levels"), [(16, {1}), (12, {1}), (24, {2}), (32, {2})])
-def test_attention_is_at_the_first_level_no_larger_than_the_side_asked_for(resolution, levels):
+def test_attention_is_at_the_first_level_no_larger_than_the_requested_side(resolution, levels):
     model = create_model("unet", **(TINY | {"resolution": resolution, "channel_mult": (1, 1, 1, 1)}))
     attending = {i // 2 for i, block in enumerate(model.encoder) if getattr(block, "attention", None) is not None}
     assert attending == levels

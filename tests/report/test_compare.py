@@ -1,4 +1,4 @@
-"""`--compare OLD NEW`: regressions beyond noise, and only those, make continuous integration fail."""
+"""`--compare OLD NEW`: regressions beyond noise, and nothing else, make continuous integration fail."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_other_groups_are_not_compared() -> None:
         compare(runs(OLD), runs(OLD, n_generated=5000))
 
 
-def test_single_evaluations_use_the_evaluations_interval_and_without_one_nothing_is_judged() -> None:
+def test_single_evaluations_use_the_evaluations_interval_and_without_one_nothing_is_compared() -> None:
     table = compare(runs((20.0,)), runs((30.0,)))
     assert (table["verdict"].iloc[0], table["noise"].iloc[0]) == ("regression", "evaluation")
     bare = {"value_low": None, "value_high": None}

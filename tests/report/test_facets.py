@@ -107,7 +107,7 @@ def test_main_facet_is_real_fid_with_most_runs_and_mid_decay_comes_last() -> Non
     ]
 
 
-def test_facets_that_read_alike_are_told_apart() -> None:
+def test_facets_with_similar_texts_are_distinguished() -> None:
     base = make_record()
     twin = base.model_copy(update={"reference": "feedfacefeedface", "record_id": "0" * 16})
     assert facet_table(to_rows([base, twin]))["title"].nunique() == 2

@@ -47,6 +47,6 @@ def ends(folder: Path) -> dict[str, str]:
 
 
 def tune(sweep: Path, *overrides: str, environment: dict[str, str] | None = None) -> subprocess.Popen:
-    """The command, in a session of its own so that it can be killed with all that it started."""
+    """Start the command in a separate session, so that it can be killed with all that it started."""
     command = [sys.executable, "-m", "diffscale.tune", str(sweep), *overrides]
     return subprocess.Popen(command, start_new_session=True, env={**os.environ, **(environment or {})})

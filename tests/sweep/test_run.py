@@ -46,20 +46,20 @@ def test_asha_stops_a_trial_that_is_worse_than_those_before_it(tmp_path: Path) -
     ledger = Ledger(load_sweep(str(tmp_path / "sweep.yaml"), []))
     trials = planned(ledger)
     values = {t.id: ledger.value(t, 2.0e9) for t in trials}
-    goes_on = {t.id: ledger.decisions.get(0, t.id) for t in trials}
+    continues = {t.id: ledger.decisions.get(0, t.id) for t in trials}
     assert None not in values.values()
-    assert None not in goes_on.values()
+    assert None not in continues.values()
     best = min(values, key=lambda name: values[name])
-    assert goes_on[best]  # the best was among the best third of those that had reached the rung, whenever it came
+    assert continues[best]  # the best was among the best third of those that had reached the rung, whenever it came
     for trial in trials:
         reached = ledger.records(trial)[-1].train_flops
         assert (ledger.ended(trial.id), reached >= 4.0e9) == (
-            ("finished", True) if goes_on[trial.id] else ("stopped", False)
+            ("finished", True) if continues[trial.id] else ("stopped", False)
         )
 
 
 @pytest.mark.slow
-def test_tpe_suggests_as_many_trials_as_asked_for_within_their_bounds(tmp_path: Path) -> None:
+def test_tpe_suggests_the_requested_number_of_trials_within_their_bounds(tmp_path: Path) -> None:
     changes = {
         "space": {"optim.lr": {"loguniform": [1e-4, 1e-2]}, "diffusion.prediction": {"choice": ["v", "eps"]}},
         "search": {"name": "tpe", "samples": 3},

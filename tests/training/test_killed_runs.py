@@ -170,7 +170,7 @@ def test_workers_commands_and_nodes_killed_at_random_moments_leave_the_same_weig
 
 
 @pytest.mark.slow
-def test_a_hung_rank_is_noticed_and_the_run_goes_on(
+def test_a_hung_rank_is_noticed_and_the_run_resumes(
     shared_storage: Path, uninterrupted: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from diffscale.config.factory import open_training_data

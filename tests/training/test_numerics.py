@@ -45,7 +45,7 @@ def tiny(name: str) -> torch.nn.Module:
         return create_model(f"{name}-tiny")
 
 
-def test_what_is_asked_for_is_what_is_used(model):
+def test_requested_numerics_are_used(model):
     for asked in (True, False):
         for device in ("cpu", "cuda"):
             chosen = choose_numerics(model, device, Asked("fp32", asked, asked, asked))

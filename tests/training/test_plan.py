@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from diffscale.config.experiment import OptimSettings
-from diffscale.training.parallel import passes, share
+from diffscale.training.parallel import World, passes
 from diffscale.training.plan import learning_rate, make_plan, whole_batches
 
 from .small import BATCH, experiment
@@ -59,7 +59,7 @@ def test_a_budget_of_seconds_is_evaluated_where_its_shares_are_crossed(tmp_path:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 16])
 def test_shares_cover_the_batch_once_and_differ_by_one(size: int) -> None:
-    shares = [share(16, rank, size) for rank in range(size)]
+    shares = [World(rank, size).share(16) for rank in range(size)]
     assert [i for first, last in shares for i in range(first, last)] == list(range(16))
     assert max(b - a for a, b in shares) - min(b - a for a, b in shares) <= 1
     assert passes(16, size, None) == 1

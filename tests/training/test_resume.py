@@ -66,7 +66,7 @@ NUMERICS = [
     Numerics(precision, channels_last, winograd=winograd)
     for precision, (channels_last, winograd) in product(("fp32", "bf16"), ((False, False), (True, False), (True, True)))
 ]
-# Those that need a GPU and another package, and those that settings refuse.
+# They need a GPU and another package, or the settings refuse them.
 NOT_HERE = ("bnb", "fused", "adahessian", "kron")
 
 
