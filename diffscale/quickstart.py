@@ -1,7 +1,7 @@
-"""`make quickstart`: the whole product on this machine, from the images in the package to the report.
+"""`make quickstart`: every part of diffscale on this machine, from the images in the package to the report.
 
 Three backbones are trained, four settings are swept, every run is evaluated at several points of its training, and
-the report tabulates distance against compute. Called again, it takes up where it was cut off.
+the report tabulates distance against compute. Run it again to continue an interrupted run.
 """
 
 from __future__ import annotations
@@ -33,32 +33,31 @@ def main(
     size: Annotated[Literal["smallest", "default"], typer.Option(help="smallest is for CI")] = "default",
 ) -> None:
     """Images -> trained backbones -> sweep -> report/index.html, in a few minutes on two cores."""
-    console, started = Console(), time.monotonic()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    place = storage.resolve()
-    shared = [f"storage={place}", f"eval.n_generated={SAMPLES[size]}"]
 
+    from diffscale.config.factory import open_training_data  # import cost
+    from diffscale.distributed.connect import connect  # import cost
+    from diffscale.report import write_report  # import cost
+    from diffscale.sweep.ledger import Ledger  # import cost
+    from diffscale.sweep.run import load_sweep  # import cost
+    from diffscale.sweep.run import run as run_sweep  # import cost
     from diffscale.training.run import train  # import cost
-    from diffscale.config.factory import open_training_data
-    from diffscale.distributed.connect import connect
-    from diffscale.report import write_report
-    from diffscale.sweep.ledger import Ledger
-    from diffscale.sweep.run import load_sweep
-    from diffscale.sweep.run import run as run_sweep
 
-    def step(number: int, what: str) -> None:
-        console.rule(f"[bold]{number}/4[/] {what}   [dim]{time.monotonic() - started:.0f} s", align="left")
+    console, started = Console(), time.monotonic()
+    shared = [f"storage={storage.resolve()}", f"eval.n_generated={SAMPLES[size]}"]
+    report = out.resolve()
+
+    def step(number: int, title: str) -> None:
+        console.rule(f"[bold]{number}/4[/] {title}   [dim]{time.monotonic() - started:.0f} s", align="left")
 
     step(1, "Arrow shards from the images in the package")
     experiments = []
-    for backbone in BACKBONES:
-        preset = f"quickstart-{backbone}"
-        flops = load_experiment(preset).train.flops or 0.0
-        settings = [*shared, f"train.flops={flops * SCALE[size]}", f"train.workers={WORKERS}"]
+    for preset in (f"quickstart-{backbone}" for backbone in BACKBONES):
+        flops = (load_experiment(preset).train.flops or 0.0) * SCALE[size]
+        settings = [*shared, f"train.flops={flops}", f"train.workers={WORKERS}"]
         experiments.append(load_experiment(preset, settings))
-    sweep = load_sweep("quickstart", shared)
-    sweep_flops = (sweep.budget.trial.flops or 0.0) * SCALE[size]
-    sweep = load_sweep("quickstart", [*shared, f"budget.trial.flops={sweep_flops}"])
+    trial_flops = (load_sweep("quickstart", shared).budget.trial.flops or 0.0) * SCALE[size]
+    sweep = load_sweep("quickstart", [*shared, f"budget.trial.flops={trial_flops}"])
     data = open_training_data(experiments[0])
     console.print(f"{data.n:,} images, {data.num_classes} classes, {data.resolution} pixels")
 
@@ -71,17 +70,16 @@ def main(
     folders += [folder for trial in result.trials for folder in trial.folders]
 
     step(4, "the report")
-    write_report(folders, out.resolve())
-    pictures = put_pictures_on_top(folders, out.resolve())
+    write_report(folders, report)
+    pictures = copy_pictures(folders, report)
     console.print(f"finished in {time.monotonic() - started:.0f} s; look at:")
-    for path in [out.resolve() / "index.html", out.resolve() / "fid_vs_compute.csv", *pictures]:
+    for path in [report / "index.html", report / "fid_vs_compute.csv", *pictures]:
         console.print(f"  {path}", soft_wrap=True, highlight=False)
-    if result.failed:
-        raise typer.Exit(1)
+    raise typer.Exit(int(bool(result.failed)))
 
 
-def put_pictures_on_top(folders: list[str], out: Path) -> list[Path]:
-    """The main plot and the newest sample grid of each run, where a first look finds them."""
+def copy_pictures(folders: list[str], out: Path) -> list[Path]:
+    """Copy the main plot and the newest sample grid of each run to the top of the report's folder; return the files."""
     plot = out / "fid_vs_compute.png"
     shutil.copyfile(out / "plots" / plot.name, plot)
     pictures = [plot]
