@@ -6,7 +6,6 @@ Every choice is explicit and recorded in the manifest. A file that cannot be use
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import io
 import warnings
 from dataclasses import asdict, dataclass
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from diffscale.core.text import one_line
-from diffscale.kernels import compile as native
+from diffscale.kernels import rows
 
 MOST_BYTES = 256 << 20  # of one compressed file, which is in memory together with its pixels
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif"}
@@ -227,11 +226,10 @@ def copy_pixels(image: Image.Image, out: NDArray[np.uint8]) -> None:
 
     Pillow stores an RGB pixel in four bytes, which Arrow can view if the image is one block. Dropping the fourth byte
     directly into `out` saves the copies of `np.asarray`."""
-    kernel = native.library("rows") if image.mode == "RGB" and out.flags.c_contiguous else None
-    if kernel is not None:
+    if image.mode == "RGB" and out.flags.c_contiguous:
         with contextlib.suppress(ValueError):  # a large image is in several blocks
             block = pa.array(image).buffers()[-1]
-            kernel.drop_fourth(ctypes.c_void_p(block.address), *native.addresses(out), *native.integers(out.size // 3))
-            return
+            if rows.drop_fourth(block.address, out):
+                return
     pixels = np.asarray(image)
     out[...] = pixels[..., None] if image.mode == "L" else pixels

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +21,7 @@ from diffscale.data.format.cache import ShardCache
 from diffscale.data.format.errors import ShardError
 from diffscale.data.format.manifest import FILE, Manifest, Split, SplitName, read_manifest
 from diffscale.data.format.shard import MappedShard, check_size, open_shard
-from diffscale.kernels import compile as native
+from diffscale.kernels import rows
 
 NEAR = 1 << 30  # default bytes of rows in one window of the blocked order
 FETCHES = 4  # shards fetched at once: one stream does not saturate the connection to an object store
@@ -158,22 +157,18 @@ class Dataset:
             self._decode_into(indices, which, pixels, labels)
             return
         shards = {s: self.shard(s) for s in pieces}  # kept here: the cache may evict a shard during the copy
-        local, kernel = indices - self.starts[which], native.library("rows")
-        if kernel is None:
-            for s, shard in shards.items():
-                places = np.flatnonzero(which == s)
-                pixels[places], labels[places] = shard.images[local[places]], shard.labels[local[places]]
-            return
+        local = indices - self.starts[which]
         begins = np.zeros((2, len(self.starts) - 1), np.int64)
         for s, shard in shards.items():
             begins[:, s] = shard.addresses
         for begin, target in zip(begins, (pixels, labels), strict=True):
-            size = target.nbytes // max(1, len(target))
-            sources = begin[which] + local * size
+            sources = begin[which] + local * (target.nbytes // max(1, len(target)))
             threads = max(1, min(self.threads, MOST_GATHERING, target.nbytes >> 20))
-            kernel.gather_rows(
-                *native.addresses(sources, target), *native.integers(len(target), size), ctypes.c_int(threads)
-            )
+            if rows.gather_rows(sources, target, threads):
+                continue
+            for s, shard in shards.items():
+                places = np.flatnonzero(which == s)
+                target[places] = (shard.images if target is pixels else shard.labels)[local[places]]
 
     def _decode_into(
         self, indices: NDArray[np.int64], which: NDArray[np.int64], pixels: NDArray[Any], labels: NDArray[np.int64]

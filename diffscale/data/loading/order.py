@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffscale.core.hashing import GOLDEN, MASK, splitmix64
-from diffscale.kernels import compile as native
+from diffscale.kernels import rows
 
 Int64 = NDArray[np.int64]
 UInt64 = NDArray[np.uint64]
@@ -87,17 +87,10 @@ class Permutation:
     keys: tuple[int, ...]
 
     def forward(self, x: Int64) -> Int64:
-        kernel = native.library("rows")
-        if kernel is None or self.n == 1:
-            return self._walk(x, self._rounds)
-        out, keys = x.astype(np.int64, order="C"), np.array(self.keys, np.uint64)
-        kernel.permute(
-            *native.addresses(out),
-            *native.integers(out.size, self.n, self.a, self.b),
-            *native.addresses(keys),
-            *native.integers(len(keys)),
-        )
-        return out
+        out = x.astype(np.int64, order="C")
+        if self.n > 1 and rows.permute(out, self.n, self.a, self.b, self.keys):
+            return out
+        return self._walk(x, self._rounds)
 
     def inverse(self, y: Int64) -> Int64:
         return self._walk(y, self._rounds_back)
