@@ -2,16 +2,16 @@
 
 It needs no extra process, port or file. The store is Ray's internal one: `ray.experimental.internal_kv` saves an actor
 and the seconds in which the actor would start. Replace it when Ray has a public key-value store.
+
+Importing this module must not import Ray, which reads its variables on import: `connect` has to set them before.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import sys
 from typing import Any
-
-import ray
-from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_list, _internal_kv_put
 
 PREFIX = "diffscale/"
 
@@ -35,30 +35,43 @@ class Messages:
 
     def put(self, topic: str, message: dict[str, Any]) -> None:
         """Replace the message of a topic."""
+        from ray.experimental.internal_kv import _internal_kv_put  # import cost
+
         _internal_kv_put(self._key(topic), json.dumps(message).encode(), overwrite=True)
 
     def get(self, topic: str) -> dict[str, Any] | None:
         """Return the last message of a topic, or None."""
-        if not ray.is_initialized():
+        if not _connected():
             return None
+        from ray.experimental.internal_kv import _internal_kv_get  # import cost
+
         data = _internal_kv_get(self._key(topic))
         return None if data is None else json.loads(data)
 
     def notices(self) -> dict[str, list[str]]:
         """Return every writer's warnings, oldest first."""
-        if not ray.is_initialized():
+        if not _connected():
             return {}
+        from ray.experimental.internal_kv import _internal_kv_list  # import cost
+
         keys = sorted(_internal_kv_list(self._key(NOTICES)))
         topics = [key.decode().removeprefix(self._key("").decode()) for key in keys]
         return {topic: (self.get(topic) or {"texts": []})["texts"] for topic in topics}
 
     def close(self) -> None:
         """Delete the messages of the launch."""
-        if ray.is_initialized():
+        if _connected():
+            from ray.experimental.internal_kv import _internal_kv_del  # import cost
+
             _internal_kv_del(self._key(""), del_by_prefix=True)
 
     def _key(self, topic: str) -> bytes:
         return f"{PREFIX}{self.launch}/{topic}".encode()
+
+
+def _connected() -> bool:
+    ray = sys.modules.get("ray")
+    return ray is not None and ray.is_initialized()
 
 
 class Notices(logging.Handler):

@@ -1,4 +1,4 @@
-"""A wrong RAY_ADDRESS is told at once: Ray itself would try for minutes."""
+"""A wrong RAY_ADDRESS is reported at once, and no command imports Ray before `connect` has closed it to strangers."""
 
 from __future__ import annotations
 
@@ -31,3 +31,39 @@ def test_an_address_where_nothing_listens_is_named(host):
     done = subprocess.run([sys.executable, "-c", CONNECT, address], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert f"RAY_ADDRESS = '{address}'" in done.stdout
+
+
+COMMANDS = """
+import importlib, sys
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+    if "ray" in sys.modules:
+        sys.exit(f"{name} imports ray")
+"""
+COMMAND_MODULES = [
+    "diffscale.doctor",
+    "diffscale.ema",
+    "diffscale.evaluate",
+    "diffscale.quickstart",
+    "diffscale.report",
+    "diffscale.runs",
+    "diffscale.sample",
+    "diffscale.submit",
+    "diffscale.train",
+    "diffscale.tune",
+    "diffscale.evaluation.folder",
+    "diffscale.preflight.examine",
+    "diffscale.sweep.run",
+    "diffscale.training.draw_samples",
+    "diffscale.training.evaluate_runs",
+    "diffscale.training.posthoc_ema",
+    "diffscale.training.run",
+]
+
+
+def test_no_command_imports_ray_before_it_connects():
+    """Ray reads on import whether it requires a token and listens on loopback alone: `connect` must run before."""
+    done = subprocess.run(
+        [sys.executable, "-c", COMMANDS, *COMMAND_MODULES], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
