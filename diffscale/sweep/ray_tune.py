@@ -40,6 +40,7 @@ def run_trials(
         return {}
     for trial in trials:
         ledger.note_begun(trial.point)
+    _start_ray()
     from ray import tune  # import cost
 
     space = {"point": tune.grid_search([json.dumps(t.point) for t in trials])}
@@ -51,6 +52,7 @@ def run_suggested(ledger: Ledger, done: list[Trial], handle_signals: bool = Fals
     left = ledger.sweep.search.samples - len(done)
     if left <= 0:
         return {}
+    _start_ray()
     from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution  # import cost
     from ray.tune.search import ConcurrencyLimiter  # import cost
     from ray.tune.search.optuna import OptunaSearch  # import cost
@@ -79,6 +81,16 @@ def run_suggested(ledger: Ledger, done: list[Trial], handle_signals: bool = Fals
     return _fit(ledger, {}, left, None, limited, handle_signals)
 
 
+def _start_ray() -> None:
+    """Connect before Ray is imported: on import Ray reads whether to require a token and to listen on loopback only."""
+    from diffscale.distributed.connect import connect  # import cost
+
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # our own table shows the trials
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # and our own files hold their history
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # Tune's thread would begin another cluster after `Stopped`
+    connect()
+
+
 def _fit(
     ledger: Ledger, space: dict[str, Any], samples: int, flops: float | None, search: Any, handle_signals: bool
 ) -> dict[str, str]:
@@ -89,12 +101,6 @@ def _fit(
     would take all CPUs and their workers would wait forever. It holds a small share of the head node, and
     `max_concurrent` limits the number of drivers.
     """
-    from diffscale.distributed.connect import connect  # import cost
-
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # our own table shows the trials
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # and our own files hold their history
-    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # Tune's thread would begin another cluster after `Stopped`
-    connect()
     logging.getLogger("ray.tune.analysis").setLevel(logging.ERROR)  # it misses the histories that are off
     from ray import tune  # import cost
     from ray.tune import Callback, FailureConfig, RunConfig, TuneConfig  # import cost

@@ -67,3 +67,23 @@ def test_no_command_imports_ray_before_it_connects():
         [sys.executable, "-c", COMMANDS, *COMMAND_MODULES], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
+
+
+SWEEP = """
+import sys
+from diffscale.distributed import connect
+from diffscale.sweep.ledger import Ledger
+from diffscale.sweep.run import load_sweep, run
+
+def stop(*_):
+    sys.exit(3 if "ray" in sys.modules else 0)
+
+connect.connect = stop
+run(Ledger(load_sweep("quickstart", ["storage=" + sys.argv[1]])))
+sys.exit(4)
+"""
+
+
+def test_a_sweep_connects_before_it_imports_ray(tmp_path):
+    done = subprocess.run([sys.executable, "-c", SWEEP, str(tmp_path)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
