@@ -141,7 +141,7 @@ def test_a_checkpoint_that_is_thinned_while_it_is_read_is_not_damaged(
 def test_post_hoc_averages_come_from_thinned_checkpoints(
     shared_storage: Path, dataset: Dataset, tmp_path: Path
 ) -> None:
-    from diffscale.ema import make
+    from diffscale.training.posthoc_ema import make
 
     of = learner(shared_storage, dataset)
     for batch in batches(dataset, 4):
