@@ -1,4 +1,4 @@
-"""A real Ray cluster of its own for a test: loopback, a token, its own ports and folder, ended by its own pids."""
+"""A real Ray cluster for the tests: on loopback, with a token, own ports and folder, ended by its process ids."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class LocalCluster:
-    """What cluster/local/cluster.sh brought up."""
+    """A cluster that cluster/local/cluster.sh has started."""
 
     folder: Path
     address: str
@@ -32,7 +32,7 @@ class LocalCluster:
     def run(
         self, *command: str, check: bool = False, timeout: float = 240, **changes: str
     ) -> subprocess.CompletedProcess[str]:
-        """A command in the repository's root with the client's environment."""
+        """Run a command in the repository's root with the client's environment."""
         environment = {k: v for k, v in (self.environment | changes).items() if v}
         return subprocess.run(
             command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=check

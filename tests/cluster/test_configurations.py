@@ -1,4 +1,4 @@
-"""The files under cluster/ are accepted by the tools that will read them, and each is closed to strangers."""
+"""The files under cluster/ are accepted by the tools that will read them, and each keeps strangers out."""
 
 from __future__ import annotations
 
@@ -136,16 +136,24 @@ def test_sbatch_directives_stand_before_the_first_command_and_are_known():
     assert max(directives) < min(commands), "sbatch reads directives only up to the first command"
     # Long options of `sbatch --help` (Slurm 23.11).
     known = {
-        "job-name", "nodes", "ntasks-per-node", "cpus-per-task", "gpus-per-node", "time", "requeue", "open-mode",
-        "signal", "output",
-    }  # fmt: skip
+        "job-name",
+        "nodes",
+        "ntasks-per-node",
+        "cpus-per-task",
+        "gpus-per-node",
+        "time",
+        "requeue",
+        "open-mode",
+        "signal",
+        "output",
+    }
     for n in directives:
         match = re.fullmatch(r"#SBATCH --([a-z-]+)(=\S+)?", lines[n])
         assert match, lines[n]
         assert match[1] in known
 
 
-def test_sbatch_script_gives_symmetric_run_only_options_that_it_takes():
+def test_sbatch_script_passes_only_options_of_symmetric_run():
     from click import Context
     from ray.scripts.scripts import start
     from ray.scripts.symmetric_run import curate_and_validate_ray_start_args, symmetric_run
@@ -198,7 +206,7 @@ def test_runtime_env_is_accepted_by_ray_and_leaves_time_for_a_checkpoint():
 
 
 def test_the_upload_of_a_job_is_small_and_complete(tmp_path):
-    """Ray's own packaging, with .gitignore and .rayignore; the limit is DESIGN.md's 10 MB."""
+    """Ray's own packaging, with .gitignore and .rayignore; the limit is 10 MB."""
     from ray._private.runtime_env.packaging import create_package
 
     copy = tmp_path / "tree"

@@ -16,11 +16,23 @@ ROOT = Path(__file__).parents[2]
 
 BATCH = 16
 SMALL = [
-    "data.resolution=16", "model.model_channels=16", "model.channel_mult=[1,2]", "model.num_blocks=1",
-    "model.attn_resolutions=[]", "model.middle_attention=false", "optim.warmup_images=0", "eval.n_generated=0",
-    f"train.global_batch={BATCH}", "train.flops=null", "train.precision=fp32", f"train.log_every_images={BATCH}",
-    "train.compile=false", "train.channels_last=false", "train.trackers=[]", "train.workers=2",
-]  # fmt: skip
+    "data.resolution=16",
+    "model.model_channels=16",
+    "model.channel_mult=[1,2]",
+    "model.num_blocks=1",
+    "model.attn_resolutions=[]",
+    "model.middle_attention=false",
+    "optim.warmup_images=0",
+    "eval.n_generated=0",
+    f"train.global_batch={BATCH}",
+    "train.flops=null",
+    "train.precision=fp32",
+    f"train.log_every_images={BATCH}",
+    "train.compile=false",
+    "train.channels_last=false",
+    "train.trackers=[]",
+    "train.workers=2",
+]
 
 
 def images_seen(storage: Path) -> int:

@@ -71,7 +71,7 @@ def test_a_driver_without_the_token_cannot_join(local_cluster, tmp_path):
     assert "inside" not in done.stdout
 
 
-def test_a_job_runs_and_submit_gives_its_own_exit_code_and_the_token_stays_out_of_the_log(local_cluster):
+def test_submit_exits_with_the_jobs_code_and_the_token_stays_out_of_the_log(local_cluster):
     done = local_cluster.run(sys.executable, "-m", "diffscale.submit", "--", "doctor", "no-such-preset")
     assert done.returncode == 2, done.stdout + done.stderr
     assert "no-such-preset" in done.stdout
