@@ -19,7 +19,7 @@ export RAY_worker_niceness=0
 export RAY_API_SERVER_ADDRESS="http://127.0.0.1:$dashboard"
 export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 # keeps Ray on loopback: ray_on_loopback.py says how
 
-start() { # name, arguments of `ray start`: a process group of its own, so that `down` ends exactly what `up` began
+start() { # name, arguments of `ray start`: in an own process group, so that `down` ends exactly what `up` started
     local name=$1
     shift
     # No job starts if another Ray uses Ray's fixed agent port (52365): 0 chooses a free one.
