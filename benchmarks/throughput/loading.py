@@ -117,7 +117,6 @@ def measure_peers(work: str) -> list[dict[str, Any]]:
     import datasets
     import pyarrow as pa  # import cost
     import pyarrow.parquet as pq  # import cost
-    import ray  # import cost
     import webdataset
 
     from diffscale.distributed import connect as ray_session  # import cost
@@ -142,6 +141,9 @@ def measure_peers(work: str) -> list[dict[str, Any]]:
                 info.size = len(data)
                 archive.addfile(info, io.BytesIO(data))
     ray_session.connect()
+    # Ray reads the variables that connect() sets when it is imported.
+    import ray  # import cost
+
     ray.data.DataContext.get_current().enable_progress_bars = False
 
     def ours() -> int:
