@@ -55,7 +55,7 @@ def test_the_optimizers_step_is_adamw_on_the_mean_loss(shared_storage: Path, dat
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.01), lr=2e-4, betas=(0.9, 0.99), eps=1e-8)
     for batch in batches(dataset, 3):
         norm = ours.step(batch).grad_norm
-        u, noise, label, _ = theirs.draws(batch.positions, batch.images.shape[1:], batch.labels)
+        u, noise, label, _ = theirs.draw_noise(batch.positions, batch.images.shape[1:], batch.labels)
         loss = training_loss(theirs.diffusion, model, batch.images, u=u, noise=noise, label=label).loss.mean()
         optimizer.zero_grad()
         loss.backward()
@@ -80,8 +80,8 @@ def test_a_batch_that_is_not_finite_changes_nothing_but_the_clock(shared_storage
 def test_noise_belongs_to_the_sample(shared_storage: Path, dataset: Dataset) -> None:
     of = learner(shared_storage, dataset)
     positions, labels = torch.arange(BATCH), torch.zeros(BATCH, dtype=torch.int64)
-    whole = of.draws(positions, (3, 8, 8), labels)
-    part = of.draws(positions[5:9], (3, 8, 8), labels[5:9])
+    whole = of.draw_noise(positions, (3, 8, 8), labels)
+    part = of.draw_noise(positions[5:9], (3, 8, 8), labels[5:9])
     assert torch.equal(whole[0][5:9], part[0])
     assert torch.equal(whole[1][5:9], part[1])
 
