@@ -73,7 +73,7 @@ class Row:
 
 
 class Runs:
-    """What a program has written into the storage, seen through metrics.jsonl and the checkpoints."""
+    """Files that a program has written into the storage, seen through metrics.jsonl and the checkpoints."""
 
     def __init__(self, storage: Path, name: str) -> None:
         self.storage, self.name = storage, name
@@ -131,7 +131,7 @@ class Program(Runs):
         self.process = self.net.head.popen(sys.executable, "-m", module, *self.command, log=self.log)
 
     def wait_for_step(self, step: int) -> None:
-        """Until every run has come so far."""
+        """Wait until every run has come so far."""
 
         def reached() -> bool:
             if self.process.poll() is not None:

@@ -151,7 +151,7 @@ class Run:
         return (rows[-1]["images_seen"], rows[-1]["time"]) if rows else (0, 0.0)
 
     def wait(self, condition: Callable[[], Any], what: str) -> None:
-        """Raises RuntimeError when the run ends before."""
+        """Wait until the condition holds. Raises RuntimeError when the run ends first."""
 
         def met() -> bool:
             return condition() or self.process.poll() is not None
@@ -171,7 +171,7 @@ class Run:
         return {str(path.relative_to(last)): path.read_bytes() for path in sorted(last.rglob("*.safetensors"))}
 
     def history(self) -> list[dict[str, Any]]:
-        """Its rows, without what depends on the machine's speed."""
+        """Return the rows, without what depends on the machine's speed."""
         return [{k: v for k, v in row.items() if k not in VARYING} for row in read_history(str(self.folder))]
 
 

@@ -47,7 +47,7 @@ def jpeg(quality: int) -> Change:
 
 
 def halved(resample: Image.Resampling) -> Change:
-    """To 16 pixels, as a dataset build or a careless loader would."""
+    """Shrink to 16 pixels, as a dataset build or a careless loader would."""
     return lambda image: np.asarray(Image.fromarray(image).resize((16, 16), resample, reducing_gap=None))
 
 

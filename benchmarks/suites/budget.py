@@ -21,7 +21,7 @@ FEATURE_FLOPS = {"fid": 11.4e9, "fd_efficientnet_lite0": 0.26e9}  # of one image
 
 
 class Images(NamedTuple):
-    """What a backbone must know of the data."""
+    """Facts about the data that a backbone needs."""
 
     resolution: int
     channels: int

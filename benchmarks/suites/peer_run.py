@@ -75,7 +75,7 @@ def run(peer: PeerRun) -> list[Record]:
 
 
 def device_of(like: Experiment) -> torch.device:
-    """Where our runs would train on this machine."""
+    """Return the device on which our runs would train on this machine."""
     wanted = like.train.gpu if like.train.gpu != "auto" else torch.cuda.is_available()
     return torch.device("cuda" if wanted else "cpu")
 

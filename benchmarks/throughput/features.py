@@ -41,11 +41,11 @@ def check_images(train: bool) -> np.ndarray:
 
 
 def arrow(images: np.ndarray, folder: Path) -> Dataset:
-    """As an Arrow dataset."""
-    keeper = SampleWriter(folder, "arrow", (3, *images.shape[1:3]), [], {})
+    """Write the images as an Arrow dataset."""
+    writer = SampleWriter(folder, "arrow", (3, *images.shape[1:3]), [], {})
     flat = images.transpose(0, 3, 1, 2).reshape(len(images), -1)
-    keeper(0, {"images": flat, "labels": np.zeros(len(images), np.int64)})
-    keeper.close()
+    writer(0, {"images": flat, "labels": np.zeros(len(images), np.int64)})
+    writer.close()
     return open_dataset(str(folder))
 
 
@@ -71,7 +71,7 @@ def as_tf32(x: Tensor) -> Tensor:
 
 
 def tf32_extractor() -> Extractor:
-    """With both operands of every convolution rounded so."""
+    """Return Inception with both operands of every convolution rounded to TF32."""
     network = inception.Inception()
     network.load(load_weights(inception.PUBLISHED))
     fold_batch_norms(network.eval().requires_grad_(False), torch.zeros(1, 3, inception.SIZE, inception.SIZE))

@@ -23,7 +23,7 @@ def statistics(dim: int, seed: int) -> Moments:
 
 
 def by_sqrtm(a: Moments, b: Moments) -> float:
-    """As pytorch-fid computes it."""
+    """Compute the distance as pytorch-fid does."""
     difference = a.mean - b.mean
     root = linalg.sqrtm(a.covariance @ b.covariance)
     cross = np.trace(root.real)

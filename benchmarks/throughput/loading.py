@@ -270,7 +270,7 @@ def measure_step(work: str) -> list[dict[str, Any]]:
 
 
 def _rss_anon(folder: str, answer: Any) -> None:
-    """In a fresh process: anonymous memory after 200 batches over the whole dataset."""
+    """Measure in a fresh process: anonymous memory after 200 batches over the whole dataset."""
     dataset = open_dataset(folder)
     with Loader(dataset, seed=0, global_batch=BATCH, stop=200 * BATCH, verify=True) as loader:
         for _ in loader:
@@ -319,7 +319,7 @@ def measure_first(work: str) -> list[dict[str, Any]]:
 
 
 def measure_build(work: str) -> list[dict[str, Any]]:
-    """Of the tasks, which the limit is for, and of everything that the command has started, Ray's own processes too."""
+    """Peak MB of the tasks, which the limit is for, and of all processes that the command started, Ray's too."""
     source, count, side = f"{work}/images.zip", 1500, 1024
     images = [_encoded(image, "jpeg", side) for image in pixels(8, 64)]
     with zipfile.ZipFile(source, "w") as archive:

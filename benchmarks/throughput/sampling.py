@@ -33,7 +33,10 @@ def modes() -> list[Mode]:
 
 
 def set_numerics(network: Any, channels_last: bool) -> None:
-    """As a run would: Winograd's convolutions where our network has them and they apply (float32, channels-last)."""
+    """Prepare the network as a run would.
+
+    Our network then uses Winograd's convolutions where they apply: float32, channels-last.
+    """
     Numerics(channels_last=channels_last, winograd=channels_last).prepare(network)
 
 
@@ -73,7 +76,7 @@ def theirs(name: str, steps: int, batch: int) -> tuple[Any, Callable[[Mode], Any
 
 
 def forward_flops(network: Any, side: int) -> float:
-    """Of one image, counted without fused attention."""
+    """Count the FLOPs of one image without fused attention."""
     with torch.no_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         with FlopCounterMode(display=False) as counter:
             network(torch.zeros(1, 3, side, side), torch.zeros(1))

@@ -99,7 +99,7 @@ def bare(experiment: Experiment, numerics: Numerics, threads: int, world: World 
 
 
 def ray_side(config: dict[str, Any]) -> None:
-    """In a Ray Train worker: answers each turn with nothing but having done it."""
+    """Run in a Ray Train worker: answer each turn with its number and seconds."""
     from diffscale.distributed.messages import Messages  # import cost
     from diffscale.models.cost import Cost  # import cost
     from diffscale.training.trainer import Trainer  # import cost

@@ -35,7 +35,7 @@ DROPPED = {"content-length", "transfer-encoding", "expect"}
 
 
 class Faults:
-    """What the proxy does to requests for shards: the next `errors` get 503, `cut` are cut off, all wait `delay` s."""
+    """The proxy's faults in requests for shards: the next `errors` get 503, `cut` are cut off, all wait `delay` s."""
 
     def __init__(self) -> None:
         self.errors = self.cut = 0

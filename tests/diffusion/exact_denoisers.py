@@ -10,7 +10,7 @@ from diffscale.diffusion.interpolants import per_image
 
 
 class GaussianNet(nn.Module):
-    """What a perfect network gives for images of independent N(0, std²) values, in [−1, 1] units before scaling."""
+    """The output of a perfect network for images of independent N(0, std²) values, in [−1, 1] units before scaling."""
 
     def __init__(self, diffusion: Diffusion, std: float = 0.5) -> None:
         super().__init__()

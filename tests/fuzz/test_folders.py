@@ -78,7 +78,7 @@ def run(tmp_path_factory) -> Path:
 
 
 def load(place: str) -> None:
-    """What sampling from a stranger's checkpoint does."""
+    """Sample as from a stranger's checkpoint."""
     checkpoints.load_for_sampling(place, "halflife")
 
 

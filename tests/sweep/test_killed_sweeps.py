@@ -37,7 +37,7 @@ def wait_for(what: Callable[[], object], process: subprocess.Popen, seconds: flo
 
 
 def training(folder: Path) -> bool:
-    """Whether a trial has begun to train."""
+    """Return whether a trial has begun to train."""
     return any(f.stat().st_size for f in folder.glob("storage/runs/*/metrics.jsonl"))
 
 

@@ -71,7 +71,7 @@ def checkpoints(place: str, name: str) -> list[str]:
 
 
 def timeless(rows: list[dict[str, float]]) -> list[dict[str, float]]:
-    """Without what depends on the machine's speed and memory."""
+    """Return the history without what depends on the machine's speed and memory."""
     varying = {"time", "images_per_second", "mfu", "data_stall", "memory_bytes", "device_seconds", "cost"}
     return [{k: v for k, v in row.items() if k not in varying} for row in rows]
 

@@ -22,8 +22,11 @@ class Link(NamedTuple):
 
 
 def bytes_per_step(parameters: int, devices: int, parallel: str) -> float:
-    """What each device sends in a step. Replicated: one all-reduce of float32 gradients. FSDP2: parameters in bf16
-    gathered for the forward and again for the backward pass, float32 gradients scattered."""
+    """Return the bytes that each device sends in a step.
+
+    parallel: "ddp", one all-reduce of float32 gradients, or "fsdp2", parameters in bf16 gathered for the forward and
+    again for the backward pass and float32 gradients scattered
+    """
     share = (devices - 1) / devices
     return 2 * share * 4 * parameters if parallel == "ddp" else share * (2 * 2 + 4) * parameters
 
