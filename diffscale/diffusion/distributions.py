@@ -40,7 +40,7 @@ class EDMLogNormal:
 
 @dataclass(frozen=True)
 class FlowUniform:
-    """Flow matching with uniform time: logsnr = 2 ln((1 − t)/t), shifted by resolution if asked for."""
+    """Flow matching with uniform time: logsnr = 2 ln((1 − t)/t), shifted by resolution if requested."""
 
     noise_resolution: int | None = None  # shift by 2 ln(noise_resolution / resolution); None does not
     resolution: int | None = None  # side of the images: given by the data

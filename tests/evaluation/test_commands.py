@@ -271,5 +271,10 @@ def test_a_folder_whose_evaluation_was_interrupted_is_not_read_twice(folders, ow
         evaluate_folder(str(images), str(reference), [FD])
     monkeypatch.undo()
     monkeypatch.setenv("DIFFSCALE_CACHE", str(own_cache))
-    monkeypatch.setattr(FileSource, "images", lambda *a: pytest.fail("again"))
+    read = FileSource.images
+
+    def only_the_size(source, first, last):
+        return read(source, first, last) if (first, last) == (0, 1) else pytest.fail("again")
+
+    monkeypatch.setattr(FileSource, "images", only_the_size)
     assert evaluate_folder(str(images), str(reference), [FD]) == whole

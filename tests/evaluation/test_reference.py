@@ -135,5 +135,5 @@ def test_statistics_from_a_file_have_no_neighbours(tmp_path):
     save_moments(tmp_path / "stats.npz", moments_of(np.random.default_rng(0).normal(size=(30, 4))))
     reference = reference_from_npz(tmp_path / "stats.npz", VIEW)
     assert (reference.n, len(reference.key)) == (30, 16)
-    with pytest.raises(UserError, match="no features"):
+    with pytest.raises(UserError, match="statistics has none"):
         reference.features()

@@ -55,23 +55,26 @@ def classes(model: torch.nn.Module) -> list[type]:
 
 
 @needs_kernels
-@pytest.mark.parametrize(
-    ("precision", "winograd", "tolerance"),
-    [
-        ("fp32", False, 1e-5),
-        ("fp32", True, 1e-4),
-        ("bf16", False, 0.05),
-        pytest.param("bf16", True, 0.05, marks=needs_bfloat16),
-    ],
-)
+@pytest.mark.parametrize(("winograd", "tolerance"), [(False, 1e-5), (True, 1e-4)])
 @pytest.mark.parametrize("which", NETWORKS)
-def test_plain_and_accelerated_agree(which, precision, winograd, tolerance):
+def test_plain_and_accelerated_agree(which, winograd, tolerance):
     plain, model = network(which), accelerate(network(which), winograd=winograd)
-    (y, gradients), (expected, exact) = results(model, precision), results(plain, precision)
+    (y, gradients), (expected, exact) = results(model), results(plain)
     assert (y - expected).abs().max() < tolerance * expected.abs().max()
     assert (gradients - exact).norm() < tolerance * exact.norm()
     if winograd:
         assert not torch.equal(y, expected)
+
+
+@needs_kernels
+@pytest.mark.parametrize("winograd", [False, pytest.param(True, marks=needs_bfloat16)])
+@pytest.mark.parametrize("which", NETWORKS)
+def test_in_bf16_it_is_about_as_exact_as_the_plain_network(which, winograd):
+    """Against float32. Winograd's rounding in bf16 is about twice that of direct convolution (kernels/winograd.py)."""
+    plain, model = network(which), accelerate(network(which), winograd=winograd)
+    exact = results(plain)
+    for ours, theirs, want in zip(results(model, "bf16"), results(plain, "bf16"), exact, strict=True):
+        assert (ours - want).norm() < (3 if winograd else 1.5) * (theirs - want).norm()
 
 
 @pytest.mark.parametrize("which", NETWORKS)

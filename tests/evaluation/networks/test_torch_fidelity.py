@@ -130,7 +130,7 @@ def test_the_pinned_files_of_dinov2_are_opened_after_their_checksum_and_without_
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     (folder / "dinov2_vits14_pretrain.pth").write_bytes(b"something else")
     monkeypatch.setattr(torch, "load", lambda *a, **k: pytest.fail("opened before the checksum"))
-    with pytest.raises(UserError, match="sha256 b938bf1b"):
+    with pytest.raises(UserError, match="SHA-256 b938bf1b"):
         create_extractor("dinov2-vit-s-14")
 
 
@@ -157,7 +157,7 @@ def test_no_weights_and_no_network_names_three_ways(name, cache, tmp_path, monke
 def test_weights_of_another_network_are_refused_by_name(name, cache, tmp_path, monkeypatch):
     save_file(timm.create_model("resnet10t").state_dict(), tmp_path / f"{name}.safetensors")
     monkeypatch.setenv("DIFFSCALE_WEIGHTS", str(tmp_path / f"{name}.safetensors"))
-    with pytest.raises(UserError, match="weights of that network"):
+    with pytest.raises(UserError, match="weights of this network"):
         create_extractor(name)
 
 
