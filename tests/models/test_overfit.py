@@ -24,7 +24,7 @@ def images() -> torch.Tensor:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param(m, marks=pytest.mark.gate if m == "dit" else ()) for m in MODELS])
-def test_64_images_are_learnt_by_heart(name):
+def test_64_images_are_memorised(name):
     torch.manual_seed(0)
     model, x0 = create_model(f"{name}-tiny", **({"resolution": 8} | SIDE.get(name, {}))), images()
     diffusion = create_diffusion(prediction="v", resolution=8)
