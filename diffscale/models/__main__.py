@@ -10,10 +10,9 @@ from typing import Annotated
 import typer
 
 from diffscale.core.app import command_app, run_app
+from diffscale.core.text import with_generated
 from diffscale.models import PRESETS, create_model
 from diffscale.models.cost import count_cost
-
-BEGIN, END = "<!-- models:begin -->", "<!-- models:end -->"
 
 app = command_app()
 
@@ -36,14 +35,6 @@ def table(pattern: str = "*") -> str:
     return "\n".join(lines)
 
 
-def rewrite(text: str, rows: str) -> str:
-    """The text with everything between the two markers replaced by the rows. Raises ValueError without the markers."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"expected {BEGIN} and, after it, {END}, once each")
-    head, tail = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
-    return f"{head}\n{rows}\n{tail}"
-
-
 @app.command()
 def main(
     pattern: Annotated[str, typer.Argument(help="shell pattern of preset names")] = "*",
@@ -55,7 +46,7 @@ def main(
         typer.echo(rows)
         return
     try:
-        write.write_text(rewrite(write.read_text(encoding="utf-8"), rows), encoding="utf-8")
+        write.write_text(with_generated(write.read_text(encoding="utf-8"), "models", rows), encoding="utf-8")
     except (OSError, ValueError) as error:
         typer.echo(f"--write = {write}: {error}", err=True)
         raise typer.Exit(2) from None

@@ -8,7 +8,10 @@ import pytest
 from typer.testing import CliRunner
 
 from diffscale import models
-from diffscale.models.__main__ import BEGIN, END, rewrite, table
+from diffscale.core.text import with_generated
+from diffscale.models.__main__ import table
+
+BEGIN, END = "<!-- models:begin -->", "<!-- models:end -->"
 
 
 def test_costs_are_those_published():
@@ -37,15 +40,15 @@ def test_the_committed_table_is_current(pattern):
 
 def test_only_what_is_between_the_markers_is_replaced():
     text = f"before\n{BEGIN}\nold\nrows\n{END}\nafter\n"
-    once = rewrite(text, "| new |")
+    once = with_generated(text, "models", "| new |")
     assert once == f"before\n{BEGIN}\n| new |\n{END}\nafter\n"
-    assert rewrite(once, "| new |") == once
+    assert with_generated(once, "models", "| new |") == once
 
 
 @pytest.mark.parametrize("text", ["", BEGIN, f"{END}\n{BEGIN}", f"{BEGIN}{BEGIN}{END}"])
 def test_a_file_without_the_two_markers_is_refused(text):
     with pytest.raises(ValueError, match="models:begin"):
-        rewrite(text, "")
+        with_generated(text, "models", "")
 
 
 def test_the_command_writes_the_file_and_refuses_others(tmp_path):

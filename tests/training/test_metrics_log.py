@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from benchmarks.reliability.killed_runs import VARYING
 from diffscale.core import storage
 from diffscale.core.errors import UserError
 from diffscale.data import Dataset
@@ -72,8 +73,7 @@ def checkpoints(place: str, name: str) -> list[str]:
 
 def timeless(rows: list[dict[str, float]]) -> list[dict[str, float]]:
     """Return the history without what depends on the machine's speed and memory."""
-    varying = {"time", "images_per_second", "mfu", "data_stall", "memory_bytes", "device_seconds", "cost"}
-    return [{k: v for k, v in row.items() if k not in varying} for row in rows]
+    return [{k: v for k, v in row.items() if k not in VARYING} for row in rows]
 
 
 def test_a_line_that_a_crash_cut_off_is_dropped(tmp_path: Path) -> None:
