@@ -15,7 +15,7 @@ from diffscale.core.app import run_app
 from diffscale.core.errors import UserError
 from diffscale.data.build.build import BuildOptions, build
 from diffscale.data.build.decode import Preparation
-from diffscale.data.build.sources import Kind
+from diffscale.data.build.items import Kind
 from diffscale.data.format.checksums import verify_dataset
 from diffscale.data.format.dataset import available_resolutions
 from diffscale.data.format.manifest import FILE, read_manifest

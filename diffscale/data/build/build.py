@@ -27,6 +27,7 @@ from diffscale.core.hashing import identify
 from diffscale.data.build import sources
 from diffscale.data.build.decode import Preparation
 from diffscale.data.build.finalize import merge_jobs, write_manifests
+from diffscale.data.build.items import BuildSource, Kind
 from diffscale.data.build.tasks import PART_BYTES, BuildPlan, do_unit, load_json, merge, save_unit
 from diffscale.data.format.manifest import FILE, Layout, read_manifest
 from diffscale.distributed import connect as ray_session
@@ -52,7 +53,7 @@ class BuildOptions:
     source: str  # absolute path or URI
     target: str  # dataset folder, absolute path or URI
     resolutions: tuple[int, ...]  # pixels; several make one folder each (TARGET/64, ...)
-    kind: sources.Kind = "auto"
+    kind: Kind = "auto"
     preparation: Preparation = field(default_factory=Preparation)
     layout: Literal["auto", "pixels", "encoded"] = "auto"  # auto is pixels up to 128
     encoding: Literal["webp", "png"] = "webp"  # lossless form of large resized images
@@ -160,7 +161,7 @@ def _prepare(options: BuildOptions, plan: BuildPlan, identity: str, work: Path, 
     return plan
 
 
-def _fitted(plan: BuildPlan, listed: sources.BuildSource) -> BuildPlan:
+def _fitted(plan: BuildPlan, listed: BuildSource) -> BuildPlan:
     """Return the plan with the properties of the source: its kind, whether to shuffle, the shape of latents."""
     by_name = listed.kind in ("folder", "zip", "tar")
     plan = replace(
@@ -190,7 +191,7 @@ def _fitted(plan: BuildPlan, listed: sources.BuildSource) -> BuildPlan:
     )
 
 
-def _write_units(work: Path, plan: BuildPlan, listed: sources.BuildSource, show: bool) -> None:
+def _write_units(work: Path, plan: BuildPlan, listed: BuildSource, show: bool) -> None:
     """Write the units and the class names."""
     labels: set[Any] = set()
     images = 0

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from diffscale.core import storage
 from diffscale.data.build import decode
 from diffscale.data.build.decode import Decoded, ImageError, Preparation
-from diffscale.data.build.sources import Item, SourceUnit, read_unit
+from diffscale.data.build.items import Item, SourceUnit
+from diffscale.data.build.sources import read_unit
 from diffscale.data.format.manifest import Layout
 from diffscale.data.format.shard import make_batch, write_shard
 from diffscale.data.loading.order import permutation

@@ -1,0 +1,127 @@
+"""What the sources of a build share: images in units of work, the rules for their names, and errors.
+
+A unit is a run of images from one place that one task turns into shards. An image's name decides whether it is held
+out, and identifies it in rejected.csv.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from pyarrow import fs as pafs
+
+from diffscale.core import storage
+from diffscale.core.errors import UserError
+from diffscale.core.text import one_line
+from diffscale.data.build.decode import IMAGE_SUFFIXES, MOST_BYTES, ImageError
+
+Reader = Literal["files", "zip", "tar", "table", "array"]
+Kind = Literal["auto", "folder", "zip", "tar", "table", "array", "cifar10"]
+Label = int | str | None
+Sample = tuple[str, Any, Label]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image.
+
+    name: unique in the source
+    where: URI, member of a zip, or (offset, size) in a tar
+    label: class number or name; None without labels
+    """
+
+    name: str
+    where: Any
+    label: Label = None
+
+
+@dataclass(frozen=True)
+class SourceUnit:
+    """A run of images that one task prepares.
+
+    reader: the way to read it
+    uri: file of an archive, table or array
+    items: images of a folder or archive
+    rows: (first, last) of a table or array
+    split: `train` or `heldout` if the source decides it, else None
+    extra: for the reader: columns of a table, the file of an array's labels
+    """
+
+    reader: Reader
+    uri: str
+    items: list[Item] = field(default_factory=list)
+    rows: tuple[int, int] | None = None
+    split: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class BuildSource:
+    """A listed source.
+
+    kind: a `Kind` other than auto
+    units: an iterator, so it can be consumed once
+    class_names: None if they follow from the labels of all items
+    refused: (name, reason) of files in the source that are unsafe or unreadable; grows while `units` is consumed
+    latents: (dtype, channels, resolution) of a source of floats
+    work: local folder for unpacked archives
+    group_bytes: size of the largest row group that must be read as a whole
+    """
+
+    kind: str
+    units: Iterator[SourceUnit]
+    class_names: list[str] | None = None
+    refused: list[tuple[str, str]] = field(default_factory=list)
+    latents: tuple[str, int, int] | None = None
+    work: Path = Path()
+    group_bytes: int = 0
+
+
+class _Missing:
+    """The label of a file that is not in the list of labels."""
+
+
+MISSING: Any = _Missing()
+
+
+def label_of(name: str, parts: tuple[str, ...], given: dict[str, str] | None, source: BuildSource) -> Label:
+    if given is None:
+        return parts[0] if len(parts) > 1 else None
+    for key in (name, parts[-1]):
+        if key in given:
+            return given[key]
+    source.refused.append((name, "not in the list of labels"))
+    return MISSING
+
+
+def is_image(name: str) -> bool:
+    """Return whether a path names an image file: neither hidden nor in a macOS resource folder."""
+    stem = name.rsplit("/", 1)[-1]
+    return not stem.startswith(".") and "__MACOSX" not in name and PurePosixPath(stem.lower()).suffix in IMAGE_SUFFIXES
+
+
+def refuse(name: str, original: str, source: BuildSource) -> bool:
+    """Return whether a name points outside the archive; it must not be used, not even as a class."""
+    unsafe = name.startswith("/") or "\\" in original or "\0" in original or ".." in PurePosixPath(name).parts
+    if unsafe or (len(name) > 1 and name[1] == ":"):
+        source.refused.append((original, "unsafe path in an archive"))
+        return True
+    return False
+
+
+def open_file(uri: str) -> Any:
+    """Open a seekable reader of a local or remote file."""
+    fs, path = storage.filesystem(uri)
+    return open(path, "rb") if isinstance(fs, pafs.LocalFileSystem) else fs.open_input_file(path)
+
+
+def unreadable(uri: str, expected: str, error: Exception) -> UserError:
+    return UserError(setting="SOURCE", value=uri, expected=expected, reason=one_line(error))
+
+
+def check_size(size: int) -> None:
+    if size > MOST_BYTES:
+        raise ImageError(f"the file has more than {MOST_BYTES:,} bytes")
