@@ -7,6 +7,8 @@ it is with the comment `# import cost`.
 
 import ast
 import itertools
+import subprocess
+import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -37,6 +39,21 @@ ALLOWED = {
 }
 # What diffusion/ and models/ never load.
 NOT_TORCH = {"ray", "pyarrow", "pandas", "pydantic", "omegaconf", "typer"}
+# What a program of one's own needs no part of when it uses the library folders alone.
+OF_THE_COMMANDS = ["ray", "pandas", "torch_fidelity", "matplotlib", "plotly", "optuna", "tensorboard", "typer"]
+LIBRARY_PROGRAM = """
+import importlib, pkgutil, sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in sys.argv[1].split(","):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+for folder in ("diffusion", "models", "data"):
+    package = importlib.import_module("diffscale." + folder)
+    for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+"""
 # Packages that take a noticeable part of a second to import.
 HEAVY = {
     "matplotlib",
@@ -234,6 +251,12 @@ def test_the_mathematics_is_plain_torch(folder: str) -> None:
         if _layer(found.importer) == folder and found.target.split(".")[0] in NOT_TORCH
     ]
     assert not others
+
+
+def test_the_library_folders_load_without_the_packages_of_the_commands() -> None:
+    program = [sys.executable, "-c", LIBRARY_PROGRAM, ",".join(OF_THE_COMMANDS)]
+    run = subprocess.run(program, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 def test_an_import_inside_a_function_says_what_it_saves() -> None:
