@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from functools import partial
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -51,7 +50,7 @@ def main(
 
     console = Console()
     print_picture = partial(console.print, "picture:", soft_wrap=True)
-    target = str(Path(target).resolve()) if not storage.is_remote(target) else target
+    target = storage.resolve(target, "TARGET", written=False)
     with weights_from(weights):
         if is_run(target):
             settings = [*(overrides or []), *short_settings(metrics, n, resize)]
@@ -78,7 +77,7 @@ def main(
     for warning in warnings_of(rows):
         console.print(f"[yellow]note:[/] {warning}", soft_wrap=True)
     if out:
-        storage.write_bytes(str(Path(out).resolve()), json.dumps(rows, indent=1).encode())
+        storage.write_bytes(storage.resolve(out, "--out"), json.dumps(rows, indent=1).encode())
 
 
 if __name__ == "__main__":

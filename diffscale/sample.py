@@ -40,7 +40,7 @@ def main(
     from diffscale.training.load import is_run, list_targets, load_trained, settings_of_run  # import cost
 
     overrides = [t for t in targets if re.match(r"^[A-Za-z_][\w.]*=", t)]
-    runs = [t if storage.is_remote(t) else str(Path(t).resolve()) for t in targets if t not in overrides]
+    runs = [storage.resolve(t, "TARGET", written=False) for t in targets if t not in overrides]
     for run in runs:
         if not is_run(run):
             raise UserError(setting="RUN", value=run, expected="a run's folder or a checkpoint of one")

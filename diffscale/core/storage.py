@@ -28,15 +28,16 @@ def in_ray_job() -> bool:
     return any(name in os.environ for name in JOB_VARIABLES)
 
 
-def resolve(uri: str, setting: str = "storage") -> str:
+def resolve(uri: str, setting: str = "storage", *, written: bool = True) -> str:
     """Return a place as a URI or an absolute path without `file://`; a relative path starts at the working directory.
 
-    Raises UserError for a relative path in a Ray job: its working directory is a temporary copy of the uploaded one.
+    written: whether something is written there that must outlive the command. Such a relative path is a UserError in a
+        Ray job, whose working directory is a temporary copy of the uploaded one.
     """
     path = os.path.expanduser(uri.removeprefix("file://"))
     if "://" in path or os.path.isabs(path):
         return check_absolute(path, setting)
-    if in_ray_job():
+    if written and in_ray_job():
         raise UserError(
             setting=setting,
             value=uri,

@@ -48,7 +48,7 @@ def evaluate_folder(
     if not reference:
         expected = "a dataset, a folder of images, or an .npz of statistics to compare with"
         raise UserError(setting="reference", value=reference, expected=expected)
-    reference = reference if storage.is_remote(reference) else str(Path(reference).resolve())
+    reference = storage.resolve(reference, "--reference", written=False)
     images = open_images(place)
     statistics = Path(reference) if reference.endswith(".npz") and not _has_images(Path(reference)) else None
     theirs = images if statistics else open_images(reference)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -42,7 +41,9 @@ def report(
     console = Console(highlight=False)
     if runs:
         target = out or Path("report")
-        analysis = write_report([_absolute(run) for run in runs], make_writable(target), title)
+        analysis = write_report(
+            [storage.resolve(run, "RUNS", written=False) for run in runs], make_writable(target), title
+        )
         for finding in analysis.findings[:SHOWN]:
             console.print(Text(f"- {finding['text']}"))
         console.print(
@@ -53,7 +54,8 @@ def report(
 
 
 def _compare(console: Console, old: str, new: str, out: Path | None) -> int:
-    table = compare_records(read_records([_absolute(old)]), read_records([_absolute(new)]))
+    before, after = (read_records([storage.resolve(place, "--compare", written=False)]) for place in (old, new))
+    table = compare_records(before, after)
     if out is not None:
         table.to_csv(make_writable(out) / "compare.csv", index=False, float_format="%.10g", lineterminator="\n")
     shown = Table(
@@ -80,10 +82,6 @@ def _compare(console: Console, old: str, new: str, out: Path | None) -> int:
 def _value(row: dict, side: str) -> Text:
     low, high = row[f"{side}_low"], row[f"{side}_high"]
     return Text(f"{row[side]:.4g}" + (f" [{low:.4g}, {high:.4g}]" if low == low else ""))
-
-
-def _absolute(place: str) -> str:
-    return place if storage.is_remote(place) else os.path.abspath(os.path.expanduser(place.removeprefix("file://")))
 
 
 if __name__ == "__main__":

@@ -61,3 +61,11 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, mon
 def test_a_relative_storage_is_refused_with_the_absolute_path() -> None:
     with pytest.raises(UserError, match=r"storage=/.*/runs"):
         storage.check_absolute("runs")
+
+
+def test_in_a_ray_job_a_relative_path_is_read_and_never_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert storage.resolve("runs") == str(Path("runs").absolute())
+    monkeypatch.setenv("RAY_JOB_ID", "01000000")
+    with pytest.raises(UserError, match="temporary copy"):
+        storage.resolve("runs", "RUN")
+    assert storage.resolve("runs", "RUNS", written=False) == str(Path("runs").absolute())
