@@ -91,7 +91,7 @@ NETWORKS = {
     ),
     "dit": ("model={name: dit, patch_size: 2, width: 32, depth: 2, num_heads: 2}",),
     "jit": ("model={name: jit, patch_size: 2, bottleneck: 16, width: 32, depth: 2, num_heads: 2, context_start: 1}",),
-    "hdit": ("model={name: hdit, patch_size: 1, widths: [32, 64], depths: [1, 1], global_levels: 1}",),
+    "hdit": ("model={name: hdit, patch_size: 1, widths: [32, 64], depths: [1, 1], head: 16, global_levels: 1}",),
 }
 CASES = {
     "defaults": Case(3),
@@ -100,6 +100,7 @@ CASES = {
     "fp32-channels-last": Case(1, ("train.precision=fp32", "train.channels_last=true")),
     "fp32-winograd": small(1, "unet", "train.precision=fp32", "train.channels_last=true", "train.winograd=true"),
     "bf16-contiguous": small(1, "unet", "train.precision=bf16", "train.channels_last=false"),
+    "bf16-winograd": small(1, "unet", "train.precision=bf16", "train.channels_last=true", "train.winograd=true"),
     "bf16-channels-last": small(2, "unet", "train.precision=bf16", "train.channels_last=true"),
     "lamb": small(1, "unet", "optim.name=lamb"),
     "muon": small(1, "unet", "optim.name=muon"),
