@@ -7,6 +7,7 @@ import os
 import secrets
 import socket
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,12 @@ def connect(address: str | None = None, num_cpus: int | None = None) -> None:
     if ray.is_initialized():
         return
     if address == "local":
+        if SEVERAL_NODES not in os.environ:
+            warnings.warn(
+                "Ray was imported before diffscale connected, so its private cluster listens on every network "
+                f"interface; set {SEVERAL_NODES}=0 before `import ray` to keep it on this machine",
+                stacklevel=2,
+            )
         _start_or_join(
             address,
             num_cpus=num_cpus,
