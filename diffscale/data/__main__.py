@@ -52,7 +52,15 @@ def build_command(
             help="store the rows in a random order; default: of folders and archives, not of tables and arrays"
         ),
     ] = None,
-    labels: Annotated[str | None, typer.Option(help="CSV of file,label instead of subfolders")] = None,
+    labels: Annotated[str | None, typer.Option(help="CSV of files and labels instead of subfolders")] = None,
+    label_column: Annotated[str | None, typer.Option(help="column of the labels, in the CSV or in a table")] = None,
+    split_names: Annotated[
+        str | None, typer.Option(help="folders of the splits: train=NAME,heldout=NAME; or none, to have none")
+    ] = None,
+    folders: Annotated[
+        str | None,
+        typer.Option(help="what each level of folders is: split, class, * (no meaning) or a name; e.g. */split/class"),
+    ] = None,
     max_pixels: Annotated[int, typer.Option(help="larger images are rejected as decompression bombs")] = 50_000_000,
     memory: Annotated[
         float | None, typer.Option(help="GB for all tasks together; default: half of the free memory")
@@ -93,6 +101,9 @@ def build_command(
         split_seed=split_seed,
         shuffle=shuffle,
         labels=labels and _absolute(labels),
+        label_column=label_column,
+        split_names=split_names,
+        folders=folders,
         memory=int(memory * 1e9) if memory else None,
         workers=workers,
         strict=strict,

@@ -13,7 +13,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +27,7 @@ from diffscale.core.hashing import identify
 from diffscale.data.build import sources
 from diffscale.data.build.decode import Preparation
 from diffscale.data.build.finalize import merge_jobs, write_manifests
-from diffscale.data.build.items import BuildSource, Kind
+from diffscale.data.build.items import BuildSource, Kind, Reading
 from diffscale.data.build.tasks import PART_BYTES, BuildPlan, do_unit, load_json, merge, save_unit
 from diffscale.data.format.manifest import FILE, Layout, read_manifest
 from diffscale.distributed import connect as ray_session
@@ -61,12 +61,19 @@ class BuildOptions:
     split_seed: int = 0  # another choice of held-out images
     shuffle: bool | None = None  # store rows in a pseudo-random order, so that `data.order=blocks` shuffles well; None
     #     does so for folders and archives, which are sorted by class, but not for tables and arrays
-    labels: str | None = None  # CSV of file,label
+    labels: str | None = None  # CSV of files and labels
+    label_column: str | None = None  # of the labels, in the CSV or in a table
+    split_names: str | None = None  # train=NAME,heldout=NAME, or none
+    folders: str | None = None  # what each level of folders is, for example */split/class
     memory: int | None = None  # bytes for all tasks together; None is half of the free memory
     workers: int | None = None  # upper bound on tasks at once; 0 works in this process, without Ray
     strict: bool = False  # stop at the first image that cannot be used
     shard_bytes: int = 256 * MEGABYTE
     unit_bytes: int = PART_BYTES  # pixels of the images in one unit at the largest resolution
+
+    def reading(self) -> Reading:
+        """Return the choices about how the source is read."""
+        return Reading(**{f.name: getattr(self, f.name) for f in fields(Reading)})
 
 
 def build(options: BuildOptions, show: bool = True, on_task: OnTask = _ignore) -> list[str]:
@@ -130,9 +137,16 @@ def _plan(options: BuildOptions, source: str, sides: list[int]) -> BuildPlan:
         split_seed=options.split_seed,
         shuffle=options.shuffle,
         labels=options.labels,
+        reading=_chosen(options.reading()),
         shard_bytes=options.shard_bytes,
         unit_rows=max(1, min(MOST_UNIT_ROWS, options.unit_bytes // (most * most * options.preparation.channels))),
     )
+
+
+def _chosen(reading: Reading) -> dict[str, str]:
+    """Return the choices that a person made, except those that a plan has a field for."""
+    choices = {f.name: getattr(reading, f.name) for f in fields(reading) if f.name not in ("kind", "labels")}
+    return {name: value for name, value in choices.items() if value is not None}
 
 
 def _prepare(options: BuildOptions, plan: BuildPlan, identity: str, work: Path, show: bool) -> BuildPlan:
@@ -151,7 +165,7 @@ def _prepare(options: BuildOptions, plan: BuildPlan, identity: str, work: Path, 
     for name in ("units", "parts", "done", "shards", "spool"):
         (work / name).mkdir(parents=True)
     try:
-        listed = sources.open_source(plan.source, plan.unit_rows, work / "spool", options.kind, options.labels)
+        listed = sources.open_source(plan.source, plan.unit_rows, work / "spool", options.reading())
         plan = _fitted(plan, listed)
         _write_units(work, plan, listed, show)
     except UserError:

@@ -58,6 +58,23 @@ class SourceUnit:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Reading:
+    """The choices of a person where a source could be read in several ways; None leaves it to the source.
+
+    labels: CSV of files and labels
+    label_column: the column of the labels, of the CSV or of a table
+    split_names: `train=NAME,heldout=NAME`, or `none`
+    folders: what each level of folders is, for example `*/split/class`
+    """
+
+    kind: Kind = "auto"
+    labels: str | None = None
+    label_column: str | None = None
+    split_names: str | None = None
+    folders: str | None = None
+
+
 @dataclass
 class BuildSource:
     """A listed source.
@@ -65,7 +82,10 @@ class BuildSource:
     kind: a `Kind` other than auto
     units: an iterator, so it can be consumed once
     class_names: None if they follow from the labels of all items
-    refused: (name, reason) of files in the source that are unsafe or unreadable; grows while `units` is consumed
+    refused: (name, reason) of images that cannot be used; grows while `units` is consumed
+    left_out: (name, reason) of other files, that are no images of this source; grows while `units` is consumed
+    notes: sentences for the plan that a person reads before the build; grows while `units` is consumed
+    counts: {(split or None, class name or None): images} if `units` alone do not tell
     latents: (dtype, channels, resolution) of a source of floats
     work: local folder for unpacked archives
     group_bytes: size of the largest row group that must be read as a whole
@@ -75,6 +95,9 @@ class BuildSource:
     units: Iterator[SourceUnit]
     class_names: list[str] | None = None
     refused: list[tuple[str, str]] = field(default_factory=list)
+    left_out: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    counts: dict[tuple[str | None, str | None], int] | None = None
     latents: tuple[str, int, int] | None = None
     work: Path = Path()
     group_bytes: int = 0

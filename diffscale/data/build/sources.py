@@ -29,6 +29,7 @@ from diffscale.data.build.items import (
     Item,
     Kind,
     Reader,
+    Reading,
     Sample,
     SourceUnit,
     check_size,
@@ -44,14 +45,13 @@ from diffscale.data.format import hf_tables
 SPLIT_FOLDERS = {"train": "train", "val": "heldout", "valid": "heldout", "validation": "heldout", "test": "heldout"}
 
 
-def open_source(uri: str, rows: int, work: Path, kind: Kind = "auto", labels: str | None = None) -> BuildSource:
+def open_source(uri: str, rows: int, work: Path, reading: Reading) -> BuildSource:
     """List a source. Raises UserError for one that is missing, has no images or is of no known kind.
 
     uri: local path or URI
     rows: images of a unit
     work: local folder for unpacked archives and arrays
-    kind: `auto` decides by the file's name and the folder's content
-    labels: CSV of file,label
+    reading: a person's choices; the kind `auto` is decided by the file's name and the folder's content
     """
     fs, path = storage.filesystem(uri)
     info = fs.get_file_info(path)
@@ -59,8 +59,8 @@ def open_source(uri: str, rows: int, work: Path, kind: Kind = "auto", labels: st
         raise UserError(
             setting="SOURCE", value=uri, expected="a folder, an archive or a file", reason="it does not exist"
         )
-    chosen = guess_kind(uri, info) if kind == "auto" else kind
-    given = read_labels(labels) if labels else None
+    chosen = guess_kind(uri, info) if reading.kind == "auto" else reading.kind
+    given = read_labels(reading.labels) if reading.labels else None
     source = BuildSource(chosen, iter(()), work=work)
     if chosen in ("array", "cifar10"):
         found = array_sources.open_cifar10(uri, work) if chosen == "cifar10" else array_sources.open_arrays(uri, work)
@@ -73,7 +73,7 @@ def open_source(uri: str, rows: int, work: Path, kind: Kind = "auto", labels: st
         )
         source.class_names, source.latents = found[0].class_names, found[0].latents
     elif chosen == "table":
-        table_sources.open_table(uri, rows, source)
+        table_sources.open_table(uri, rows, reading, source)
     else:
         readers: dict[str, tuple[Any, Reader]]
         readers = {"folder": (folder_items, "files"), "zip": (zip_items, "zip"), "tar": (tar_items, "tar")}

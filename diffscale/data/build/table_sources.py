@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from diffscale.data.build.decode import ImageError
-from diffscale.data.build.items import BuildSource, Sample, SourceUnit
+from diffscale.data.build.items import BuildSource, Reading, Sample, SourceUnit
 from diffscale.data.format import hf_tables
 
 
-def open_table(uri: str, rows: int, source: BuildSource) -> None:
+def open_table(uri: str, rows: int, reading: Reading, source: BuildSource) -> None:
     """List a table or a folder of them as units of `rows` rows. Completes `source`."""
     table = hf_tables.open_tables(uri)
     source.units = (

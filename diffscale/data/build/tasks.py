@@ -42,15 +42,21 @@ class BuildPlan:
     encoding: Literal["webp", "png"]  # lossless form of large resized images
     split: float  # share of images held out
     split_seed: int
-    labels: str | None  # CSV of file,label
+    labels: str | None  # CSV of files and labels
     unit_rows: int  # images of one unit
     shard_bytes: int
     shuffle: bool | None  # store rows in a pseudo-random order; None until the kind of the source is known
     dtype: Literal["uint8", "float16", "float32"] = "uint8"
     group_bytes: int = 0  # of the largest compressed row group that a task reads
 
+    reading: dict[str, str] = field(default_factory=dict)  # other choices about how the source is read
+
     def to_json(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True)
+        """Return the plan as text. Without choices in `reading` it is the text of versions that had none."""
+        data = asdict(self)
+        if not self.reading:
+            del data["reading"]
+        return json.dumps(data, sort_keys=True)
 
     @staticmethod
     def from_json(text: str) -> BuildPlan:
