@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from diffscale.core.errors import UserError
+from diffscale.distributed.leftovers import free_leftovers
 
 REPORT_INTERVAL = "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"
 START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
@@ -86,6 +87,8 @@ def connect(address: str | None = None, num_cpus: int | None = None) -> None:
     else:
         _require_listener(address)
         _start_or_join(address)
+        if count := free_leftovers():
+            print(f"freed what {count} killed commands had reserved on the cluster", file=sys.stderr)
 
 
 def gpus() -> list[str]:

@@ -89,3 +89,25 @@ def test_doctor_sees_both_nodes(local_cluster, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "gloo over 2 processes" in done.stdout
     assert "from 2 nodes" in done.stdout
+
+
+GROUP = """
+import sys
+from ray.util import placement_group, placement_group_table
+from diffscale.distributed.connect import connect
+connect()
+if sys.argv[1] == "reserve":  # a detached group outlives its job, as one does that a dying controller asked for
+    assert placement_group([{"CPU": 0.5}], lifetime="detached").wait(60)
+print(sorted(group["state"] for group in placement_group_table().values()))
+"""
+
+
+def test_what_a_killed_command_had_reserved_is_freed_by_the_next_one(local_cluster, tmp_path):
+    ours, other = tmp_path / "diffscale_command.py", tmp_path / "another_program.py"
+    ours.write_text(GROUP)
+    other.write_text(GROUP)
+    local_cluster.run(sys.executable, str(other), "reserve", check=True, RAY_ADDRESS=local_cluster.address)
+    local_cluster.run(sys.executable, str(ours), "reserve", check=True, RAY_ADDRESS=local_cluster.address)
+    done = local_cluster.run(sys.executable, str(ours), "look", check=True, RAY_ADDRESS=local_cluster.address)
+    assert "freed what 1 killed" in done.stderr
+    assert done.stdout.strip() == "['CREATED', 'REMOVED']"  # another program's group stays
