@@ -60,11 +60,11 @@ def _wanted_grids(analysis: Analysis) -> list[tuple[str, int]]:
 
 def write_csvs(analysis: Analysis, out: Path) -> list[Path]:
     """Write the tables as CSV files, joined by their column `facet`, which facets.csv describes."""
-    without = ["settings", "runs"]
+    without = ["settings", "sampler", "runs"]
     files = {
         "fid_vs_compute": tables.every_evaluation(analysis.every),
         "facets": facet_table(analysis.every),
-        "points": analysis.points.drop(columns=["settings"]),
+        "points": analysis.points.drop(columns=["settings", "sampler"]),
         "pareto": _front(analysis.pareto.drop(columns=without), ["facet", "scope", "scope_value"]),
         "scaling": _described(analysis.scaling, analysis.facets),
         "verdicts": _described(analysis.verdicts, analysis.facets),

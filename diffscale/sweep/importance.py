@@ -14,6 +14,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+FEWEST_TRIALS = 8
+FEWEST_PER_VALUE = 2
+
 
 def importance(
     points: Sequence[dict[str, Any]], values: Sequence[float], draws: int = 500, seed: int = 0
@@ -22,6 +25,7 @@ def importance(
 
     `importance` is omega squared: eta squared of the main effect, less the share that random groups of the same
     number would explain. A setting without effect is near 0. Numbers with more than four values are cut into quartiles.
+    It is NaN with fewer than FEWEST_TRIALS trials, or FEWEST_PER_VALUE for one value: their interval says nothing.
 
     points: settings of each finished trial
     values: metric of each trial; the logarithm is used if all are positive, since distances vary in ratios
@@ -36,13 +40,15 @@ def importance(
     rows = []
     for key in keys:
         groups = _groups([p.get(key) for p in points])
+        enough = len(y) >= FEWEST_TRIALS and np.unique(groups, return_counts=True)[1].min() >= FEWEST_PER_VALUE
         samples = []
-        for _ in range(draws):
+        for _ in range(draws if enough else 0):
             pick = rng.integers(len(y), size=len(y))
             if np.unique(groups[pick]).size > 1 and np.ptp(y[pick]) > 0:
                 samples.append(_explained(groups[pick], y[pick]))
         low, high = np.percentile(samples, [2.5, 97.5]) if samples else (np.nan, np.nan)
-        rows.append({"setting": key, "importance": _explained(groups, y), "low": low, "high": high, "trials": len(y)})
+        share = _explained(groups, y) if enough else np.nan
+        rows.append({"setting": key, "importance": share, "low": low, "high": high, "trials": len(y)})
     table = pd.DataFrame(rows, columns=["setting", "importance", "low", "high", "trials"])
     return table.sort_values("importance", ascending=False, ignore_index=True)
 

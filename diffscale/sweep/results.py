@@ -9,7 +9,7 @@ from diffscale.config.load import validate
 from diffscale.core import storage
 from diffscale.sweep.importance import importance
 from diffscale.sweep.ledger import Ledger, Trial
-from diffscale.sweep.space import overrides_of
+from diffscale.sweep.space import edges, overrides_of
 
 
 def write_results(ledger: Ledger, trials: list[Trial], best: Trial | None) -> None:
@@ -39,5 +39,6 @@ def write_results(ledger: Ledger, trials: list[Trial], best: Trial | None) -> No
     if best is not None:
         settings = best.experiments[0].model_dump(mode="json", exclude={"storage"})
         text = f"# Best of sweep {ledger.sweep.name} by {ledger.metric}: {ledger.value(best):.6g}\n"
+        text += "".join(f"# {edge}\n" for edge in edges(ledger.sweep, best.point))
         text += yaml.safe_dump(validate(settings).model_dump(mode="json", exclude={"storage"}), sort_keys=False)
         storage.write_bytes(storage.join(ledger.folder, "best.yaml"), text.encode())

@@ -100,6 +100,38 @@ def _namespace(value: Any) -> Any:
     return value
 
 
+NEAR_A_BOUND = 0.1
+"""Share of a continuous range, of its logarithm if it is log-uniform, that counts as its edge."""
+
+
+def edges(sweep: Sweep, best: Point) -> list[str]:
+    """Return one sentence for each number of the best point that lies at an edge of its range.
+
+    The optimum may lie outside there, so each sentence names the side to extend.
+    """
+    found = []
+    for key, dimension in sweep.space.items():
+        value = best.get(key)
+        side = None if isinstance(value, bool) or not isinstance(value, int | float) else _side(dimension, float(value))
+        if side is not None:
+            limit, further = ("smallest", "smaller") if side < 0 else ("largest", "larger")
+            found.append(f"{key} = {_short(value)} is best at the {limit} value of its range: try {further} ones too")
+    return found
+
+
+def _side(dimension: Dimension, value: float) -> int | None:
+    """Return -1 or 1 if a value lies at the lower or upper edge of its dimension, else None."""
+    if (values := dimension.grid or dimension.choice) is not None:
+        numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+        if len(numbers) < len(values) or len(set(numbers)) < 2:
+            return None
+        return -1 if value <= min(numbers) else 1 if value >= max(numbers) else None
+    scale = math.log if dimension.loguniform is not None else float
+    low, high = (scale(bound) for bound in dimension.loguniform or dimension.uniform or ())
+    at = (scale(value) - low) / (high - low)
+    return -1 if at < NEAR_A_BOUND else 1 if at > 1 - NEAR_A_BOUND else None
+
+
 def label(point: Point) -> str:
     """Return a point in a few words: the last part of each key and its value."""
     return " ".join(f"{_short_key(k)}={_short(v)}" for k, v in point.items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import threading
 import time
@@ -15,7 +16,7 @@ from rich.table import Table
 
 from diffscale.core import storage
 from diffscale.sweep.importance import importance
-from diffscale.sweep.space import label, overrides_of
+from diffscale.sweep.space import edges, label, overrides_of
 from diffscale.training.metrics_log import read_lines
 
 if TYPE_CHECKING:
@@ -153,10 +154,14 @@ def print_summary(ledger: Ledger, trials: list[Trial], best: Trial | None, faile
     valued = [(overrides_of(ledger.sweep, t.point), ledger.value(t)) for t in trials]
     known = [(p, v) for p, v in valued if v is not None]
     for row in importance([p for p, _ in known], [v for _, v in known]).itertuples():
-        console.print(
-            f"  {row.setting} explains {row.importance:.0%} of the variance (95 % {row.low:.0%}-{row.high:.0%})"
-        )
+        if math.isnan(row.importance):
+            console.print(f"  {row.setting}: {row.trials} trials are too few to say how much it matters")
+        else:
+            share = f"{row.importance:.0%} of the variance (95 % {row.low:.0%}-{row.high:.0%})"
+            console.print(f"  {row.setting} explains {share}")
     if best is not None:
+        for edge in edges(ledger.sweep, best.point):
+            console.print(f"  {edge}", soft_wrap=True)
         console.print(f"best: {label(best.point)}\n  {ledger.folder}/best.yaml", soft_wrap=True)
     for name, reason in failed.items():
         console.print(f"failed: {name}: {reason}", soft_wrap=True, markup=False)

@@ -67,13 +67,14 @@ def make_record(
         endpoint=endpoint if endpoint == "constant" else [endpoint, images_seen],
         settings=settings or {},
     )
-    sampler = json.dumps({"name": solver, "nfe": nfe})
+    sampler = json.dumps({"solver": {"name": solver, "steps": nfe}, "precision": "fp32"})
+    drawn_by = json.dumps({"name": solver, "nfe": nfe})
     reference = identify(dataset=dataset, resolution=eval_resolution)
     flops = flops_per_image * images_seen
     if value is None:
         floor, scale, exponent = LAWS.get(model, (10.0, 90.0, 0.5))
         shift = 1 + 0.2 * (schedule != "simple_cosine") * (1 if resolution >= 32 else -0.4) + 4 / nfe**1.5
-        rng = np.random.default_rng(zlib.crc32(f"{run}{images_seen}{sampler}{metric}{sample_seed}".encode()))
+        rng = np.random.default_rng(zlib.crc32(f"{run}{images_seen}{drawn_by}{metric}{sample_seed}".encode()))
         value = shift * (floor + scale * (flops / 1e14) ** -exponent) * math.exp(noise * rng.standard_normal())
     row: dict = dict(  # noqa: C408
         record_id=record_id(

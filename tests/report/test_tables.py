@@ -42,6 +42,20 @@ def test_a_cell_that_starts_above_the_common_compute_has_no_value_there() -> Non
     assert table.loc["sigmoid", "final_value"] > 0
 
 
+def test_cells_of_one_table_differ_in_schedule_and_resolution_alone() -> None:
+    """The quickstart's UNet of 24 channels and its sweep's of 16 stood in one table: 638 beside 849."""
+    narrow, wide = ({"model.model_channels": width} for width in (16, 24))
+    records = [r for name in ("cosine", "sigmoid") for r in cell(name, 32, [1024, 2048], settings=narrow)]
+    records += cell("cosine", 32, [4096, 8192], settings=wide)
+    table = sweep(aggregate(to_rows(records)))
+    assert table["family"].nunique() == 1
+    assert (table["final_images_seen"] == 2048).all()  # the wide network is alone in its family: no table
+    records += cell("sigmoid", 32, [4096, 8192], settings=wide)
+    table = sweep(aggregate(to_rows(records)))
+    assert sorted(table.groupby("family")["final_images_seen"].unique().map(list)) == [[2048], [8192]]
+    assert set(table["family_label"]) == {"model_channels 16", "model_channels 24"}
+
+
 def test_resolutions_without_a_common_eval_resolution_are_never_in_one_table() -> None:
     records = [make_record(schedule=s, resolution=r, eval_resolution=r) for s in ("a", "b") for r in (16, 32)]
     table = sweep(aggregate(to_rows(records)))

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from diffscale.core.errors import UserError
 from diffscale.sweep.settings import Sweep
-from diffscale.sweep.space import grid, nest, overrides_of, point_id, satisfies
+from diffscale.sweep.space import edges, grid, nest, overrides_of, point_id, satisfies
 
 
 def sweep(**changes) -> Sweep:
@@ -27,6 +27,28 @@ def test_draws_are_the_same_every_time_and_inside_their_bounds() -> None:
     assert rates == [p["optim.lr"] for p in grid(s)]
     assert 1e-5 <= min(rates) < 1e-4
     assert 1e-3 < max(rates) <= 1e-2
+
+
+@pytest.mark.parametrize(
+    ("values", "best", "side"),
+    [
+        ([16, 32, 64], 16, "smaller"),
+        ([16, 32, 64], 32, None),
+        ([64, 16, 32], 64, "larger"),
+        ({"loguniform": [1e-5, 1e-2]}, 9e-3, "larger"),
+        ({"loguniform": [1e-5, 1e-2]}, 1e-3, None),  # in the middle of the logarithm, near the lower end otherwise
+        ({"uniform": [0.0, 0.5]}, 0.01, "smaller"),
+        (["cosine", "linear"], "cosine", None),
+        ([True, False], True, None),
+        ([None, 0.1], 0.1, None),
+        ([32], 32, None),
+    ],
+)
+def test_a_best_value_at_the_edge_names_the_side_to_extend(values, best, side) -> None:
+    s = sweep(space={"key": values}, search={"name": "random" if isinstance(values, dict) else "grid"})
+    found = edges(s, {"key": best})
+    assert len(found) == (side is not None)
+    assert side is None or f"try {side} ones" in found[0]
 
 
 @pytest.mark.parametrize(

@@ -149,13 +149,12 @@ function drawSweep() {
 }
 
 function drawNfe() {
-  const family = DATA.nfe.find((f) => f.points.some((i) => DATA.points[i].facet === state.facet));
+  const family = DATA.nfe.find((f) => f.lines.flat().some((i) => DATA.points[i].facet === state.facet));
   $("nfe-section").hidden = family === undefined;
   if (family === undefined) return;
-  const points = family.points.map((i) => DATA.points[i]);
+  const lines = family.lines.map((line) => line.map((i) => DATA.points[i])), points = lines.flat();
   const solvers = [...new Set(points.map((p) => p.solver))].sort();
-  const lines = Map.groupBy(points, (p) => JSON.stringify([p.recipe, p.images_seen, p.solver]));
-  const traces = [...lines.values()].flatMap((own) => {
+  const traces = lines.flatMap((own) => {
     own.sort((a, b) => a.nfe - b.nfe);
     const { color, symbol } = look(own[0].model), name = safe(`${own[0].label}, ${own[0].solver}`);
     return [...band(own, "nfe", color, name), {

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from diffscale.report.figures import style
 from diffscale.report.figures.published import Published, matching
 from diffscale.report.stats.facets import is_distance, metric_name
-from diffscale.report.stats.frontier import Curve, is_on_frontier
+from diffscale.report.stats.frontier import Curve, on_frontier
 from diffscale.report.stats.power_law import Fit
 from diffscale.report.stats.scaling import BEYOND
 
@@ -90,7 +90,7 @@ def extent(points: pd.DataFrame) -> np.ndarray:
 
 
 def _ring_frontier(axes: Axes, points: pd.DataFrame) -> None:
-    best = points[is_on_frontier(points["train_flops"], points["value"])]
+    best = points[on_frontier(points)]
     axes.plot(best["train_flops"], best["value"], "o", mfc="none", mec=style.INK, mew=0.8, ms=9, zorder=4)
 
 

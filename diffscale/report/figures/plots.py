@@ -62,9 +62,10 @@ def figures(analysis: Analysis) -> Iterator[tuple[str, Figure]]:
             crossings = analysis.scaling[(analysis.scaling["facet"] == key) & (analysis.scaling["kind"] == "crossing")]
             yield f"scaling{suffix}", scaling_figure(curves, fits, crossings, title)
         table = analysis.sweep[analysis.sweep["facet"] == key]
-        for model, part in table.groupby("model"):
-            if len(part) > 1:
-                yield f"schedule_by_resolution-{_file(str(model))}{suffix}", heat_map(part, facet["metric"], title)
+        for model, parts in table.groupby("model"):
+            for number, (_, part) in enumerate(parts.groupby(["dataset", "family"], sort=True)):
+                name = f"schedule_by_resolution-{_file(str(model))}{f'-{number + 1}' if number else ''}{suffix}"
+                yield name, heat_map(part, facet["metric"], title)
     for number, (title, part) in enumerate(nfe_families(analysis.points)):
         yield f"fid_vs_nfe{f'-{number + 1}' if number else ''}", against_nfe(part, title)
 

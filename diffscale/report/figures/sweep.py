@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -15,15 +16,19 @@ from diffscale.report.stats.facets import is_distance, metric_name
 from diffscale.report.stats.findings import flops, number
 from diffscale.report.stats.frontier import fair
 
+NO_COMMON_COMPUTE = "no common compute"
+
 
 def nfe_families(points: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     """Return (title, points) of checkpoints that were sampled with several numbers of steps, all else being equal."""
-    by = ["metric", "network", "eval_resolution", "n_generated", "n_reference", "guidance_scale", "endpoint", "dataset"]
+    by = ["metric", "network", "resize", "eval_resolution", "n_generated", "n_reference", "endpoint", "dataset"]
+    points = fair(points)
+    points = points.assign(_sampler=points["sampler"].map(_without_steps))
     families = []
-    for _, part in fair(points).groupby(by, sort=True):
+    for _, part in points.groupby([*by, "guidance_scale"], sort=True):
         if not is_distance(part["metric"].iloc[0]):
             continue
-        counts = part.groupby(["recipe", "images_seen", "solver"])["nfe"].transform("nunique")
+        counts = part.groupby(["recipe", "images_seen", "_sampler"])["nfe"].transform("nunique")
         if (counts > 1).any():
             first = part.iloc[0]
             side = first["eval_resolution"]
@@ -35,15 +40,28 @@ def nfe_families(points: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     return sorted(families, key=lambda family: -len(family[1]))[:4]
 
 
+def nfe_lines(family: pd.DataFrame) -> list[pd.DataFrame]:
+    """Return the points of each checkpoint and sampler of a family of `nfe_families`."""
+    return [own for _, own in family.groupby(["recipe", "images_seen", "_sampler"], sort=True)]
+
+
+def _without_steps(sampler: str) -> str:
+    """Return a record's `sampler` without its number of steps, the one setting in which a family's points differ."""
+    tree = json.loads(sampler)
+    tree["solver"] = {k: v for k, v in tree["solver"].items() if k != "steps"}
+    return json.dumps(tree, sort_keys=True)
+
+
 def against_nfe(part: pd.DataFrame, title: str, most: int = 8) -> Figure:
     """Draw values against the number of network evaluations, one line per checkpoint and solver, at most `most`."""
     figure, axes = figure_and_axes()
     looks = style.looks(part["model"])
     solvers = sorted(set(part["solver"]))
-    lines = sorted(part.groupby(["recipe", "images_seen", "solver"]), key=lambda item: -item[1]["train_flops"].iloc[0])
-    shown = pd.concat([own for _, own in lines[:most]])
+    lines = sorted(nfe_lines(part), key=lambda own: -own["train_flops"].iloc[0])
+    shown = pd.concat(lines[:most])
     ends: list[style.End] = []
-    for (_, _, solver), own in lines[:most]:
+    for own in lines[:most]:
+        solver = own["solver"].iloc[0]
         own = own.sort_values("nfe")
         look = looks[own["model"].iloc[0]]
         dashes = style.DASHES[solvers.index(solver) % len(style.DASHES)]
@@ -69,31 +87,34 @@ def against_nfe(part: pd.DataFrame, title: str, most: int = 8) -> Figure:
 
 
 def heat_map(part: pd.DataFrame, metric: str, title: str) -> Figure:
-    """Draw schedule × resolution at equal compute, or at each cell's end if a cell starts above the common compute."""
-    equal = bool(part["value"].notna().all())
-    column, low, high = ("value", "value_low", "value_high") if equal else ("final_value", "final_low", "final_high")
-    grid = part.pivot(index="schedule", columns="train_resolution", values=column)
+    """Draw schedule × resolution at equal compute. A cell that starts above it says so and has no colour.
+
+    part: one family of `tables.sweep`
+    """
+    grid = part.pivot(index="schedule", columns="train_resolution", values="value")
     grid = grid.loc[grid.mean(axis=1).sort_values().index]
     cells = part.set_index(["schedule", "train_resolution"])
     rows, columns = grid.shape
     longest = max(len(str(name)) for name in grid.index)
     figure, axes = plt.subplots(figsize=(style.WIDTH, 1.75 + 0.5 * rows))
-    logs = np.log(grid.to_numpy(float))
-    scaled = logs - np.nanmin(logs, axis=0)
-    top = max(float(np.nanmax(scaled)), 1e-3)
+    logs = np.log(grid)
+    scaled = (logs - logs.min()).to_numpy(float)
+    top = max(float(np.nanmax(scaled, initial=0.0)), 1e-3)
     axes.imshow(scaled, cmap="Blues", vmin=0, vmax=top * 1.5, aspect="auto")
     for i, schedule in enumerate(grid.index):
         for j, side in enumerate(grid.columns):
-            if not np.isfinite(logs[i, j]):
-                axes.text(j, i, "not run", ha="center", va="center", size=7, color=style.FAINT)
+            if not np.isfinite(scaled[i, j]):
+                text = NO_COMMON_COMPUTE if (schedule, side) in cells.index else "not run"
+                axes.text(j, i, text, ha="center", va="center", size=7, color=style.FAINT)
                 continue
             cell = cells.loc[(schedule, side)]
             dark = scaled[i, j] > 0.8 * top
             best = bool(scaled[i, j] == 0)
             ink: dict[str, Any] = {"ha": "center", "color": "white" if dark else style.INK}
-            axes.text(j, i, number(cell[column]), va="bottom", size=8, weight="bold" if best else "normal", **ink)
-            if np.isfinite(cell[low]):
-                axes.text(j, i, f"[{number(cell[low])}, {number(cell[high])}]", va="top", size=6.5, **ink)
+            axes.text(j, i, number(cell["value"]), va="bottom", size=8, weight="bold" if best else "normal", **ink)
+            if np.isfinite(cell["value_low"]):
+                interval = f"[{number(cell['value_low'])}, {number(cell['value_high'])}]"
+                axes.text(j, i, interval, va="top", size=6.5, **ink)
     axes.set_xticks(range(columns), [f"{side} px" for side in grid.columns])
     axes.set_yticks(range(rows), [style.plain(str(name)) for name in grid.index])
     axes.set_xlabel("training resolution")
@@ -104,12 +125,11 @@ def heat_map(part: pd.DataFrame, metric: str, title: str) -> Figure:
     axes.set_xticks(np.arange(-0.5, columns), minor=True)
     axes.set_yticks(np.arange(-0.5, rows), minor=True)
     axes.grid(which="minor", color="white", linewidth=2)
-    where = (
-        f"all at {flops(part['train_flops'].iloc[0])} training FLOPs"
-        if equal
-        else "each at the end of its own run (unequal compute: some cells start above the compute all have reached)"
+    only = f", {part['family_label'].iloc[0]}" if part["family_label"].iloc[0] else ""
+    text = (
+        f"{title}{only}; all at {flops(part['train_flops'].iloc[0])} training FLOPs, all other settings equal. "
+        "Colour: ratio to the best of its column (bold), white is best. Brackets: 95 % intervals."
     )
-    text = f"{title}; {where}. Colour: ratio to the best of its column (bold), white is best. Brackets: 95 % intervals."
     style.finish(axes, f"Schedule × resolution, {part['model'].iloc[0]}: {metric_name(metric)}", text)
     figure.subplots_adjust(left=min(0.5, 0.03 + 0.0135 * longest), right=0.98)
     return figure

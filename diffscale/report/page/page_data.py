@@ -15,7 +15,7 @@ from diffscale.report.analysis import Analysis
 from diffscale.report.figures.curves import bands
 from diffscale.report.figures.published import matching
 from diffscale.report.figures.style import looks
-from diffscale.report.figures.sweep import nfe_families
+from diffscale.report.figures.sweep import NO_COMMON_COMPUTE, nfe_families, nfe_lines
 from diffscale.report.page.samples import Grids
 from diffscale.report.stats.facets import is_distance, metric_name
 from diffscale.report.stats.findings import flops, number
@@ -112,13 +112,16 @@ def page_data(analysis: Analysis, grids: Grids) -> dict[str, Any]:
         "curves": [_curve(curve, analysis, index) for curve in analysis.curves],
         "sweep": [
             _sweep(facet, model, part, higher[facet])
-            for (facet, model), part in analysis.sweep.groupby(["facet", "model"], sort=True)
+            for (facet, model, *_), part in analysis.sweep.groupby(["facet", "model", "dataset", "family"], sort=True)
         ],
         "nfe": [
             {
                 "title": family_title,
                 "name": metric_name(str(part["metric"].iloc[0])),
-                "points": [index[k] for k in zip(part["facet"], part["recipe"], part["images_seen"], strict=True)],
+                "lines": [
+                    [index[k] for k in zip(own["facet"], own["recipe"], own["images_seen"], strict=True)]
+                    for own in nfe_lines(part)
+                ],
             }
             for family_title, part in nfe_families(points)
         ],
@@ -208,29 +211,30 @@ def _curve(curve: Curve, analysis: Analysis, index: dict) -> dict[str, Any]:
 
 
 def _sweep(facet: object, model: object, part: pd.DataFrame, higher: bool) -> dict[str, Any]:
-    equal = bool(part["value"].notna().all())
-    column, low, high = ("value", "value_low", "value_high") if equal else ("final_value", "final_low", "final_high")
-    grid = part.pivot_table(index="schedule", columns="train_resolution", values=column, sort=True)
+    grid = part.pivot(index="schedule", columns="train_resolution", values="value")
     cells = {(r["schedule"], r["train_resolution"]): r for r in part.to_dict("records")}
-    logs = np.log(grid.to_numpy(float)) if (grid.to_numpy(float)[~grid.isna()] > 0).all() else grid.to_numpy(float)
-    shade = np.nanmax(logs, axis=0) - logs if higher else logs - np.nanmin(logs, axis=0)
-    shade = shade / max(float(np.nanmax(shade)), 1e-6)
+    logs = np.log(grid) if (grid.to_numpy(float)[~grid.isna()] > 0).all() else grid
+    shade = (logs.max() - logs if higher else logs - logs.min()).to_numpy(float)
+    shade = shade / max(float(np.nanmax(shade, initial=0.0)), 1e-6)
 
     def text(key: tuple) -> str | None:
         cell = cells.get(key)
         if cell is None:
             return None
-        interval = f" [{number(cell[low])}, {number(cell[high])}]" if pd.notna(cell[low]) else ""
-        return number(cell[column]) + interval
+        if pd.isna(cell["value"]):
+            return NO_COMMON_COMPUTE
+        known = pd.notna(cell["value_low"])
+        interval = f" [{number(cell['value_low'])}, {number(cell['value_high'])}]" if known else ""
+        return number(cell["value"]) + interval
 
-    where = f"at {flops(part['train_flops'].iloc[0])} training FLOPs" if equal else "each at the end of its own run"
+    name = " · ".join(part for part in (str(model), str(part["family_label"].iloc[0])) if part)
     return {
         "facet": facet,
-        "model": model,
+        "model": name,
         "schedules": list(grid.index),
         "resolutions": [int(s) for s in grid.columns],
         "shade": [[clean(float(v)) for v in row] for row in shade],
-        "where": f"{model} {where}",
+        "where": f"{name} at {flops(part['train_flops'].iloc[0])} training FLOPs, all other settings equal",
         "text": [[text((schedule, side)) for side in grid.columns] for schedule in grid.index],
     }
 

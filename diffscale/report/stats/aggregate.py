@@ -45,6 +45,8 @@ FIRSTS = [
     "solver",
     "nfe",
     "guidance_scale",
+    "sampler",
+    "resize",
     "sampling_flops",
     "settings",
 ]

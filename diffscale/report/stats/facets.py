@@ -40,6 +40,7 @@ FAIR_ENDPOINTS = ("constant", "inverse_sqrt", "decayed")
 
 _PRECISION = re.compile(r'"precision":"\w+"')
 _LENGTH = re.compile(r"optim\.decay_images")
+_OF_A_CELL = ("diffusion.input_scale", "data.resolution")
 _DISTANCE = re.compile(r"fid$|fd_|fid_")
 
 
@@ -113,20 +114,46 @@ def _labels(rows: pd.DataFrame) -> dict[str, str]:
             | {"ema": str(row["ema"]), "endpoint": str(row["endpoint"])}
             for row in group.to_dict("records")
         }
-        keys = sorted(
-            {k for tree in texts.values() for k in tree},
-            key=lambda k: (k != "data.resolution", not k.endswith(".name"), k),
-        )
-        usual = {}
-        for k in keys:
-            value, count = Counter(tree.get(k) for tree in texts.values()).most_common(1)[0]
-            if 2 * count > len(texts):
-                usual[k] = value
-        for recipe, tree in texts.items():
-            parts = [_short(k, tree[k]) for k in keys if k in tree and (k not in usual or usual[k] != tree[k])][:3]
+        for recipe, parts in _set_apart(texts).items():
             labels[recipe] = " · ".join([str(model), *parts])
     repeated = {label for label, n in Counter(labels.values()).items() if n > 1}
     return {recipe: f"{label} ({recipe})" if label in repeated else label for recipe, label in labels.items()}
+
+
+def _set_apart(texts: dict[str, dict[str, str]]) -> dict[str, list[str]]:
+    """Return at most three settings by which each tree differs from what more than half of the trees share."""
+    keys = sorted(
+        {k for tree in texts.values() for k in tree},
+        key=lambda k: (k != "data.resolution", not k.endswith(".name"), k),
+    )
+    usual = {}
+    for k in keys:
+        value, count = Counter(tree.get(k) for tree in texts.values()).most_common(1)[0]
+        if 2 * count > len(texts):
+            usual[k] = value
+    return {
+        name: [_short(k, tree[k]) for k in keys if k in tree and (k not in usual or usual[k] != tree[k])][:3]
+        for name, tree in texts.items()
+    }
+
+
+def families(recipes: pd.DataFrame) -> tuple[list[str], dict[str, str]]:
+    """Return the family of each recipe, and what sets each family apart from the others ("" for a single one).
+
+    A family is a set of recipes that differ in nothing but the noise schedule and the training resolution.
+    """
+    trees = [
+        {
+            k: _plain(v)
+            for k, v in recipe_settings(settings, endpoint).items()
+            if not (k in _OF_A_CELL or k.startswith("diffusion.schedule."))
+        }
+        | {"ema": str(ema)}
+        for settings, endpoint, ema in zip(recipes["settings"], recipes["endpoint"], recipes["ema"], strict=True)
+    ]
+    ids = [identify(**tree)[:8] for tree in trees]
+    apart = _set_apart(dict(zip(ids, trees, strict=True)))
+    return ids, {name: ", ".join(parts) if len(apart) > 1 else "" for name, parts in apart.items()}
 
 
 def _short(key: str, value: str) -> str:

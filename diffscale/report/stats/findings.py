@@ -84,13 +84,15 @@ def _verdicts(table: pd.DataFrame, metric: str) -> Iterator[tuple[str, str]]:
 
 def _schedules(table: pd.DataFrame) -> Iterator[tuple[str, str]]:
     """Yield the best schedule of each backbone and resolution at equal compute, and which ones are separate from it."""
-    for (model, side), part in table.dropna(subset=["value"]).groupby(["model", "train_resolution"], sort=True):
+    columns = ["model", "dataset", "family", "train_resolution"]
+    for (model, _, _, side), part in table.dropna(subset=["value"]).groupby(columns, sort=True):
         if len(part) > 1:
             best = part[part["best_at_resolution"].astype(bool)].iloc[0]
             others = part[~part["best_at_resolution"].astype(bool)]
             worse = others.loc[others["separated_from_best"].astype(bool), "schedule"].tolist()
             close = others.loc[~others["separated_from_best"].astype(bool), "schedule"].tolist()
-            text = f"{model}, {side} px, at {flops(best['train_flops'])} FLOPs: {best['schedule']} "
+            only = f" ({part['family_label'].iloc[0]})" if part["family_label"].iloc[0] else ""
+            text = f"{model}{only}, {side} px, at {flops(best['train_flops'])} FLOPs: {best['schedule']} "
             text += f"{number(best['value'])} {_interval(best['value_low'], best['value_high'])} "
             text += f"beats {', '.join(worse)}" if worse else "is lowest"
             yield "beats" if worse else "open", text + (f"; not separated from {', '.join(close)}." if close else ".")

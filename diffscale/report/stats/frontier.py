@@ -12,6 +12,8 @@ from diffscale.records.schema import higher_is_better
 from diffscale.report.stats.aggregate import transform
 from diffscale.report.stats.facets import CURVE, FAIR_ENDPOINTS
 
+EQUAL_COMPUTE = 0.02
+"""Ratio within which two computes count as equal."""
 SCOPES = {"overall": [], "backbone": ["model"], "resolution": ["train_resolution"]}
 
 
@@ -20,15 +22,36 @@ def fair(points: pd.DataFrame) -> pd.DataFrame:
     return points[points["endpoint"].isin(FAIR_ENDPOINTS) & (points["train_flops"] > 0)]
 
 
-def is_on_frontier(compute: ArrayLike, values: ArrayLike, higher: bool = False) -> np.ndarray:
-    """Return (n,) bool: no cheaper or equally cheap point is as good. Of points equal in both, the first is kept."""
+def is_on_frontier(
+    compute: ArrayLike, values: ArrayLike, higher: bool = False, step: ArrayLike | None = None
+) -> np.ndarray:
+    """Return (n,) bool: no cheaper or equally cheap point is as good. Of points equal in both, the first is kept.
+
+    Computes within EQUAL_COMPUTE of each other, or within one optimisation step, are equally cheap: runs of one budget
+    end at whole steps, and a rounding is no advantage.
+
+    compute: (n,) FLOPs
+    values: (n,)
+    higher: whether a higher value is better
+    step: (n,) FLOPs of one optimisation step of each point; None: exactly equal computes alone are equal
+    """
+    cost = np.asarray(compute, float)
     signed = -np.asarray(values, float) if higher else np.asarray(values, float)
-    order = np.lexsort((signed, np.asarray(compute, float)))
-    ranked = signed[order]
-    previous = np.concatenate([[np.inf], np.minimum.accumulate(ranked)[:-1]])
+    room = np.zeros_like(cost) if step is None else np.fmax(np.asarray(step, float), EQUAL_COMPUTE * cost)
+    order = np.lexsort((cost, signed))  # the best value first, and of equal values the cheapest
     mask = np.zeros(len(signed), dtype=bool)
-    mask[order] = ranked < previous
+    cheapest = np.inf  # of the points that are as good or better
+    for i in order[: np.isfinite(signed).sum()]:  # NaN, at the end, is on no frontier
+        mask[i] = cost[i] < cheapest - room[i]
+        cheapest = min(cheapest, cost[i])
     return mask
+
+
+def on_frontier(points: pd.DataFrame) -> np.ndarray:
+    """Return (n,) bool: the points of one metric that no cheaper or equally cheap one matches."""
+    batch = [settings.get("train.global_batch", 0) for settings in points["settings"]]
+    step = points["flops_per_image"].to_numpy(float) * np.asarray(batch, float)
+    return is_on_frontier(points["train_flops"], points["value"], higher_is_better(points["metric"].iloc[0]), step)
 
 
 def pareto(points: pd.DataFrame) -> pd.DataFrame:
@@ -36,7 +59,7 @@ def pareto(points: pd.DataFrame) -> pd.DataFrame:
     parts = []
     for scope, by in SCOPES.items():
         for key, part in fair(points).groupby(["facet", *by], sort=True):
-            on = is_on_frontier(part["train_flops"], part["value"], higher_is_better(part["metric"].iloc[0]))
+            on = on_frontier(part)
             where = str(key[1]) if by else ""
             parts.append(part[on].assign(scope=scope, scope_value=where).sort_values("train_flops"))
     if not parts:
@@ -80,8 +103,7 @@ def curves(points: pd.DataFrame) -> list[Curve]:
     for _, part in fair(points).groupby(CURVE, sort=True):
         recipes = part["recipe"].nunique()
         if recipes > 1:
-            higher = higher_is_better(part["metric"].iloc[0])
-            part = part[is_on_frontier(part["train_flops"], part["value"], higher)]
+            part = part[on_frontier(part)]
         part, first = part.sort_values("train_flops"), part.iloc[0]
         facet, model, resolution, dataset = (first[name] for name in CURVE)
         found.append(Curve(facet, model, resolution, dataset, part, recipes))
@@ -99,7 +121,7 @@ class Reading:
     interpolated: bool
 
 
-def read_at(points: pd.DataFrame, compute: float, tolerance: float = 0.02) -> Reading | None:
+def read_at(points: pd.DataFrame, compute: float, tolerance: float = EQUAL_COMPUTE) -> Reading | None:
     """Return the value at `compute` FLOPs: a point within `tolerance` (a ratio), or an interpolation; None outside.
 
     Interpolation is linear in log compute on the scale of `transform`. It takes the wider (in ratio) of the

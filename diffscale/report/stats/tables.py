@@ -9,13 +9,15 @@ import numpy as np
 import pandas as pd
 
 from diffscale.records.schema import higher_is_better
-from diffscale.report.stats.facets import CURVE, schedule_labels
+from diffscale.report.stats.facets import CURVE, families, schedule_labels
 from diffscale.report.stats.frontier import fair, first_reach, read_at
 
 SWEEP_COLUMNS = [
     "facet",
     "model",
     "dataset",
+    "family",
+    "family_label",
     "schedule",
     "train_resolution",
     "train_flops",
@@ -64,11 +66,11 @@ def every_evaluation(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def sweep(points: pd.DataFrame) -> pd.DataFrame:
-    """Return schedule × resolution for each backbone with more than one of either, in each facet.
+    """Return schedule × resolution for each family of recipes with more than one of either, in each facet.
 
-    `value` is read at `train_flops`, the largest compute that every cell of the table reached, so a 64-pixel and a
-    16-pixel cell are compared at equal cost. It is empty if a cell starts above that compute. `final_*` is the end of
-    each cell. The recipe with the best end represents a schedule that has several (learning rates, widths).
+    The cells of a family differ in schedule and resolution alone. `value` is read at `train_flops`, the largest compute
+    that every cell of the family reached, so a 64-pixel and a 16-pixel cell are compared at equal cost. It is empty if
+    a cell starts above that compute. `final_*` is the end of each cell.
     """
     points = fair(points)
     if points.empty:
@@ -78,17 +80,24 @@ def sweep(points: pd.DataFrame) -> pd.DataFrame:
     points = points.assign(_schedule=points["recipe"].map(labels))
     rows: list[dict[str, object]] = []
     for (facet, model, dataset), part in points.groupby(["facet", "model", "dataset"], sort=True):
-        if part["_schedule"].nunique() > 1 or part["train_resolution"].nunique() > 1:
-            rows += _sweep_table({"facet": facet, "model": model, "dataset": dataset}, part)
+        own = part.drop_duplicates("recipe")
+        ids, names = families(own)
+        family_of = dict(zip(own["recipe"], ids, strict=True))
+        tables = {}
+        for family, cells in part.groupby(part["recipe"].map(family_of), sort=True):
+            if cells["_schedule"].nunique() > 1 or cells["train_resolution"].nunique() > 1:
+                tables[str(family)] = cells
+        for family, cells in tables.items():
+            identity = {"facet": facet, "model": model, "dataset": dataset, "family": family}
+            rows += _sweep_table(identity | {"family_label": names[family] if len(tables) > 1 else ""}, cells)
     return pd.DataFrame(rows, columns=SWEEP_COLUMNS)
 
 
 def _sweep_table(identity: dict[str, object], part: pd.DataFrame) -> list[dict[str, object]]:
     higher = higher_is_better(part["metric"].iloc[0])
-    cells = {}
-    for key, cell in part.groupby(["_schedule", "train_resolution"], sort=True):
-        ends = cell.sort_values("train_flops").groupby("recipe").tail(1).sort_values("value", ascending=not higher)
-        cells[key] = cell[cell["recipe"] == ends["recipe"].iloc[0]].sort_values("train_flops")
+    cells = {
+        key: cell.sort_values("train_flops") for key, cell in part.groupby(["_schedule", "train_resolution"], sort=True)
+    }
     common = min(cell["train_flops"].iloc[-1] for cell in cells.values())
     rows = []
     for (schedule, resolution), cell in cells.items():
