@@ -180,7 +180,7 @@ class Learner:
         u, noise, label, keep = self.draw_noise(positions, images.shape[1:], batch.labels[part].to(device))
         noise = self.numerics.order(noise)
         torch.manual_seed(_generator_seed(self.experiment.train.seed, int(batch.positions[part][0])))
-        with self.numerics.autocast(device):
+        with self.numerics.autocast(device, self.sharded):
             terms = training_loss(
                 self.diffusion, self.model, images, u=u, noise=noise, label=label, self_cond_keep=keep, **more
             )

@@ -90,12 +90,17 @@ class Numerics:
         }
         storage.write_bytes(storage.join(run_folder, FILE), json.dumps(content).encode())
 
-    def autocast(self, device: torch.device | str) -> AbstractContextManager[Any]:
-        """Return the context of a forward pass on a device."""
+    def autocast(self, device: torch.device | str, sharded: bool = False) -> AbstractContextManager[Any]:
+        """Return the context of a forward pass on a device.
+
+        sharded: the weights are FSDP2's. They are gathered anew for each pass, and a second pass that takes autocast's
+            cached casts of the first one, as with self-conditioning, sends its gradients past FSDP2: they arrive a step
+            late or never. So nothing is cached.
+        """
         if self.precision in ("fp32", "tf32"):
             return nullcontext()
         low = torch.bfloat16 if self.precision == "bf16" else torch.float16
-        return torch.autocast(torch.device(device).type, dtype=low)
+        return torch.autocast(torch.device(device).type, dtype=low, cache_enabled=not sharded)
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Set up a model, in place, to compute with these choices, and return it.
