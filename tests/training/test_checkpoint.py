@@ -193,6 +193,17 @@ def test_slices_of_any_world_size_are_one_tensor(tmp_path: Path) -> None:
         assert torch.equal(found["b"], whole["b"])
 
 
+def test_the_same_tensors_in_another_order_are_the_same_file(tmp_path: Path) -> None:
+    """Restored optimizer state is in the order of its file: a resumed run's last checkpoint had other bytes."""
+    from diffscale.training.checkpoint.state import Slice
+
+    tensors = {"b": torch.ones(2), "a": torch.zeros(2)}
+    for name, of in (("one", tensors), ("other", dict(reversed(tensors.items())))):
+        write_group(str(tmp_path / name), "state", of, dict.fromkeys(of, Slice(0, 4)), 0, 2)
+    one, other = (next((tmp_path / name).iterdir()).read_bytes() for name in ("one", "other"))
+    assert one == other
+
+
 def test_a_rank_reads_its_rows_of_a_remote_file_and_no_others(tmp_path: Path, bucket: str) -> None:
     from diffscale.training.checkpoint import tensors as tensor_files
 

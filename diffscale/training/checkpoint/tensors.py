@@ -59,7 +59,7 @@ def write_group(
             return {}
     name = f"{group}.safetensors" if size == 1 else f"{group}.{rank:05d}-of-{size:05d}.safetensors"
     kept = {n: t for n, t in tensors.items() if rank == 0 or slices.get(n)}
-    places = {n: list(s) for n in kept if (s := slices.get(n)) is not None}
+    places = {n: list(s) for n in sorted(kept) if (s := slices.get(n)) is not None}  # equal states are equal files
     return {name: _write(storage.join(folder, name), kept, {SLICES: json.dumps(places)})}
 
 
