@@ -26,7 +26,7 @@ RANKS = [
     {"evaluation"},
     {"preflight"},
     {"training"},
-    {"sweep"},
+    {"sweep", "preference"},
     {"commands"},
     {"benchmarks"},
 ]

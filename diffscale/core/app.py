@@ -29,6 +29,7 @@ COMMANDS = {
     "evaluate": "Evaluate a run, a checkpoint or a folder of images.",
     "ema": "Make weights with another EMA width after training.",
     "runs": "List the runs of a storage: how far they are and their best values.",
+    "compare": "Let people choose between the pictures of runs, blind, on a web page.",
     "report": "Make tables, fits, plots and one page from records.",
     "doctor": "Check every node of the cluster before a long run.",
     "submit": "Run a command as a job of a Ray cluster.",

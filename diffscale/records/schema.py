@@ -104,7 +104,17 @@ GROUP = [
 ]
 """Values are comparable only where all of these columns agree (CONTRIBUTING.md, decision 1)."""
 
-HIGHER_IS_BETTER = ("is", "inception_score", "isc", "precision", "recall", "f_score", "density", "coverage")
+HIGHER_IS_BETTER = (
+    "is",
+    "inception_score",
+    "isc",
+    "precision",
+    "recall",
+    "f_score",
+    "density",
+    "coverage",
+    "preference",
+)
 """Kinds of metrics of which a larger value is better; of distances, losses and memorisation a smaller one is."""
 
 _HIGHER = re.compile(f"({'|'.join(HIGHER_IS_BETTER)})(_|$)")

@@ -12,9 +12,10 @@ from diffscale.records.store import Record
 from diffscale.report.stats import tables
 from diffscale.report.stats.aggregate import aggregate
 from diffscale.report.stats.facets import comparable, facet_table, to_rows
-from diffscale.report.stats.findings import findings
+from diffscale.report.stats.findings import findings, of_people
 from diffscale.report.stats.frontier import Curve, curves, pareto
 from diffscale.report.stats.power_law import Fit
+from diffscale.report.stats.preference import agreement, with_metrics
 from diffscale.report.stats.scaling import scaling
 from diffscale.report.stats.verdicts import verdicts
 
@@ -34,6 +35,8 @@ class Analysis:
     verdicts: pd.DataFrame  # every pair of backbones
     sweep: pd.DataFrame  # schedule by resolution
     cost: pd.DataFrame  # what reaching a value cost
+    preference: pd.DataFrame  # people's preference next to other metrics of the same checkpoints
+    agreement: pd.DataFrame  # how well their orders agree
     findings: list[dict[str, str]]  # sentences: facet, kind, text
 
 
@@ -52,6 +55,8 @@ def analyse(records: Iterable[Record]) -> Analysis:
     all_curves = curves(points)
     table, fits = scaling(all_curves)
     facets, verdict_table, sweep = facet_table(rows), verdicts(all_curves), tables.sweep(points)
+    joined = with_metrics(rows)
+    orders = agreement(joined)
     return Analysis(
         every=every,
         rows=rows,
@@ -64,5 +69,7 @@ def analyse(records: Iterable[Record]) -> Analysis:
         verdicts=verdict_table,
         sweep=sweep,
         cost=tables.cost(points),
-        findings=findings(facets, points, verdict_table, table, sweep),
+        preference=joined,
+        agreement=orders,
+        findings=findings(facets, points, verdict_table, table, sweep) + of_people(orders),
     )

@@ -46,7 +46,7 @@ def test_equally_cheap_points_are_compared_by_value_alone(points: list[tuple[int
 
 
 def test_a_rounding_of_steps_puts_no_point_on_the_frontier() -> None:
-    """`cifar10-gpu`: the UNet's 153.9 at 1.249e14 FLOPs beside DiT's 113 at 1.253e14."""
+    """`cifar10-gpu`: the UNet's 153.9 at 1.249e14 FLOPs next to DiT's 113 at 1.253e14."""
     mask = is_on_frontier([1.249e14, 1.253e14, 6.3e13], [153.9, 113.0, 156.0], step=[6.4e10] * 3)
     assert mask.tolist() == [False, True, True]
 

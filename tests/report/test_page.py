@@ -11,8 +11,8 @@ import pytest
 from diffscale.records.store import write_record
 from diffscale.report import write_report
 from diffscale.report.page.page import to_json
+from tests.support.chromium_page import CHROMIUM, Page
 
-from .chromium_page import CHROMIUM, Page
 from .records import make_record
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (apt-get install chromium)")

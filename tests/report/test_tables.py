@@ -43,7 +43,7 @@ def test_a_cell_that_starts_above_the_common_compute_has_no_value_there() -> Non
 
 
 def test_cells_of_one_table_differ_in_schedule_and_resolution_alone() -> None:
-    """The quickstart's UNet of 24 channels and its sweep's of 16 stood in one table: 638 beside 849."""
+    """The quickstart's UNet of 24 channels and its sweep's of 16 stood in one table: 638 next to 849."""
     narrow, wide = ({"model.model_channels": width} for width in (16, 24))
     records = [r for name in ("cosine", "sigmoid") for r in cell(name, 32, [1024, 2048], settings=narrow)]
     records += cell("cosine", 32, [4096, 8192], settings=wide)

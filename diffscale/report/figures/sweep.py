@@ -48,7 +48,7 @@ def nfe_lines(family: pd.DataFrame) -> list[pd.DataFrame]:
 def _without_steps(sampler: str) -> str:
     """Return a record's `sampler` without its number of steps, the one setting in which a family's points differ."""
     tree = json.loads(sampler)
-    tree["solver"] = {k: v for k, v in tree["solver"].items() if k != "steps"}
+    tree["solver"] = {k: v for k, v in tree.get("solver", {}).items() if k != "steps"}
     return json.dumps(tree, sort_keys=True)
 
 

@@ -35,6 +35,21 @@ def findings(
     return found[:MOST]
 
 
+def of_people(agreement: pd.DataFrame) -> list[dict[str, str]]:
+    """Return [{facet, kind, text}]: how far the order of each distance is that of people."""
+    found = []
+    for row in agreement.to_dict("records"):
+        if is_distance(row["metric"]):
+            raters = "1 rater" if row["raters"] == 1 else f"{row['raters']} raters"
+            text = (
+                f"People's order of {row['checkpoints']} checkpoints ({row['votes']} votes of {raters}) and that by "
+                f"{metric_name(row['metric'])}: Kendall's tau {row['tau']:.2f} "
+                f"[{row['tau_low']:.2f}, {row['tau_high']:.2f}]."
+            )
+            found.append({"facet": row["facet"], "kind": "preference", "text": text})
+    return found
+
+
 def number(value: float) -> str:
     return f"{value:.3g}" if abs(value) < 999.5 else f"{value:,.0f}"
 

@@ -1,0 +1,1 @@
+"""What people prefer: blind pairs on a web page, durable votes, and strengths with intervals."""
