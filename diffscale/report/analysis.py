@@ -12,8 +12,9 @@ from diffscale.records.store import Record
 from diffscale.report.stats import tables
 from diffscale.report.stats.aggregate import aggregate
 from diffscale.report.stats.facets import comparable, facet_table, to_rows
-from diffscale.report.stats.findings import findings, of_people
+from diffscale.report.stats.findings import findings, of_losses, of_people
 from diffscale.report.stats.frontier import Curve, curves, pareto
+from diffscale.report.stats.isoflop import IsoFlop, isoflop
 from diffscale.report.stats.power_law import Fit
 from diffscale.report.stats.preference import agreement, with_metrics
 from diffscale.report.stats.scaling import scaling
@@ -35,6 +36,8 @@ class Analysis:
     verdicts: pd.DataFrame  # every pair of backbones
     sweep: pd.DataFrame  # schedule by resolution
     cost: pd.DataFrame  # what reaching a value cost
+    isoflop: pd.DataFrame  # laws of validation loss over sizes and budgets
+    isoflop_laws: dict[tuple, IsoFlop]  # by LOSS_GROUP
     preference: pd.DataFrame  # people's preference next to other metrics of the same checkpoints
     agreement: pd.DataFrame  # how well their orders agree
     findings: list[dict[str, str]]  # sentences: facet, kind, text
@@ -57,6 +60,7 @@ def analyse(records: Iterable[Record]) -> Analysis:
     facets, verdict_table, sweep = facet_table(rows), verdicts(all_curves), tables.sweep(points)
     joined = with_metrics(rows)
     orders = agreement(joined)
+    loss_laws, laws = isoflop(rows)
     return Analysis(
         every=every,
         rows=rows,
@@ -69,7 +73,9 @@ def analyse(records: Iterable[Record]) -> Analysis:
         verdicts=verdict_table,
         sweep=sweep,
         cost=tables.cost(points),
+        isoflop=loss_laws,
+        isoflop_laws=laws,
         preference=joined,
         agreement=orders,
-        findings=findings(facets, points, verdict_table, table, sweep) + of_people(orders),
+        findings=findings(facets, points, verdict_table, table, sweep) + of_losses(loss_laws, laws) + of_people(orders),
     )

@@ -71,6 +71,8 @@ def write_csvs(analysis: Analysis, out: Path) -> list[Path]:
         "sweep": _described(analysis.sweep, analysis.facets),
         "cost": _described(analysis.cost, analysis.facets),
     }
+    if len(analysis.isoflop):
+        files |= {"isoflop": analysis.isoflop}
     if len(analysis.preference):
         files |= {"preference": analysis.preference, "agreement": analysis.agreement}
     out.mkdir(parents=True, exist_ok=True)

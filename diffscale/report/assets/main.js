@@ -1,6 +1,6 @@
 // Starts the page: fills the selects, draws the main group, and says when it is ready (tests wait for that).
 function drawFacet() {
-  const own = DATA.findings.filter((finding) => finding.facet === state.facet);
+  const own = DATA.findings.filter((finding) => finding.facet === state.facet || finding.facet === "");
   const lines = own.length ? own : [{ kind: "open", text: "Nothing to say of this group: fewer than two evaluations of a distance." }];
   replace("findings", ...lines.map((finding) => element("li", { class: finding.kind }, finding.text)));
   drawCompute();

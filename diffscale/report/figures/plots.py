@@ -13,10 +13,12 @@ from matplotlib.figure import Figure
 from diffscale.report.analysis import Analysis
 from diffscale.report.figures import style
 from diffscale.report.figures.curves import against_compute, against_wall_clock, scaling_figure
+from diffscale.report.figures.isoflop import isoflop_figure
 from diffscale.report.figures.recipes import at_equal_compute, recipe_figure
 from diffscale.report.figures.sweep import against_nfe, heat_map, nfe_families
 from diffscale.report.stats.facets import is_distance
 from diffscale.report.stats.frontier import fair
+from diffscale.report.stats.isoflop import LOSS_GROUP, ends_with_loss
 
 MOST_FACETS = 12
 """Largest number of facets with figures, the main one first; tables and the page have all of them."""
@@ -40,7 +42,7 @@ def write_plots(analysis: Analysis, out: Path) -> list[Path]:
 
 def figures(analysis: Analysis) -> Iterator[tuple[str, Figure]]:
     """Yield (name, figure) for every figure that the records allow; call it within style.style()."""
-    main = True
+    main, seen = True, dict[str, int]()
     for facet in islice(analysis.facets.to_dict("records"), MOST_FACETS):
         key, title = facet["facet"], facet["title"]
         points = fair(analysis.points[analysis.points["facet"] == key])
@@ -66,6 +68,11 @@ def figures(analysis: Analysis) -> Iterator[tuple[str, Figure]]:
             for number, (_, part) in enumerate(parts.groupby(["dataset", "family"], sort=True)):
                 name = f"schedule_by_resolution-{_file(str(model))}{f'-{number + 1}' if number else ''}{suffix}"
                 yield name, heat_map(part, facet["metric"], title)
+    ends = ends_with_loss(analysis.rows)
+    for group, law in analysis.isoflop_laws.items():
+        own = ends[(ends[LOSS_GROUP] == list(group)).all(axis=1)]
+        seen[group[0]] = seen.get(group[0], 0) + 1
+        yield f"isoflop-{_file(group[0])}{f'-{seen[group[0]]}' if seen[group[0]] > 1 else ''}", isoflop_figure(own, law)
     for number, (title, part) in enumerate(nfe_families(analysis.points)):
         yield f"fid_vs_nfe{f'-{number + 1}' if number else ''}", against_nfe(part, title)
 

@@ -9,6 +9,7 @@ import pandas as pd
 from diffscale.records.schema import higher_is_better
 from diffscale.report.stats.facets import is_distance, metric_name
 from diffscale.report.stats.frontier import fair
+from diffscale.report.stats.isoflop import IsoFlop
 
 MOST = 60
 """Largest number of sentences; the tables have the rest."""
@@ -33,6 +34,23 @@ def findings(
         ]
         found += [{"facet": facet, "kind": kind, "text": text} for kind, text in sentences]
     return found[:MOST]
+
+
+def of_losses(table: pd.DataFrame, laws: dict[tuple, IsoFlop]) -> list[dict[str, str]]:
+    """Return [{facet, kind, text}]: the best size and loss of each backbone at four times its largest budget."""
+    found = []
+    for row, law in zip(table.to_dict("records"), laws.values(), strict=True):
+        compute = 4 * row["largest_flops"]
+        size, loss = law.size([compute])[:, 0], law.loss([compute])[:, 0]
+        text = (
+            f"{row['model']} at {row['train_resolution']} px, validation loss over sizes and {row['budgets']} budgets: "
+            f"with {flops(compute)} FLOPs the best size is {flops(size[0])} parameters [{flops(size[1])}, "
+            f"{flops(size[2])}] and the loss {loss[0]:.3g} [{loss[1]:.3g}, {loss[2]:.3g}]."
+        )
+        if pd.notna(row["heldout_error_percent"]):
+            text += f" The largest budget, predicted from the others, was off by {row['heldout_error_percent']:+.1f} %."
+        found.append({"facet": "", "kind": "isoflop", "text": text})
+    return found
 
 
 def of_people(agreement: pd.DataFrame) -> list[dict[str, str]]:
