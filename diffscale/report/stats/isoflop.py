@@ -229,15 +229,10 @@ def seed_spread(ends: pd.DataFrame) -> tuple[float, int]:
 def fit_ends(ends: pd.DataFrame) -> IsoFlop | None:
     """Fit the law to the ends of one LOSS_GROUP."""
     spread, freedom = seed_spread(ends)
-    columns = {name: ends[name].to_numpy(float) for name in ("parameters", "train_flops", "val_loss", "flops_per_image")}
-    return fit_isoflop(
-        columns["parameters"],
-        columns["train_flops"],
-        columns["val_loss"],
-        columns["flops_per_image"],
-        spread,
-        freedom,
+    numbers, compute, loss, per_image = (
+        ends[name].to_numpy(float) for name in ("parameters", "train_flops", "val_loss", "flops_per_image")
     )
+    return fit_isoflop(numbers, compute, loss, per_image, spread, freedom)
 
 
 def isoflop(rows: pd.DataFrame) -> tuple[pd.DataFrame, dict[tuple, IsoFlop]]:
