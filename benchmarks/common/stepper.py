@@ -21,6 +21,7 @@ class Automatic:
     channels_last: bool | Literal["auto"] = "auto"
     compile: bool | Literal["auto"] = "auto"
     winograd: bool | Literal["auto"] = "auto"
+    exact: bool = True
 
 
 class Stepper:

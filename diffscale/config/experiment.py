@@ -110,7 +110,9 @@ class CheckpointSettings(Section):
 class TrainSettings(Section):
     seed: int = Field(0, ge=0)
     global_batch: int = Field(64, ge=1, description="images per optimisation step over all workers")
-    micro_batch: int | None = Field(None, ge=1, description="images per pass on one worker; null: all at once")
+    micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
+        None, description="images per pass on one worker; null: all at once; auto: as many as fit the GPU"
+    )
     images: int | None = Field(None, gt=0, description="budget in images")
     flops: float | None = Field(None, gt=0, description="budget in training FLOPs")
     device_seconds: float | None = Field(None, gt=0, description="budget in seconds times devices")
@@ -120,7 +122,12 @@ class TrainSettings(Section):
     precision: Literal["auto", "bf16", "fp16", "tf32", "fp32"] = Field(
         "auto", description="of matrix products; auto: bf16 if the device has instructions for it, else fp32"
     )
-    compile: bool | Literal["auto"] = Field("auto", description="torch.compile; auto: large networks on a GPU")
+    compile: bool | Literal["auto"] = Field(
+        "auto", description="torch.compile of each block; auto: large networks on a GPU"
+    )
+    exact: bool = Field(
+        True, description="on a GPU the same steps give the same weights to the bit; false: the fastest algorithms"
+    )
     channels_last: bool | Literal["auto"] = Field("auto", description="memory format; auto: networks of convolutions")
     winograd: bool | Literal["auto"] = Field(
         "auto", description="3 x 3 convolutions by Winograd's algorithm on a CPU; auto: if channels_last is auto too"
@@ -163,7 +170,9 @@ class EvalSettings(Section):
     guidance_interval: tuple[float, float] | None = Field(None, description="logsnr between which to guide")
     ema: str = Field("halflife", description="weights to sample from: none, halflife, or a power width such as 0.05")
     seed: int = Field(0, ge=0, description="seed of the samples")
-    batch: int = Field(64, ge=1, description="images generated at a time")
+    batch: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto", description="images generated at a time; auto: 64, on a GPU as many as fit its memory"
+    )
     workers: Literal["auto", "training", "own"] = Field("auto", description="who evaluates during training")
     grid_images: int = Field(64, ge=0, description="images in the sample grid of each evaluation")
 
@@ -187,7 +196,7 @@ class Experiment(Section):
             raise ValueError("train.images, train.flops or train.device_seconds must say when the run ends")
         if (optim.schedule == "cosine" or optim.decay_images) and train.images is None:
             raise ValueError("optim.schedule=cosine and optim.decay_images need train.images: the length sets the rate")
-        if train.micro_batch is not None and train.micro_batch > train.global_batch:
+        if isinstance(train.micro_batch, int) and train.micro_batch > train.global_batch:
             raise ValueError(f"train.micro_batch is at most train.global_batch ({train.global_batch})")
         if train.ema.halflife_images is not None and train.ema.halflife_fraction is not None:
             raise ValueError("set one of train.ema.halflife_images and train.ema.halflife_fraction, the other to null")
@@ -220,6 +229,8 @@ class Experiment(Section):
         train = {k: s["train"][k] for k in keys}
         if self.train.winograd is True:
             train["winograd"] = True
+        if not self.train.exact:
+            train["exact"] = False
         if self.optim.schedule == "cosine" or self.optim.decay_images:
             train["images"] = s["train"]["images"]
         return {"data": data, "model": s["model"], "diffusion": s["diffusion"], "optim": s["optim"], "train": train}

@@ -5,7 +5,7 @@ its denoiser D(z, logsnr), `sample` draws images with `SOLVERS[name](...)`.
 """
 
 from diffscale.diffusion.beta_schedules import alpha_bars, cosine_betas, linear_betas
-from diffscale.diffusion.denoiser import Guidance, denoise
+from diffscale.diffusion.denoiser import CapturedDenoiser, Guidance, denoise
 from diffscale.diffusion.forward_process import add_noise, measured_logsnr, mix, q_sample, q_sample_step
 from diffscale.diffusion.interpolants import INTERPOLANTS
 from diffscale.diffusion.loss import LossTerms, multiscale_error, training_loss
@@ -22,6 +22,7 @@ __all__ = [
     "SCHEDULES",
     "SOLVERS",
     "WEIGHTINGS",
+    "CapturedDenoiser",
     "Diffusion",
     "Evaluation",
     "Guidance",

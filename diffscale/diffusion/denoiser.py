@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +13,12 @@ from torch import Tensor, nn
 from diffscale.diffusion.interpolants import per_image
 from diffscale.diffusion.predictions import to_x0
 from diffscale.diffusion.process import Diffusion
+from diffscale.kernels.cuda_graph import Record, Recorded
+
+log = logging.getLogger(__name__)
+
+Estimate = Callable[..., tuple[Tensor, Tensor | None]]
+"""`denoise`, or what computes the same from the same arguments."""
 
 
 def denoise(
@@ -34,6 +42,57 @@ def denoise(
     out, state = model(x_in, logsnr, label, state, **extra)
     alpha_b, sigma_b = per_image(alpha, z), per_image(sigma, z)
     return to_x0(diffusion.prediction, z, out.float(), alpha_b, sigma_b, diffusion.scaled_sigma_data), state
+
+
+class CapturedDenoiser:
+    """`denoise` on a GPU as CUDA graphs, one for each network and shape of its inputs.
+
+    A sampler calls one network with one shape many times, and for a small network the launches take longer than the
+    work. Without a GPU, with further keyword arguments, or where a graph cannot be recorded, it is `denoise` itself.
+    """
+
+    def __init__(self, record: Record | None = None) -> None:
+        """record: of kernels/cuda_graph.py, for a device other than a GPU"""
+        self.record = record
+        self.graphs: dict[Any, Recorded] = {}
+        self.failed = False
+
+    def __call__(
+        self,
+        diffusion: Diffusion,
+        model: nn.Module,
+        z: Tensor,
+        logsnr: Tensor,
+        label: Tensor | None = None,
+        state: Tensor | None = None,
+        **extra: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Arguments and result of `denoise`."""
+        if self.failed or extra or (self.record is None and z.device.type != "cuda"):
+            return denoise(diffusion, model, z, logsnr, label, state, **extra)
+        missing = label is None, state is None
+        inputs = [t for t in (z, logsnr, label, state) if t is not None]
+        weights = next(model.parameters()).data_ptr()  # they move with a model that goes to the CPU and back
+        shapes = tuple((t.shape, t.stride(), t.dtype) for t in inputs)
+        key = (id(model), weights, diffusion, missing, shapes)
+        if key not in self.graphs:
+
+            def run(z: Tensor, logsnr: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor | None]:
+                left = iter(rest)
+                return denoise(diffusion, model, z, logsnr, *(None if without else next(left) for without in missing))
+
+            try:
+                self.graphs[key] = Recorded(run, inputs, self.record)
+            except RuntimeError as error:
+                log.warning("sampling goes on without CUDA graphs: %s", str(error).partition("\n")[0])
+                self.failed = True
+                return denoise(diffusion, model, z, logsnr, label, state)
+        x, carried = self.graphs[key](*inputs)
+        assert x is not None
+        return x, carried
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"graphs": {}}
 
 
 @dataclass(frozen=True)
@@ -60,26 +119,59 @@ class Guidance:
 
 
 class GuidedDenoiser:
-    """`denoise` with guidance for the steps of one sampling run; it keeps the networks' states between its calls."""
+    """`denoise` with guidance for the steps of one sampling run; it keeps the networks' states between its calls.
+
+    estimate: `denoise`, or a `CapturedDenoiser`
+    together: whether classifier-free guidance evaluates the network once on twice the batch instead of twice. By
+        default on a GPU, where one large pass takes less time than two small ones.
+    """
 
     def __init__(
-        self, diffusion: Diffusion, model: nn.Module, label: Tensor | None, guidance: Guidance, extra: dict[str, Any]
+        self,
+        diffusion: Diffusion,
+        model: nn.Module,
+        label: Tensor | None,
+        guidance: Guidance,
+        extra: dict[str, Any],
+        estimate: Estimate = denoise,
+        together: bool | None = None,
     ) -> None:
         if guidance.scale != 1 and guidance.model is None and label is None:
             raise ValueError(f"guidance scale = {guidance.scale}: classifier-free guidance needs labels")
         self.diffusion, self.model, self.label, self.guidance = diffusion, model, label, guidance
-        self.extra = extra
+        self.extra, self.estimate, self.together = extra, estimate, together
         self.state: Tensor | None = None
         self.guide_state: Tensor | None = None
 
     def __call__(self, z: Tensor, logsnr: float) -> Tensor:
         """z (B, C, H, W) → x̂ (B, C, H, W)."""
         levels = torch.full((len(z),), logsnr, dtype=torch.float32, device=z.device)
-        x, self.state = denoise(self.diffusion, self.model, z, levels, self.label, self.state, **self.extra)
-        if not self.guidance.active(logsnr):
+        active = self.guidance.active(logsnr)
+        if active and self._in_one_pass(z):
+            return self._together(z, levels)
+        x, self.state = self.estimate(self.diffusion, self.model, z, levels, self.label, self.state, **self.extra)
+        if not active:
             return x
         guide, label = self.guidance.model, self.label
         if guide is None:
             guide, label = self.model, None
-        other, self.guide_state = denoise(self.diffusion, guide, z, levels, label, self.guide_state, **self.extra)
+        other, self.guide_state = self.estimate(self.diffusion, guide, z, levels, label, self.guide_state, **self.extra)
+        return torch.lerp(other, x, self.guidance.scale)
+
+    def _in_one_pass(self, z: Tensor) -> bool:
+        wanted = z.device.type == "cuda" if self.together is None else self.together
+        both_or_neither = (self.state is None) == (self.guide_state is None)
+        return wanted and both_or_neither and self.guidance.model is None and not self.extra
+
+    def _together(self, z: Tensor, levels: Tensor) -> Tensor:
+        assert self.label is not None
+        none = torch.full_like(self.label, self.model.num_classes)  # type: ignore[arg-type]  # of a conditional Backbone
+        state = None
+        if self.state is not None and self.guide_state is not None:
+            state = torch.cat([self.state, self.guide_state])
+        twice = torch.cat([z, z]), torch.cat([levels, levels]), torch.cat([self.label, none])
+        both, state = self.estimate(self.diffusion, self.model, *twice, state)
+        if state is not None:
+            self.state, self.guide_state = state.chunk(2)
+        x, other = both.chunk(2)
         return torch.lerp(other, x, self.guidance.scale)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from diffscale.core.keyed_random import Stream, at_step, normal
-from diffscale.diffusion.denoiser import Guidance, GuidedDenoiser
+from diffscale.diffusion.denoiser import Estimate, Guidance, GuidedDenoiser
+from diffscale.diffusion.denoiser import denoise as denoise_eagerly
 from diffscale.diffusion.multistep import DPMpp2M, DPMpp2MSDE, UniPC
 from diffscale.diffusion.process import Diffusion
 from diffscale.diffusion.solver_settings import SolverSettings
@@ -49,13 +50,15 @@ def sample(
     guidance: Guidance | None = None,
     noise_fn: Callable[[int], Tensor] | None = None,
     callback: Callable[[Evaluation], None] | None = None,
+    estimate: Estimate = denoise_eagerly,
     **extra: Any,
 ) -> Tensor:
     """Images (B, C, H, W) float32 in [−1, 1] from unit normal noise of that shape; beyond that range if clip is none.
 
     label (B,) int64 or None; noise_fn(step) gives unit normal noise (B, C, H, W) to solvers that add some
-    (`keyed_noise`); extra: further keyword arguments of the model. The path depends on the estimates x̂ alone, so it is
-    the same for every prediction and interpolant of one denoiser.
+    (`keyed_noise`); estimate: `denoise`, or a `CapturedDenoiser` that outlives the call; extra: further keyword
+    arguments of the model. The path depends on the estimates x̂ alone, so it is the same for every prediction and
+    interpolant of one denoiser.
 
     Raises ValueError for a stochastic solver without noise_fn, and for an eps network from a level at which x̂ is lost
     to rounding.
@@ -69,7 +72,7 @@ def sample(
             f"{math.exp(-levels[0] / 2):.0f}; use clip = static or dynamic, or begin at logsnr "
             f"{SMALLEST_LOGSNR_FOR_EPS} or more (grid = karras with sigma_max up to 403)"
         )
-    guided = GuidedDenoiser(diffusion, model, label, guidance or Guidance(), extra)
+    guided = GuidedDenoiser(diffusion, model, label, guidance or Guidance(), extra, estimate)
     low, high = diffusion.clip_bounds()
     index = 0
 

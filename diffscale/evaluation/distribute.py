@@ -76,7 +76,7 @@ class Featuriser:
             out = self._extractors[v.network, v.resize](upsample(images, v.resolution))
             columns |= {v.column(name): out[name].numpy() for name in v.outputs}
         if keep_images:
-            columns[IMAGES] = images.contiguous().flatten(1).numpy()
+            columns[IMAGES] = images.contiguous().flatten(1).cpu().numpy()
         return columns
 
 

@@ -41,7 +41,7 @@ class ImageSource(Protocol):
         """Ranges begin at multiples of it."""
 
     def images(self, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """Return images first … last−1: uint8 (B,C,H,W) on the CPU, and int64 labels (B,)."""
+        """Return images first … last−1: uint8 (B,C,H,W) where they were made, and int64 labels (B,) on the CPU."""
 
     def at(self, rows: np.ndarray) -> Tensor:
         """Return the images with these indices: uint8 (B,C,H,W) on the CPU."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from diffscale.core import keyed_random
 from diffscale.core.errors import UserError
 from diffscale.core.keyed_random import Stream
-from diffscale.diffusion import Diffusion, Guidance, guided_nfe, keyed_noise, sample
+from diffscale.diffusion import CapturedDenoiser, Diffusion, Guidance, guided_nfe, keyed_noise, sample
 from diffscale.diffusion.solver_settings import SolverSettings
 from diffscale.kernels.runtime import exact_float32
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from diffscale.data import Dataset
 
 NO_GUIDANCE = Guidance()
+USUAL_BATCH, LARGEST_BATCH = 64, 1024  # of `eval.batch: auto`: without a GPU, and on any
+SHARE_OF_MEMORY = 0.25  # of a GPU's, for the tensors of one pass: next to them are networks, moments and averages
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Sampling:
             "guidance_scale": self.guidance.scale,
             "sampler": self.canonical(),
             "sample_seed": self.seed,
+            "sample_batch": self.batch,
         }
 
     def canonical(self) -> str:
@@ -68,8 +71,23 @@ class Sampling:
 def sampling_of_settings(settings: EvalSettings, solver: SolverSettings, n: int, precision: str = "fp32") -> Sampling:
     """Return the sampler of `eval` settings: solver's name, seed, batch (at most n) and guidance."""
     guidance = Guidance(settings.guidance_scale, settings.guidance_interval)
-    batch = max(min(settings.batch, n), 1)
+    batch = max(min(given_batch(settings), n), 1)
     return Sampling(solver, settings.solver.name, settings.seed, batch, guidance, precision=precision)
+
+
+def given_batch(settings: EvalSettings) -> int:
+    """Return `eval.batch`, or what "auto" is where the device and the network are unknown."""
+    return USUAL_BATCH if settings.batch == "auto" else settings.batch
+
+
+def batch_that_fits(memory: int, per_image: int) -> int:
+    """Return the images of one pass that `eval.batch: auto` takes: a power of two, at most LARGEST_BATCH.
+
+    memory: bytes of the GPU
+    per_image: bytes that a pass holds at most at a time, for each image (models/cost.py)
+    """
+    fitting = max(int(SHARE_OF_MEMORY * memory / per_image), 1)
+    return min(1 << fitting.bit_length() - 1, LARGEST_BATCH)
 
 
 def draw_labels(policy: str, seed: int, positions: Tensor, class_counts: Sequence[int]) -> Tensor:
@@ -101,6 +119,7 @@ class ModelSource:
     n: int = 0
     class_counts: tuple[int, ...] = ()  # training images of each class; empty for an unconditional model
     device: str = "cpu"
+    denoiser: CapturedDenoiser = field(default_factory=CapturedDenoiser, repr=False)
 
     @classmethod
     def of(
@@ -122,12 +141,12 @@ class ModelSource:
         return self.sampling.batch
 
     def images(self, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """Return samples first … last−1: uint8 (B,C,H,W) on the CPU, and labels (B,)."""
+        """Return samples first … last−1: uint8 (B,C,H,W) on the device, and labels (B,) on the CPU."""
         parts = []
         for start in range(first, last, self.batch):
             images, labels = self.draw(torch.arange(start, start + self.batch))
             keep = min(self.batch, last - start)
-            parts.append((to_uint8(images[:keep]).cpu(), labels[:keep].cpu()))
+            parts.append((to_uint8(images[:keep]), labels[:keep].cpu()))
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
     def at(self, rows: np.ndarray) -> Tensor:
@@ -144,9 +163,12 @@ class ModelSource:
         labels = draw_labels(s.labels, s.seed, positions, counts) if counts else torch.zeros_like(positions)
 
         training = self.model.training
-        self.model.to(device).eval()
+        self.model.to(device)
+        if training:
+            self.model.eval()
         low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(s.precision)
-        with exact_float32(), torch.autocast(device.type, low, enabled=low is not None):
+        # A graph must cast the weights that it finds when it is replayed, not keep those of its recording.
+        with exact_float32(), torch.autocast(device.type, low, enabled=low is not None, cache_enabled=False):
             images = sample(
                 self.diffusion,
                 self.model,
@@ -156,8 +178,10 @@ class ModelSource:
                 guidance=s.guidance,
                 noise_fn=keyed_noise(s.seed, at, self.shape),
                 callback=callback,
+                estimate=self.denoiser,
             )
-        self.model.train(training)
+        if training:
+            self.model.train()
         return images.float(), labels
 
 

@@ -19,7 +19,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (t.flatten(0, 1) for t in (q, k, v))  # one copy each; bmm would make several
         weights = torch.bmm(q * scale, k.transpose(1, 2)).softmax(-1)
         return torch.bmm(weights.to(v.dtype), v).unflatten(0, batch)
+    if q.device.type != "cpu":
+        q, k, v = (with_contiguous_heads(t) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v)
+
+
+def with_contiguous_heads(x: Tensor) -> Tensor:
+    """Return x (..., d) with neighbouring channels of a head next to each other in memory; copied if they are not.
+
+    The fused kernels of a GPU need this. Without it torch silently takes the one that keeps all N·M scores.
+    """
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def attend_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import os
 import sys
 from collections.abc import Iterator
 
@@ -19,14 +20,30 @@ def configure_process(threads: int, device: torch.device) -> None:
     """Set up a process that trains or evaluates.
 
     threads: number of threads; fixed, since sums depend on it and other workers use the other cores
-    device: on a CPU, freed memory is kept for the next tensors; on a GPU, cuDNN sums the gradients of convolutions in
-        a fixed order, so that the same steps give the same weights
+    device: on a CPU, freed memory is kept for the next tensors; on a GPU, the same steps give the same weights until
+        `exact_on_gpu(False)` is called
     """
     torch.set_num_threads(threads)
     if device.type == "cpu":
         keep_freed_memory()
     else:
-        cudnn.deterministic = True
+        exact_on_gpu(True)
+
+
+def exact_on_gpu(exact: bool) -> None:
+    """Choose the algorithms of a GPU for the whole process.
+
+    exact: True for those that give the same result every time: convolutions and gradients of attention add in a fixed
+        order, cuBLAS has workspaces of its own, and an operation without such an algorithm raises RuntimeError.
+        cuDNN's attention, whose gradients have no fixed order, is not used. False for the fastest: cuDNN times its
+        convolutions and keeps the best, so two runs of the same steps differ in the last bits.
+    """
+    if exact:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses to be deterministic without
+    cudnn.deterministic, cudnn.benchmark = exact, not exact
+    cuda.enable_cudnn_sdp(not exact)
+    torch.use_deterministic_algorithms(exact)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # or each empty() is filled
 
 
 @functools.cache

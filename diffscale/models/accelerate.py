@@ -1,9 +1,10 @@
-"""Faster forward passes for models on a CPU, installed after construction.
+"""Faster forward passes, installed after construction: for UNets on a CPU, and for HDiT on a GPU.
 
 The model files state each operation in plain torch. On a CPU three fusions (diffscale/kernels) make UNets about twice
 as fast: group norm with scale, shift and SiLU in one pass over channels-last images, convolutions that add embedding
-and residual while they write, and Winograd's algorithm for the convolutions themselves. `accelerate` changes the class
-of the modules that have such a forward; parameters, buffers and state dict stay the same.
+and residual while they write, and Winograd's algorithm for the convolutions themselves. On a GPU torch's own kernels
+are fast, except for HDiT's neighbourhoods. `accelerate` changes the class of the modules that have such a forward;
+parameters, buffers and state dict stay the same.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._triton import has_triton
 
 from diffscale.kernels.group_norm import norm_act
 from diffscale.kernels.winograd import (
@@ -27,27 +29,30 @@ from diffscale.kernels.winograd import (
     transform_filters,
 )
 from diffscale.models.edm2 import MPWeight
+from diffscale.models.hdit import Grid, GridTables, HDiTBlock
 from diffscale.models.layers import GroupNorm, scale_and_shift, without_autocast
+from diffscale.models.neighbourhood_attention import Windows, fused_neighbourhood_attention, near_pixels
 from diffscale.models.unet import ConvResample, OutputHead, UNet, UNetBlock
 from diffscale.models.uvit import ConvBlock, UViT
 
 
 def accelerate(model: nn.Module, *, winograd: bool) -> nn.Module:
-    """Install the fused forwards in a model on a CPU, in place; return the same object.
+    """Install the fused forwards for a model's device, in place; return the same object.
 
-    winograd: whether 3 × 3 convolutions use Winograd's algorithm (kernels/winograd.py), which rounds differently.
-        False takes it back from a model that had it.
+    winograd: on a CPU, whether 3 × 3 convolutions use Winograd's algorithm (kernels/winograd.py), which rounds
+        differently. False takes it back from a model that had it.
 
-    A model on another device is unchanged. An accelerated model that moves to a GPU computes there with torch's
-    operations.
+    A model on any other device is unchanged. An accelerated model that moves to another kind of device computes there
+    with torch's operations.
     """
-    if any(tensor.device.type != "cpu" for tensor in model.parameters()):
-        return model
+    kinds = {tensor.device.type for tensor in model.parameters()}
     for module in [*model.modules()]:
-        for fused in _FUSED:
+        for fused in _FUSED if kinds == {"cpu"} else _FUSED_ON_GPU if kinds == {"cuda"} and has_triton() else ():
             plain = fused.__bases__[0]
             if isinstance(module, plain) and not isinstance(module, fused):
                 _mix_in(module, fused)
+    if kinds != {"cpu"}:
+        return model
     for convolution in winograd_layers(model):
         plain, fast = (MPWeight, WinogradMPWeight) if isinstance(convolution, MPWeight) else (nn.Conv2d, WinogradConv2d)
         convolution.__class__ = fast if winograd else plain
@@ -163,7 +168,36 @@ class FusedUViT(UViT):
         return self.conv_out(_norm_silu(self.out_norm, x))
 
 
+class FusedGridTables(GridTables):
+    """FlexAttention's masks in place of windows, for grids on a GPU; made once for each grid."""
+
+    _masks: dict[tuple[int, int, torch.device], Any] | None = None
+
+    def forward(self, height: int, width: int) -> Grid:
+        grid, device = super().forward(height, width), self.cos.device
+        if self.kernel is None or device.type != "cuda":
+            return grid
+        self._masks = self._masks or {}
+        key = (height, width, device)
+        if key not in self._masks:
+            self._masks[key] = near_pixels(height, width, self.kernel, device)
+        return grid._replace(around=self._masks[key])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_masks": None}
+
+
+class FusedHDiTBlock(HDiTBlock):
+    """Neighbourhood attention in one kernel, where the grid has FlexAttention's mask."""
+
+    def attend_around(self, q: Tensor, k: Tensor, v: Tensor, around: Any) -> Tensor:
+        if isinstance(around, Windows):
+            return super().attend_around(q, k, v, around)
+        return fused_neighbourhood_attention(q, k, v, around)
+
+
 _FUSED: tuple[type[nn.Module], ...] = (FusedGroupNorm, FusedUNetBlock, FusedOutputHead, FusedConvBlock, FusedUViT)
+_FUSED_ON_GPU: tuple[type[nn.Module], ...] = (FusedGridTables, FusedHDiTBlock)
 _OWNERS = (UNetBlock, ConvResample, OutputHead, UNet, ConvBlock, UViT)  # their 3 × 3 convolutions pad with zeros
 
 

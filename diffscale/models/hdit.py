@@ -8,6 +8,7 @@ learned interpolation joins them with the skip.
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +58,48 @@ class Mapping(nn.Module):
         return rms_normalise(x, last)
 
 
+class Grid(NamedTuple):
+    """What the layers of one level share."""
+
+    cos: Tensor  # (heads, H, W, head/4), of the angles by which the rotary positions turn each head
+    sin: Tensor
+    around: Any  # which pixels a pixel sees: Windows, FlexAttention's mask (accelerate.py), or None for all of them
+
+
+class GridTables(nn.Module):
+    """The `Grid` of a level. That of the native size is kept in buffers, which are not in the state dict.
+
+    kernel: side of the neighbourhood, None for global attention
+    """
+
+    def __init__(self, native: tuple[int, int], heads: int, head: int, kernel: int | None) -> None:
+        super().__init__()
+        self.native, self.heads, self.head, self.kernel = native, heads, head, kernel
+        self.cos: Tensor
+        self.sin: Tensor
+        kept = self.make(*native)
+        around = {} if kept.around is None else kept.around._asdict()
+        for name, table in ({"cos": kept.cos, "sin": kept.sin} | around).items():
+            self.register_buffer(name, table, persistent=False)
+
+    def make(self, height: int, width: int, device: torch.device | None = None) -> Grid:
+        """Make the tables of a grid of height × width tokens."""
+        count = self.head // 8
+        turns = torch.linspace(math.log(math.pi), math.log(10 * math.pi), self.heads * count + 1, device=device)
+        frequencies = turns[:-1].exp().view(count, self.heads).T.contiguous()
+        positions = axial_positions(height, width, device)
+        angles = (positions[None, :, :, :, None] * frequencies[:, None, None, None]).flatten(-2)
+        around = None if self.kernel is None else windows(height, width, self.kernel, device)
+        return Grid(angles.cos(), angles.sin(), around)
+
+    def forward(self, height: int, width: int) -> Grid:
+        """Return the tables of a grid of height × width tokens, kept or made on the device."""
+        if (height, width) != self.native:
+            return self.make(height, width, self.cos.device)
+        around = None if self.kernel is None else Windows(*(getattr(self, name) for name in Windows._fields))
+        return Grid(self.cos, self.sin, around)
+
+
 class HDiTBlock(nn.Module):
     """Cosine-similarity attention, global or in windows, then a GEGLU; RMS norms scaled by 1 + Linear(condition).
 
@@ -72,26 +115,25 @@ class HDiTBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.out = nn.Linear(width, width, bias=False)
         self.mlp = GEGLU(width, hidden, dropout)
-        turns = torch.linspace(math.log(math.pi), math.log(10 * math.pi), self.heads * head // 8 + 1)[:-1].exp()
-        self.frequencies: Tensor
-        self.register_buffer("frequencies", turns.view(head // 8, self.heads).T.contiguous(), persistent=False)
         for layer in (self.scale1, self.scale2, self.out):
             nn.init.zeros_(layer.weight)
 
-    def forward(self, x: Tensor, condition: Tensor, positions: Tensor, around: Windows | None) -> Tensor:
-        """x (B, H, W, D), condition (B, M), positions (H, W, 2), the grid's windows or None for global attention."""
+    def forward(self, x: Tensor, condition: Tensor, grid: Grid) -> Tensor:
+        """x (B, H, W, D), condition (B, M) → (B, H, W, D)."""
         h = rms_normalise(x, 1 + self.scale1(condition)[:, None, None])
         q, k, v = self.qkv(h).unflatten(-1, (3, self.heads, -1)).permute(3, 0, 4, 1, 2, 5)
-        angles = positions[None, :, :, :, None] * self.frequencies[:, None, None, None]
-        cos, sin = angles.flatten(-2).cos(), angles.flatten(-2).sin()
-        q, k = (self.prepare(t, cos, sin) for t in (q, k))
-        if around is None:
+        q, k = (self.prepare(t, grid.cos, grid.sin) for t in (q, k))
+        if grid.around is None:
             q = q * math.sqrt(q.shape[-1])  # undoes attend's own scaling
             h = attend(*(t.flatten(2, 3) for t in (q, k, v))).unflatten(2, x.shape[1:3])
         else:
-            h = neighbourhood_attention(q, k, v, around)
+            h = self.attend_around(q, k, v, grid.around)
         x = x + self.out(self.dropout(h.permute(0, 2, 3, 1, 4).flatten(3)))
         return x + self.mlp(rms_normalise(x, 1 + self.scale2(condition)[:, None, None]))
+
+    def attend_around(self, q: Tensor, k: Tensor, v: Tensor, around: Windows) -> Tensor:
+        """Neighbourhood attention, without scaling. (B, heads, H, W, d) each."""
+        return neighbourhood_attention(q, k, v, around)
 
     def prepare(self, t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Length √sharpness, and the first half of the channels turned by the angles. t (B, heads, H, W, d)."""
@@ -129,7 +171,7 @@ def spread(x: Tensor, side: int) -> Tensor:
     return x.flatten(3, 4).flatten(1, 2)
 
 
-def axial_positions(height: int, width: int, device: torch.device) -> Tensor:
+def axial_positions(height: int, width: int, device: torch.device | None = None) -> Tensor:
     """Centres of the pixels, (H, W, 2) as (row, column), the longer side spanning −1 … 1."""
     longest = max(height, width)
     rows, columns = ((2 * torch.arange(n, device=device) + 1 - n) / longest for n in (height, width))
@@ -174,8 +216,7 @@ class HDiT(Backbone):
         for width in widths:
             head_width("widths / head", width // head, width)
         self.multiple = patch_side("patch_size · 2^(levels − 1)", patch_size * 2 ** (len(widths) - 1), resolution)
-        self.patch, self.kernel, self.augment_dim = patch_size, kernel, augment_dim
-        self.local_levels = len(widths) - global_levels
+        self.patch, self.augment_dim = patch_size, augment_dim
 
         self.patch_in = nn.Linear(channels * patch_size**2, widths[0], bias=False)
         self.embed_noise = FourierEmbedding(mapping_width, bandwidth=1.0)
@@ -194,6 +235,12 @@ class HDiT(Backbone):
                 HDiTBlock(widths[level], head, hidden, mapping_width, rate) for _ in range(depths[level])
             )
 
+        def tables(level: int) -> GridTables:
+            side = -(-resolution // self.multiple) * 2 ** (len(widths) - 1 - level)
+            local = level < len(widths) - global_levels
+            return GridTables((side, side), widths[level] // head, head, kernel if local else None)
+
+        self.grids = nn.ModuleList(tables(level) for level in range(len(widths)))
         outer = range(len(widths) - 1)
         self.down, self.up = (nn.ModuleList(layers(level) for level in outer) for _ in range(2))
         self.middle = layers(len(widths) - 1)
@@ -217,11 +264,9 @@ class HDiT(Backbone):
 
     def run(self, layers: nn.Module, x: Tensor, condition: Tensor, level: int) -> Tensor:
         """One stack of layers on the grid of x (B, H, W, D), which is that of a level (0 is the finest)."""
-        height, width = x.shape[1:3]
-        positions = axial_positions(height, width, x.device)
-        around = windows(height, width, self.kernel, x.device) if level < self.local_levels else None
+        grid = self.grids[level](*x.shape[1:3])
         for layer in layers.children():
-            x = self.run_block(layer, x, condition, positions, around)
+            x = self.run_block(layer, x, condition, grid)
         return x
 
     def forward(

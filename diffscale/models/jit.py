@@ -59,6 +59,35 @@ class JiTBlock(nn.Module):
         return x + gate2[:, None] * self.down(self.dropout(F.silu(gate) * value))
 
 
+class RotaryTables(nn.Module):
+    """Cosines and sines of the rotary positions of the patches, alone and behind context tokens, which do not turn.
+
+    Those of the native grid are buffers (not in the state dict), so that a forward pass makes nothing on the host.
+    """
+
+    def __init__(self, native: tuple[int, int], head_width: int, context: int) -> None:
+        super().__init__()
+        self.native, self.head_width, self.context = native, head_width, context
+        self.alone: Tensor
+        self.joined: Tensor
+        alone, joined = self.make(*native)
+        self.register_buffer("alone", alone, persistent=False)
+        self.register_buffer("joined", joined, persistent=False)
+
+    def make(self, height: int, width: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+        """Both tables of a grid of height × width patches, (2, h·w, d/2) and (2, context + h·w, d/2)."""
+        angles = rotary_angles(height, width, self.head_width, self.native, device=device)
+        both = angles, F.pad(angles, (0, 0, self.context, 0))
+        alone, joined = (torch.stack([a.cos(), a.sin()]) for a in both)
+        return alone, joined
+
+    def forward(self, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """Both tables of a grid: (cosines, sines) of the patches alone and behind the context."""
+        if (height, width) == self.native:
+            return self.alone, self.joined
+        return self.make(height, width, self.alone.device)
+
+
 class JiT(Backbone):
     """forward(x_in (B, C, H, W), logsnr (B,), label (B,) int64 | None, state) → (prediction (B, C, H, W), None).
 
@@ -85,7 +114,7 @@ class JiT(Backbone):
     ) -> None:
         super().__init__()
         self.patch = patch_side("patch_size", patch_size or max(resolution // 16, 1), resolution)
-        self.head_width = head_width("num_heads", num_heads, width, multiple=4)
+        head = head_width("num_heads", num_heads, width, multiple=4)
         if not 0 <= context_start < depth:
             raise ValueError(f"context_start = {context_start}: expected 0 to {depth - 1}, one of the blocks")
         side = -(-resolution // self.patch)
@@ -98,6 +127,7 @@ class JiT(Backbone):
         self.widen = nn.Conv2d(bottleneck, width, 1)
         self.positions = nn.Parameter(sincos_positions(side, side, width, self.native), requires_grad=False)
         self.context = nn.Parameter(torch.randn(context_tokens, width) * 0.02) if context_tokens else None
+        self.rotary = RotaryTables(self.native, head, context_tokens)
         middle = range(depth // 4, depth // 4 * 3)
         self.blocks = nn.ModuleList(
             JiTBlock(width, num_heads, mlp_ratio, dropout if index in middle else 0.0) for index in range(depth)
@@ -111,8 +141,8 @@ class JiT(Backbone):
         self, x_in: Tensor, logsnr: Tensor, label: Tensor | None = None, state: Tensor | None = None
     ) -> tuple[Tensor, None]:
         height, width = x_in.shape[2:]
-        batch, device = len(logsnr), x_in.device
-        with without_autocast(device):
+        batch = len(logsnr)
+        with without_autocast(x_in.device):
             condition = self.embed_noise(torch.sigmoid(logsnr.float() / 2))  # its t: α of the linear interpolant
             context = None if self.context is None else self.context.expand(batch, -1, -1)
             if self.embed_label is not None:
@@ -123,12 +153,12 @@ class JiT(Backbone):
         patches = self.widen(self.embed_patches(pad_to_multiple(x_in, self.patch)))
         grid = patches.shape[2], patches.shape[3]
         x = to_tokens(patches) + fixed_positions(self.positions, self.native, *grid)
-        angles = rotary_angles(*grid, self.head_width, self.native).to(device)
+        turns, behind_context = self.rotary(*grid)
         for index, block in enumerate(self.blocks):
             if index == self.context_start and context is not None:
                 x = torch.cat([context, x], dim=1)
-                angles = F.pad(angles, (0, 0, context.shape[1], 0))
-            x = self.run_block(block, x, condition, angles.cos(), angles.sin())
+                turns = behind_context
+            x = self.run_block(block, x, condition, turns[0], turns[1])
         shift, scale = self.modulation(condition).chunk(2, dim=-1)
         patches_only = x[:, -grid[0] * grid[1] :]
         x = modulate(rms_normalise(patches_only, self.out_gain), shift, scale)

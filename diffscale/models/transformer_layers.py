@@ -35,7 +35,14 @@ def unpatchify(tokens: Tensor, height: int, width: int, patch: int) -> Tensor:
     return grid.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 
-def sincos_positions(height: int, width: int, dim: int, native: tuple[int, int], max_period: float = 1e4) -> Tensor:
+def sincos_positions(
+    height: int,
+    width: int,
+    dim: int,
+    native: tuple[int, int],
+    max_period: float = 1e4,
+    device: torch.device | None = None,
+) -> Tensor:
     """Fixed sine-cosine positions of a grid, (h·w, dim), dim divisible by 4 (He et al. 2022, as DiT uses them).
 
     The first half of the channels encodes the column, the second the row; within each, sines before cosines. A grid
@@ -43,8 +50,9 @@ def sincos_positions(height: int, width: int, dim: int, native: tuple[int, int],
     """
     if dim % 4:
         raise ValueError(f"width = {dim}: expected a multiple of 4 for the two-dimensional positions")
-    omega = max_period ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    axes = [torch.arange(n, dtype=torch.float64) * (full / n) for n, full in zip((height, width), native, strict=True)]
+    wide = {"dtype": torch.float64, "device": device}
+    omega = max_period ** -(torch.arange(dim // 4, **wide) / (dim // 4))
+    axes = [torch.arange(n, **wide) * (full / n) for n, full in zip((height, width), native, strict=True)]
     rows, columns = (torch.cat([(a := x[:, None] * omega).sin(), a.cos()], dim=1) for x in axes)
     table = torch.cat([columns.expand(height, -1, -1), rows[:, None].expand(-1, width, -1)], dim=-1)
     return table.flatten(0, 1).float()
@@ -54,7 +62,7 @@ def fixed_positions(table: Tensor, native: tuple[int, int], height: int, width: 
     """The sine-cosine table of the native grid, or the one of another grid stretched over it. (h·w, D)."""
     if (height, width) == native:
         return table
-    return sincos_positions(height, width, table.shape[1], native).to(table.device)
+    return sincos_positions(height, width, table.shape[1], native, device=table.device)
 
 
 def resize_positions(table: Tensor, native: tuple[int, int], height: int, width: int) -> Tensor:
@@ -122,15 +130,22 @@ def zero_(layer: nn.Linear | nn.Conv2d) -> None:
         nn.init.zeros_(layer.bias)
 
 
-def rotary_angles(height: int, width: int, dim: int, native: tuple[int, int], theta: float = 1e4) -> Tensor:
+def rotary_angles(
+    height: int,
+    width: int,
+    dim: int,
+    native: tuple[int, int],
+    theta: float = 1e4,
+    device: torch.device | None = None,
+) -> Tensor:
     """Angles of axial rotary positions, (h·w, dim/2): half of them turn with the row, half with the column.
 
     dim is the width of a head, divisible by 4. Frequencies fall geometrically from 1 to 1/theta per patch of the
     native (rows, columns); another grid is stretched over the same coordinates.
     """
-    frequencies = theta ** -(torch.arange(0, dim // 2, 2, dtype=torch.float32) / (dim // 2))
+    frequencies = theta ** -(torch.arange(0, dim // 2, 2, dtype=torch.float32, device=device) / (dim // 2))
     rows, columns = (
-        (torch.arange(n, dtype=torch.float32) * (full / n))[:, None] * frequencies
+        (torch.arange(n, dtype=torch.float32, device=device) * (full / n))[:, None] * frequencies
         for n, full in zip((height, width), native, strict=True)
     )
     angles = [rows[:, None].expand(-1, width, -1), columns.expand(height, -1, -1)]

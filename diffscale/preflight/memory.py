@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from diffscale.models.cost import make_fake
+
 if TYPE_CHECKING:
     from diffscale.config.experiment import Experiment
     from diffscale.data import Dataset
@@ -16,19 +18,34 @@ CONTEXT = 500e6  # bytes: CUDA context, cuDNN and communication buffers
 OVERHEAD = 1.15  # workspaces and fragmentation
 
 
-def needed_bytes(experiment: Experiment, dataset: Dataset) -> int:
+def needed_bytes(experiment: Experiment, dataset: Dataset, overhead: float = OVERHEAD) -> int:
     """Return the estimated peak of one worker in bytes.
 
-    It consists of weights, gradients, moments, averages, and the tensors kept for the backward pass.
+    It consists of weights, gradients, moments, averages, and the tensors kept for the backward pass. Where
+    `train.micro_batch` is auto, all of a worker's images are counted as one pass.
+
+    overhead: factor for workspaces and fragmentation; 1 for what no eager pass can do without
     """
     train = experiment.train
-    workers = train.min_workers
-    images = min(train.micro_batch or train.global_batch, -(-train.global_batch // workers))
+    share = -(-train.global_batch // train.min_workers)
+    wanted = None if train.micro_batch == "auto" else train.micro_batch
+    return _needed(experiment, dataset, min(wanted or share, share), overhead)
+
+
+def largest_micro_batch(experiment: Experiment, dataset: Dataset, memory: float) -> int:
+    """Return the most images of a pass whose estimated peak is at most `memory` bytes; 0 if one image is too much."""
+    two, four = (_needed(experiment, dataset, images, OVERHEAD) for images in (2, 4))
+    per_image = (four - two) / 2
+    return max(int((memory - (two - 2 * per_image)) / per_image), 0)
+
+
+def _needed(experiment: Experiment, dataset: Dataset, images: int, overhead: float) -> int:
+    train = experiment.train
     parameters, activations = count(experiment, dataset, images)
     averages = int(bool(train.ema.halflife_images or train.ema.halflife_fraction)) + len(train.ema.power)
     copies = 4 + averages  # weights, gradients, first and second moment
-    state = 4.0 * parameters * copies / (workers if train.parallel == "fsdp2" else 1)
-    return int((state + activations) * OVERHEAD + CONTEXT)
+    state = 4.0 * parameters * copies / (train.min_workers if train.parallel == "fsdp2" else 1)
+    return int((state + activations) * overhead + CONTEXT)
 
 
 def count(experiment: Experiment, dataset: Dataset, images: int) -> tuple[int, int]:
@@ -48,7 +65,7 @@ def count(experiment: Experiment, dataset: Dataset, images: int) -> tuple[int, i
     with torch.device("meta"):
         model = build_model(experiment, dataset).train()
     with FakeTensorMode():
-        _fake(model)
+        make_fake(model)
         if experiment.train.activation_checkpointing:
             model.set_activation_checkpointing(True)  # type: ignore[operator]
         own = {_identity(p) for p in model.parameters()}
@@ -68,18 +85,6 @@ def count(experiment: Experiment, dataset: Dataset, images: int) -> tuple[int, i
         parameters = sum(p.numel() for p in model.parameters())
         del output
     return parameters, sum(kept.values())
-
-
-def _fake(model: nn.Module) -> None:
-    """Replace parameters and buffers by fake CPU tensors, on which autocast acts like on real ones."""
-    for module in model.modules():
-        for name, parameter in list(module._parameters.items()):
-            if parameter is not None:
-                fake = torch.empty(parameter.shape, dtype=parameter.dtype)
-                module._parameters[name] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
-        for name, buffer in list(module._buffers.items()):
-            if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
 def _identity(tensor: torch.Tensor | nn.Parameter) -> int:

@@ -82,6 +82,7 @@ class Record(BaseModel):
     guidance_scale: float = Field(1.0, description="1 is no guidance")
     sampler: str = Field(description="all sampler settings, canonical JSON")
     sample_seed: int = Field(description="seed of the samples")
+    sample_batch: int | None = Field(None, description="images generated at a time; it changes rounding alone")
     sampling_flops: float = Field(description="FLOPs to generate one image")
     evaluated_on: Literal["training workers", "own workers"] = Field(description="which processes ran the evaluation")
     warning: str = Field("", description="caveats of this value")

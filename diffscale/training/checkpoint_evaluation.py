@@ -31,7 +31,8 @@ from diffscale.data import Dataset
 from diffscale.diffusion import Diffusion, training_loss
 from diffscale.evaluation import Evaluator, Measurement, Sampling, make_evaluator, parse_metric
 from diffscale.evaluation.distribute import StopRequested
-from diffscale.models.cost import Cost
+from diffscale.evaluation.sampling import batch_that_fits, given_batch
+from diffscale.models.cost import Cost, peak_bytes
 from diffscale.records.schema import Record, higher_is_better, record_id
 from diffscale.records.store import write_record
 from diffscale.training.checkpoint import layout as ck
@@ -146,7 +147,25 @@ class CheckpointEvaluator:
     def sampling(self, precision: str = "", labels: str = "train") -> Sampling:
         """Sampler of the settings. precision: fp32 or bf16; empty for the precision of the run's numerics."""
         precision = precision or sampling_precision(self.numerics)
-        return replace(self.evaluator.sampling(build_solver(self.experiment), precision=precision), labels=labels)
+        sampling = self.evaluator.sampling(build_solver(self.experiment), precision=precision)
+        return replace(sampling, labels=labels, batch=self._sample_batch(sampling))
+
+    def _sample_batch(self, sampling: Sampling) -> int:
+        """Return the sampler's batch: where `eval.batch` is auto, what fits the smallest GPU of the ranks.
+
+        Twice the images are in a pass of classifier-free guidance.
+        """
+        device = torch.device(self.evaluator.device)
+        if self.experiment.eval.batch != "auto" or device.type != "cuda" or not torch.cuda.is_available():
+            return sampling.batch
+        dataset = self.dataset
+        with_labels = self.experiment.num_classes(dataset)
+        peak = peak_bytes(
+            lambda: build_model(self.experiment, dataset), dataset.resolution, dataset.channels, with_labels
+        )
+        twice = 1 if sampling.guidance.scale == 1 else 2
+        batch = batch_that_fits(torch.cuda.get_device_properties(device).total_memory, peak * twice)
+        return max(min(*self.world.gather(batch), batch, self.experiment.eval.n_generated), 1)
 
     def evaluate(
         self,
@@ -212,7 +231,7 @@ class CheckpointEvaluator:
         if held is None:
             return None, None
         model.to(self.world.device)
-        n, batch = min(held.n, VALIDATION_IMAGES), self.experiment.eval.batch
+        n, batch = min(held.n, VALIDATION_IMAGES), given_batch(self.experiment.eval)
         first, last = self.world.share(n)
         sums = torch.zeros(2, QUARTILES, dtype=torch.float64, device=self.world.device)
         with _threads(self.experiment.train.cpus_per_worker):

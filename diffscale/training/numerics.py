@@ -1,4 +1,4 @@
-"""How a run computes: precision, memory format, convolution algorithm, compilation.
+"""How a run computes: precision, memory format, convolution algorithm, compilation, exactness.
 
 What the settings leave to "auto" follows from the kind of device, the network and the installed libraries, never from
 a timing: the same command computes the same results on a busy machine. The choices are part of the run's identity
@@ -8,10 +8,12 @@ a timing: the same command computes the same results on a busy machine. The choi
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import logging
 import platform
 import re
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -29,10 +31,10 @@ from diffscale.distributed.connect import gpus
 from diffscale.kernels import compile as native
 from diffscale.kernels import group_norm as norm_act
 from diffscale.kernels import winograd
-from diffscale.kernels.runtime import allow_tf32
+from diffscale.kernels.runtime import allow_tf32, exact_on_gpu
 from diffscale.models.accelerate import accelerate, winograd_layers
 from diffscale.models.edm2 import MPWeight
-from diffscale.training.checkpoint.state import is_sharded
+from diffscale.models.layers import Backbone
 from diffscale.training.parallel import World
 
 log = logging.getLogger(__name__)
@@ -40,9 +42,10 @@ log = logging.getLogger(__name__)
 FILE = "numerics.json"
 _WITHOUT_BF16 = {"K80", "P4", "P100", "T4", "V100"}  # Ray's names of GPUs older than Ampere
 
-# On a GPU compiling a large network takes some 150 s and saves 20 % of a step, so it pays within a quarter of an hour:
-# networks of this size train for longer. On a CPU compiling takes minutes and saves at most 15 %.
-_COMPILE_PARAMETERS = 20_000_000
+# Parameters from which "auto" compiles, by kind of device; kinds that are not here never do. On a GPU compiling fuses
+# the operations between matrix products, which are memory-bound, and pays within minutes; smaller networks wait for
+# launches, which a captured graph removes (`train.graph`). On a CPU compiling takes minutes and saves at most 15 %.
+_COMPILE_FROM = {"cuda": 20_000_000}
 
 Precision = Literal["bf16", "fp16", "tf32", "fp32"]
 
@@ -58,6 +61,8 @@ class Requested(Protocol):
     def compile(self) -> bool | Literal["auto"]: ...
     @property
     def winograd(self) -> bool | Literal["auto"]: ...
+    @property
+    def exact(self) -> bool: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +71,9 @@ class Numerics:
 
     precision: Precision = "fp32"  # of matrix products; weights stay float32
     channels_last: bool = False  # memory order of images and convolution weights
-    compile: bool = False  # torch.compile of the model
+    compile: bool = False  # torch.compile of each block
     winograd: bool = False  # 3 × 3 convolutions on a CPU with fewer multiplications (kernels/winograd.py)
+    exact: bool = True  # on a GPU the same steps give the same weights (kernels/runtime.py)
 
     @classmethod
     def load(cls, run_folder: str) -> Numerics | None:
@@ -102,20 +108,25 @@ class Numerics:
         low = torch.bfloat16 if self.precision == "bf16" else torch.float16
         return torch.autocast(torch.device(device).type, dtype=low, cache_enabled=not sharded)
 
-    def prepare(self, model: nn.Module) -> nn.Module:
+    def prepare(self, model: nn.Module, *, to_shard: bool = False) -> nn.Module:
         """Set up a model, in place, to compute with these choices, and return it.
 
-        Sharded weights stay contiguous, as FSDP2 needs them; only the images then carry the memory order. TF32 is
-        allowed or forbidden for the whole process: the model prepared last decides.
+        TF32 and exactness are chosen for the whole process: the model prepared last decides.
+
+        to_shard: whether FSDP2 will shard the model. Its weights then stay contiguous, as FSDP2 needs them, and only
+            the images carry the memory order. Blocks are compiled before they are sharded.
         """
+        device = next(model.parameters()).device
         allow_tf32(self.precision == "tf32")
-        if not any(is_sharded(parameter) for parameter in model.parameters()):
+        if device.type == "cuda":
+            exact_on_gpu(self.exact)
+        if not to_shard:
             model.to(memory_format=torch.channels_last if self.channels_last else torch.contiguous_format)
         accelerate(model, winograd=self.winograd)
         if self.compile:
-            for kernel in self._kernels(next(model.parameters()).device):
+            for kernel in self._kernels(device):
                 native.available(kernel)  # compiled before torch.compile traces the call
-            model.compile()
+            compile_blocks(model)
         return model
 
     def _kernels(self, device: torch.device) -> list[str]:
@@ -128,6 +139,23 @@ class Numerics:
     def order(self, images: Tensor) -> Tensor:
         """Return images (B, C, H, W) in the chosen memory order."""
         return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images.contiguous()
+
+
+def compile_blocks(model: nn.Module, backend: str | Callable[..., Any] = "inductor") -> None:
+    """Compile each block of a backbone, in place, or the whole of another network.
+
+    Equal blocks are compiled once, so 28 blocks take the time of one. Between two compiled blocks the gradients of the
+    later one are complete, so their sum over the workers begins while the backward pass goes on.
+
+    backend: of torch.compile
+    """
+    from torch._dynamo import config  # import cost
+
+    blocks = model.blocks_for_fsdp() if isinstance(model, Backbone) else [model]
+    # All blocks share one limit, and each shape of a UNet's is a compilation, in training, in sampling and by batch.
+    config.recompile_limit = max(config.recompile_limit, 8 * len(blocks))
+    for block in blocks:
+        block.compile(backend=backend, fullgraph=True, dynamic=False)
 
 
 def choose_numerics(model: nn.Module, device_type: str, requested: Requested, bf16: bool | None = None) -> Numerics:
@@ -155,9 +183,9 @@ def choose_numerics(model: nn.Module, device_type: str, requested: Requested, bf
         channels_last = convolves and fast
     compiled = requested.compile
     if compiled == "auto":
-        size = sum(parameter.numel() for parameter in model.parameters())
-        compiled = device_type == "cuda" and size >= _COMPILE_PARAMETERS
-    return Numerics(precision, channels_last, compiled, use_winograd)
+        size, least = sum(parameter.numel() for parameter in model.parameters()), _COMPILE_FROM.get(device_type)
+        compiled = least is not None and size >= least and importlib.util.find_spec("triton") is not None
+    return Numerics(precision, channels_last, compiled, use_winograd, requested.exact)
 
 
 def is_spatial_convolution(module: nn.Module) -> bool:
@@ -234,7 +262,7 @@ def settle_numerics(experiment: Experiment, run_folder: str, dataset: Dataset, w
             stored.numerics.save(run_folder, device=device, kernels=kernels, bit_identical=False)
         return stored.numerics, stored.bit_identical and not changed
     train = settled(experiment, dataset).train
-    chosen = Numerics(train.precision, train.channels_last, train.compile, train.winograd)  # type: ignore[arg-type]
+    chosen = Numerics(*(getattr(train, field.name) for field in dataclasses.fields(Numerics)))
     if chosen.winograd and not winograd_available(chosen.precision, world.device.type):
         raise UserError(
             setting="train.winograd",
@@ -244,8 +272,9 @@ def settle_numerics(experiment: Experiment, run_folder: str, dataset: Dataset, w
             f"train.precision={chosen.precision}",
             fix="train.winograd=auto",
         )
-    chosen.save(run_folder, device=device, kernels=kernels)
-    return chosen, True
+    repeatable = chosen.exact or world.device.type == "cpu"
+    chosen.save(run_folder, device=device, kernels=kernels, bit_identical=repeatable)
+    return chosen, repeatable
 
 
 @dataclasses.dataclass(frozen=True)

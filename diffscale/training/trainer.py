@@ -32,6 +32,7 @@ from diffscale.training.checkpoint import layout as ck
 from diffscale.training.checkpoint import saver as saving
 from diffscale.training.checkpoint_evaluation import RunEvaluations, record_columns
 from diffscale.training.control import REASONS, SIGNAL, StopRequests, Watchdog
+from diffscale.training.fit import after_out_of_memory, fitted
 from diffscale.training.learner import Learner, Step
 from diffscale.training.metrics_log import History, Interval, Listener, MetricsLog, make_trackers
 from diffscale.training.numerics import Numerics, settle_numerics
@@ -150,6 +151,8 @@ class Trainer:
         diffusion = build_diffusion(experiment, self.dataset)
         self.meter = EnergyMeter(world.device)
         self.numerics, bit_identical = self._numerics()
+        self.requested, experiment = experiment, fitted(experiment, self.dataset, world, run_folder)
+        self.experiment = experiment
         self.learner = _build_learner(experiment, self.dataset, diffusion, world, self.numerics, self.plan.end)
         self.state = self._resume()
         self.state.bit_identical &= bit_identical
@@ -230,6 +233,7 @@ class Trainer:
             flip=data.flip,
             augment=data.augment,
             order=data.order,
+            channels_last=self.numerics.channels_last,
         )
         self._batches, self._mark = iter(self._loader), time.monotonic()
         return self._loader
@@ -241,7 +245,11 @@ class Trainer:
         stalled = time.monotonic() - waited
         extra = {} if batch.augment_label is None else {"augment_label": batch.augment_label}
         before = self.state.device_seconds
-        step = self.learner.step(batch, extra=extra, clock=self._clock, stop=self.stops.reason)
+        try:
+            step = self.learner.step(batch, extra=extra, clock=self._clock, stop=self.stops.reason)
+        except torch.OutOfMemoryError:
+            after_out_of_memory(self.requested, self.experiment, self.dataset, self.run_folder)
+            raise
         self.watchdog.beat()
         self.state.count(step)
         if self.metrics is not None:
@@ -424,9 +432,10 @@ def _build_learner(
     model = build_model(experiment, dataset).to(world.device)
     if experiment.train.activation_checkpointing:
         model.set_activation_checkpointing(True)  # type: ignore[operator]
-    if experiment.train.parallel == "fsdp2" and world.size > 1:
+    sharded = experiment.train.parallel == "fsdp2" and world.size > 1
+    numerics.prepare(model, to_shard=sharded)
+    if sharded:
         model = shard(model, world, numerics.precision)
-    numerics.prepare(model)
     return Learner(model, diffusion, experiment, world, numerics, _num_classes(experiment, dataset), end)
 
 

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import flex_attention
 
 from diffscale.models import create_model
 from diffscale.models.hdit import HDiT, axial_positions, fold, spread
-from diffscale.models.neighbourhood_attention import neighbourhood_attention, windows
+from diffscale.models.neighbourhood_attention import (
+    fused_neighbourhood_attention,
+    near_pixels,
+    neighbourhood_attention,
+    windows,
+)
 
 # Made by building crowsonkb/k-diffusion's ImageTransformerDenoiserModelV2; arXiv 2401.11605 has 557 M for the last.
 PARAMETERS = {"hdit-flowers256": 22_361_274, "hdit-imagenet128": 101_088_797, "hdit-imagenet256": 557_416_266}
@@ -38,6 +44,19 @@ def test_neighbourhood_attention_is_that_of_the_definition(grid, kernel):
     assert torch.allclose(fast, slow, atol=1e-5)
     gradients = [torch.autograd.grad(out.square().sum(), (q, k, v)) for out in (fast, slow)]
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("grid", [(16, 16), (17, 9), (5, 20), (1, 3)])
+def test_the_fused_neighbourhood_attention_is_that_of_the_definition(grid):
+    """FlexAttention without compilation computes by its definition; its gradient exists on a GPU alone."""
+    q, k, v = torch.randn(3, 2, 3, *grid, 16, generator=torch.Generator().manual_seed(0))
+    fused = fused_neighbourhood_attention(q, k, v, near_pixels(*grid, 7), flex_attention)
+    assert torch.allclose(fused, neighbourhood_attention(q, k, v, windows(*grid, 7)), atol=1e-5)
+
+
+def test_the_fused_attention_passes_over_most_blocks_of_a_large_grid():
+    """A block of 128 is two rows of 64; with 3 rows above and below, a window touches 4 or 5 of the 32 blocks."""
+    assert near_pixels(64, 64, 7).sparsity() == pytest.approx(100 * (1 - 4.875 / 32))
 
 
 def test_every_pixel_sees_as_many_keys_at_the_border_as_inside():

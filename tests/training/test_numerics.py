@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from torch._dynamo.utils import counters
 
 from diffscale.config.load import load_experiment
 from diffscale.core.errors import UserError
 from diffscale.data import Dataset
-from diffscale.kernels.runtime import exact_float32
+from diffscale.kernels.runtime import exact_float32, exact_on_gpu
 from diffscale.kernels.winograd import FLOAT32
 from diffscale.models import create_model
-from diffscale.training.numerics import Numerics, choose_numerics, multiplies_bf16, settle_numerics, settled
+from diffscale.training.numerics import (
+    Numerics,
+    choose_numerics,
+    compile_blocks,
+    multiplies_bf16,
+    settle_numerics,
+    settled,
+)
 from diffscale.training.parallel import World
 
 from .small import SETTINGS, experiment
@@ -32,6 +43,7 @@ class Asked:
     channels_last: bool | str = "auto"
     compile: bool | str = "auto"
     winograd: bool | str = "auto"
+    exact: bool = True
 
 
 @pytest.fixture
@@ -130,6 +142,84 @@ def test_winograd_that_the_device_does_not_have_is_refused(tmp_path: Path, datas
     e = experiment(tmp_path, train={"precision": "fp16", "winograd": True})
     with pytest.raises(UserError, match=r"train\.winograd"):
         settle_numerics(e, str(tmp_path), dataset, World())
+
+
+def test_exactness_is_the_default_and_giving_it_up_is_another_run(tmp_path: Path, dataset: Dataset):
+    """With train.exact at its default a run has the run_id that it had before the setting existed."""
+    given = ["train.precision=fp32", "train.compile=false", "train.channels_last=false", "storage=/s"]
+    ids = {e: load_experiment("quickstart-unet", [*given, f"train.exact={e}"]).run_id("d") for e in ("true", "false")}
+    assert ids["true"] == "cf995ea3a0242560" != ids["false"]
+    fast = experiment(tmp_path, train={"exact": False})
+    settle_numerics(fast, str(tmp_path), dataset, World())
+    assert Numerics.load(str(tmp_path)).exact is False
+    stored = json.loads((tmp_path / "numerics.json").read_text())
+    assert stored["bit_identical"] is True  # exactness is about GPUs: a CPU's sums have one order
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_an_exact_run_takes_no_algorithm_whose_order_of_sums_is_open(exact, monkeypatch: pytest.MonkeyPatch):
+    """The switches that PyTorch documents for reproducible results; cuDNN's attention has no deterministic gradient."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        exact_on_gpu(exact)
+        assert torch.are_deterministic_algorithms_enabled() is exact
+        assert torch.backends.cudnn.deterministic is exact
+        assert torch.backends.cudnn.benchmark is not exact
+        assert torch.backends.cuda.cudnn_sdp_enabled() is not exact
+        assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) is exact
+        assert torch.utils.deterministic.fill_uninitialized_memory is False
+    finally:
+        exact_on_gpu(False)
+        torch.backends.cudnn.benchmark = False
+
+
+def spied(events: list[str]) -> Callable[..., Any]:
+    """A backend of torch.compile that notes each product of a backward pass when it runs."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    class Noting(torch.fx.Interpreter):
+        def run_node(self, node: torch.fx.Node) -> Any:
+            if "mm" in str(node.target):
+                events.append("product")
+            return super().run_node(node)
+
+    def backward(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        return make_boxed_func(lambda *arguments: Noting(graph).run(*arguments))
+
+    return aot_autograd(fw_compiler=lambda graph, inputs: make_boxed_func(graph.forward), bw_compiler=backward)
+
+
+def test_compiled_blocks_leave_their_gradients_while_the_backward_pass_goes_on():
+    """Else the sum over the workers would begin when nothing is left to compute: 15 ms of a step of DiT-XL/2."""
+    model = create_model("dit", resolution=8, width=16, depth=3, num_heads=2)
+    torch._dynamo.reset()
+    counters.clear()
+    events: list[str] = []
+    for i, block in enumerate(model.blocks):
+        block.out.weight.register_post_accumulate_grad_hook(lambda _, i=i: events.append(f"gradient of {i}"))
+    compile_blocks(model, spied(events))
+    model(torch.randn(2, 3, 8, 8), torch.zeros(2))[0].sum().backward()
+    between = [events[events.index(f"gradient of {i}") : events.index(f"gradient of {i - 1}")] for i in (2, 1)]
+    assert all("product" in part for part in between)
+    assert counters["stats"]["unique_graphs"] == 1  # equal blocks are compiled once
+
+
+@pytest.mark.parametrize("name", ["unet", "rin", "hdit"])
+def test_every_block_of_every_shape_is_compiled_whole(name):
+    """A graph break raises (fullgraph), and so does a limit on recompilations that is too low for a UNet's shapes."""
+    model, eager = (create_model(f"{name}-tiny") for _ in range(2))
+    eager.load_state_dict(model.state_dict())
+    torch._dynamo.reset()
+    counters.clear()
+    compile_blocks(model, "eager")
+    x, logsnr = torch.randn(2, 3, 32, 32), torch.zeros(2)
+    got = model(x, logsnr)[0]
+    got.square().sum().backward()
+    assert torch.equal(got, eager(x, logsnr)[0])
+    compiled = counters["stats"]["unique_graphs"]
+    model(x, logsnr)
+    assert 0 < compiled == counters["stats"]["unique_graphs"] <= len(model.blocks_for_fsdp())
 
 
 def test_choices_survive_storage():

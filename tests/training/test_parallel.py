@@ -53,9 +53,10 @@ def make(
     e = experiment(storage, optim={"name": optim}, train=train, **({"model": model_settings} if model_settings else {}))
     torch.manual_seed(0)
     model = build_model(e, dataset)
-    if e.train.parallel == "fsdp2" and world.size > 1:
+    sharded = e.train.parallel == "fsdp2" and world.size > 1
+    numerics.prepare(model, to_shard=sharded)
+    if sharded:
         model = shard(model, world, numerics.precision)
-    numerics.prepare(model)
     return Learner(model, build_diffusion(e, dataset), e, world, numerics, num_classes=dataset.num_classes)
 
 

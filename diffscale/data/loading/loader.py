@@ -79,6 +79,7 @@ class Loader:
     order: `rows` permutes all rows, `blocks` permutes blocks and then the rows in a window of blocks (loading/order.py)
     block_rows: rows of a block; None is the dataset's own
     window: blocks in a window; None is the dataset's own
+    channels_last: images (B, C, H, W) in the memory order in which they are stored, as convolutions on a GPU take them
     raw: leave the images as stored
     prefetch: batches, or groups of small batches, prepared ahead
     verify: compare the shards' checksums in the background, once per node
@@ -99,6 +100,7 @@ class Loader:
         order: Literal["rows", "blocks"] = "rows",
         block_rows: int | None = None,
         window: int | None = None,
+        channels_last: bool = False,
         raw: bool = False,
         prefetch: int = 3,
         verify: bool = True,
@@ -118,6 +120,7 @@ class Loader:
         self.dataset, self.seed, self.global_batch, self.start, self.stop = dataset, seed, global_batch, start, stop
         self.first, self.last, self.device = first, last, torch.device(device)
         self.flip, self.augment, self.raw, self.prefetch = flip, augment, raw, prefetch
+        self.channels_last = channels_last
         self.form: dict[str, Any] = {
             "order": order,
             "block_rows": block_rows or dataset.block_rows,
@@ -260,7 +263,8 @@ class Loader:
             return Batch(images.float(), labels, positions)
         if self.flip and not self.augment:  # before the conversion: one byte per value
             images = flip_images(images, self.seed, positions, dim=2)
-        x = images.permute(0, 3, 1, 2).contiguous().float().mul_(1 / 127.5).sub_(1)
+        x = images.permute(0, 3, 1, 2)
+        x = (x if self.channels_last else x.contiguous()).float().mul_(1 / 127.5).sub_(1)
         if not self.augment:
             return Batch(x, labels, positions)
         x, label = augment_images(x, self.seed, positions, self.augment, flip=self.flip)

@@ -51,13 +51,12 @@ class Moments:
     @classmethod
     def of(cls, features: NDArray) -> Moments:
         """Return the moments of features (n,d) of any float type."""
-        x = np.asarray(features, dtype=np.float64)
-        if len(x) == 0:
-            return cls.empty(x.shape[1])
-        mean = x.mean(axis=0)
-        centred = x - mean
-        on_device = to_metric_device(centred)
-        return cls(len(x), mean, (on_device.T @ on_device).cpu().numpy())
+        if len(features) == 0:
+            return cls.empty(features.shape[1])
+        x = to_metric_device(features).double()
+        mean = x.mean(dim=0)
+        x -= mean
+        return cls(len(x), mean.cpu().numpy(), (x.T @ x).cpu().numpy())
 
     def merge(self, other: Moments) -> Moments:
         """Return the moments of both sets of samples together."""

@@ -77,8 +77,8 @@ class Extractor:
             with exact_float32(), torch.autocast(self.device.type, self.precision, enabled=low):
                 out = self.forward(x)
             for name in self.outputs:
-                parts[name].append(out[name][:n].float().cpu())
-        return {name: torch.cat(part) for name, part in parts.items()}
+                parts[name].append(out[name][:n].float())
+        return {name: torch.cat(part).cpu() for name, part in parts.items()}
 
     @property
     def dims(self) -> dict[str, int]:

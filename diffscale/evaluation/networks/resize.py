@@ -28,10 +28,16 @@ def resize(images: Tensor, size: int, filter_name: str) -> Tensor:
     height, width = images.shape[-2:]
     if filter_name != "tf1_bilinear" and (height, width) == (size, size):
         return images
-    rows = _matrix(filter_name, height, size).to(images.device)
-    columns = _matrix(filter_name, width, size).to(images.device)
+    rows = _matrix_on(filter_name, height, size, images.device)
+    columns = _matrix_on(filter_name, width, size, images.device)
     out = torch.matmul(rows, torch.matmul(images, columns.T))
     return out.clamp(0, 255) if filter_name == "clean_bicubic" else out
+
+
+@lru_cache(maxsize=64)
+def _matrix_on(filter_name: str, source: int, target: int, device: torch.device) -> Tensor:
+    """Keep the matrix on the device: a copy for each group of images would make the GPU wait."""
+    return _matrix(filter_name, source, target).to(device)
 
 
 @lru_cache(maxsize=64)
@@ -78,7 +84,7 @@ def upsample(images: Tensor, size: int) -> Tensor:
         return images
     if max(height, width) > size:
         raise ValueError(f"eval_resolution {size} is below the images' {height}x{width}")
-    pixels = images.permute(0, 2, 3, 1).numpy()
+    pixels = images.permute(0, 2, 3, 1).cpu().numpy()
     if pixels.shape[-1] == 1:
         pixels = pixels[..., 0]
     enlarged = [np.asarray(Image.fromarray(p).resize((size, size), Image.Resampling.LANCZOS)) for p in pixels]

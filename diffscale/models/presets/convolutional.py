@@ -97,6 +97,15 @@ CONVOLUTIONAL: dict[str, Preset] = {
         "attn_resolutions": (8,),
         "channels_per_head": 32,
     },
+    "unet-cifar10": {
+        "name": "unet",
+        "resolution": 32,
+        "model_channels": 128,
+        "channel_mult": (1, 2, 2),
+        "num_blocks": 2,
+        "attn_resolutions": (16, 8),
+        "channels_per_head": 64,
+    },
     "edm2-tiny": {
         "name": "edm2",
         "resolution": 32,

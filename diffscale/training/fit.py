@@ -1,0 +1,87 @@
+"""Whether the passes of a run fit its GPU: told before the first step, and what `train.micro_batch: auto` becomes."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import torch
+
+from diffscale.config.experiment import Experiment
+from diffscale.core import storage
+from diffscale.core.errors import UserError
+from diffscale.data import Dataset
+from diffscale.preflight.checks import gigabytes
+from diffscale.preflight.memory import largest_micro_batch, needed_bytes
+from diffscale.training.parallel import World
+
+log = logging.getLogger(__name__)
+
+FILE = "micro_batch.json"  # in the run's folder: the most images per pass, after a pass did not fit
+
+
+def fitted(
+    experiment: Experiment, dataset: Dataset, world: World, run_folder: str, memory: int | None = None
+) -> Experiment:
+    """Return the experiment with a number for `train.micro_batch: auto`: passes of one size that fit every GPU.
+
+    On a CPU "auto" is the whole share of a worker. All ranks call this and get the same number. Raises UserError if a
+    pass cannot fit: the tensors that it must keep for its backward pass exceed the memory of the GPU. A compiled
+    network keeps fewer tensors, so for it the estimate decides nothing but "auto".
+
+    memory: bytes of this rank's device; None asks the device
+    """
+    train = experiment.train
+    if memory is None and world.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(world.device).total_memory
+    if memory is None:
+        return _with(experiment, None) if train.micro_batch == "auto" else experiment
+    share = -(-train.global_batch // world.size)
+    largest = largest_micro_batch(experiment, dataset, memory)
+    if train.micro_batch != "auto":
+        if not train.compile and needed_bytes(experiment, dataset, overhead=1.0) > memory:
+            raise _does_not_fit(experiment, dataset, largest, memory)
+        return experiment
+    most = min(world.gather(min(largest, _stored(run_folder), share)))
+    if most < 1:
+        raise _does_not_fit(experiment, dataset, largest, memory)
+    passes = -(-share // most)
+    return _with(experiment, -(-share // passes))
+
+
+def after_out_of_memory(requested: Experiment, used: Experiment, dataset: Dataset, run_folder: str) -> None:
+    """Note that passes were too large, so that the next attempt of an automatic run takes half as many images.
+
+    Ray Train makes that attempt when the worker raises. Raises UserError for a run whose number was given.
+
+    requested: with the setting as it was given
+    used: with the number that was used
+    """
+    if requested.train.micro_batch == "auto" and used.train.micro_batch not in (None, "auto", 1):
+        most = int(used.train.micro_batch) // 2
+        storage.write_bytes(storage.join(run_folder, FILE), json.dumps({"most": most}).encode())
+        log.warning("out of memory with train.micro_batch=%s: the next attempt takes %d", used.train.micro_batch, most)
+        return
+    memory = torch.cuda.get_device_properties().total_memory if torch.cuda.is_available() else 0
+    raise _does_not_fit(used, dataset, largest_micro_batch(used, dataset, memory), memory)
+
+
+def _stored(run_folder: str) -> int:
+    uri = storage.join(run_folder, FILE)
+    return int(json.loads(storage.read_bytes(uri))["most"]) if storage.exists(uri) else 1 << 31
+
+
+def _with(experiment: Experiment, micro_batch: int | None) -> Experiment:
+    return experiment.model_copy(update={"train": experiment.train.model_copy(update={"micro_batch": micro_batch})})
+
+
+def _does_not_fit(experiment: Experiment, dataset: Dataset, largest: int, memory: int) -> UserError:
+    needed = needed_bytes(experiment, dataset)
+    helps = "train.activation_checkpointing=true, train.parallel=fsdp2 on several GPUs, or a smaller model"
+    return UserError(
+        setting="train.micro_batch",
+        value=experiment.train.micro_batch,
+        expected=f"at most about {largest} images per pass" if largest else "a network that fits this GPU",
+        reason=f"a worker needs about {gigabytes(needed)}, the GPU has {gigabytes(memory)}",
+        fix=f"train.micro_batch={largest}, or {helps}" if largest else helps,
+    )

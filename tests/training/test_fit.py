@@ -1,0 +1,61 @@
+"""A pass that cannot fit is refused before the first step, and `train.micro_batch: auto` finds one that fits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from diffscale.core.errors import UserError
+from diffscale.data import Dataset
+from diffscale.preflight.memory import OVERHEAD, largest_micro_batch, needed_bytes
+from diffscale.training.fit import after_out_of_memory, fitted
+from diffscale.training.parallel import World
+
+from .small import BATCH, experiment
+
+
+def test_the_largest_pass_is_the_last_that_the_estimate_lets_in(tmp_path: Path, dataset: Dataset):
+    """The estimate is a constant and a part that grows with the images of a pass."""
+
+    def needed(images: int) -> int:
+        return needed_bytes(experiment(tmp_path, train={"micro_batch": images}), dataset)
+
+    e = experiment(tmp_path)
+    assert largest_micro_batch(e, dataset, needed(3)) == 3
+    assert largest_micro_batch(e, dataset, needed(3) - 1) == 2
+    assert largest_micro_batch(e, dataset, 1) == 0
+
+
+def test_auto_makes_passes_of_one_size_and_leaves_the_run_its_identity(tmp_path: Path, dataset: Dataset):
+    """A last pass of another size would be compiled and captured again."""
+    auto = experiment(tmp_path, train={"micro_batch": "auto"})
+    memory = needed_bytes(experiment(tmp_path, train={"micro_batch": BATCH - 1}), dataset)
+    found = fitted(auto, dataset, World(), str(tmp_path), memory)
+    assert found.train.micro_batch == -(-BATCH // 2)
+    assert found.run_id("d") == auto.run_id("d") == experiment(tmp_path).run_id("d")
+    assert fitted(auto, dataset, World(), str(tmp_path)).train.micro_batch is None  # on a CPU all at once
+
+
+def test_what_cannot_fit_is_told_with_the_estimate_and_the_most_that_would(tmp_path: Path, dataset: Dataset):
+    asked = experiment(tmp_path, train={"micro_batch": 8, "compile": False})
+    memory = int(needed_bytes(asked, dataset, overhead=1.0)) - 1
+    assert memory * OVERHEAD > needed_bytes(experiment(tmp_path, train={"micro_batch": 4}), dataset)
+    with pytest.raises(UserError, match=r"train\.micro_batch") as refused:
+        fitted(asked, dataset, World(), str(tmp_path), memory)
+    largest = largest_micro_batch(asked, dataset, memory)
+    assert f"at most about {largest} images" in refused.value.text()
+    assert fitted(asked, dataset, World(), str(tmp_path), memory + 1) == asked
+    with pytest.raises(UserError, match="a network that fits this GPU"):
+        fitted(experiment(tmp_path, train={"micro_batch": "auto"}), dataset, World(), str(tmp_path), 1000)
+
+
+def test_after_running_out_of_memory_the_next_attempt_takes_half_as_many(tmp_path: Path, dataset: Dataset):
+    auto = experiment(tmp_path, train={"micro_batch": "auto"})
+    plenty = 1 << 40
+    used = fitted(auto, dataset, World(), str(tmp_path), plenty)
+    assert used.train.micro_batch == BATCH
+    after_out_of_memory(auto, used, dataset, str(tmp_path))
+    assert fitted(auto, dataset, World(), str(tmp_path), plenty).train.micro_batch == BATCH // 2
+    with pytest.raises(UserError, match=r"train\.micro_batch"):
+        after_out_of_memory(used, used, dataset, str(tmp_path))
