@@ -146,6 +146,13 @@ class TrainSettings(Section):
     price_per_device_hour: float | None = Field(None, ge=0)
 
     @property
+    def pass_images(self) -> int | None:
+        """Images per pass on one worker, None for all at once. training/fit.py replaces "auto" before it is asked."""
+        if self.micro_batch == "auto":
+            raise ValueError("train.micro_batch=auto has not been replaced by a number")
+        return self.micro_batch
+
+    @property
     def min_workers(self) -> int:
         """Fewest workers with which the run trains."""
         return self.workers if isinstance(self.workers, int) else self.workers[0]

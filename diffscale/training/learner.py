@@ -105,7 +105,7 @@ class Learner:
         kind = ShardedGradients if self.sharded else FlatGradients
         self.gradients: Gradients = kind(model, world)
         self.scale = LossScale() if numerics.precision == "fp16" and world.device.type == "cuda" else None
-        self._passes = passes(experiment.train.global_batch, world.size, experiment.train.micro_batch)
+        self._passes = passes(experiment.train.global_batch, world.size, experiment.train.pass_images)
 
     # ---- one step
 
@@ -167,7 +167,7 @@ class Learner:
         A worker with a smaller share makes its last passes over one sample of weight zero, so that all workers make the
         same number of passes.
         """
-        size = self.experiment.train.micro_batch or max(count, 1)
+        size = self.experiment.train.pass_images or max(count, 1)
         for i in range(self._passes):
             first, last = min(i * size, count), min((i + 1) * size, count)
             yield (first, last, 1.0) if first < last else (0, 1, 0.0)

@@ -16,8 +16,10 @@ from diffscale.data import Loader
 from diffscale.diffusion import training_loss
 from diffscale.training.checkpoint import layout as ck
 from diffscale.training.checkpoint import saver as saving
+from diffscale.training.fit import fitted
 from diffscale.training.learner import Batch, Learner
 from diffscale.training.numerics import Numerics, settled
+from diffscale.training.parallel import World
 from diffscale.training.plan import make_plan
 from diffscale.training.run import prepare
 
@@ -39,6 +41,7 @@ def replay(experiment: Experiment) -> str:
             expected="a run that stopped because losses or gradients were not finite",
         )
     found = json.loads(storage.read_bytes(uri))
+    experiment = fitted(experiment, dataset, World(), folder)
     plan = make_plan(experiment, cost.flops_per_image)
     torch.manual_seed(experiment.train.seed)
     numerics = Numerics.load(folder) or Numerics()
