@@ -50,9 +50,11 @@ def sincos_positions(
     """
     if dim % 4:
         raise ValueError(f"width = {dim}: expected a multiple of 4 for the two-dimensional positions")
-    wide = {"dtype": torch.float64, "device": device}
-    omega = max_period ** -(torch.arange(dim // 4, **wide) / (dim // 4))
-    axes = [torch.arange(n, **wide) * (full / n) for n, full in zip((height, width), native, strict=True)]
+    wide = torch.float64
+    omega = max_period ** -(torch.arange(dim // 4, dtype=wide, device=device) / (dim // 4))
+    axes = [
+        torch.arange(n, dtype=wide, device=device) * (full / n) for n, full in zip((height, width), native, strict=True)
+    ]
     rows, columns = (torch.cat([(a := x[:, None] * omega).sin(), a.cos()], dim=1) for x in axes)
     table = torch.cat([columns.expand(height, -1, -1), rows[:, None].expand(-1, width, -1)], dim=-1)
     return table.flatten(0, 1).float()

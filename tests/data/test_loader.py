@@ -99,6 +99,16 @@ def test_raw_batches_are_as_stored(dataset, images):
     assert np.array_equal(batch.images.numpy(), images[positions_to_indices(np.arange(10), 100, 0)])
 
 
+@pytest.mark.parametrize("augment", [0.0, 0.5])
+def test_channels_last_batches_hold_the_same_images_in_their_stored_order(dataset, augment):
+    """Stored images are (H, W, C): a network that wants this order needs no copy."""
+    settings = {**SETTINGS, "augment": augment}
+    plain, last = (take(Loader(dataset, channels_last=flag, **settings), 2)[1].images for flag in (False, True))
+    assert torch.equal(plain, last)
+    assert plain.is_contiguous()
+    assert augment or last.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_flips_depend_on_the_position_alone_and_are_fair():
     x = torch.arange(4.0).expand(4000, 1, 2, 4)
     positions = torch.arange(4000)

@@ -35,6 +35,8 @@ def test_auto_makes_passes_of_one_size_and_leaves_the_run_its_identity(tmp_path:
     assert found.train.micro_batch == -(-BATCH // 2)
     assert found.run_id("d") == auto.run_id("d") == experiment(tmp_path).run_id("d")
     assert fitted(auto, dataset, World(), str(tmp_path)).train.micro_batch is None  # on a CPU all at once
+    with pytest.raises(ValueError, match="has not been replaced"):
+        auto.train.pass_images  # noqa: B018 (the property raises)
 
 
 def test_what_cannot_fit_is_told_with_the_estimate_and_the_most_that_would(tmp_path: Path, dataset: Dataset):

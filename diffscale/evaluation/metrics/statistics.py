@@ -55,8 +55,8 @@ class Moments:
             return cls.empty(features.shape[1])
         x = to_metric_device(features).double()
         mean = x.mean(dim=0)
-        x -= mean
-        return cls(len(x), mean.cpu().numpy(), (x.T @ x).cpu().numpy())
+        centred = x - mean
+        return cls(len(x), mean.cpu().numpy(), (centred.T @ centred).cpu().numpy())
 
     def merge(self, other: Moments) -> Moments:
         """Return the moments of both sets of samples together."""
