@@ -64,7 +64,14 @@ def test_every_number_of_an_evaluation_is_there(dataset, network, diffusion, tmp
     assert {f"{FD}[0]", "kid_efficientnet_lite0_std", "precision_efficientnet_lite0[2]"} <= set(found)
     picture = Image.open(io.BytesIO(evaluation.grid_png))
     assert picture.width > 3 * 48
-    assert set(sampling.fields(diffusion)) == {"solver", "nfe", "guidance_scale", "sampler", "sample_seed"}
+    assert set(sampling.fields(diffusion)) == {
+        "solver",
+        "nfe",
+        "guidance_scale",
+        "sampler",
+        "sample_seed",
+        "sample_batch",
+    }
 
 
 def test_only_samples_of_a_class_are_labelled(dataset, network, diffusion, tmp_path):
