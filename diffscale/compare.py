@@ -7,17 +7,13 @@ The votes are kept under the storage and give each contender a strength with an 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from diffscale.core import storage
 from diffscale.core.app import command_app, run_app
-
-if TYPE_CHECKING:
-    from diffscale.preference.result import Result
 
 app = command_app()
 
@@ -47,6 +43,7 @@ def main(
     from diffscale.preference.result import result, write_result  # import cost
     from diffscale.preference.serve import serve  # import cost
     from diffscale.preference.study import Study  # import cost
+    from diffscale.preference.table import print_result  # import cost
 
     console = Console()
     found = []
@@ -67,30 +64,8 @@ def main(
         serve(study, goal, host, port, lambda link: console.print(f"rate at {link}\n(ctrl-c ends)", soft_wrap=True))
     outcome = result(study, tuple(without or ()))
     records = write_result(study, outcome)
-    _print(console, study.folder, outcome, len(records))
-
-
-def _print(console: Console, folder: str, outcome: Result, records: int) -> None:
-    table = Table("contender", "points against the average", "95 %", "votes")
-    for row in outcome.contenders.to_dict("records"):
-        interval = f"{row['win_share_low']:.2f} to {row['win_share_high']:.2f}"
-        table.add_row(row["contender"], f"{row['win_share']:.2f}", interval, str(row["votes"]))
-    console.print(table)
-    for row in outcome.pairs.to_dict("records"):
-        if row["preferred"]:
-            other = row["b"] if row["preferred"] == row["a"] else row["a"]
-            console.print(f"{row['preferred']} is preferred to {other}", markup=False, highlight=False)
-    for row in outcome.raters.to_dict("records"):
-        mark = " - INATTENTIVE" if row["inattentive"] else ""
-        repeats = f", {row['consistency']:.0%} of {row['repeats']} repeats alike" if row["repeats"] else ""
-        checks = f", {row['failed_checks']} of {row['checks']} checks failed" if row["checks"] else ""
-        console.print(
-            f"rater {row['rater']}: {row['votes']} votes{repeats}{checks}{mark}", markup=False, highlight=False
-        )
-    share, pairs = outcome.agreement
-    if pairs:
-        console.print(f"raters agree on {share:.0%} of {pairs} pairs that two have seen")
-    console.print(f"votes and tables: {folder}; {records} records written", soft_wrap=True, highlight=False)
+    print_result(console, outcome)
+    console.print(f"votes and tables: {study.folder}; {len(records)} records", soft_wrap=True, highlight=False)
 
 
 if __name__ == "__main__":
