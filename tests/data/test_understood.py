@@ -204,13 +204,27 @@ def test_a_link_gives_no_copies_and_a_link_elsewhere_is_followed_once(tmp_path):
     os.symlink(elsewhere, source / "b")
     os.symlink(elsewhere, source / "c")
     os.symlink(elsewhere / "3.png", source / "a" / "d.png")
+    (tmp_path / "alone").write_bytes(PNG[7])
+    os.symlink("../../alone", source / "a" / "e.png")
+    os.symlink("../../alone", source / "a" / "f.png")
     os.symlink("nowhere", source / "broken.png")
     os.mkfifo(source / "a" / "pipe.png")
     found, opened = listed(source)
-    names = ["a/0.png", "a/1.png", "a/2.png", "a/d.png", "b/4.png", "b/5.png"]
+    names = ["a/0.png", "a/1.png", "a/2.png", "a/e.png", "b/3.png", "b/4.png", "b/5.png"]
     assert found == {name: (None, name[0]) for name in names}
     why = dict(opened.refused + opened.left_out)
-    assert set(why) >= {"a/up", "a/root", "a/above", "a/again.png", "same", "c", "broken.png", "a/pipe.png", "b/3.png"}
+    assert set(why) >= {
+        "a/up",
+        "a/root",
+        "a/above",
+        "a/again.png",
+        "same",
+        "c",
+        "broken.png",
+        "a/pipe.png",
+        "a/d.png",
+        "a/f.png",
+    }
     assert "read under its own name" in why["same"]
     assert "neither a file nor a folder" in why["a/pipe.png"]
 
@@ -300,8 +314,8 @@ def test_a_share_is_held_out_of_a_source_with_training_images_alone(tmp_path):
     assert 1 <= dataset.heldout.n <= 14
     assert dataset.n + dataset.heldout.n == 24
     assert "about 30% are held out" in examine(options(source, tmp_path / "new", split=0.3))
-    (source / "val").mkdir()
-    (source / "val" / "0.png").write_bytes(PNG[0])
+    (source / "val" / "cat").mkdir(parents=True)
+    (source / "val" / "cat" / "0.png").write_bytes(PNG[0])
     assert "--split 0.3 is not used" in examine(options(source, tmp_path / "new", split=0.3))
 
 

@@ -175,6 +175,7 @@ def _prepare(options: BuildOptions, plan: BuildPlan, identity: str, work: Path, 
             )
         plan = BuildPlan.from_json((work / "plan.json").read_text())
         check_interrupted(work, plan, options.reading())
+        _show(work, show)
         return plan
     shutil.rmtree(work, ignore_errors=True)
     for name in ("units", "parts", "done", "shards", "spool"):
@@ -182,13 +183,20 @@ def _prepare(options: BuildOptions, plan: BuildPlan, identity: str, work: Path, 
     try:
         with progress(show) as bar:
             listing = list_source(plan, options.reading(), work / "spool", bar, work)
-        if show:
-            Console().print(describe(listing), markup=False, highlight=False, soft_wrap=True)
+        (work / "plan.txt").write_text(describe(listing))
+        _show(work, show)
     except UserError:
         shutil.rmtree(work, ignore_errors=True)
         raise
     storage.write_bytes(str(work / "state.json"), json.dumps({"identity": identity}).encode())
     return listing.plan
+
+
+def _show(work: Path, show: bool) -> None:
+    """Print the plan of a build, also of one that continues."""
+    text = work / "plan.txt"
+    if show and text.exists():
+        Console().print(text.read_text(), markup=False, highlight=False, soft_wrap=True)
 
 
 def examine(options: BuildOptions) -> str:

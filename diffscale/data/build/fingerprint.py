@@ -8,11 +8,12 @@ other files it is their names and sizes, and a hash of samples of their content.
 from __future__ import annotations
 
 import hashlib
-import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
 
 from diffscale.core import storage
 from diffscale.core.errors import UserError
@@ -20,15 +21,13 @@ from diffscale.data.build import folders, sources
 from diffscale.data.build.archives import zip_tree
 from diffscale.data.build.items import Reading, SourceUnit, open_file
 from diffscale.data.build.labels import LABELS_FILE
-from diffscale.data.build.names import is_image, printable
+from diffscale.data.build.names import is_image, printable, shown
 from diffscale.data.build.tasks import BuildPlan, content_of, load_json, load_unit, sum_of_contents
 from diffscale.data.build.tree import Entry
 from diffscale.data.format.manifest import read_manifest
 
 SAMPLE = 64 << 10  # bytes of one sample
 SAMPLES = 18  # both ends and 16 places between
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,11 +51,16 @@ class Fingerprint:
         return asdict(self)
 
 
-def fingerprint(uri: str, kind: str, reading: Reading) -> Fingerprint:
-    """Return the state of a source, without its content if it is a folder."""
+def fingerprint(
+    uri: str, kind: str, reading: Reading, files: Callable[[], Iterable[Entry]] | None = None
+) -> Fingerprint:
+    """Return the state of a source, without its content if it is a folder.
+
+    files: lists the files of a folder, if they are known
+    """
     listing, times = hashlib.sha256(), hashlib.sha256()
     count = size = 0
-    for entry in _files(uri, kind):
+    for entry in _files(uri, kind, files):
         count, size = count + 1, size + entry.size
         listing.update(f"{printable(entry.name)}\0{entry.size}\0".encode())
         if kind == "folder":
@@ -70,10 +74,11 @@ def fingerprint(uri: str, kind: str, reading: Reading) -> Fingerprint:
     return Fingerprint(count, size, listing.hexdigest()[:32], times.hexdigest()[:32] if kind == "folder" else "")
 
 
-def _files(uri: str, kind: str) -> Iterator[Entry]:
+def _files(uri: str, kind: str, files: Callable[[], Iterable[Entry]] | None) -> Iterator[Entry]:
+    """Yield the files whose state counts, in a fixed order."""
     if kind in ("folder", "zip"):
-        entries: Iterable[Entry] = folders.walk(uri) if kind == "folder" else zip_tree(uri).files()
-        for entry in entries:
+        list_files = files or (lambda: folders.walk(uri) if kind == "folder" else zip_tree(uri).files())
+        for entry in list_files():
             listed = is_image(entry.name) or entry.name.rsplit("/", 1)[-1] == LABELS_FILE
             if listed and not entry.problem:
                 yield entry
@@ -106,19 +111,19 @@ def content_of_units(units: Iterable[SourceUnit]) -> str:
 def check_finished(dataset: str, source: str, reading: Reading, show: bool) -> None:
     """Raise UserError if the source of a finished dataset has changed since it was built.
 
-    A source that is gone, or a dataset of a version that noted no state, passes.
+    A source that is gone cannot be compared, nor can a dataset of a version that noted no state.
     """
     noted = read_manifest(dataset).source
     before = noted.get("fingerprint")
-    if not before or not storage.exists(source):
+    if not before or not all(storage.exists(place) for place in (source, reading.labels) if place):
         return
     fix = "choose another folder for the new dataset, or remove this one to build it again"
     if _is_same(source, before, fingerprint(source, noted["kind"], reading), dataset, fix):
         return
     if show:
-        logger.info("the times of files in %s have changed: comparing their content", source)
+        Console().print(f"files of {shown(source)} have other times: comparing their content", markup=False)
     listed = sources.open_source(source, 1000, Path(), replace(reading, kind=noted["kind"]))
-    if content_of_units(listed.units) != before["content"]:
+    if content_of_units(listed.units) != before.get("content"):
         raise changed(source, "other content in files of the same size", dataset, fix)
 
 

@@ -80,7 +80,7 @@ class _Walk:
             inner: list[_Place] = []
             for entry in entries:
                 name = f"{place.name}/{entry.name}" if place.name else entry.name
-                real = os.path.join(place.real, entry.name)
+                real = f"{place.real}/{entry.name}"
                 if entry.is_symlink():
                     real = os.path.realpath(entry.path)
                     problem = self.problem_of_link(entry, real) if place.follow else "a link"

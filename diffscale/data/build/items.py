@@ -6,7 +6,7 @@ out, and identifies it in rejected.csv.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -88,6 +88,7 @@ class BuildSource:
     counts: {(split or None, class name or None): images} if `units` alone do not tell
     latents: (dtype, channels, resolution) of a source of floats
     work: local folder for unpacked archives
+    files: lists the entries of a folder again, once `units` has begun
     group_bytes: size of the largest row group that must be read as a whole
     """
 
@@ -100,6 +101,7 @@ class BuildSource:
     counts: dict[tuple[str | None, str | None], int] | None = None
     latents: tuple[str, int, int] | None = None
     work: Path = Path()
+    files: Callable[[], Iterable[Any]] | None = None
     group_bytes: int = 0
 
 

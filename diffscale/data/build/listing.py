@@ -77,7 +77,7 @@ def list_source(plan: BuildPlan, reading: Reading, spool: Path, bar: Progress, w
         (work / "classes.json").write_text(json.dumps(classes))
         (work / "refused.json").write_text(json.dumps(source.refused))
         (work / "left_out.json").write_text(json.dumps(source.left_out))
-        state = fingerprint(plan.source, plan.kind, reading)
+        state = fingerprint(plan.source, plan.kind, reading, source.files)
         (work / "fingerprint.json").write_text(json.dumps(state.to_json()))
         (work / "plan.json").write_text(plan.to_json())
     return Listing(plan, source, classes, counts)

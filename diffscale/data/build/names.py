@@ -19,7 +19,7 @@ def why_no_image(name: str) -> str:
     """Return why a file of a source is not one of its images, by its path in the source; empty for an image."""
     *folders, file = PurePosixPath(name).parts or ("",)
     for folder in folders:
-        if folder.startswith("."):
+        if folder.startswith(".") and folder != "..":
             return f"in the hidden folder {printable(folder)}"
         if folder.lower() in SIDE_FOLDERS:
             return f"in {folder}, a folder of an operating system"
@@ -48,7 +48,7 @@ def is_unread_image(name: str) -> bool:
 def is_unsafe(name: str, original: str = "") -> bool:
     """Return whether a member of an archive points outside of it; such a name must not be used, not even as a class.
 
-    original: the name as it is stored, if the reader of the archive changes it
+    original: the stored name, if the reader of the archive changes it
     """
     stored = original or name
     outside = name.startswith("/") or "\\" in stored or "\0" in stored or ".." in PurePosixPath(name).parts

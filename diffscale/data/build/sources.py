@@ -101,8 +101,9 @@ def _kind_of_folder(uri: str) -> Kind:
     if any(name.endswith("_batch.bin") or name.startswith("data_batch_") for name in names):
         return "cifar10"
     tars, arrays = (sorted(n for n in names if n.endswith(ends)) for ends in (".tar", (".npz", ".npy")))
-    images = [name for name in names if is_image(name)]
-    images = images or [entry.name for entry in folders.walk(uri) if is_image(entry.name) and not entry.problem]
+    images: list[str] = []
+    if tars or arrays:
+        images = [entry.name for entry in folders.walk(uri) if is_image(entry.name) and not entry.problem]
     found: dict[Kind, list[str]] = {"folder": images, "tar": tars, "array": arrays}
     there = [kind for kind, files in found.items() if files]
     if len(there) > 1:
@@ -158,7 +159,9 @@ def _of_trees(
 ) -> Iterator[SourceUnit]:
     """Yield the units of a folder, zip or tar, or of a folder of tars."""
     if source.kind == "folder":
-        yield from _in_units(tree_items(_folder_tree(uri), source, reading, given), rows, "files")
+        tree = _folder_tree(uri)
+        source.files = tree.files
+        yield from _in_units(tree_items(tree, source, reading, given), rows, "files")
         return
     if source.kind == "zip":
         yield from _in_units(tree_items(zip_tree(uri), source, reading, given), rows, "zip")
@@ -207,7 +210,10 @@ def _tree_of_tars(
 
 
 def _folder_tree(uri: str) -> Tree:
-    return Tree(uri, lambda: folders.walk(uri), lambda entry: read_whole(entry.where))
+    if not storage.is_remote(uri):
+        return Tree(uri, lambda: folders.walk(uri), lambda entry: read_whole(entry.where))
+    entries = list(folders.walk(uri))  # in memory: to list a bucket again takes minutes
+    return Tree(uri, lambda: entries, lambda entry: read_whole(entry.where))
 
 
 def _not_of_kind(uri: str, kind: Kind) -> Iterator[tuple[str, str]]:
