@@ -142,6 +142,11 @@ def test_a_choice_that_does_not_fit_says_what_is_there(choices, named):
 def test_a_list_of_labels_leaves_only_the_splits_to_the_folders():
     assert read("train/00000 val/00000", labelled=True) == {"train/00000": "train -", "val/00000": "heldout -"}
     assert read("00000 00001", labelled=True) == {"00000": "- -", "00001": "- -"}
+    for tree in ("/ more", "photos photos/cat photos/dog", "images/a masks/a"):
+        assert set(read(tree, labelled=True).values()) == {"- -"}
+    assert read("a/train/x a/test/y", labelled=True) == {"a/train/x": "train -", "a/test/y": "heldout -"}
+    with pytest.raises(UserError, match="--split-names"):
+        read("a b test", labelled=True)
 
 
 @pytest.mark.parametrize(

@@ -183,7 +183,7 @@ def _prepare(options: BuildOptions, plan: BuildPlan, identity: str, work: Path, 
     try:
         with progress(show) as bar:
             listing = list_source(plan, options.reading(), work / "spool", bar, work)
-        (work / "plan.txt").write_text(describe(listing))
+        (work / "plan.txt").write_text(describe(listing), "utf-8")
         _show(work, show)
     except UserError:
         shutil.rmtree(work, ignore_errors=True)
@@ -196,7 +196,7 @@ def _show(work: Path, show: bool) -> None:
     """Print the plan of a build, also of one that continues."""
     text = work / "plan.txt"
     if show and text.exists():
-        Console().print(text.read_text(), markup=False, highlight=False, soft_wrap=True)
+        Console().print(text.read_text("utf-8"), markup=False, highlight=False, soft_wrap=True)
 
 
 def examine(options: BuildOptions) -> str:

@@ -109,7 +109,7 @@ def find_layout(counts: Counts, uri: str, reading: Reading, labelled: bool = Fal
     elif names:
         found = _by_names(counts, uri, names)
     else:
-        found = _Guess(counts, uri, names is None).layout()
+        found = _Guess(counts, uri, names is None, labelled).layout()
     return Layout(found.split, None, found.fixed, found.names) if labelled else found
 
 
@@ -200,10 +200,10 @@ def _label_below(counts: Counts, split: int) -> int | None:
 
 
 class _Guess:
-    """The layout that the names of the folders suggest."""
+    """The layout that the names of the folders suggest; with labels from a list, only their splits matter."""
 
-    def __init__(self, counts: Counts, uri: str, with_splits: bool) -> None:
-        self.counts, self.uri = counts, uri
+    def __init__(self, counts: Counts, uri: str, with_splits: bool, labelled: bool) -> None:
+        self.counts, self.uri, self.labelled = counts, uri, labelled
         self.role: Role = split_of if with_splits else _none
         self.hint: Role = mentioned if with_splits else _none
 
@@ -221,7 +221,7 @@ class _Guess:
                 return self.checked(self.with_classes(level, folders, inner), loose)
             name, only = next(iter(folders.items()))
             if only.direct and not inner:
-                if len(only.inner) > 1:
+                if len(only.inner) > 1 and not self.labelled:
                     self.refuse(
                         f"{name} holds {only.direct:,} images and the folders {some(sorted(only.inner))}",
                         f"--folders class makes {name} one class; --folders '*/class' makes those folders classes",
@@ -264,7 +264,7 @@ class _Guess:
     def with_classes(self, level: int, folders: dict[str, _Folder], inner: set[str]) -> Layout:
         """Return the layout with classes at this level, and perhaps splits in each of them."""
         seen = {name.lower() for name in folders}
-        if (pictures := seen & IMAGES) and (paired := seen & PAIRED):
+        if (pictures := seen & IMAGES) and (paired := seen & PAIRED) and not self.labelled:
             self.refuse(
                 f"it has {some(sorted(pictures))} and {some(sorted(paired))}, which look like pairs of images",
                 f"--folders {sorted(pictures)[0]}/class (or {sorted(pictures)[0]}/split/class) uses that folder alone; "
@@ -283,7 +283,7 @@ class _Guess:
         )
         if everywhere and "train" in inner:
             deeper = sorted({f[level + 2] for f in self.counts if len(f) > level + 2})
-            if len(deeper) > 1:
+            if len(deeper) > 1 and not self.labelled:
                 self.refuse(
                     f"below the splits in {some(sorted(folders))} are the folders {some(deeper)}",
                     "--folders class/split, or --folders '*/split/class', says which of them are the classes",
@@ -309,7 +309,8 @@ class _Guess:
     def checked(self, layout: Layout, loose: int) -> Layout:
         """Return the layout unless at least half of the images would have no place in it."""
         total = sum(self.counts.values())
-        if loose and 2 * loose >= total and (layout.split is not None or layout.label is not None):
+        has_folders = layout.split is not None or (layout.label is not None and not self.labelled)
+        if has_folders and loose and 2 * loose >= total:
             outside = "splits" if layout.split is not None else "classes"
             self.refuse(
                 f"{loose:,} of its {total:,} images lie next to the folders of the {outside}, in none of them",
