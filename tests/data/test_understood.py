@@ -356,6 +356,13 @@ def test_tars_of_one_folder_are_splits_classes_or_pieces_by_their_names(tmp_path
         assert list(found.values()) == [found for found in expected for _ in range(2)]
 
 
+def test_a_question_about_a_packed_tar_names_the_tar(tmp_path):
+    source = write_tar(tmp_path, {"cat/0.png": PNG[0], "dog/1.png": PNG[1], "test/2.png": PNG[2]}, "w:gz")
+    with pytest.raises(UserError) as error:
+        listed(source)
+    assert error.value.value == str(source)
+
+
 def test_a_tar_that_is_cut_off_or_joined_is_refused(tmp_path):
     """tarfile takes a damaged header for the end of the archive."""
     whole = write_tar(tmp_path, {f"a/{i}.png": PNG[i] for i in range(5)}).read_bytes()

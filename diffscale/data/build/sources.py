@@ -187,12 +187,9 @@ def _tree_of_tars(
 
     Tars that are numbered pieces of one (shard-000.tar, shard-001.tar) are no folders.
     """
-    if len(trees) == 1:
-        yield from tree_items(trees[0], source, reading, given)
-        return
     stems = [tree.uri.rsplit("/", 1)[-1].removesuffix(".tar") for tree in trees]
     several = len({re.sub(r"\d+", "", stem) for stem in stems}) > 1
-    named = several or any(split_of(stem) or WORDNET.fullmatch(stem) for stem in stems)
+    named = several or (len(stems) > 1 and any(split_of(stem) or WORDNET.fullmatch(stem) for stem in stems))
 
     def files() -> Iterator[Entry]:
         for stem, tree in zip(stems, trees, strict=True):
