@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from functools import lru_cache
 from pathlib import PurePosixPath
 
 from diffscale.data.build.decode import IMAGE_SUFFIXES
@@ -17,22 +18,38 @@ NOT_READ = {  # formats of images that we do not read
 
 def why_no_image(name: str) -> str:
     """Return why a file of a source is not one of its images, by its path in the source; empty for an image."""
-    *folders, file = PurePosixPath(name).parts or ("",)
-    for folder in folders:
-        if folder.startswith(".") and folder != "..":
-            return f"in the hidden folder {printable(folder)}"
-        if folder.lower() in SIDE_FOLDERS:
-            return f"in {folder}, a folder of an operating system"
+    folder, _, file = name.rpartition("/")
+    if folder and (reason := _why_no_folder(folder)):
+        return reason
     if file.startswith("."):
         return "a hidden file"
-    if file.lower() in SIDE_FILES:
+    lower = file.lower()
+    if lower in SIDE_FILES:
         return "a file of an operating system"
-    suffix = PurePosixPath(file.lower()).suffix
+    stem, dot, end = lower.rpartition(".")
+    suffix = dot + end if stem and end else ""
     if suffix in IMAGE_SUFFIXES:
         return ""
     if suffix in NOT_READ:
         return f"images with the extension {suffix} are not read"
     return f"{printable(suffix)} is not an extension of images" if suffix else "it has no extension"
+
+
+@lru_cache(maxsize=1024)
+def _why_no_folder(path: str) -> str:
+    """Return why nothing in a folder is an image of the source; empty if files in it can be."""
+    for folder in parts_of(path):
+        if folder.startswith(".") and folder != "..":
+            return f"in the hidden folder {printable(folder)}"
+        if folder.lower() in SIDE_FOLDERS:
+            return f"in {folder}, a folder of an operating system"
+    return ""
+
+
+@lru_cache(maxsize=1024)
+def parts_of(path: str) -> tuple[str, ...]:
+    """Return the names in a path."""
+    return PurePosixPath(path).parts
 
 
 def is_image(name: str) -> bool:
@@ -57,6 +74,8 @@ def is_unsafe(name: str, original: str = "") -> bool:
 
 def printable(name: str) -> str:
     """Return a file name as valid Unicode: bytes that are not UTF-8 become `\\xe9`."""
+    if name.isascii():
+        return name
     try:
         return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     except UnicodeEncodeError:  # half of a pair of UTF-16, from JSON

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from diffscale.data.build.decode import ImageError
 from diffscale.data.build.items import BuildSource, Item, Reading, unreadable
 from diffscale.data.build.labels import LABELS_FILE, LabelList, edm_labels
 from diffscale.data.build.layout import Layout, Misplaced, find_layout
-from diffscale.data.build.names import is_unread_image, printable, why_no_image
+from diffscale.data.build.names import is_unread_image, parts_of, printable, why_no_image
 
 
 class Entry(NamedTuple):
@@ -62,31 +62,32 @@ def tree_items(
     counts: Counter[tuple[str, ...]] = Counter()
     lists: dict[tuple[str, ...], Entry] = {}
     for entry in tree.files():
-        parts = PurePosixPath(entry.name).parts
-        if entry.problem or not parts:
+        if entry.problem:
             continue
-        if parts[-1] == LABELS_FILE and not any(part.startswith(".") for part in parts):
-            lists[parts[:-1]] = entry
+        folder, _, file = entry.name.rpartition("/")
         if not why_no_image(entry.name):
-            counts[parts[:-1]] += 1
+            counts[parts_of(folder)] += 1
+        elif file == LABELS_FILE and not why_no_image(f"{folder}/image.png"):
+            lists[parts_of(folder)] = entry
     given = given or _enclosed_labels(tree, lists, counts)
     layout = find_layout(counts, tree.uri, reading, given is not None)
     source.notes += _notes(layout, counts)
+    place = lru_cache(maxsize=1024)(layout.place)
     found = 0
     for entry in tree.files():
         name = printable(entry.name)
-        why = entry.problem or why_no_image(entry.name)
+        no_image = why_no_image(entry.name)
         if given is not None and (given.entry == entry.name or given.place == entry.where):
             continue
-        if why:
-            usable = not why_no_image(entry.name) or is_unread_image(entry.name)
+        if why := entry.problem or no_image:
+            usable = not no_image or is_unread_image(entry.name)
             (source.refused if usable else source.left_out).append((name, why))
             continue
-        parts = PurePosixPath(entry.name).parts
+        folder, _, file = entry.name.rpartition("/")
         try:
-            split, label = layout.place(parts[:-1])
+            split, label = place(parts_of(folder))
             if given is not None:
-                split, label = given.find(parts, split)
+                split, label = given.find((*parts_of(folder), file), split)
         except Misplaced as error:
             (source.left_out if error.chosen else source.refused).append((name, printable(str(error))))
             continue
