@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -151,7 +152,34 @@ def write_bytes(uri: str, data: bytes) -> None:
 def list_files(uri: str, suffix: str = "", recursive: bool = False) -> list[str]:
     """Return the full URIs of the files under a folder, sorted; a folder that does not exist has none."""
     fs, path = filesystem(uri)
-    selector = pafs.FileSelector(path, recursive=recursive, allow_not_found=True)
-    scheme = uri.split("://")[0] + "://" if is_remote(uri) else ""
-    found = (scheme + info.path for info in fs.get_file_info(selector) if info.type == pafs.FileType.File)
+    if not is_remote(uri):
+        found = _local_files(path, recursive)
+    else:
+        selector = pafs.FileSelector(path, recursive=recursive, allow_not_found=True)
+        scheme = uri.split("://")[0] + "://"
+        found = (scheme + info.path for info in fs.get_file_info(selector) if info.type == pafs.FileType.File)
     return sorted(name for name in found if name.endswith(suffix) and not Path(name).name.startswith("."))
+
+
+def _local_files(folder: str, recursive: bool) -> Iterator[str]:
+    """Yield the files under a local folder; a folder that links lead to several times is read once.
+
+    pyarrow would follow a link to a parent 40 times, and it cannot list a name that is not UTF-8.
+    """
+
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
+    seen = {os.path.realpath(folder)}
+    for path, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
+        yield from (file for name in files if os.path.isfile(file := os.path.join(path, name)))
+        if not recursive:
+            return
+        new = []
+        for name in sorted(folders):
+            real = os.path.realpath(os.path.join(path, name))
+            if real not in seen:
+                seen.add(real)
+                new.append(name)
+        folders[:] = new

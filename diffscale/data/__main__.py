@@ -13,7 +13,7 @@ from rich.table import Table
 from diffscale.core import storage
 from diffscale.core.app import run_app
 from diffscale.core.errors import UserError
-from diffscale.data.build.build import BuildOptions, build
+from diffscale.data.build.build import BuildOptions, build, examine
 from diffscale.data.build.decode import Preparation
 from diffscale.data.build.items import Kind
 from diffscale.data.format.checksums import verify_dataset
@@ -70,6 +70,9 @@ def build_command(
     ] = None,
     strict: Annotated[bool, typer.Option(help="stop at the first image that cannot be used")] = False,
     shard_megabytes: Annotated[int, typer.Option(help="size of a shard")] = 256,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print what would be read, and what is left out and why; write nothing")
+    ] = False,
 ) -> None:
     """Build a dataset. The same command continues after an interruption."""
     colour = tuple(int(c) for c in background.split(",") if c.strip().isdigit())
@@ -109,6 +112,9 @@ def build_command(
         strict=strict,
         shard_bytes=shard_megabytes << 20,
     )
+    if dry_run:
+        console.print(examine(options), markup=False, highlight=False, soft_wrap=True)
+        return
     for folder in build(options):
         _describe(folder)
 
@@ -164,7 +170,11 @@ def _describe(folder: str) -> None:
     table.add_row("resize", ", ".join(f"{k} {v}" for k, v in manifest.resize.items()))
     lossy = f"{manifest.lossy_images:,} images were stored lossily, which limits FID" if manifest.lossy else "no"
     table.add_row("lossy", lossy)
-    table.add_row("rejected", f"{manifest.rejected:,}" + (" (rejected.csv)" if manifest.rejected else ""))
+    left_out = manifest.source.get("left_out", 0)
+    other = f", and {left_out:,} other files left out" if left_out else ""
+    table.add_row(
+        "rejected", f"{manifest.rejected:,}{other}" + (" (rejected.csv)" if manifest.rejected or other else "")
+    )
     console.print(table)
 
 

@@ -120,9 +120,9 @@ def test_unusable_images_are_listed_and_left_out_or_stop_a_strict_build(tmp_path
     build(options(str(source), str(tmp_path / "out"), (16,)), show=False)
     with open(tmp_path / "out" / "rejected.csv") as file:
         rows = {row["image"]: row["reason"] for row in csv.DictReader(file)}
-    assert set(rows) == {"ant/99.png", "bee/small.png", "bee/empty.jpg"}
+    assert set(rows) == {"ant/99.png", "bee/small.png", "bee/empty.jpg", "notes.txt"}
     assert "smaller than 16" in rows["bee/small.png"]
-    assert read_manifest(str(tmp_path / "out")).rejected == 3
+    assert read_manifest(str(tmp_path / "out")).rejected == 3, "notes.txt is no image"
     assert open_dataset(str(tmp_path / "out")).n == 24
     with pytest.raises(UserError, match="strict"):
         build(options(str(source), str(tmp_path / "strict"), (16,), strict=True), show=False)

@@ -1,6 +1,8 @@
 """The same 24 images of three classes as every kind of source of a build.
 
-`SOURCES` maps a kind to a function that writes it under a folder and returns its path.
+`SOURCES` maps a kind to a function that writes it under a folder and returns its path. `SPLIT_SOURCES` does so for the
+kinds that have splits; the truth about each image is then `SPLIT_TRUTH`. `TREES` maps a container to a function that
+writes any files in it.
 """
 
 from __future__ import annotations
@@ -9,8 +11,9 @@ import io
 import json
 import tarfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -22,6 +25,63 @@ CLASSES = ["ant", "bee", "cat"]
 
 def image_name(i: int) -> str:
     return f"{CLASSES[i % 3]}/{i:02d}.png"
+
+
+def write_folder(root: Path, files: Mapping[str, bytes]) -> Path:
+    for name, data in files.items():
+        (root / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / "tree" / name).write_bytes(data)
+    return root / "tree"
+
+
+def write_zip(root: Path, files: Mapping[str, bytes]) -> Path:
+    with zipfile.ZipFile(root / "tree.zip", "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return root / "tree.zip"
+
+
+def write_tar(root: Path, files: Mapping[str, bytes], mode: Literal["w", "w:gz"] = "w") -> Path:
+    target = root / ("tree.tar.gz" if mode == "w:gz" else "tree.tar")
+    with tarfile.open(target, mode) as archive:
+        for name, data in files.items():
+            add_file(archive, name, data)
+    return target
+
+
+TREES: dict[str, Callable[[Path, Mapping[str, bytes]], Path]] = {
+    "folder": write_folder,
+    "zip": write_zip,
+    "tar": write_tar,
+}
+SPLIT_TRUTH = {
+    image.tobytes(): ("heldout" if i % 4 == 3 else "train", CLASSES[i % 3]) for i, image in enumerate(IMAGES)
+}
+
+
+def split_tree(train: str = "train", heldout: str = "val") -> dict[str, bytes]:
+    """Return {path: PNG} of the 24 images, split/class/number.png."""
+    return {
+        f"{heldout if SPLIT_TRUTH[image.tobytes()][0] == 'heldout' else train}/{image_name(i)}": png(image)
+        for i, image in enumerate(IMAGES)
+    }
+
+
+def make_split_csv(root: Path) -> Path:
+    """Write a flat folder, and next to it a list of files, splits and labels."""
+    write_folder(root, {f"{i:02d}.png": png(image) for i, image in enumerate(IMAGES)})
+    rows = [f"{i:02d}.png,{','.join(SPLIT_TRUTH[image.tobytes()])}" for i, image in enumerate(IMAGES)]
+    (root / "labels.csv").write_text("\n".join(["filename,split,label", *rows]))
+    return root / "tree"
+
+
+SPLIT_SOURCES: dict[str, Callable[[Path], Path]] = {
+    "folder": lambda root: write_folder(root, split_tree()),
+    "zip": lambda root: write_zip(root, split_tree()),
+    "tar": lambda root: write_tar(root, split_tree()),
+    "tar.gz": lambda root: write_tar(root, split_tree(), "w:gz"),
+    "csv": make_split_csv,
+}
 
 
 def make_folder(root: Path) -> Path:

@@ -58,6 +58,8 @@ def open_arrays(uri: str, work: Path) -> list[ArraySource]:
     are `labels`, `label`, `y` or `arr_1`, else the first array with one axis."""
     is_file = uri.endswith((".npz", ".npy"))
     files = [uri] if is_file else [f for f in storage.list_files(uri) if f.endswith((".npz", ".npy"))]
+    if not files:
+        raise UserError(setting="SOURCE", value=uri, expected="a folder of .npz or .npy files", reason="it has none")
     found = [_open_one(file, work / f"array-{i:05d}") for i, file in enumerate(files)]
     if len({source.latents for source in found}) > 1:
         raise UserError(setting="SOURCE", value=uri, expected="arrays of one dtype and shape in all files")

@@ -1,6 +1,7 @@
 """Builds Arrow shards from a source of images with Ray Data (`python -m diffscale.data build`).
 
-    list the source as units (local files, so that a later call can continue)  ->  Ray Data: do_unit, in parallel
+    list the source as units (local files, so that a later call can continue), print what was found
+    ->  Ray Data: do_unit, in parallel
     ->  Ray Data: merge parts into shards  ->  rejected.csv, manifest.json (last: a folder with one is complete)
 
 The same command continues after any interruption and repeats no finished task. The rows, their order and the content
@@ -12,23 +13,25 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import psutil
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console
 
 from diffscale.core import storage
 from diffscale.core.cache import cache_dir, file_lock
 from diffscale.core.errors import UserError
 from diffscale.core.hashing import identify
-from diffscale.data.build import sources
 from diffscale.data.build.decode import Preparation
 from diffscale.data.build.finalize import merge_jobs, write_manifests
-from diffscale.data.build.items import BuildSource, Kind, Reading
-from diffscale.data.build.tasks import PART_BYTES, BuildPlan, do_unit, load_json, merge, save_unit
+from diffscale.data.build.fingerprint import check_finished, check_interrupted
+from diffscale.data.build.items import Kind, Reading
+from diffscale.data.build.listing import describe, list_source, progress
+from diffscale.data.build.tasks import PART_BYTES, BuildPlan, do_unit, load_json, merge
 from diffscale.data.format.manifest import FILE, Layout, read_manifest
 from diffscale.distributed import connect as ray_session
 
@@ -86,19 +89,13 @@ def build(options: BuildOptions, show: bool = True, on_task: OnTask = _ignore) -
     Raises UserError for an invalid source or option, an unusable image with `strict`, a target that holds another
     dataset, or a memory limit too small for one task.
     """
-    source = storage.check_absolute(options.source, "SOURCE")
-    target = storage.check_absolute(options.target, "DATASET")
-    sides = sorted(set(options.resolutions))
-    if any(side < 1 or side > 8192 for side in sides):
-        raise UserError(setting="--resolution", value=sides, expected="1 to 8192 pixels")
-    if not 0 <= options.split < 1:
-        raise UserError(setting="--split", value=options.split, expected="a share from 0 to below 1")
+    source, target, folders, sides = _check(options)
     work = _work_folder(target)
     with file_lock(cache_dir() / "locks" / identify(target=target)):  # one build of a folder at a time on this node
-        folders = [target if len(sides) < 2 else storage.join(target, str(side)) for side in sides] or [target]
         wanted = _plan(options, source, sides)
         identity = identify(plan=wanted.to_json())
         if _is_complete(folders, identity):
+            check_finished(folders[0], source, options.reading(), show)
             return folders
         plan = _prepare(options, wanted, identity, work, show)
         units = sorted(int(f.stem) for f in (work / "units").glob("*.json"))
@@ -107,6 +104,19 @@ def build(options: BuildOptions, show: bool = True, on_task: OnTask = _ignore) -
         _finish(work, plan, identity, built, results, options, show, on_task)
         shutil.rmtree(work)
     return folders
+
+
+def _check(options: BuildOptions) -> tuple[str, str, list[str], list[int]]:
+    """Return source, target, the folder of each resolution, and the resolutions. Raises UserError."""
+    source = storage.check_absolute(options.source, "SOURCE")
+    target = storage.check_absolute(options.target, "DATASET")
+    sides = sorted(set(options.resolutions))
+    if any(side < 1 or side > 8192 for side in sides):
+        raise UserError(setting="--resolution", value=sides, expected="1 to 8192 pixels")
+    if not 0 <= options.split < 1:
+        raise UserError(setting="--split", value=options.split, expected="a share from 0 to below 1")
+    folders = [target if len(sides) < 2 else storage.join(target, str(side)) for side in sides] or [target]
+    return source, target, folders, sides
 
 
 def _work_folder(target: str) -> Path:
@@ -150,7 +160,10 @@ def _chosen(reading: Reading) -> dict[str, str]:
 
 
 def _prepare(options: BuildOptions, plan: BuildPlan, identity: str, work: Path, show: bool) -> BuildPlan:
-    """List the source unless an interrupted build has done so. Return the plan, completed from the source."""
+    """List the source unless an interrupted build has done so. Return the plan, completed from the source.
+
+    Raises UserError if the interrupted build had other options, or if the source has changed since.
+    """
     state = load_json(work / "state.json")
     if state is not None:
         if state["identity"] != identity:
@@ -160,84 +173,40 @@ def _prepare(options: BuildOptions, plan: BuildPlan, identity: str, work: Path, 
                 expected="the options of the interrupted build of this folder",
                 fix=f"repeat that command, or remove {work} to start again",
             )
-        return BuildPlan.from_json((work / "plan.json").read_text())
+        plan = BuildPlan.from_json((work / "plan.json").read_text())
+        check_interrupted(work, plan, options.reading())
+        _show(work, show)
+        return plan
     shutil.rmtree(work, ignore_errors=True)
     for name in ("units", "parts", "done", "shards", "spool"):
         (work / name).mkdir(parents=True)
     try:
-        listed = sources.open_source(plan.source, plan.unit_rows, work / "spool", options.reading())
-        plan = _fitted(plan, listed)
-        _write_units(work, plan, listed, show)
+        with progress(show) as bar:
+            listing = list_source(plan, options.reading(), work / "spool", bar, work)
+        (work / "plan.txt").write_text(describe(listing), "utf-8")
+        _show(work, show)
     except UserError:
         shutil.rmtree(work, ignore_errors=True)
         raise
     storage.write_bytes(str(work / "state.json"), json.dumps({"identity": identity}).encode())
-    return plan
+    return listing.plan
 
 
-def _fitted(plan: BuildPlan, listed: BuildSource) -> BuildPlan:
-    """Return the plan with the properties of the source: its kind, whether to shuffle, the shape of latents."""
-    by_name = listed.kind in ("folder", "zip", "tar")
-    plan = replace(
-        plan,
-        kind=listed.kind,
-        shuffle=by_name if plan.shuffle is None else plan.shuffle,
-        group_bytes=listed.group_bytes,
-    )
-    if listed.latents is None:
-        if not plan.resolutions:
-            raise UserError(setting="--resolution", value=None, expected="at least one resolution in pixels")
-        return plan
-    dtype, channels, side = listed.latents
-    if plan.resolutions not in ([], [side]):
-        raise UserError(
-            setting="--resolution",
-            value=plan.resolutions,
-            expected=f"{side}, the resolution of the latents",
-            reason="latents are stored unchanged",
-        )
-    return replace(
-        plan,
-        dtype=dtype,  # type: ignore[arg-type]
-        resolutions=[side],
-        layouts={str(side): "latents"},
-        preparation=replace(plan.preparation, channels=channels),  # type: ignore[arg-type]
-    )
+def _show(work: Path, show: bool) -> None:
+    """Print the plan of a build, also of one that continues."""
+    text = work / "plan.txt"
+    if show and text.exists():
+        Console().print(text.read_text("utf-8"), markup=False, highlight=False, soft_wrap=True)
 
 
-def _write_units(work: Path, plan: BuildPlan, listed: BuildSource, show: bool) -> None:
-    """Write the units and the class names."""
-    labels: set[Any] = set()
-    images = 0
-    with _progress(show) as bar:
-        task = bar.add_task("listing", total=None)
-        for index, unit in enumerate(listed.units):
-            save_unit(work / "units" / f"{index:06d}.json", unit)
-            labels.update(item.label for item in unit.items)
-            images += len(unit.items) or (unit.rows[1] - unit.rows[0] if unit.rows else 0)
-            bar.update(task, completed=images)
-    if not images:
-        raise UserError(
-            setting="SOURCE",
-            value=plan.source,
-            expected="a folder or file with images; found none",
-            reason=listed.refused[0][0] + ": " + listed.refused[0][1] if listed.refused else "",
-        )
-    classes = listed.class_names if listed.class_names is not None else class_names(labels)
-    (work / "classes.json").write_text(json.dumps(classes))
-    (work / "refused.json").write_text(json.dumps(listed.refused))
-    (work / "plan.json").write_text(plan.to_json())
-
-
-def class_names(labels: set[Any]) -> list[str]:
-    """Return the class names in the order of their numbers: numeric labels keep theirs, others are sorted."""
-    known = {label for label in labels if label is not None}
-    if not known:
-        return []
-    if all(isinstance(label, int) or str(label).isdigit() for label in known) and max(map(int, known)) < 100_000:
-        names = {int(label): str(label) for label in known}
-        return [names.get(i, str(i)) for i in range(max(names) + 1)]
-    return sorted(map(str, known))
+def examine(options: BuildOptions) -> str:
+    """Return what `build` would read, as text for a person; nothing is written. Raises UserError where it would."""
+    source, _, folders, sides = _check(options)
+    plan = _plan(options, source, sides)
+    if _is_complete(folders, identify(plan=plan.to_json())):
+        check_finished(folders[0], source, options.reading(), False)
+    with tempfile.TemporaryDirectory(prefix="diffscale-") as spool, progress(True, stderr=True) as bar:
+        return describe(list_source(plan, options.reading(), Path(spool), bar))
 
 
 def _do_units(
@@ -301,7 +270,7 @@ def _run(
             fix="allow more, or a smaller --max-pixels",
         )
     if options.workers == 0:
-        with _progress(show) as bar:
+        with progress(show) as bar:
             task = bar.add_task(title, total=len(rows) + done, completed=done)
             for row in rows:
                 yield row["index"], work(row)
@@ -324,7 +293,7 @@ def _run(
     data = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
         call, num_cpus=1, compute=TaskPoolStrategy(at_once)
     )
-    with _progress(show) as bar:
+    with progress(show) as bar:
         task = bar.add_task(title, total=len(rows) + done, completed=done)
         for row in data.iter_rows():
             bar.advance(task)
@@ -367,8 +336,3 @@ def _is_complete(folders: list[str], identity: str) -> bool:
                 fix="choose another folder, or remove this one",
             )
     return len(present) == len(folders)
-
-
-def _progress(show: bool) -> Progress:
-    columns = (TextColumn("{task.description:>8}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, disable=not show)

@@ -12,7 +12,7 @@ import numpy as np
 
 from diffscale.core import storage
 from diffscale.core.errors import UserError
-from diffscale.data.build.tasks import BuildPlan
+from diffscale.data.build.tasks import BuildPlan, load_json, sum_of_contents
 from diffscale.data.format.manifest import (
     Manifest,
     Shard,
@@ -64,6 +64,7 @@ def write_manifests(
     """Write rejected.csv and, last, the manifest of every folder. Raises UserError if no image could be used."""
     rejected = [tuple(r) for r in json.loads((work / "refused.json").read_text())]
     rejected += [tuple(r) for result in results for r in result["rejected"]]
+    left_out = [tuple(r) for r in load_json(work / "left_out.json") or []]
     for side, folder in folders.items():
         splits = {s: _split(work, plan, side, s, results) for s in SPLITS}
         if not splits["train"].rows:
@@ -73,8 +74,8 @@ def write_manifests(
                 expected=f"images usable at resolution {side}",
                 reason=f"{rejected[0][0]}: {rejected[0][1]}" if rejected else "",
             )
-        storage.write_bytes(storage.join(folder, "rejected.csv"), _csv(rejected))
-        write_manifest(folder, _manifest(work, plan, identity, side, splits, results, len(rejected)))
+        storage.write_bytes(storage.join(folder, "rejected.csv"), _csv(rejected + left_out))
+        write_manifest(folder, _manifest(work, plan, identity, side, splits, results, len(rejected), len(left_out)))
 
 
 def _split(work: Path, plan: BuildPlan, side: str, split: str, results: list[dict[str, Any]]) -> Split:
@@ -102,6 +103,7 @@ def _manifest(
     splits: dict[SplitName, Split],
     results: list[dict[str, Any]],
     rejected: int,
+    left_out: int,
 ) -> Manifest:
     lossy = sum(r["lossy"] for r in results)
     resize = plan.preparation.recorded() if plan.dtype == "uint8" else {"crop": "none", "filter": "none"}
@@ -127,9 +129,19 @@ def _manifest(
             "encoding": plan.encoding,
             "images": sum(r["seen"] for r in results),
             "plan": identity,
+            "left_out": left_out,
+            "fingerprint": _fingerprint(work, results),
         },
         splits={name: split for name, split in splits.items() if split.rows or name == "train"},
     )
+
+
+def _fingerprint(work: Path, results: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the state of the source when it was listed; None if an earlier version listed it."""
+    state = load_json(work / "fingerprint.json")
+    if state is None or not all("content" in result for result in results):
+        return state
+    return {**state, "content": sum_of_contents(int(result["content"], 16) for result in results)}
 
 
 def _csv(rows: list[tuple[str, ...]]) -> bytes:

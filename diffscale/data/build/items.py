@@ -6,9 +6,9 @@ out, and identifies it in rejected.csv.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal
 
 from pyarrow import fs as pafs
@@ -16,7 +16,7 @@ from pyarrow import fs as pafs
 from diffscale.core import storage
 from diffscale.core.errors import UserError
 from diffscale.core.text import one_line
-from diffscale.data.build.decode import IMAGE_SUFFIXES, MOST_BYTES, ImageError
+from diffscale.data.build.decode import MOST_BYTES, ImageError
 
 Reader = Literal["files", "zip", "tar", "table", "array"]
 Kind = Literal["auto", "folder", "zip", "tar", "table", "array", "cifar10"]
@@ -30,7 +30,7 @@ class Item:
 
     name: unique in the source
     where: URI, member of a zip, or (offset, size) in a tar
-    label: class number or name; None without labels
+    label: class name; None without labels
     """
 
     name: str
@@ -88,6 +88,7 @@ class BuildSource:
     counts: {(split or None, class name or None): images} if `units` alone do not tell
     latents: (dtype, channels, resolution) of a source of floats
     work: local folder for unpacked archives
+    files: lists the entries of a folder again, once `units` has begun
     group_bytes: size of the largest row group that must be read as a whole
     """
 
@@ -100,39 +101,8 @@ class BuildSource:
     counts: dict[tuple[str | None, str | None], int] | None = None
     latents: tuple[str, int, int] | None = None
     work: Path = Path()
+    files: Callable[[], Iterable[Any]] | None = None
     group_bytes: int = 0
-
-
-class _Missing:
-    """The label of a file that is not in the list of labels."""
-
-
-MISSING: Any = _Missing()
-
-
-def label_of(name: str, parts: tuple[str, ...], given: dict[str, str] | None, source: BuildSource) -> Label:
-    if given is None:
-        return parts[0] if len(parts) > 1 else None
-    for key in (name, parts[-1]):
-        if key in given:
-            return given[key]
-    source.refused.append((name, "not in the list of labels"))
-    return MISSING
-
-
-def is_image(name: str) -> bool:
-    """Return whether a path names an image file: neither hidden nor in a macOS resource folder."""
-    stem = name.rsplit("/", 1)[-1]
-    return not stem.startswith(".") and "__MACOSX" not in name and PurePosixPath(stem.lower()).suffix in IMAGE_SUFFIXES
-
-
-def refuse(name: str, original: str, source: BuildSource) -> bool:
-    """Return whether a name points outside the archive; it must not be used, not even as a class."""
-    unsafe = name.startswith("/") or "\\" in original or "\0" in original or ".." in PurePosixPath(name).parts
-    if unsafe or (len(name) > 1 and name[1] == ":"):
-        source.refused.append((original, "unsafe path in an archive"))
-        return True
-    return False
 
 
 def open_file(uri: str) -> Any:

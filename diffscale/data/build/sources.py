@@ -5,15 +5,12 @@ No file is extracted under a name from an archive, and nothing is unpickled.
 
 from __future__ import annotations
 
-import csv
-import io
-import json
+import os
+import re
 import zipfile
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
-from itertools import groupby, islice
-from pathlib import Path, PurePosixPath
-from typing import Any
+from itertools import chain
+from pathlib import Path
 
 import numpy as np
 from pyarrow import fs as pafs
@@ -21,89 +18,73 @@ from pyarrow import fs as pafs
 from diffscale.core import storage
 from diffscale.core.errors import UserError
 from diffscale.core.text import one_line
-from diffscale.data.build import array_sources, table_sources
-from diffscale.data.build.decode import MOST_BYTES, ImageError
-from diffscale.data.build.items import (
-    MISSING,
-    BuildSource,
-    Item,
-    Kind,
-    Reader,
-    Reading,
-    Sample,
-    SourceUnit,
-    check_size,
-    is_image,
-    label_of,
-    open_file,
-    refuse,
-    unreadable,
-)
-from diffscale.data.build.webdataset import read_span, tar_items
+from diffscale.data.build import array_sources, folders, table_sources
+from diffscale.data.build.archives import read_member, read_span, tar_tree, zip_tree
+from diffscale.data.build.decode import ImageError
+from diffscale.data.build.items import BuildSource, Item, Kind, Reader, Reading, Sample, SourceUnit, check_size
+from diffscale.data.build.labels import LabelList, read_labels
+from diffscale.data.build.names import is_image, printable, some
+from diffscale.data.build.tree import Entry, Tree, tree_items
+from diffscale.data.build.webdataset import is_webdataset, sample_items
 from diffscale.data.format import hf_tables
+from diffscale.data.format.split_names import split_of
 
-SPLIT_FOLDERS = {"train": "train", "val": "heldout", "valid": "heldout", "validation": "heldout", "test": "heldout"}
+ENDINGS: dict[str, tuple[str, ...]] = {
+    "zip": (".zip",),
+    "tar": (".tar", ".tar.gz", ".tgz"),
+    "array": (".npz", ".npy"),
+    "table": (".parquet", ".arrow"),
+}
+OF_TREES = ("folder", "zip", "tar")
+WORDNET = re.compile(r"n\d{8}")  # a class of ImageNet, whose images are in a tar of that name
 
 
 def open_source(uri: str, rows: int, work: Path, reading: Reading) -> BuildSource:
-    """List a source. Raises UserError for one that is missing, has no images or is of no known kind.
+    """List a source. Raises UserError for one that is missing, has no images or can be read in several ways.
 
     uri: local path or URI
     rows: images of a unit
     work: local folder for unpacked archives and arrays
     reading: a person's choices; the kind `auto` is decided by the file's name and the folder's content
     """
+    folder = is_folder(uri)
+    kind = guess_kind(uri, folder) if reading.kind == "auto" else reading.kind
+    source = BuildSource(kind, iter(()), work=work)
+    _check_choices(uri, kind, folder, reading)
+    if kind in ("array", "cifar10"):
+        _open_arrays(uri, rows, source)
+    elif kind == "table":
+        table_sources.open_table(uri, rows, reading, source)
+    else:
+        given = read_labels(reading.labels, reading.label_column) if reading.labels else None
+        source.units = _of_trees(uri, folder, rows, source, reading, given)
+    if folder and kind in ("array", "table", "tar"):
+        source.left_out += list(_not_of_kind(uri, kind))
+    return source
+
+
+def is_folder(uri: str) -> bool:
+    """Return whether a source is a folder. Raises UserError if it does not exist."""
     fs, path = storage.filesystem(uri)
     info = fs.get_file_info(path)
     if info.type == pafs.FileType.NotFound:
         raise UserError(
             setting="SOURCE", value=uri, expected="a folder, an archive or a file", reason="it does not exist"
         )
-    chosen = guess_kind(uri, info) if reading.kind == "auto" else reading.kind
-    given = read_labels(reading.labels) if reading.labels else None
-    source = BuildSource(chosen, iter(()), work=work)
-    if chosen in ("array", "cifar10"):
-        found = array_sources.open_cifar10(uri, work) if chosen == "cifar10" else array_sources.open_arrays(uri, work)
-        source.units = (
-            SourceUnit(
-                "array", a.images, rows=(first, min(first + rows, a.n)), split=a.split, extra={"labels": a.labels}
-            )
-            for a in found
-            for first in range(0, a.n, rows)
-        )
-        source.class_names, source.latents = found[0].class_names, found[0].latents
-    elif chosen == "table":
-        table_sources.open_table(uri, rows, reading, source)
-    else:
-        readers: dict[str, tuple[Any, Reader]]
-        readers = {"folder": (folder_items, "files"), "zip": (zip_items, "zip"), "tar": (tar_items, "tar")}
-        items, reader = readers[chosen]
-        source.units = _in_units(items(uri, source, given), rows, reader)
-    return source
+    return info.type == pafs.FileType.Directory
 
 
-def guess_kind(uri: str, info: pafs.FileInfo) -> Kind:
-    """Return the kind of a source by the file's name or the folder's content."""
-    name = uri.lower()
-    if info.type == pafs.FileType.Directory:
-        names = [f.split("/")[-1] for f in storage.list_files(uri)]
-        if hf_tables.is_dataset(uri):
-            return "table"
-        if any(n.endswith("_batch.bin") or n.startswith("data_batch_") for n in names):
-            return "cifar10"
-        if any(n.endswith(".tar") for n in names):
-            return "tar"
-        if any(n.endswith((".npz", ".npy")) for n in names):
-            return "array"
-        return "folder"
-    if array_sources.looks_like_cifar10(name.split("/")[-1]):
+def guess_kind(uri: str, folder: bool) -> Kind:
+    """Return the kind of a source by the file's name or the folder's content.
+
+    Raises UserError for a file of no known kind, and for a folder of several kinds.
+    """
+    if folder:
+        return _kind_of_folder(uri)
+    name = uri.lower().rsplit("/", 1)[-1]
+    if array_sources.looks_like_cifar10(name):
         return "cifar10"
-    for ends, kind in (
-        ((".zip",), "zip"),
-        ((".tar", ".tar.gz", ".tgz"), "tar"),
-        ((".npz", ".npy"), "array"),
-        ((".parquet", ".arrow"), "table"),
-    ):
+    for kind, ends in ENDINGS.items():
         if name.endswith(ends):
             return kind  # type: ignore[return-value]
     raise UserError(
@@ -113,102 +94,145 @@ def guess_kind(uri: str, info: pafs.FileInfo) -> Kind:
     )
 
 
-def read_labels(uri: str) -> dict[str, str]:
-    """Return {file: label} of a CSV with two columns; a first line `file,label` is a header."""
-    try:
-        rows = [row for row in csv.reader(io.StringIO(storage.read_bytes(uri).decode("utf-8-sig"))) if row]
-    except (FileNotFoundError, UnicodeDecodeError) as error:
-        raise UserError(setting="--labels", value=uri, expected="a CSV of file,label", reason=one_line(error)) from None
-    bad = next((row for row in rows if len(row) < 2), None)
-    if not rows or bad:
+def _kind_of_folder(uri: str) -> Kind:
+    names = [file.split("/")[-1] for file in storage.list_files(uri)]
+    if hf_tables.is_dataset(uri):
+        return "table"
+    if any(name.endswith("_batch.bin") or name.startswith("data_batch_") for name in names):
+        return "cifar10"
+    tars, arrays = (sorted(n for n in names if n.endswith(ends)) for ends in (".tar", (".npz", ".npy")))
+    images: list[str] = []
+    if tars or arrays:
+        images = [entry.name for entry in folders.walk(uri) if is_image(entry.name) and not entry.problem]
+    found: dict[Kind, list[str]] = {"folder": images, "tar": tars, "array": arrays}
+    there = [kind for kind, files in found.items() if files]
+    if len(there) > 1:
         raise UserError(
-            setting="--labels",
+            setting="SOURCE",
             value=uri,
-            expected="two columns, file and label, in every line",
-            reason=f"a line is {bad}" if bad else "the file is empty",
+            expected="images, or tars, or arrays",
+            reason="it has " + " and ".join(f"{len(found[k]):,} of the kind {k} ({some(found[k], 2)})" for k in there),
+            fix=" or ".join(f"--kind {kind}" for kind in there) + " says which of them are the data",
         )
-    start = 1 if rows[0][0].strip().lower() in ("file", "filename", "path", "name", "image") else 0
-    return {row[0].strip(): row[1].strip() for row in rows[start:]}
+    return there[0] if there else "folder"
 
 
-def folder_items(uri: str, source: BuildSource, given: dict[str, str] | None) -> Iterator[tuple[str, str | None, Item]]:
-    """Yield (uri, split, item) of each image under a folder; the class is the first folder, below train/ and val/."""
-    fs, root = storage.filesystem(uri)
-    scheme = uri.split("://")[0] + "://" if storage.is_remote(uri) else ""
-    files = _files_of_bucket(fs, root)
-    if files is None:
-        top = {i.base_name for i in fs.get_file_info(pafs.FileSelector(root)) if i.type == pafs.FileType.Directory}
+def _check_choices(uri: str, kind: Kind, folder: bool, reading: Reading) -> None:
+    """Raise UserError for a kind that the source cannot be, and for a choice that its kind does not have."""
+    if (kind == "folder" and not folder) or (kind == "zip" and folder):
+        raise UserError(setting="--kind", value=kind, expected="the kind of the source", reason=f"{uri} is no {kind}")
+    for option, value in (
+        ("--labels", reading.labels),
+        ("--split-names", reading.split_names),
+        ("--folders", reading.folders),
+    ):
+        if value is not None and kind not in OF_TREES:
+            raise UserError(
+                setting=option,
+                value=value,
+                expected="an option of folders, zips and tars",
+                reason=f"{uri} is read as {kind}",
+            )
+    if reading.label_column is not None and kind in OF_TREES and not reading.labels:
+        raise UserError(
+            setting="--label-column",
+            value=reading.label_column,
+            expected="together with --labels, or a table as SOURCE",
+            reason=f"{uri} is read as {kind}",
+        )
+
+
+def _open_arrays(uri: str, rows: int, source: BuildSource) -> None:
+    work = source.work
+    open_them = array_sources.open_cifar10 if source.kind == "cifar10" else array_sources.open_arrays
+    found = open_them(uri, work)
+    source.units = (
+        SourceUnit("array", a.images, rows=(first, min(first + rows, a.n)), split=a.split, extra={"labels": a.labels})
+        for a in found
+        for first in range(0, a.n, rows)
+    )
+    source.class_names, source.latents = found[0].class_names, found[0].latents
+
+
+def _of_trees(
+    uri: str, folder: bool, rows: int, source: BuildSource, reading: Reading, given: LabelList | None
+) -> Iterator[SourceUnit]:
+    """Yield the units of a folder, zip or tar, or of a folder of tars."""
+    if source.kind == "folder":
+        tree = _folder_tree(uri)
+        source.files = tree.files
+        yield from _in_units(tree_items(tree, source, reading, given), rows, "files")
+        return
+    if source.kind == "zip":
+        yield from _in_units(tree_items(zip_tree(uri), source, reading, given), rows, "zip")
+        return
+    archives = storage.list_files(uri, ".tar") if folder else [uri]
+    if not archives:
+        raise UserError(setting="SOURCE", value=uri, expected="a folder of .tar files", reason="it has none")
+    trees = [
+        tar_tree(file, array_sources.unpack_gzip(file, source.work) if file.endswith("gz") else file)
+        for file in archives
+    ]
+    if any(is_webdataset(tree.files()) for tree in trees):
+        samples = chain.from_iterable(sample_items(tree, source, given) for tree in trees)
+        yield from _in_units(samples, rows, "tar")
     else:
-        top = {parts[0] for parts in files if len(parts) > 1}
-    by_split = "train" in top and top <= set(SPLIT_FOLDERS)
-    if given is None and "dataset.json" in {i.base_name for i in fs.get_file_info(pafs.FileSelector(root))}:
-        given = _edm_labels(storage.read_bytes(storage.join(uri, "dataset.json")), uri)
-    for path in _walk(fs, root) if files is None else (f"{root.rstrip('/')}/{'/'.join(parts)}" for parts in files):
-        name = path[len(root.rstrip("/")) + 1 :]
-        parts = PurePosixPath(name).parts
-        split = SPLIT_FOLDERS[parts[0]] if by_split else None
-        inner = parts[1:] if by_split else parts
-        label = label_of(name, inner, given, source)
-        if label is not MISSING:
-            yield uri, split, Item(name, scheme + path, label)
+        yield from _in_units(_tree_of_tars(uri, trees, source, reading, given), rows, "tar")
 
 
-def _walk(fs: pafs.FileSystem, folder: str) -> Iterator[str]:
-    """Yield the images under a folder in the order of their names, with one folder in memory at a time."""
-    infos = sorted(fs.get_file_info(pafs.FileSelector(folder)), key=lambda i: i.base_name)
-    for info in infos:
-        if info.type == pafs.FileType.File and is_image(info.base_name):
-            yield info.path
-    for info in infos:
-        if info.type == pafs.FileType.Directory and not info.base_name.startswith("."):
-            yield from _walk(fs, info.path)
+def _tree_of_tars(
+    uri: str, trees: list[Tree], source: BuildSource, reading: Reading, given: LabelList | None
+) -> Iterator[tuple[str, str | None, Item]]:
+    """Yield the images of one tar, or of several as one tree in which each tar is a folder.
 
-
-def _files_of_bucket(fs: pafs.FileSystem, root: str) -> list[tuple[str, ...]] | None:
-    """Return the parts of each image's path under a prefix of gs://, in `_walk`'s order; None for other file systems.
-
-    Google's objects are not in folders, so pyarrow finds only folders that were created explicitly.
+    Tars that are numbered pieces of one (shard-000.tar, shard-001.tar) are no folders.
     """
-    if not isinstance(fs, pafs.GcsFileSystem):
-        return None
-    infos = fs.get_file_info(pafs.FileSelector(root, recursive=True))
-    names = [PurePosixPath(i.path[len(root.rstrip("/")) + 1 :]).parts for i in infos if i.type == pafs.FileType.File]
-    names = [parts for parts in names if is_image(parts[-1]) and not any(p.startswith(".") for p in parts[:-1])]
-    return sorted(names, key=lambda parts: [*((True, p) for p in parts[:-1]), (False, parts[-1])])
+    stems = [tree.uri.rsplit("/", 1)[-1].removesuffix(".tar") for tree in trees]
+    several = len({re.sub(r"\d+", "", stem) for stem in stems}) > 1
+    named = several or (len(stems) > 1 and any(split_of(stem) or WORDNET.fullmatch(stem) for stem in stems))
+
+    def files() -> Iterator[Entry]:
+        for stem, tree in zip(stems, trees, strict=True):
+            for entry in tree.files():
+                name = f"{stem}/{entry.name}" if named else entry.name
+                yield entry._replace(name=name, where=[tree.uri, *entry.where])
+
+    def read(entry: Entry) -> bytes:
+        place, *span = entry.where
+        return read_span(SourceUnit("tar", place), Item(entry.name, span))
+
+    for _, split, item in tree_items(Tree(uri, files, read), source, reading, given):
+        place, *span = item.where
+        yield place, split, Item(item.name, span, item.label)
 
 
-def zip_items(uri: str, source: BuildSource, given: dict[str, str] | None) -> Iterator[tuple[str, str | None, Item]]:
-    try:
-        archive = zipfile.ZipFile(open_file(uri))
-    except (zipfile.BadZipFile, OSError) as error:
-        raise unreadable(uri, "a zip archive", error) from None
-    with archive:
-        members = sorted((m for m in archive.infolist() if not m.is_dir()), key=lambda m: m.filename)
-        labels = next((m for m in members if m.filename == "dataset.json"), None)
-        if given is None and labels is not None and labels.file_size < 1 << 30:
-            given = _edm_labels(archive.read(labels), uri)
-        for member in members:
-            if not is_image(member.filename) or refuse(member.filename, member.orig_filename, source):
-                continue
-            label = label_of(member.filename, PurePosixPath(member.filename).parts, given, source)
-            if label is not MISSING:
-                yield uri, None, Item(member.filename, member.filename, label)
+def _folder_tree(uri: str) -> Tree:
+    if not storage.is_remote(uri):
+        return Tree(uri, lambda: folders.walk(uri), lambda entry: read_whole(entry.where))
+    entries = list(folders.walk(uri))  # in memory: to list a bucket again takes minutes
+    return Tree(uri, lambda: entries, lambda entry: read_whole(entry.where))
 
 
-def _edm_labels(data: bytes, uri: str) -> dict[str, str] | None:
-    """Return the labels in a dataset.json of StyleGAN or EDM: {"labels": [[file, class], ...]} or {"labels": null}."""
-    try:
-        pairs = json.loads(data)["labels"]
-        return None if pairs is None else {str(file): str(int(label)) for file, label in pairs}
-    except (ValueError, KeyError, TypeError) as error:
-        raise unreadable(f"{uri}/dataset.json", '"labels": [[file, class], ...]', error) from None
+def _not_of_kind(uri: str, kind: Kind) -> Iterator[tuple[str, str]]:
+    """Yield (name, reason) of the files of a folder that are not of the kind as which it is read."""
+    for entry in folders.walk(uri):
+        read = entry.name.endswith(ENDINGS[kind]) and ("/" not in entry.name or kind == "table")
+        if not read or entry.name.startswith("."):
+            yield printable(entry.name), entry.problem or f"the source is read as {kind}, and this is none of its files"
 
 
 def _in_units(entries: Iterable[tuple[str, str | None, Item]], rows: int, reader: Reader) -> Iterator[SourceUnit]:
-    for (uri, split), group in groupby(entries, key=lambda entry: entry[:2]):
-        items = (item for _, _, item in group)
-        while chunk := list(islice(items, rows)):
-            yield SourceUnit(reader, uri, chunk, split=split)
+    """Collect images of one file and split in units, in their order; splits may alternate."""
+    held: dict[tuple[str, str | None], list[Item]] = {}
+    for uri, split, item in entries:
+        items = held.setdefault((uri, split), [])
+        items.append(item)
+        if len(items) == rows:
+            yield SourceUnit(reader, uri, held.pop((uri, split)), split=split)
+        for other in [place for place in held if place[0] != uri]:  # the archive before
+            yield SourceUnit(reader, other[0], held.pop(other), split=other[1])
+    for (uri, split), items in held.items():
+        yield SourceUnit(reader, uri, items, split=split)
 
 
 def read_unit(unit: SourceUnit) -> Iterator[Sample | tuple[str, ImageError, None]]:
@@ -221,7 +245,7 @@ def read_unit(unit: SourceUnit) -> Iterator[Sample | tuple[str, ImageError, None
     elif unit.reader == "array":
         yield from _read_array(unit)
     else:
-        read = {"files": _read_file, "zip": _read_member, "tar": read_span}[unit.reader]
+        read = {"files": _read_file, "zip": read_member, "tar": read_span}[unit.reader]
         for item in unit.items:
             try:
                 yield item.name, read(unit, item), item.label
@@ -232,23 +256,19 @@ def read_unit(unit: SourceUnit) -> Iterator[Sample | tuple[str, ImageError, None
 
 
 def _read_file(unit: SourceUnit, item: Item) -> bytes:
-    fs, path = storage.filesystem(item.where)
+    return read_whole(item.where)
+
+
+def read_whole(uri: str) -> bytes:
+    """Return a file. Raises ImageError for a file that is too large, and OSError."""
+    fs, path = storage.filesystem(uri)
+    if isinstance(fs, pafs.LocalFileSystem):  # pyarrow has no names in other encodings than UTF-8
+        with open(path, "rb") as local:
+            check_size(os.fstat(local.fileno()).st_size)
+            return local.read()
     check_size(fs.get_file_info(path).size)
     with fs.open_input_stream(path) as file:
         return file.read()
-
-
-@lru_cache(maxsize=1)
-def _zip(uri: str) -> zipfile.ZipFile:
-    return zipfile.ZipFile(open_file(uri))
-
-
-def _read_member(unit: SourceUnit, item: Item) -> bytes:
-    archive = _zip(unit.uri)
-    info = archive.getinfo(item.where)
-    check_size(info.file_size)
-    with archive.open(info) as file:
-        return file.read(MOST_BYTES + 1)
 
 
 def _read_array(unit: SourceUnit) -> Iterator[Sample]:

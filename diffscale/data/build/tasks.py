@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -50,12 +51,14 @@ class BuildPlan:
     group_bytes: int = 0  # of the largest compressed row group that a task reads
 
     reading: dict[str, str] = field(default_factory=dict)  # other choices about how the source is read
+    split_train: bool = False  # `split` divides the training images of a source that has no others
 
     def to_json(self) -> str:
         """Return the plan as text. Without choices in `reading` it is the text of versions that had none."""
         data = asdict(self)
-        if not self.reading:
-            del data["reading"]
+        for name in ("reading", "split_train"):
+            if not data[name]:
+                del data[name]
         return json.dumps(data, sort_keys=True)
 
     @staticmethod
@@ -127,9 +130,22 @@ def is_held_out(name: str, fraction: float, seed: int = 0) -> bool:
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
+def content_of(name: str, data: bytes) -> int:
+    """Return the hash of one image file."""
+    digest = hashlib.sha256(name.encode() + b"\0")
+    digest.update(data)
+    return int.from_bytes(digest.digest(), "big")
+
+
+def sum_of_contents(contents: Iterable[int]) -> str:
+    """Return a hash of files that does not depend on their order or on how they are divided into units."""
+    return f"{sum(contents) % 2**256:064x}"
+
+
 def do_unit(work: str, index: int) -> dict[str, Any]:
     """Read unit `index` of the work folder and write its parts. Return and store the result:
-    {"parts": {"64-train": ShardPart.summary()}, "rejected": [[name, reason]], "lossy": images, "seen": images}."""
+    {"parts": {"64-train": ShardPart.summary()}, "rejected": [[name, reason]], "lossy": images, "seen": images}, and for
+    files of a folder "content", the sum of their `content_of`."""
     folder = Path(work)
     plan = BuildPlan.from_json((folder / "plan.json").read_text())
     classes = json.loads((folder / "classes.json").read_text())
@@ -137,13 +153,17 @@ def do_unit(work: str, index: int) -> dict[str, Any]:
     parts: dict[str, ShardPart] = {}
     rejected: list[list[str]] = []
     lossy = seen = 0
+    contents: list[int] = []
+    own_split = None if plan.split_train and unit.split == "train" else unit.split
     for name, data, label in read_unit(unit):
         seen += 1
+        if unit.reader == "files" and isinstance(data, bytes):
+            contents.append(content_of(name, data))
         try:
             if isinstance(data, ImageError):
                 raise data
             number = class_number(label, classes)
-            split = unit.split or ("heldout" if is_held_out(name, plan.split, plan.split_seed) else "train")
+            split = own_split or ("heldout" if is_held_out(name, plan.split, plan.split_seed) else "train")
             prepared, was_lossy = prepare(data, plan)
         except ImageError as error:
             rejected.append([name, str(error)])
@@ -161,6 +181,8 @@ def do_unit(work: str, index: int) -> dict[str, Any]:
         part.write()
     summaries = {key: part.summary() for key, part in parts.items()}
     result: dict[str, Any] = {"parts": summaries, "rejected": rejected, "lossy": lossy, "seen": seen}
+    if unit.reader == "files":
+        result["content"] = sum_of_contents(contents)
     storage.write_bytes(str(folder / "done" / f"{index:06d}.json"), json.dumps(result).encode())
     return result
 

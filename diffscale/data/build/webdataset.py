@@ -1,99 +1,74 @@
-"""Tar archives: WebDataset's samples, and plain tars of images. Nothing is extracted under a name from an archive."""
+"""WebDataset: tars in which the files of one sample share a key, `00001.png` and `00001.cls`."""
 
 from __future__ import annotations
 
 import json
-import tarfile
-from collections.abc import Iterator
-from functools import lru_cache
+from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import PurePosixPath
-from typing import Any
 
-from pyarrow import fs as pafs
+from diffscale.data.build.items import BuildSource, Item
+from diffscale.data.build.labels import LabelList
+from diffscale.data.build.layout import Misplaced
+from diffscale.data.build.names import is_image, printable
+from diffscale.data.build.tree import Entry, Tree
 
-from diffscale.core import storage
-from diffscale.data.build import array_sources
-from diffscale.data.build.decode import ImageError
-from diffscale.data.build.items import (
-    MISSING,
-    BuildSource,
-    Item,
-    Label,
-    SourceUnit,
-    check_size,
-    is_image,
-    label_of,
-    open_file,
-    refuse,
-    unreadable,
-)
+LABEL_FILES = ("cls", "json", "cls.txt")
+MOST_LABEL = 1 << 20  # bytes of a file with a label
 
 
-def tar_items(uri: str, source: BuildSource, given: dict[str, str] | None) -> Iterator[tuple[str, str | None, Item]]:
-    """Yield images of a tar, or of each .tar in a folder. WebDataset's labels are in `key.cls` or `key.json`."""
-    fs, path = storage.filesystem(uri)
-    is_folder = fs.get_file_info(path).type == pafs.FileType.Directory
-    for archive in storage.list_files(uri, ".tar") if is_folder else [uri]:
-        local = array_sources.unpack_gzip(archive, source.work) if archive.endswith("gz") else archive
-        for key, group in groupby(_tar_members(local, source), key=lambda entry: entry[0]):
-            yield from _tar_sample(local, key, list(group), source, given)
+def key_of(name: str) -> tuple[str, str]:
+    """Return (key, extension) of a file: the key ends at the first dot of the last part of the path."""
+    suffix = name.rsplit("/", 1)[-1].partition(".")[2]
+    return (name[: len(name) - len(suffix) - 1], suffix) if suffix else (name, "")
 
 
-def _tar_members(uri: str, source: BuildSource) -> Iterator[tuple[str, str, int, int, bytes]]:
-    """Yield (key, name, offset, size, bytes of a label file) of each regular file."""
-    file = open_file(uri)
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as archive:
-            for member in archive:
-                name = member.name.removeprefix("./")
-                if member.isdir() or refuse(name, name, source):
-                    continue
-                if not member.isreg() or member.issparse():
-                    source.refused.append((name, "a link, device or sparse file in an archive"))
-                    continue
-                suffix = name.rsplit("/", 1)[-1].partition(".")[2]
-                small = suffix in ("cls", "json", "cls.txt") and member.size < 1 << 20
-                data = archive.extractfile(member).read() if small else b""  # type: ignore[union-attr]
-                key = name[: len(name) - len(suffix) - 1] if suffix else name
-                yield key, name, member.offset_data, member.size, data
-    except tarfile.TarError as error:
-        raise unreadable(uri, "a tar archive", error) from None
+def is_webdataset(entries: Iterable[Entry]) -> bool:
+    """Return whether some image of a tar shares its key with a file of its label."""
+    images, labels = set(), set()
+    for entry in entries:
+        key, suffix = key_of(entry.name)
+        if suffix in LABEL_FILES:
+            labels.add(key)
+        elif is_image(entry.name):
+            images.add(key)
+    return not images.isdisjoint(labels)
 
 
-def _tar_sample(
-    uri: str, key: str, group: list[tuple[str, str, int, int, bytes]], source: BuildSource, given: dict[str, str] | None
+def sample_items(tree: Tree, source: BuildSource, given: LabelList | None) -> Iterator[tuple[str, str | None, Item]]:
+    """Yield (uri, split, item) of the images of a tar. Their labels are in `key.cls` or `key.json`."""
+    for key, group in groupby(tree.files(), key=lambda entry: key_of(entry.name)[0]):
+        yield from _sample(tree, key, list(group), source, given)
+
+
+def _sample(
+    tree: Tree, key: str, group: list[Entry], source: BuildSource, given: LabelList | None
 ) -> Iterator[tuple[str, str | None, Item]]:
-    label: Label = None
-    for _, name, _, _, data in group:
-        if data and name.endswith((".cls", ".cls.txt")):
-            text = data.decode("utf-8", "replace").strip()
-            label = int(text) if text.lstrip("-").isdigit() else text
-        elif data and name.endswith(".json"):
+    label: str | None = None
+    for entry in group:
+        suffix = key_of(entry.name)[1]
+        if entry.problem or suffix not in LABEL_FILES or entry.size >= MOST_LABEL:
+            continue
+        data = tree.read(entry)
+        if suffix == "json":
             try:
-                entry = json.loads(data)
+                found = json.loads(data)
             except (ValueError, RecursionError):
                 continue
-            value = entry.get("label", entry.get("cls")) if isinstance(entry, dict) else None
-            label = value if label is None and isinstance(value, int | str) else label
-    for _, name, offset, size, _ in group:
-        if is_image(name):
-            found = label_of(name, PurePosixPath(name).parts, given, source) if label is None else label
-            if found is not MISSING:
-                yield uri, None, Item(key if len(group) > 1 else name, [offset, size], found)
-
-
-@lru_cache(maxsize=1)
-def _tar(uri: str) -> Any:
-    return open_file(uri)
-
-
-def read_span(unit: SourceUnit, item: Item) -> bytes:
-    offset, size = item.where
-    check_size(size)
-    file = _tar(unit.uri)
-    file.seek(offset)
-    data = file.read(size)
-    if len(data) != size:
-        raise ImageError("the archive ends inside it")
-    return data
+            value = found.get("label", found.get("cls")) if isinstance(found, dict) else None
+            label = str(value) if label is None and isinstance(value, int | str) else label
+        else:
+            text = data.decode("utf-8", "replace").strip()
+            label = str(int(text)) if text.lstrip("-").isdigit() else text
+    for entry in group:
+        if entry.problem:
+            source.refused.append((printable(entry.name), entry.problem))
+        elif is_image(entry.name):
+            parts = PurePosixPath(entry.name).parts
+            try:
+                found_label = label if given is None else given.find(parts, None)[1]
+            except Misplaced as error:
+                source.refused.append((printable(entry.name), str(error)))
+                continue
+            name = key if len(group) > 1 else entry.name
+            yield tree.uri, None, Item(printable(name), entry.where, found_label)

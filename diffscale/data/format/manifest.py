@@ -4,7 +4,7 @@
       manifest.json
       train-00000.arrow ...      Arrow IPC files of one record batch: image, label, name
       heldout-00000.arrow ...    the same, if part of the data is held out
-      rejected.csv               source images that could not be used, and why
+      rejected.csv               files of the source that were not used, and why
 
 `image` is fixed_shape_tensor uint8 (H, W, C) for small images (layout `pixels`), binary PNG, WebP or JPEG for large
 ones (`encoded`), or fixed_shape_tensor float16 / float32 (C, H, W) for latents (`latents`).
