@@ -255,6 +255,51 @@ def test_a_share_of_a_table_without_held_out_images_can_be_held_out(tmp_path):
     assert 1 <= dataset.heldout.n <= 14
 
 
+def save(file: Path, **arrays: np.ndarray) -> Path:
+    np.savez(file, **arrays)
+    return file
+
+
+def test_arrays_that_could_be_meant_are_asked_for(tmp_path):
+    masks, labels = np.zeros((6, 16, 16), np.uint8), np.arange(6) % 3
+    two = save(tmp_path / "a.npz", pictures=IMAGES[:6], masks=masks, fine=labels, coarse=labels // 2)
+    with pytest.raises(UserError, match=r"--image-column(.|\n)*pictures, masks"):
+        built(two, tmp_path / "out")
+    with pytest.raises(UserError, match=r"--label-column(.|\n)*fine, coarse"):
+        built(two, tmp_path / "out", image_column="pictures")
+    dataset = built(two, tmp_path / "out", image_column="pictures", label_column="fine")
+    assert content(dataset) == truth(SIX, ["0", "1", "2"])
+    several = save(tmp_path / "b.npz", images=IMAGES[:6], labels=np.zeros((6, 14), np.uint8), ids=np.arange(6))
+    with pytest.raises(UserError, match=r"labels \(6, 14\)"):
+        built(several, tmp_path / "several")
+    assert built(several, tmp_path / "several", label_column="none").num_classes == 0
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        (np.array([5, 9, 5, 9, 5, 9], np.uint8), ["5", "9"]),
+        (np.array(["b", "a"] * 3), ["a", "b"]),
+        (np.array([b"b", b"a"] * 3), ["a", "b"]),
+        (np.array([True, False] * 3), ["False", "True"]),
+        (np.array([1.0, 0.0] * 3), ["0", "1"]),
+        (np.array([-1] * 6), []),
+    ],
+)
+def test_labels_of_arrays_are_the_values_that_occur(tmp_path, labels, names):
+    assert built(save(tmp_path / "a.npz", images=IMAGES[:6], labels=labels), tmp_path / "out").class_names == names
+
+
+def test_arrays_of_ids_and_splits_without_labels(tmp_path):
+    ids = save(tmp_path / "ids.npz", images=IMAGES[:6], labels=10**10 + np.arange(6))
+    with pytest.raises(UserError, match="looks like an id"):
+        built(ids, tmp_path / "out")
+    unlabelled = save(tmp_path / "a.npz", x_train=IMAGES[:6], y_train=np.arange(6), x_test=IMAGES[6:])
+    dataset = built(unlabelled, tmp_path / "out")
+    assert (dataset.n, dataset.num_classes, dataset.heldout) == (6, 6, None)
+    assert any("no labels" in reason for reason in rejected(tmp_path / "out"))
+
+
 def test_a_folder_of_images_with_a_metadata_parquet_is_no_table(tmp_path):
     """The hub's ImageFolder."""
     write_table(tmp_path / "source" / "train" / "metadata.parquet", {"file_name": [f"{i}.png" for i in SIX]})

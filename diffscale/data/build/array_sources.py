@@ -30,7 +30,7 @@ from diffscale.core.text import one_line
 from diffscale.data.build.items import Reading
 from diffscale.data.format.hf_choices import NONE, Choices
 from diffscale.data.format.hf_files import TableFile, roles, split_name
-from diffscale.data.format.hf_labels import NO_LABEL, LabelError, Value, classes_of, count_values
+from diffscale.data.format.hf_labels import MOST_CHARACTERS, NO_LABEL, LabelError, Value, classes_of, count_values
 
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 CIFAR10_FILES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
@@ -64,12 +64,14 @@ class ArraySource:
 class Arrays:
     """The arrays of one split in a file, before their labels are understood.
 
+    name: of the images in the source
     images: .npy of the images
     labels: .npy of the labels, or None
     split: its name as the source spells it, or empty
-    label_name: the name of the labels
+    label_name: of the labels in the source
     """
 
+    name: str
     images: str
     labels: str | None
     split: str
@@ -96,20 +98,21 @@ def open_arrays(uri: str, work: Path, reading: Reading, left_out: list[tuple[str
         raise UserError(setting="SOURCE", value=uri, expected="a folder of .npz or .npy files", reason="it has none")
     found: list[Arrays] = []
     for i, file in enumerate(files):
-        name = file.rsplit("/", 1)[-1]
-        of_file = "" if is_file else split_name(name)
+        of_file = "" if is_file else split_name(file.rsplit("/", 1)[-1])
         folder = work / f"array-{i:05d}"
         parts = _open_npz(file, folder, choices) if file.endswith(".npz") else [_open_npy(file, folder)]
         found += [replace(arrays, split=arrays.split or of_file) for arrays in parts]
     used = roles([TableFile(a.images, "", a.split) for a in found], uri, choices)
-    left_out += [(a.split or a.images, "arrays of a split that is not used") for a in found if a.split not in used]
+    left_out += [(a.name, f"its split {a.split or '(no name)'} is not used") for a in found if a.split not in used]
     found = [arrays for arrays in found if arrays.split in used]
     classes, unlabelled = _number_labels(found, uri, choices)
+    if all(used[arrays.split] != "train" or arrays.split in unlabelled for arrays in found):
+        classes = []
     held = "heldout" in used.values()
     opened = []
     for arrays in found:
         if classes and arrays.split in unlabelled:
-            left_out.append((arrays.split, f"its images have no labels (--label-column {NONE} uses them)"))
+            left_out.append((arrays.name, f"its images have no labels (--label-column {NONE} uses them)"))
             continue
         array = _map(arrays.images)
         labels = f"{arrays.labels}.numbers.npy" if classes and arrays.labels else None
@@ -121,11 +124,12 @@ def open_arrays(uri: str, work: Path, reading: Reading, left_out: list[tuple[str
 
 
 def _open_npy(uri: str, folder: Path) -> Arrays:
+    name = uri.rsplit("/", 1)[-1]
     folder.mkdir(parents=True, exist_ok=True)
     if storage.is_remote(uri):
         _once(folder / "images.npy", partial(_copy, uri))
         uri = str(folder / "images.npy")
-    return Arrays(uri, None, "")
+    return Arrays(name, uri, None, "")
 
 
 def _open_npz(uri: str, folder: Path, choices: Choices) -> list[Arrays]:
@@ -137,11 +141,12 @@ def _open_npz(uri: str, folder: Path, choices: Choices) -> list[Arrays]:
             for number, (split, images, labels) in enumerate(_pick_arrays(heads, choices)):
                 place = folder / str(number)
                 place.mkdir(exist_ok=True)
-                for name, key in (("images", images), ("labels", labels)):
+                for target, key in (("images", images), ("labels", labels)):
                     if key is not None:
-                        _once(place / f"{name}.npy", partial(_unpack, archive, f"{key}.npy"))
+                        _once(place / f"{target}.npy", partial(_unpack, archive, f"{key}.npy"))
                 file = str(place / "labels.npy") if labels else None
-                found.append(Arrays(str(place / "images.npy"), file, split, labels or ""))
+                name = f"{uri.rsplit('/', 1)[-1]}/{images}"
+                found.append(Arrays(name, str(place / "images.npy"), file, split, labels or ""))
     except UserError:
         raise
     except (ValueError, zipfile.BadZipFile, OSError, EOFError, RuntimeError, NotImplementedError) as error:
@@ -178,7 +183,7 @@ def _pick_arrays(heads: dict[str, tuple[int, ...]], choices: Choices) -> Iterato
         named = [m for m in names if _without(m, split) in LABELS and m != image]
         label = _pick(single, split, LABELS, choices, "label_column") if choices.label_column != NONE else None
         wrong = [m for m in named if heads[m] not in ((n,), (n, 1))]
-        if label is None and wrong and choices.label_column is None:
+        if wrong and choices.label_column is None and label not in named:
             raise UserError(
                 setting=choices.option("label_column"),
                 value=f"{wrong[0]} {heads[wrong[0]]}",
@@ -239,6 +244,8 @@ def _label_batches(arrays: Arrays) -> Iterator[pa.Array]:
     labels = _map(arrays.labels).reshape(-1)
     if labels.dtype.kind not in "biufUS":
         raise LabelError(f"they are {labels.dtype}")
+    if labels.dtype.itemsize > 4 * MOST_CHARACTERS:
+        raise LabelError(f"they have more than {MOST_CHARACTERS:,} characters")
     for first in range(0, len(labels), LABEL_ROWS):
         batch = labels[first : first + LABEL_ROWS]
         if batch.dtype.kind == "S":
