@@ -60,6 +60,10 @@ class DataSettings(Section):
     loader: Literal["arrow", "ray_data"] = Field("arrow", description="memory map, or streaming through Ray Data")
     cache: str | None = Field(None, description="folder on each node for shards of a remote dataset")
     cache_gigabytes: float = Field(100.0, gt=0, description="the most that the cache may hold")
+    config: str | None = Field(None, description="configuration of a Hugging Face dataset; * joins all")
+    image_column: str | None = Field(None, description="column of images of a Hugging Face dataset; null: the only one")
+    label_column: str | None = Field(None, description="its column of classes; null: the only one, none: no classes")
+    channels: Literal[1, 3] | None = Field(None, description="3: its images as RGB, 1: as grey; null: grey if all are")
     decoder: str | None = Field(None, description="decoder of a dataset of latents; without one FID is refused")
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from diffscale.core.errors import UserError
-from diffscale.data import ShardCache, open_dataset, resolve
+from diffscale.data import Choices, ShardCache, open_dataset, resolve
 from diffscale.diffusion import SOLVERS, Diffusion, create_diffusion
 from diffscale.models import create_model
 
@@ -20,7 +20,14 @@ def open_training_data(experiment: Experiment) -> Dataset:
     """Open the dataset of `data.path` at `data.resolution`. builtin:emoji is built under the storage the first time."""
     data = experiment.data
     cache = ShardCache(data.cache, data.cache_gigabytes)
-    return open_dataset(resolve(data.path, data.resolution, experiment.storage), cache=cache)
+    return open_dataset(data_place(experiment, data.resolution), cache=cache)
+
+
+def data_place(experiment: Experiment, resolution: int) -> str:
+    """Return the place of `data.path` at a resolution, read as the other settings `data.*` say, for `open_dataset`."""
+    data = experiment.data
+    choices = Choices(data.config, data.image_column, data.label_column, channels=data.channels)
+    return resolve(data.path, resolution, experiment.storage, choices)
 
 
 def build_model(experiment: Experiment, dataset: Dataset) -> nn.Module:

@@ -3,6 +3,7 @@
 from diffscale.data.format.cache import ShardCache
 from diffscale.data.format.dataset import Dataset
 from diffscale.data.format.errors import ShardError
+from diffscale.data.format.hf_choices import Choices
 from diffscale.data.format.open import open_dataset, resolve
 from diffscale.data.loading import create_loader, even_share
 from diffscale.data.loading.loader import Batch, Loader
@@ -10,6 +11,7 @@ from diffscale.data.loading.order import positions_to_indices
 
 __all__ = [
     "Batch",
+    "Choices",
     "Dataset",
     "Loader",
     "ShardCache",

@@ -53,7 +53,16 @@ def build_command(
         ),
     ] = None,
     labels: Annotated[str | None, typer.Option(help="CSV of files and labels instead of subfolders")] = None,
-    label_column: Annotated[str | None, typer.Option(help="column of the labels, in the CSV or in a table")] = None,
+    image_column: Annotated[
+        str | None, typer.Option(help="column of the images of a table; in WebDataset their extension, e.g. jpg")
+    ] = None,
+    label_column: Annotated[
+        str | None,
+        typer.Option(help="column of the labels of a CSV or table; in WebDataset cls, txt or json.KEY; or none"),
+    ] = None,
+    config: Annotated[
+        str | None, typer.Option(help="configuration of a Hugging Face dataset; '*' joins all of them")
+    ] = None,
     split_names: Annotated[
         str | None, typer.Option(help="folders of the splits: train=NAME,heldout=NAME; or none, to have none")
     ] = None,
@@ -104,7 +113,9 @@ def build_command(
         split_seed=split_seed,
         shuffle=shuffle,
         labels=labels and _absolute(labels),
+        image_column=image_column,
         label_column=label_column,
+        config=config,
         split_names=split_names,
         folders=folders,
         memory=int(memory * 1e9) if memory else None,

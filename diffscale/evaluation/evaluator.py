@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from diffscale.config.factory import data_place
 from diffscale.core import image_grids
 from diffscale.core.errors import UserError
-from diffscale.data import open_dataset, resolve
+from diffscale.data import open_dataset
 from diffscale.diffusion import Diffusion
 from diffscale.diffusion.solver_settings import SolverSettings
 from diffscale.evaluation.distribute import (
@@ -306,7 +307,7 @@ def _at_eval_resolution(experiment: Experiment, dataset: Dataset) -> Dataset:
     resolution = experiment.eval.eval_resolution
     if resolution is None or resolution == dataset.resolution:
         return dataset
-    found = open_dataset(resolve(experiment.data.path, resolution, experiment.storage))
+    found = open_dataset(data_place(experiment, resolution))
     if found.resolution != resolution:
         raise _not_built_at(resolution, dataset)
     return found

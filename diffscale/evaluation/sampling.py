@@ -31,8 +31,8 @@ SHARE_OF_MEMORY = 0.25  # of a GPU's, for the tensors of one pass: next to them 
 class Sampling:
     """Everything that determines sample i besides the model: part of every record.
 
-    labels: "train" draws classes as often as the training set has them, "uniform" draws all alike, "balanced" is i
-        mod classes, "none" drops them, a number is that class.
+    labels: "train" draws classes as often as the training set has them, "uniform" draws all alike that it has,
+        "balanced" takes these in turn, "none" drops them, a number is that class.
     batch: images in one pass; samples are identical to the bit only for the same batch.
     """
 
@@ -92,19 +92,19 @@ def batch_that_fits(memory: int, per_image: int) -> int:
 
 def draw_labels(policy: str, seed: int, positions: Tensor, class_counts: Sequence[int]) -> Tensor:
     """Return labels (B,) int64 of the samples at these positions under a policy of `Sampling`; UserError if unknown."""
-    classes = len(class_counts)
+    classes, known = len(class_counts), np.flatnonzero(class_counts)  # a class without images was never trained
     if policy == "balanced":
-        return positions % classes
+        return torch.from_numpy(known)[positions % len(known)]
     if policy == "none":
         return torch.full_like(positions, classes)
     if policy in ("train", "uniform"):
-        counts = np.asarray(class_counts if policy == "train" else [1] * classes, np.float64)
+        counts = np.asarray(class_counts, np.float64) if policy == "train" else np.sign(class_counts).astype(np.float64)
         edges = torch.from_numpy(np.cumsum(counts) / counts.sum())
         u = keyed_random.uniform(seed, Stream.SAMPLE_LABEL, positions).double()
         return torch.searchsorted(edges, u, right=True).clamp_max(classes - 1)
-    if policy.isdigit() and int(policy) < classes:
+    if policy.isdecimal() and int(policy) in known:
         return torch.full_like(positions, int(policy))
-    expected = f"train, uniform, balanced, none, or a class below {classes}"
+    expected = f"train, uniform, balanced, none, or a class below {classes} that has training images"
     raise UserError(setting="labels", value=policy, expected=expected)
 
 
@@ -133,7 +133,7 @@ class ModelSource:
     ) -> ModelSource:
         """Return n samples of a model that was trained on a dataset."""
         shape = (dataset.channels, dataset.resolution, dataset.resolution)
-        counts = class_counts(dataset) if getattr(model, "num_classes", 0) else ()
+        counts = dataset.class_counts if getattr(model, "num_classes", 0) else ()
         return cls(model, diffusion, sampling, shape, n, counts, str(device))
 
     @property
@@ -188,11 +188,3 @@ class ModelSource:
 def to_uint8(images: Tensor) -> Tensor:
     """Map [−1,1] to 0 … 255, rounded to nearest; values outside are clipped."""
     return images.add(1).mul(127.5).round_().clamp_(0, 255).to(torch.uint8)
-
-
-def class_counts(dataset: Dataset) -> tuple[int, ...]:
-    """Return the number of images of each class."""
-    counts = np.zeros(dataset.num_classes, np.int64)
-    for i in range(len(dataset.split.shards)):
-        counts += np.bincount(dataset.shard(i).labels, minlength=dataset.num_classes)
-    return tuple(counts.tolist())

@@ -66,10 +66,11 @@ def _driver_data(experiment: Experiment | None, storage: str) -> tuple[str, str,
     """Return the dataset's resolved path and content hash as the driver sees them; builtin images are built first."""
     if experiment is None:
         return "", "", []
-    from diffscale.data import open_dataset, resolve  # import cost
+    from diffscale.config.factory import data_place  # import cost
+    from diffscale.data import open_dataset  # import cost
 
     try:
-        path = resolve(experiment.data.path, experiment.data.resolution, storage)
+        path = data_place(experiment.model_copy(update={"storage": storage}), experiment.data.resolution)
         return path, open_dataset(path).content_hash, []
     except (OSError, ValueError) as error:
         fix = "see python -m diffscale.data build --help; data.path must exist on every node"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import logging
 import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -43,6 +44,7 @@ from diffscale.training.learner import QUARTILES, Learner
 from diffscale.training.numerics import Numerics
 from diffscale.training.parallel import World
 
+log = logging.getLogger(__name__)
 VALIDATION_IMAGES = 1024
 
 
@@ -139,6 +141,7 @@ class CheckpointEvaluator:
             experiment, dataset, device=device, rank=world.rank, world=world.size, gather=gather, **options
         )
         self._model: nn.Module | None = None
+        self._told = False
 
     def prepare(self) -> None:
         """Compute the reference's features unless another run left them: an hour for 50,000 images on two cores."""
@@ -220,15 +223,24 @@ class CheckpointEvaluator:
         model = build_model(self.experiment, self.dataset).to(self.world.device).eval().requires_grad_(False)
         return replace(self.numerics, compile=False).prepare(model)
 
+    def _held_lacks_labels(self, model: nn.Module) -> bool:
+        held = self.dataset.heldout
+        lacking = held is not None and getattr(model, "num_classes", 0) > 0 and not held.num_classes
+        if lacking and self.world.rank == 0 and not self._told:
+            log.warning("the held-out images have no labels (missing or -1): there is no validation loss")
+            self._told = True
+        return lacking
+
     @torch.no_grad()
     def validation_loss(self, model: nn.Module) -> tuple[float | None, list[float] | None]:
         """Return the mean loss on held-out images with fixed noise, and its means in quartiles of the noise level.
 
-        The quartiles go from the lowest logsnr to the highest. None without held-out images. Each rank computes its
-        share. The held-out images are those at the training resolution.
+        The quartiles go from the lowest logsnr to the highest. None without held-out images, and for a network with
+        classes if these have no labels. Each rank computes its share. The held-out images are those at the training
+        resolution.
         """
         held = self.dataset.heldout
-        if held is None:
+        if held is None or self._held_lacks_labels(model):
             return None, None
         model.to(self.world.device)
         n, batch = min(held.n, VALIDATION_IMAGES), given_batch(self.experiment.eval)

@@ -322,7 +322,7 @@ def test_a_share_is_held_out_of_a_source_with_training_images_alone(tmp_path):
 @pytest.mark.parametrize("kind", ["array", "table"])
 def test_a_choice_about_folders_is_refused_for_a_source_without(tmp_path, kind):
     np.savez(tmp_path / "x.npz", IMAGES)
-    for name in ("labels", "split_names", "folders"):
+    for name in ("labels", "folders"):
         with pytest.raises(UserError, match="folders, zips and tars"):
             listed(tmp_path / "x.npz", kind=kind, **{name: "none"})
 

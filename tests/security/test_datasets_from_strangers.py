@@ -7,15 +7,19 @@ import json
 import pickle
 import subprocess
 import sys
+import tarfile
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
 from diffscale.core.errors import UserError
+from diffscale.data.build.build import BuildOptions, build
 from diffscale.data.format.open import open_dataset
 from diffscale.data.format.shard import make_batch, write_shard
 from tests.support.crafted import ROWS, arrow_file, crafted, make_dataset, pixels_batch, read_everything
+from tests.support.datasets import pictures, png
+from tests.support.sources import add_file
 
 
 def test_the_unharmed_dataset_is_read(tmp_path):
@@ -95,6 +99,22 @@ def test_offsets_outside_the_file_are_an_error_and_not_a_crash(tmp_path, offsets
     done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, f"exit {done.returncode}: {done.stderr[-500:]}"
     assert done.stdout.strip() == "refused"
+
+
+@pytest.mark.parametrize("choice", [None, "pyd"])
+def test_members_of_a_tar_are_not_unpickled(tmp_path, trap, choice):
+    """The library `webdataset` unpickles .pyd, .pickle and .pth."""
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for i in range(4):
+            add_file(archive, f"{i}.png", png(pictures(4)[i]))
+            for suffix in ("pyd", "pickle", "pkl", "pth"):
+                add_file(archive, f"{i}.{suffix}", pickle.dumps(trap))
+            add_file(archive, f"{i}.cls", b"0")
+    options = BuildOptions(str(tmp_path / "a.tar"), str(tmp_path / "out"), (8,), workers=0, label_column=choice)
+    try:
+        build(options, show=False)
+    except UserError:
+        assert choice is not None
 
 
 def test_an_image_that_claims_to_be_huge_is_refused(tmp_path):

@@ -12,22 +12,31 @@ import os
 import shutil
 import tarfile
 import zipfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 from PIL import Image
 
 from diffscale.core import storage
 from diffscale.core.errors import UserError
 from diffscale.core.text import one_line
+from diffscale.data.build.items import Reading
+from diffscale.data.format.hf_choices import NONE, Choices
+from diffscale.data.format.hf_files import TableFile, roles, split_name
+from diffscale.data.format.hf_labels import MOST_CHARACTERS, NO_LABEL, LabelError, Value, classes_of, count_values
 
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 CIFAR10_FILES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+IMAGES = ("images", "latents", "x", "arr_0")
+LABELS = ("labels", "label", "y", "arr_1")
+LABEL_ROWS = 8192  # labels that are read at once
 MOST_UNPACKED = 1 << 40  # bytes of one unpacked archive
 
 
@@ -51,48 +60,103 @@ class ArraySource:
     latents: tuple[str, int, int] | None = None
 
 
-def open_arrays(uri: str, work: Path) -> list[ArraySource]:
+@dataclass(frozen=True)
+class Arrays:
+    """The arrays of one split in a file, before their labels are understood.
+
+    name: of the images in the source
+    images: .npy of the images
+    labels: .npy of the labels, or None
+    split: its name as the source spells it, or empty
+    label_name: of the labels in the source
+    """
+
+    name: str
+    images: str
+    labels: str | None
+    split: str
+    label_name: str = ""
+
+
+def open_arrays(uri: str, work: Path, reading: Reading, left_out: list[tuple[str, str]]) -> list[ArraySource]:
     """Open an .npz or .npy, or each one in a folder.
 
-    In an .npz the images are `images`, `latents`, `x` or `arr_0`, else the first array with 3 or 4 axes; the labels
-    are `labels`, `label`, `y` or `arr_1`, else the first array with one axis."""
+    In an .npz the images are `images`, `latents`, `x` or `arr_0`, else the only array with 3 or 4 axes; the labels are
+    `labels`, `label`, `y` or `arr_1`, else the only array with one axis. The names of arrays, or those of files, may
+    hold that of a split: `x_train`, `val_images`. Adds what is not used to `left_out`. Raises UserError if several
+    arrays could be meant and `reading` names none.
+    """
+    choices = Choices(
+        image_column=reading.image_column,
+        label_column=reading.label_column,
+        split_names=reading.split_names,
+        command=True,
+    )
     is_file = uri.endswith((".npz", ".npy"))
     files = [uri] if is_file else [f for f in storage.list_files(uri) if f.endswith((".npz", ".npy"))]
     if not files:
         raise UserError(setting="SOURCE", value=uri, expected="a folder of .npz or .npy files", reason="it has none")
-    found = [_open_one(file, work / f"array-{i:05d}") for i, file in enumerate(files)]
-    if len({source.latents for source in found}) > 1:
+    found: list[Arrays] = []
+    for i, file in enumerate(files):
+        of_file = "" if is_file else split_name(file.rsplit("/", 1)[-1])
+        folder = work / f"array-{i:05d}"
+        parts = _open_npz(file, folder, choices) if file.endswith(".npz") else [_open_npy(file, folder)]
+        found += [replace(arrays, split=arrays.split or of_file) for arrays in parts]
+    used = roles([TableFile(a.images, "", a.split) for a in found], uri, choices)
+    left_out += [(a.name, f"its split {a.split or '(no name)'} is not used") for a in found if a.split not in used]
+    found = [arrays for arrays in found if arrays.split in used]
+    classes, unlabelled = _number_labels(found, uri, choices)
+    if all(used[arrays.split] != "train" or arrays.split in unlabelled for arrays in found):
+        classes = []
+    held = "heldout" in used.values()
+    opened = []
+    for arrays in found:
+        if classes and arrays.split in unlabelled:
+            left_out.append((arrays.name, f"its images have no labels (--label-column {NONE} uses them)"))
+            continue
+        array = _map(arrays.images)
+        labels = f"{arrays.labels}.numbers.npy" if classes and arrays.labels else None
+        split = used[arrays.split] if held else None
+        opened.append(ArraySource(arrays.images, labels, len(array), split, classes, _latents(array, arrays.images)))
+    if len({source.latents for source in opened}) > 1:
         raise UserError(setting="SOURCE", value=uri, expected="arrays of one dtype and shape in all files")
-    most = max((int(_map(a.labels).max(initial=0)) for a in found if a.labels and a.n), default=-1)
-    names = [str(i) for i in range(most + 1)] if most >= 0 else []
-    return [ArraySource(a.images, a.labels, a.n, a.split, names, a.latents) for a in found]
+    return opened
 
 
-def _open_one(uri: str, folder: Path) -> ArraySource:
+def _open_npy(uri: str, folder: Path) -> Arrays:
+    name = uri.rsplit("/", 1)[-1]
     folder.mkdir(parents=True, exist_ok=True)
-    if uri.endswith(".npy"):
-        if storage.is_remote(uri):
-            _once(folder / "images.npy", partial(_copy, uri))
-            uri = str(folder / "images.npy")
-        return _describe(uri, None)
+    if storage.is_remote(uri):
+        _once(folder / "images.npy", partial(_copy, uri))
+        uri = str(folder / "images.npy")
+    return Arrays(name, uri, None, "")
+
+
+def _open_npz(uri: str, folder: Path, choices: Choices) -> list[Arrays]:
+    folder.mkdir(parents=True, exist_ok=True)
+    found = []
     try:
         with _open(uri) as source, zipfile.ZipFile(source) as archive:
             heads = {m.removesuffix(".npy"): _header(archive, m) for m in archive.namelist() if m.endswith(".npy")}
-            images = _pick(heads, ("images", "latents", "x", "arr_0"), (3, 4))
-            labels = _pick({k: v for k, v in heads.items() if k != images}, ("labels", "label", "y", "arr_1"), (1,))
-            if images is None:
-                raise ValueError(f"it has {sorted(heads)}")
-            for name, key in (("images", images), ("labels", labels)):
-                if key is not None:
-                    _once(folder / f"{name}.npy", partial(_unpack, archive, f"{key}.npy"))
-    except (ValueError, zipfile.BadZipFile, OSError) as error:
+            for number, (split, images, labels) in enumerate(_pick_arrays(heads, choices)):
+                place = folder / str(number)
+                place.mkdir(exist_ok=True)
+                for target, key in (("images", images), ("labels", labels)):
+                    if key is not None:
+                        _once(place / f"{target}.npy", partial(_unpack, archive, f"{key}.npy"))
+                file = str(place / "labels.npy") if labels else None
+                name = f"{uri.rsplit('/', 1)[-1]}/{images}"
+                found.append(Arrays(name, str(place / "images.npy"), file, split, labels or ""))
+    except UserError:
+        raise
+    except (ValueError, zipfile.BadZipFile, OSError, EOFError, RuntimeError, NotImplementedError) as error:
         raise UserError(
             setting="SOURCE",
             value=uri,
             expected="an .npz with an array of images and no pickled objects",
             reason=one_line(error),
         ) from None
-    return _describe(str(folder / "images.npy"), str(folder / "labels.npy") if labels else None)
+    return found
 
 
 def _header(archive: zipfile.ZipFile, member: str) -> tuple[int, ...]:
@@ -105,30 +169,101 @@ def _header(archive: zipfile.ZipFile, member: str) -> tuple[int, ...]:
     return shape
 
 
-def _pick(heads: dict[str, tuple[int, ...]], names: tuple[str, ...], axes: tuple[int, ...]) -> str | None:
-    fitting = [key for key, shape in heads.items() if len(shape) in axes]
-    return next((name for name in names if name in fitting), fitting[0] if fitting else None)
+def _pick_arrays(heads: dict[str, tuple[int, ...]], choices: Choices) -> Iterator[tuple[str, str, str | None]]:
+    """Yield (name of the split, array of images, array of labels) from the shapes of all arrays of a file."""
+    splits = {name: split_name(name) for name in heads}
+    with_images = {splits[name] for name, shape in heads.items() if len(shape) in (3, 4)}
+    for split in sorted(with_images - {""} or {""}):
+        names = [name for name in heads if splits[name] == split]
+        image = _pick([n for n in names if len(heads[n]) in (3, 4)], split, IMAGES, choices, "image_column")
+        if image is None:
+            raise ValueError(f"its arrays are {', '.join(f'{name} {shape}' for name, shape in heads.items())}"[:400])
+        n = heads[image][0]
+        single = [m for m in names if heads[m] in ((n,), (n, 1)) and m != image]
+        named = [m for m in names if _without(m, split) in LABELS and m != image]
+        label = _pick(single, split, LABELS, choices, "label_column") if choices.label_column != NONE else None
+        wrong = [m for m in named if heads[m] not in ((n,), (n, 1))]
+        if wrong and choices.label_column is None and label not in named:
+            raise UserError(
+                setting=choices.option("label_column"),
+                value=f"{wrong[0]} {heads[wrong[0]]}",
+                expected=f"{n:,} classes, one for each image",
+                fix=f"--label-column NAME, or {NONE} for images without classes",
+            )
+        yield split, image, label
 
 
-def _describe(images: str, labels: str | None) -> ArraySource:
-    array = _map(images)
-    numbers = None if labels is None else _map(labels)
-    latents = None
+def _pick(names: list[str], split: str, usual: tuple[str, ...], choices: Choices, choice: str) -> str | None:
+    """Return the array that is chosen, has a usual name, or is the only one; None if there is none."""
+    wanted = getattr(choices, choice)
+    if wanted is not None:
+        names, asked = [name for name in names if wanted in (name, _without(name, split))], names
+        if not names:
+            raise choices.ask(choice, asked, f"array of {choice.split('_')[0]}s")
+    usual_ones = [name for word in usual for name in names if _without(name, split) == word]
+    names = usual_ones[:1] or names
+    if len(names) > 1:
+        raise choices.ask(choice, names, f"array of {choice.split('_')[0]}s")
+    return names[0] if names else None
+
+
+def _without(name: str, split: str) -> str:
+    """Return the name of an array without that of its split: `x` of `x_train`."""
+    name = name.lower()
+    place = name.rfind(split) if split else -1
+    return name if place < 0 else (name[:place] + name[place + len(split) :]).strip("_-. ")
+
+
+def _number_labels(found: list[Arrays], uri: str, choices: Choices) -> tuple[list[str], set[str]]:
+    """Write the class number of each image next to its label. Return the class names and the splits without labels."""
+    counts: dict[str, Counter[Value]] = {}
+    try:
+        for arrays in found:
+            batches = _label_batches(arrays) if arrays.labels else iter(())
+            counts.setdefault(arrays.split, Counter()).update(count_values(batches))
+        classes = classes_of(list(counts.values()), None, choices.label_column is not None)
+    except LabelError as error:
+        name = next((arrays.label_name for arrays in found if arrays.labels), "")
+        raise UserError(
+            setting=choices.option("label_column"),
+            value=name,
+            expected="a class for each image: whole numbers or text",
+            reason=f"{uri.rsplit('/', 1)[-1]}: {error}",
+            fix=f"--label-column NAME, or {NONE} for images without classes",
+        ) from None
+    unlabelled = {split for split, values in counts.items() if not values.keys() - {None, NO_LABEL}}
+    names = list(classes.names)
+    for arrays in found:
+        if names and arrays.labels:
+            numbers = np.concatenate([classes.numbers(batch) for batch in _label_batches(arrays)])
+            _once(Path(f"{arrays.labels}.numbers.npy"), partial(_save, numbers))
+    return names, unlabelled
+
+
+def _label_batches(arrays: Arrays) -> Iterator[pa.Array]:
+    labels = _map(arrays.labels).reshape(-1)
+    if labels.dtype.kind not in "biufUS":
+        raise LabelError(f"they are {labels.dtype}")
+    if labels.dtype.itemsize > 4 * MOST_CHARACTERS:
+        raise LabelError(f"they have more than {MOST_CHARACTERS:,} characters")
+    for first in range(0, len(labels), LABEL_ROWS):
+        batch = labels[first : first + LABEL_ROWS]
+        if batch.dtype.kind == "S":
+            batch = np.char.decode(batch, "utf-8", "backslashreplace")
+        yield pa.array(batch.astype(batch.dtype.newbyteorder("=")))
+
+
+def _latents(array: NDArray[Any], place: str) -> tuple[str, int, int] | None:
+    """Return (dtype, channels, side) of latents, None for images. Raises UserError for other arrays."""
     if array.dtype in (np.float16, np.float32) and array.ndim == 4 and array.shape[2] == array.shape[3]:
-        latents = (str(array.dtype), array.shape[1], array.shape[2])
-    elif array.dtype != np.uint8 or array.ndim not in (3, 4) or (array.ndim == 4 and array.shape[3] not in (1, 3, 4)):
+        return str(array.dtype), array.shape[1], array.shape[2]
+    if array.dtype != np.uint8 or array.ndim not in (3, 4) or (array.ndim == 4 and array.shape[3] not in (1, 3, 4)):
         raise UserError(
             setting="SOURCE",
-            value=f"{images}: {array.dtype} {array.shape}",
+            value=f"{place}: {array.dtype} {array.shape}",
             expected="uint8 (n, H, W, C) or (n, H, W), or float16 / float32 latents (n, C, S, S)",
         )
-    if numbers is not None and (
-        len(numbers) != len(array) or numbers.dtype.kind not in "iu" or numbers.min(initial=0) < 0
-    ):
-        raise UserError(
-            setting="SOURCE", value=labels, expected=f"{len(array)} class numbers from 0, one for each image"
-        )
-    return ArraySource(images, labels, len(array), None, None, latents)
+    return None
 
 
 def looks_like_cifar10(name: str) -> bool:

@@ -65,7 +65,9 @@ class BuildOptions:
     shuffle: bool | None = None  # store rows in a pseudo-random order, so that `data.order=blocks` shuffles well; None
     #     does so for folders and archives, which are sorted by class, but not for tables and arrays
     labels: str | None = None  # CSV of files and labels
-    label_column: str | None = None  # of the labels, in the CSV or in a table
+    image_column: str | None = None  # of the images, in a table; in a tar their extension
+    label_column: str | None = None  # of the labels, in the CSV or in a table; in a tar an extension; or none
+    config: str | None = None  # configuration of a Hugging Face dataset, or a pattern such as *
     split_names: str | None = None  # train=NAME,heldout=NAME, or none
     folders: str | None = None  # what each level of folders is, for example */split/class
     memory: int | None = None  # bytes for all tasks together; None is half of the free memory

@@ -120,13 +120,22 @@ def from_array(pixels: NDArray[Any], preparation: Preparation) -> Image.Image:
 
 def is_grey(data: Any) -> bool:
     """Return whether an array or encoded image has luminance only."""
+    return read_header(data)[0]
+
+
+def read_header(data: Any) -> tuple[bool, bool, int]:
+    """Return (luminance only, stored lossily, shorter side in pixels) of an array or encoded image.
+
+    Pixels are not decoded. An image without a readable header gives (False, False, 0)."""
     if isinstance(data, np.ndarray):
-        return data.ndim == 2 or data.shape[2] == 1
+        return data.ndim == 2 or data.shape[2] == 1, False, min(data.shape[:2])
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            return image.mode in ("1", "L", "I", "I;16", "F")
+        with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as image:
+            warnings.simplefilter("ignore")
+            grey = image.mode in ("1", "L", "I", "F") or image.mode.startswith("I;16")
+            return grey, is_lossy(image, bytes(data[:4096])), min(image.size)
     except DECODE_ERRORS:
-        return False
+        return False, False, 0
 
 
 def is_lossy(image: Image.Image, data: bytes) -> bool:

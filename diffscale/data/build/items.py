@@ -63,14 +63,18 @@ class Reading:
     """The choices of a person where a source could be read in several ways; None leaves it to the source.
 
     labels: CSV of files and labels
-    label_column: the column of the labels, of the CSV or of a table
+    image_column: the column of the images of a table; in a tar their extension, for example `jpg`
+    label_column: the column of the labels, of the CSV or of a table; in a tar `cls`, `txt` or `json.KEY`; or `none`
+    config: the configuration of a Hugging Face dataset, or a pattern such as `*`
     split_names: `train=NAME,heldout=NAME`, or `none`
     folders: what each level of folders is, for example `*/split/class`
     """
 
     kind: Kind = "auto"
     labels: str | None = None
+    image_column: str | None = None
     label_column: str | None = None
+    config: str | None = None
     split_names: str | None = None
     folders: str | None = None
 

@@ -9,7 +9,6 @@ import os
 import re
 import zipfile
 from collections.abc import Iterable, Iterator
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +24,9 @@ from diffscale.data.build.items import BuildSource, Item, Kind, Reader, Reading,
 from diffscale.data.build.labels import LabelList, read_labels
 from diffscale.data.build.names import is_image, printable, some
 from diffscale.data.build.tree import Entry, Tree, tree_items
-from diffscale.data.build.webdataset import is_webdataset, sample_items
+from diffscale.data.build.webdataset import is_webdataset, one_image_each, sample_items, splits_of
 from diffscale.data.format import hf_tables
+from diffscale.data.format.hf_labels import NO_LABEL
 from diffscale.data.format.split_names import split_of
 
 ENDINGS: dict[str, tuple[str, ...]] = {
@@ -52,7 +52,7 @@ def open_source(uri: str, rows: int, work: Path, reading: Reading) -> BuildSourc
     source = BuildSource(kind, iter(()), work=work)
     _check_choices(uri, kind, folder, reading)
     if kind in ("array", "cifar10"):
-        _open_arrays(uri, rows, source)
+        _open_arrays(uri, rows, reading, source)
     elif kind == "table":
         table_sources.open_table(uri, rows, reading, source)
     else:
@@ -100,10 +100,12 @@ def _kind_of_folder(uri: str) -> Kind:
         return "table"
     if any(name.endswith("_batch.bin") or name.startswith("data_batch_") for name in names):
         return "cifar10"
-    tars, arrays = (sorted(n for n in names if n.endswith(ends)) for ends in (".tar", (".npz", ".npy")))
+    tars, arrays = (sorted(n for n in names if n.endswith(ENDINGS[kind])) for kind in ("tar", "array"))
     images: list[str] = []
     if tars or arrays:
         images = [entry.name for entry in folders.walk(uri) if is_image(entry.name) and not entry.problem]
+    elif not any(is_image(entry.name) for entry in folders.walk(uri)):
+        tars = _tars(uri)
     found: dict[Kind, list[str]] = {"folder": images, "tar": tars, "array": arrays}
     there = [kind for kind, files in found.items() if files]
     if len(there) > 1:
@@ -121,31 +123,31 @@ def _check_choices(uri: str, kind: Kind, folder: bool, reading: Reading) -> None
     """Raise UserError for a kind that the source cannot be, and for a choice that its kind does not have."""
     if (kind == "folder" and not folder) or (kind == "zip" and folder):
         raise UserError(setting="--kind", value=kind, expected="the kind of the source", reason=f"{uri} is no {kind}")
-    for option, value in (
-        ("--labels", reading.labels),
-        ("--split-names", reading.split_names),
-        ("--folders", reading.folders),
-    ):
-        if value is not None and kind not in OF_TREES:
+    kinds: dict[str, tuple[str, ...]] = {
+        "labels": OF_TREES,
+        "split_names": (*OF_TREES, "table", "array"),
+        "folders": OF_TREES,
+        "image_column": ("table", "tar", "array"),
+        "label_column": OF_TREES if reading.labels else ("table", "tar", "array"),
+        "config": ("table",),
+    }
+    for choice, valid in kinds.items():
+        value = getattr(reading, choice)
+        if value is not None and kind not in valid:
             raise UserError(
-                setting=option,
+                setting=f"--{choice.replace('_', '-')}",
                 value=value,
-                expected="an option of folders, zips and tars",
+                expected=f"an option of {' and '.join(', '.join(f'{name}s' for name in valid).rsplit(', ', 1))}",
                 reason=f"{uri} is read as {kind}",
+                fix="--label-column names a column of the CSV in --labels" if choice == "label_column" else "",
             )
-    if reading.label_column is not None and kind in OF_TREES and not reading.labels:
-        raise UserError(
-            setting="--label-column",
-            value=reading.label_column,
-            expected="together with --labels, or a table as SOURCE",
-            reason=f"{uri} is read as {kind}",
-        )
 
 
-def _open_arrays(uri: str, rows: int, source: BuildSource) -> None:
-    work = source.work
-    open_them = array_sources.open_cifar10 if source.kind == "cifar10" else array_sources.open_arrays
-    found = open_them(uri, work)
+def _open_arrays(uri: str, rows: int, reading: Reading, source: BuildSource) -> None:
+    if source.kind == "cifar10":
+        found = array_sources.open_cifar10(uri, source.work)
+    else:
+        found = array_sources.open_arrays(uri, source.work, reading, source.left_out)
     source.units = (
         SourceUnit("array", a.images, rows=(first, min(first + rows, a.n)), split=a.split, extra={"labels": a.labels})
         for a in found
@@ -166,33 +168,50 @@ def _of_trees(
     if source.kind == "zip":
         yield from _in_units(tree_items(zip_tree(uri), source, reading, given), rows, "zip")
         return
-    archives = storage.list_files(uri, ".tar") if folder else [uri]
+    archives = _tars(uri) if folder else [uri]
     if not archives:
         raise UserError(setting="SOURCE", value=uri, expected="a folder of .tar files", reason="it has none")
-    trees = [
-        tar_tree(file, array_sources.unpack_gzip(file, source.work) if file.endswith("gz") else file)
-        for file in archives
-    ]
-    if any(is_webdataset(tree.files()) for tree in trees):
-        samples = chain.from_iterable(sample_items(tree, source, given) for tree in trees)
+    trees = {file: tar_tree(file, _unpacked(file, i, source)) for i, file in enumerate(archives)}
+    if is_webdataset(trees.values(), reading):
+        splits = splits_of(uri, archives, source, reading)
+        samples = sample_items(((trees[file], split) for file, split in splits.items()), source, reading, given)
         yield from _in_units(samples, rows, "tar")
     else:
-        yield from _in_units(_tree_of_tars(uri, trees, source, reading, given), rows, "tar")
+        plain = [(_stem(file, uri), one_image_each(tree, reading)) for file, tree in trees.items()]
+        yield from _in_units(_tree_of_tars(uri, plain, source, reading, given), rows, "tar")
+
+
+def _tars(uri: str) -> list[str]:
+    """Return the tars in a folder; of a folder without any, those in its folders."""
+    found = [file for file in storage.list_files(uri) if file.endswith(ENDINGS["tar"])]
+    return found or [file for file in storage.list_files(uri, recursive=True) if file.endswith(ENDINGS["tar"])]
+
+
+def _unpacked(file: str, number: int, source: BuildSource) -> str:
+    """Return a tar, unpacked to a folder of its own if it is a .tar.gz."""
+    return array_sources.unpack_gzip(file, source.work / f"tar-{number:05d}") if file.endswith("gz") else file
+
+
+def _stem(file: str, uri: str) -> str:
+    """Return the path of a tar in its source without its extension, or its folder if its name is a number."""
+    path = re.sub(r"(\.tar|\.tar\.gz|\.tgz)$", "", file.removeprefix(uri.rstrip("/") + "/"))
+    folder, _, name = path.rpartition("/")
+    return folder if folder and name.isdecimal() else path
 
 
 def _tree_of_tars(
-    uri: str, trees: list[Tree], source: BuildSource, reading: Reading, given: LabelList | None
+    uri: str, trees: list[tuple[str, Tree]], source: BuildSource, reading: Reading, given: LabelList | None
 ) -> Iterator[tuple[str, str | None, Item]]:
     """Yield the images of one tar, or of several as one tree in which each tar is a folder.
 
     Tars that are numbered pieces of one (shard-000.tar, shard-001.tar) are no folders.
     """
-    stems = [tree.uri.rsplit("/", 1)[-1].removesuffix(".tar") for tree in trees]
+    stems = [stem for stem, _ in trees]
     several = len({re.sub(r"\d+", "", stem) for stem in stems}) > 1
     named = several or (len(stems) > 1 and any(split_of(stem) or WORDNET.fullmatch(stem) for stem in stems))
 
     def files() -> Iterator[Entry]:
-        for stem, tree in zip(stems, trees, strict=True):
+        for stem, tree in trees:
             for entry in tree.files():
                 name = f"{stem}/{entry.name}" if named else entry.name
                 yield entry._replace(name=name, where=[tree.uri, *entry.where])
@@ -215,8 +234,9 @@ def _folder_tree(uri: str) -> Tree:
 
 def _not_of_kind(uri: str, kind: Kind) -> Iterator[tuple[str, str]]:
     """Yield (name, reason) of the files of a folder that are not of the kind as which it is read."""
+    deep = kind == "table" or (kind == "tar" and any("/" in file.removeprefix(uri + "/") for file in _tars(uri)))
     for entry in folders.walk(uri):
-        read = entry.name.endswith(ENDINGS[kind]) and ("/" not in entry.name or kind == "table")
+        read = entry.name.endswith(ENDINGS[kind]) and ("/" not in entry.name or deep)
         if not read or entry.name.startswith("."):
             yield printable(entry.name), entry.problem or f"the source is read as {kind}, and this is none of its files"
 
@@ -276,4 +296,5 @@ def _read_array(unit: SourceUnit) -> Iterator[Sample]:
     images = np.load(unit.uri, mmap_mode="r", allow_pickle=False)
     labels = unit.extra["labels"] and np.load(unit.extra["labels"], mmap_mode="r", allow_pickle=False)
     for row in range(*unit.rows):
-        yield str(row), images[row], None if labels is None else int(labels[row])
+        number = NO_LABEL if labels is None else int(labels[row])
+        yield str(row), images[row], None if number == NO_LABEL else number

@@ -94,6 +94,14 @@ class Dataset:
             return None
         return Dataset(self.path, self.manifest, "heldout", self.cache)
 
+    @cached_property
+    def class_counts(self) -> tuple[int, ...]:
+        """The number of images of each class, empty for data without labels. Every label is read."""
+        counts = np.zeros(self.num_classes, np.int64)
+        for s in range(len(self.split.shards) if self.num_classes else 0):
+            counts += np.bincount(self.shard(s).labels, minlength=self.num_classes)
+        return tuple(counts.tolist())
+
     @property
     def is_latent(self) -> bool:
         return self.manifest.layout == "latents"

@@ -1,41 +1,50 @@
 """Reads Arrow and Parquet files of images in the layouts of Hugging Face `datasets`.
 
-Known layouts: `save_to_disk` (state.json next to .arrow streams, or dataset_dict.json over several splits), the hub's
-`data/train-00000-of-00002.parquet`, `train/0000.parquet`, and single files. The image column is a struct of bytes and
-path, binary, or a fixed_shape_tensor.
+The image column is a struct of bytes and path, binary, or a fixed_shape_tensor. Labels are established on all rows when
+a dataset is opened: which classes there are, how often each occurs, and whether rows have none.
 """
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from diffscale.core import storage
 from diffscale.core.errors import UserError
 from diffscale.core.text import one_line
-from diffscale.data.format.manifest import FILE
+from diffscale.data.format import hf_columns
+from diffscale.data.format.hf_choices import NONE, Choices
+from diffscale.data.format.hf_columns import Columns
+from diffscale.data.format.hf_files import TableFile, find_files, is_dataset, roles
+from diffscale.data.format.hf_labels import (
+    MOST_CHARACTERS,
+    MOST_CLASSES,
+    Classes,
+    LabelError,
+    SplitLabels,
+    Value,
+    classes_of,
+    count_values,
+    labels_of_split,
+)
+from diffscale.data.format.manifest import SplitName
 from diffscale.data.format.shard import Signature, signature
 
-SPLIT_WORDS = re.compile(r"(?:^|[/._-])(train|validation|valid|val|dev|test)(?=$|[/._-])")
+__all__ = ["Choices", "Columns", "TablePart", "Tables", "is_dataset", "open_tables"]
 
-
-@dataclass(frozen=True)
-class Columns:
-    """Names of the columns. A string label becomes its index in `strings`."""
-
-    image: str
-    label: str | None
-    strings: tuple[str, ...] | None = None
+Result = TypeVar("Result")
+LABEL_ROWS = 8192  # rows of which labels are read at once
+MOST_LABEL_BYTES = 64 << 20  # of the labels of one row group, beyond MOST_CHARACTERS for each row
+NO_CLASSES = Classes((), "text")
+CONNECTIONS = 8  # files opened at once: one after the other does not saturate the connection to an object store
 
 
 @dataclass(frozen=True)
@@ -72,122 +81,171 @@ class TablePart:
 class Tables:
     """The files of a dataset and the meaning of their columns.
 
-    class_names: empty for data without labels
+    schema: of the first file
+    classes: empty names for data without labels
+    labels: of `train` and `heldout`; only of those with labels
     latents: (dtype, channels, side) of a float tensor column, or None
+    left_out: (file, reason) of the files that are not used
     """
 
+    schema: pa.Schema
     parts: list[TablePart]
     columns: Columns
-    class_names: list[str] = field(default_factory=list)
+    classes: Classes = NO_CLASSES
+    labels: dict[str, SplitLabels] = field(default_factory=dict)
     latents: tuple[str, int, int] | None = None
+    left_out: list[tuple[str, str]] = field(default_factory=list)
 
 
-def is_dataset(uri: str) -> bool:
-    """Return whether a folder or file holds Arrow or Parquet and is not a dataset of our format."""
-    if uri.endswith((".arrow", ".parquet")):
-        return storage.exists(uri)
-    return not storage.exists(storage.join(uri, FILE)) and bool(_files(uri))
+def open_tables(uri: str, choices: Choices | None = None) -> Tables:
+    """Open all files of a dataset.
 
-
-def _files(uri: str) -> list[str]:
-    if uri.endswith((".arrow", ".parquet")):
-        return [uri]
-    found = [f for f in storage.list_files(uri, recursive=True) if f.endswith((".arrow", ".parquet"))]
-    return [f for f in found if not f.split("/")[-1].startswith("cache-")]  # written by `Dataset.map`
-
-
-def open_tables(uri: str) -> Tables:
-    """Open all files. Raises UserError if there is no column of images or a file cannot be read."""
-    files = _files(uri)
-    if not files:
-        raise UserError(setting="data.path", value=uri, expected="Arrow or Parquet files of images")
-    schema = _schema(files[0])
-    features = _features(schema)
-    image = _image_column(schema, features, files[0])
-    label = _label_column(schema, features, image)
-    parts = [_part(f, _split_of(f, uri)) for f in files]
-    if not any(part.split == "train" for part in parts):  # train on the only split there is
-        parts = [replace(part, split="train") for part in parts]
-    names, strings = _classes(parts, label, features)
-    return Tables(parts, Columns(image, label, strings), names, _latents(schema.field(image).type))
-
-
-def _split_of(file: str, root: str) -> str:
-    words = SPLIT_WORDS.findall(file.removeprefix(root.rstrip("/")) or file.split("/")[-1])
-    return "train" if not words or words[-1] == "train" else "heldout"
-
-
-def _features(schema: pa.Schema) -> dict[str, Any]:
-    """Return the column features that `datasets` stores in the schema's metadata."""
-    try:
-        return json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-    except (KeyError, ValueError, TypeError):
-        return {}
-
-
-def _image_column(schema: pa.Schema, features: dict[str, Any], file: str) -> str:
-    named = [c for c, f in features.items() if isinstance(f, dict) and f.get("_type") == "Image" and c in schema.names]
-    usual = [c for c in ("image", "img", "latent", "latents", "pixels", "png", "jpg", "webp") if c in schema.names]
-    for column in [*named, *usual, *schema.names]:
-        kind = schema.field(column).type
-        if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-            kind = kind.field("bytes").type
-        if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or isinstance(kind, pa.FixedShapeTensorType):
-            return column
-    raise UserError(
-        setting="data.path", value=file, expected="a column of images", reason=f"its columns are {schema.names}"
+    Raises UserError for a file that cannot be read, for files that do not fit together, and where a configuration, the
+    column of images or that of labels is not decided by the files nor by `choices`. A training split without any label
+    makes a dataset without classes; a held-out one without any is kept without labels, unless another one has them.
+    """
+    choices = choices or Choices()
+    files, left_out = find_files(uri, choices)
+    used = roles(files, uri, choices)
+    left_out += [(f.uri, f"its split {f.split or '(no name)'} is not used") for f in files if f.split not in used]
+    files = [file for file in files if file.split in used]
+    opened = list(_in_order(_open_file, [file.uri for file in files]))
+    schemas = [(file.uri, schema) for file, (schema, _) in zip(files, opened, strict=True)]
+    schema = schemas[0][1]
+    image = hf_columns.image_column(schema, choices, files[0].uri)
+    label = hf_columns.label_column(schema, choices, image)
+    hf_columns.check_alike(schemas, Columns(image, label), choices)
+    parts = [
+        TablePart(file.uri, tuple(n for n, _ in sizes), used[file.split], max((size for _, size in sizes), default=1))
+        for file, (_, sizes) in zip(files, opened, strict=True)
+    ]
+    classes = NO_CLASSES
+    labels: dict[str, SplitLabels] = {}
+    if label is not None:
+        declared = (hf_columns.declared_names(schema, label, place) for place, schema in schemas)
+        names = next((found for found in declared if found), None)
+        classes, by_split = _understand(files, uri, label, names, choices)
+        labels, without = _by_role(by_split, used)
+        if "train" not in labels and choices.label_column is not None:
+            raise _no_classes(label, uri, LabelError("no training image has a label"), choices)
+        if "train" not in labels:
+            classes, labels, label = NO_CLASSES, {}, None
+        else:
+            dropped = {file.uri for file in files if file.split in without}
+            left_out += [(place, "its rows have no labels, those of other splits do") for place in sorted(dropped)]
+            parts = [part for part in parts if part.uri not in dropped]
+    root = uri.rstrip("/") + "/"
+    return Tables(
+        schema,
+        parts,
+        Columns(image, label, classes.kind == "declared"),
+        classes,
+        labels,
+        hf_columns.latents_of(schema.field(image).type),
+        [(place.removeprefix(root), reason) for place, reason in left_out],
     )
 
 
-def _label_column(schema: pa.Schema, features: dict[str, Any], image: str) -> str | None:
-    named = [
-        c for c, f in features.items() if isinstance(f, dict) and f.get("_type") == "ClassLabel" and c in schema.names
-    ]
-    usual = [c for c in ("label", "labels", "class", "fine_label", "target") if c in schema.names]
-    for column in [*named, *usual]:
-        kind = schema.field(column).type
-        if column != image and (
-            pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)
-        ):
-            return column
-    return None
-
-
-def _classes(
-    parts: list[TablePart], label: str | None, features: dict[str, Any]
-) -> tuple[list[str], tuple[str, ...] | None]:
-    if label is None:
-        return [], None
-    names = features.get(label, {}).get("names")
-    if isinstance(names, list) and names:
-        return [str(n) for n in names], None
-    seen: set[Any] = set()
-    for part in parts:
-        for column in read_columns(part.uri, [label]):
-            seen.update(pc.unique(column[label]).to_pylist())
-    seen.discard(None)
-    if all(isinstance(value, int) for value in seen):
-        return [str(i) for i in range(max(seen, default=-1) + 1)], None
-    strings = tuple(sorted(map(str, seen)))
-    return list(strings), strings
-
-
-def _latents(kind: pa.DataType) -> tuple[str, int, int] | None:
-    if isinstance(kind, pa.FixedShapeTensorType) and pa.types.is_floating(kind.value_type) and len(kind.shape) == 3:
-        return str(np.dtype(kind.value_type.to_pandas_dtype())), kind.shape[0], kind.shape[1]
-    return None
-
-
-def _schema(uri: str) -> pa.Schema:
+def _understand(
+    files: list[TableFile], uri: str, label: str, names: tuple[str, ...] | None, choices: Choices
+) -> tuple[Classes, dict[str, SplitLabels]]:
+    """Return the classes of a column, and the labels of each split of the source, from all rows."""
+    counts = _count(files, label, choices)
     try:
-        return pq.read_schema(_input(uri)) if uri.endswith(".parquet") else open_arrow(uri).schema
+        classes = classes_of(list(counts.values()), names, choices.label_column is not None)
+    except LabelError as error:
+        raise _no_classes(label, uri, error, choices) from None
+    return classes, {split: labels_of_split(found, classes) for split, found in counts.items()}
+
+
+def _by_role(by_split: dict[str, SplitLabels], used: dict[str, SplitName]) -> tuple[dict[str, SplitLabels], set[str]]:
+    """Return the labels of `train` and `heldout`, and the splits without labels next to others of their role.
+
+    ImageNet's validation images have labels, its test images have none.
+    """
+    labels: dict[str, SplitLabels] = {}
+    without: set[str] = set()
+    for role in ("train", "heldout"):
+        splits = [split for split in by_split if used[split] == role]
+        labelled = [split for split in splits if by_split[split].has_labels]
+        if labelled:
+            labels[role] = _sum([by_split[split] for split in labelled])
+            without |= set(splits) - set(labelled)
+    return labels, without
+
+
+def _sum(labels: list[SplitLabels]) -> SplitLabels:
+    counts = tuple(map(sum, zip(*(found.counts for found in labels), strict=True)))
+    return SplitLabels(counts, sum(found.unlabelled for found in labels), sum(found.unknown for found in labels))
+
+
+def _in_order(work: Callable[[str], Result], uris: list[str]) -> Iterator[Result]:
+    """Yield the result for each file, computed for several remote ones at once."""
+    if not any(storage.is_remote(uri) for uri in uris):
+        yield from map(work, uris)
+        return
+    with ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="diffscale-open") as pool:
+        for first in range(0, len(uris), CONNECTIONS):
+            yield from pool.map(work, uris[first : first + CONNECTIONS])
+
+
+def _open_file(uri: str) -> tuple[pa.Schema, list[tuple[int, int]]]:
+    try:
+        schema = pq.read_schema(_input(uri)) if uri.endswith(".parquet") else open_arrow(uri).schema
     except (pa.ArrowException, OSError, ValueError) as error:
         raise _damaged(uri, error) from None
+    return schema, group_sizes(uri)
 
 
-def _part(uri: str, split: str) -> TablePart:
-    sizes = group_sizes(uri)
-    return TablePart(uri, tuple(rows for rows, _ in sizes), split, max((size for _, size in sizes), default=1))
+def _count(files: list[TableFile], label: str, choices: Choices) -> dict[str, Counter[Value]]:
+    """Return how often each value of a column of labels occurs in each split of the source."""
+    counts: dict[str, Counter[Value]] = {}
+
+    def count(uri: str) -> Counter[Value]:
+        try:
+            return count_values(_label_batches(uri, label))
+        except LabelError as error:
+            raise _no_classes(label, uri, error, choices) from None
+        except (pa.ArrowException, OSError) as error:
+            raise _damaged(uri, error) from None
+
+    for file, found in zip(files, _in_order(count, [file.uri for file in files]), strict=True):
+        counts.setdefault(file.split, Counter()).update(found)
+        if len(counts[file.split]) > MOST_CLASSES + 2:
+            raise _no_classes(label, file.uri, LabelError(f"more than {MOST_CLASSES:,} different values"), choices)
+    return counts
+
+
+def _no_classes(label: str, uri: str, error: LabelError, choices: Choices) -> UserError:
+    return UserError(
+        setting=choices.option("label_column"),
+        value=label,
+        expected="a column of classes",
+        reason=f"{uri.rsplit('/', 1)[-1]}: {error}",
+        fix=f"choose another column, or {NONE} for images without classes",
+    )
+
+
+def _label_batches(uri: str, label: str) -> Iterator[pa.Array]:
+    """Yield the labels of a file a few thousand rows at a time; text is not expanded, however often it repeats."""
+    if not uri.endswith(".parquet"):
+        place = open_arrow(uri).schema.get_field_index(label)
+        for batch in arrow_batches(uri, [place]):
+            column = batch.column(label)
+            column.validate(full=True)  # Arrow trusts the offsets in a file: a wrong one would crash the process
+            for first in range(0, len(column), LABEL_ROWS):
+                yield column.slice(first, LABEL_ROWS)
+        return
+    file = pq.ParquetFile(_input(uri), read_dictionary=[label], pre_buffer=storage.is_remote(uri))
+    meta = file.metadata
+    place = file.schema_arrow.get_field_index(label)
+    places = [i for i in range(meta.num_columns) if meta.schema.column(i).path == label] or [place]
+    for group in range(meta.num_row_groups):
+        rows = meta.row_group(group)
+        if rows.column(places[0]).total_uncompressed_size > MOST_LABEL_BYTES + 4 * MOST_CHARACTERS * rows.num_rows:
+            raise LabelError(f"its values have more than {MOST_CHARACTERS:,} characters on average")
+    for batch in file.iter_batches(LABEL_ROWS, columns=[label]):
+        yield batch.column(0)
 
 
 def group_sizes(uri: str) -> list[tuple[int, int]]:
@@ -202,12 +260,18 @@ def group_sizes(uri: str) -> list[tuple[int, int]]:
         raise _damaged(uri, error) from None
 
 
-def open_arrow(uri: str) -> pa.ipc.RecordBatchStreamReader | pa.ipc.RecordBatchFileReader:
-    """Open a stream, as `datasets` writes, or a file; a local file is memory-mapped."""
+def open_arrow(
+    uri: str, columns: list[int] | None = None
+) -> pa.ipc.RecordBatchStreamReader | pa.ipc.RecordBatchFileReader:
+    """Open a stream, as `datasets` writes, or a file; a local file is memory-mapped.
+
+    columns: places of the columns to read; None for all
+    """
+    options = pa.ipc.IpcReadOptions(included_fields=columns)
     try:
-        return pa.ipc.open_stream(_input(uri))
+        return pa.ipc.open_stream(_input(uri), options=options)
     except pa.ArrowInvalid:
-        return pa.ipc.open_file(_input(uri))
+        return pa.ipc.open_file(_input(uri), options=options)
 
 
 @lru_cache(maxsize=256)
@@ -216,25 +280,14 @@ def _mapped(uri: str, state: Signature) -> list[pa.RecordBatch]:
     return list(arrow_batches(uri))
 
 
-def arrow_batches(uri: str) -> Iterator[pa.RecordBatch]:
-    """Yield the record batches of a stream or file."""
-    reader = open_arrow(uri)
+def arrow_batches(uri: str, columns: list[int] | None = None) -> Iterator[pa.RecordBatch]:
+    """Yield the record batches of a stream or file; see `open_arrow`."""
+    reader = open_arrow(uri, columns)
     if isinstance(reader, pa.ipc.RecordBatchFileReader):
         for i in range(reader.num_record_batches):
             yield reader.get_batch(i)
     else:
         yield from reader
-
-
-def read_columns(uri: str, columns: list[str]) -> Iterator[pa.RecordBatch | pa.Table]:
-    """Yield the file's groups in order, these columns only."""
-    if uri.endswith(".parquet"):
-        file = pq.ParquetFile(_input(uri))
-        for group in range(file.num_row_groups):
-            yield file.read_row_group(group, columns=columns)
-    else:
-        for batch in arrow_batches(uri):
-            yield batch.select(columns)
 
 
 def read_group(uri: str, group: int, columns: list[str]) -> pa.Table:
@@ -252,7 +305,8 @@ def read_group(uri: str, group: int, columns: list[str]) -> pa.Table:
 
 def _read_group(uri: str, group: int, columns: list[str]) -> pa.Table:
     if uri.endswith(".parquet"):
-        return pq.ParquetFile(_input(uri)).read_row_group(group, columns=columns)
+        text = columns[1:]  # labels that repeat are not expanded
+        return pq.ParquetFile(_input(uri), read_dictionary=text).read_row_group(group, columns=columns)
     batch = (
         _mapped(uri, signature(uri))[group]
         if not storage.is_remote(uri)

@@ -8,11 +8,12 @@ from diffscale.data.build.builtin import EMOJI, emoji_dataset
 from diffscale.data.format import hf_tables
 from diffscale.data.format.cache import ShardCache
 from diffscale.data.format.dataset import Dataset, available_resolutions
-from diffscale.data.format.hf_dataset import TableDataset, address, split_address
+from diffscale.data.format.hf_choices import Choices
+from diffscale.data.format.hf_dataset import NO_CHOICES, TableDataset, address, split_address
 from diffscale.data.format.manifest import FILE, SplitName, read_manifest
 
 
-def resolve(path: str, resolution: int | None, storage_uri: str) -> str:
+def resolve(path: str, resolution: int | None, storage_uri: str, choices: Choices = NO_CHOICES) -> str:
     """Return the place that `open_dataset` takes. Raises UserError that names the valid values.
 
     path: the setting `data.path`: `builtin:emoji` (built under STORAGE/datasets on first use, at 4 to 64 pixels), a
@@ -20,13 +21,17 @@ def resolve(path: str, resolution: int | None, storage_uri: str) -> str:
         read unchanged)
     resolution: the setting `data.resolution`, in pixels; None takes the dataset's own, or its largest
     storage_uri: the setting `storage`
+    choices: the settings `data.config`, `data.image_column`, `data.label_column` and `data.channels`, which only a
+        Hugging Face dataset has
     """
     if path.startswith("builtin:"):
+        _refuse(choices, path)
         if path != EMOJI:
             raise UserError(setting="data.path", value=path, expected=f"{EMOJI}, a folder or a URI")
         return emoji_dataset(resolution, storage.check_absolute(storage_uri))
     path = storage.check_absolute(path, "data.path")
     if storage.exists(storage.join(path, FILE)):
+        _refuse(choices, path)
         found = read_manifest(path).resolution
         if resolution not in (None, found):
             raise UserError(
@@ -38,12 +43,13 @@ def resolve(path: str, resolution: int | None, storage_uri: str) -> str:
         return path
     several = [] if path.endswith((".arrow", ".parquet")) else available_resolutions(path)
     if several:
+        _refuse(choices, path)
         wanted = resolution if resolution is not None else several[-1]
         if wanted not in several:
             raise UserError(setting="data.resolution", value=resolution, expected=f"one of {several} in {path}")
         return storage.join(path, str(wanted))
     if hf_tables.is_dataset(path):
-        return address(path, resolution)
+        return address(path, resolution, choices)
     if not storage.exists(path):
         raise UserError(setting="data.path", value=path, expected="a dataset folder", reason="the path does not exist")
     raise UserError(
@@ -52,6 +58,20 @@ def resolve(path: str, resolution: int | None, storage_uri: str) -> str:
         expected="a dataset folder with a manifest.json, or Arrow or Parquet files",
         fix=f"python -m diffscale.data build {path} DATASET --resolution {resolution or 64}",
     )
+
+
+def _refuse(choices: Choices, path: str) -> None:
+    """Raise UserError for choices about a dataset in our format."""
+    made = choices.made
+    if made:
+        name, value = made[0]
+        raise UserError(
+            setting=choices.option(name),
+            value=value,
+            expected="null",
+            reason=f"{path} is in diffscale's format: columns and colours were chosen when it was built",
+            fix=f"leave out {choices.option(name)}",
+        )
 
 
 def open_dataset(path: str, split: SplitName = "train", cache: ShardCache | None = None) -> Dataset:
