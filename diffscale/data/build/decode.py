@@ -8,8 +8,9 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -64,6 +65,22 @@ class Preparation:
         """Return the choices as the manifest notes them."""
         return {**asdict(self), "background": list(self.background), "reducing_gap": None, "exif": "applied"}
 
+    @classmethod
+    def of(cls, recorded: Mapping[str, Any], channels: int) -> Preparation:
+        """Return the choices that a manifest notes. Raises ValueError for one that no build has written.
+
+        channels: of the dataset. A dataset that notes no choices, such as one of samples, was neither cropped nor
+        resized.
+        """
+        known = {field.name for field in fields(cls)}
+        choices = {name: value for name, value in recorded.items() if name in known}
+        background = tuple(choices.get("background", cls.background))
+        made = cls(**{"crop": "none", **choices, "background": background, "channels": channels})
+        shades = len(background) == 3 and all(isinstance(shade, int) and 0 <= shade <= 255 for shade in background)
+        if made.crop not in ("center", "none") or made.filter not in FILTERS or channels not in (1, 3) or not shades:
+            raise ValueError(f"its images were made by {dict(recorded)}, {channels} channels")
+        return made
+
 
 @dataclass(frozen=True)
 class Decoded:
@@ -77,6 +94,32 @@ class Decoded:
     image: Image.Image
     lossy: bool
     plain: bool
+
+
+class Header(NamedTuple):
+    """What the first bytes of an image file say. width, height: in pixels, as stored."""
+
+    width: int
+    height: int
+    lossy: bool
+
+
+def read_header(data: bytes) -> Header:
+    """Read the size of an image file without its pixels. Raises ImageError for a file that is not an image."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data)) as image:
+                return Header(*image.size, is_lossy(image, data))
+    except DECODE_ERRORS as error:
+        raise ImageError(f"not an image, or its header is damaged ({type(error).__name__})") from None
+
+
+def decode(data: Any, preparation: Preparation) -> Decoded:
+    """Decode a source's image: the bytes of a file, or pixels (H, W[, C]) uint8. Raises ImageError."""
+    if isinstance(data, np.ndarray):
+        return Decoded(from_array(data, preparation), False, False)
+    return open_image(bytes(data), preparation)
 
 
 def open_image(data: bytes, preparation: Preparation) -> Decoded:
