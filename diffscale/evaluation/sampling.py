@@ -197,9 +197,9 @@ class ModelSource:
             images, labels = self.draw(torch.arange(start, start + self.batch))
             keep = min(self.batch, last - start)
             images, finite = images[:keep], images[:keep].isfinite().flatten(1).all(1)
-            parts.append((to_uint8(images), labels[:keep].cpu(), finite.cpu()))
+            parts.append((to_uint8(images), labels[:keep].cpu(), finite))
         images, labels, finite = (torch.cat(part) for part in zip(*parts, strict=True))
-        return images, labels, finite
+        return images, labels, finite.cpu()
 
     def at(self, rows: np.ndarray) -> Tensor:
         """Return the samples with these indices: uint8 (B,C,H,W) on the CPU."""
