@@ -16,6 +16,7 @@ from rich.console import Console
 
 from diffscale.core import storage
 from diffscale.core.app import command_app, run_app
+from diffscale.core.errors import UserError
 
 app = command_app()
 
@@ -35,6 +36,9 @@ def main(
     resize: Annotated[str, typer.Option(help="default, tf1, clean, antialiased; named in the metric")] = "default",
     per_class: Annotated[bool, typer.Option("--per-class", help="each metric for each class too")] = False,
     memorised: Annotated[int, typer.Option(help="samples in a picture of those nearest to training images")] = 0,
+    resolution: Annotated[
+        int, typer.Option(help="side in pixels to which images of a folder are cropped and resized")
+    ] = 0,
     keep: Annotated[str, typer.Option(help="folder in which to keep the images")] = "",
     keep_format: Annotated[str, typer.Option(help="png or arrow")] = "png",
     weights: Annotated[str, typer.Option(help="file or folder with weights of feature networks")] = "",
@@ -53,6 +57,13 @@ def main(
     target = storage.resolve(target, "TARGET", written=False)
     with weights_from(weights):
         if is_run(target):
+            if resolution:
+                raise UserError(
+                    setting="--resolution",
+                    value=resolution,
+                    expected="images on disk",
+                    reason="a run's samples are compared at eval.eval_resolution",
+                )
             settings = [*(overrides or []), *short_settings(metrics, n, resize)]
             options = EvaluateOptions(
                 checkpoint=checkpoint,
@@ -70,9 +81,21 @@ def main(
             records = evaluate_run(target, settings, options, console.status, print_picture)
             rows = [json.loads(record.model_dump_json()) for record in records]
         else:
-            refuse_sampling(OVERRIDE=overrides, n=n, ema=ema, solver=solver, keep=keep)
+            usual = {"checkpoint": checkpoint.removeprefix("last"), "labels": labels.removeprefix("train")}
+            refuse_sampling(OVERRIDE=overrides, n=n, ema=ema, solver=solver, keep=keep, precision=precision, **usual)
             names = (metrics or "fid").split(",")
-            rows = evaluate_folder(target, reference, names, resize, workers, per_class, memorised, print_picture)
+            rows = evaluate_folder(
+                target,
+                reference,
+                names,
+                resize,
+                workers,
+                per_class,
+                memorised,
+                resolution or None,
+                console.status,
+                print_picture,
+            )
     console.print(rows_table(rows))
     for warning in warnings_of(rows):
         console.print(f"[yellow]note:[/] {warning}", soft_wrap=True)

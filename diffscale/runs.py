@@ -14,9 +14,10 @@ from rich.table import Table
 from diffscale.core import storage
 from diffscale.core.app import command_app, run_app
 from diffscale.core.errors import UserError
-from diffscale.records.schema import Record, higher_is_better
+from diffscale.records.schema import GROUP, Record, rank
 from diffscale.records.store import read_records
 from diffscale.training.checkpoint import layout
+from diffscale.training.own_records import first_metric, is_own
 
 app = command_app()
 
@@ -79,15 +80,26 @@ def _summary(folder: str) -> RunSummary | None:
     budget = train.images if train else None
     if train and budget is None and train.flops and records:
         budget = int(train.flops / records[0].flops_per_image)
-    metric = experiment.eval.metrics[0] if experiment and experiment.eval.metrics else ""
-    metric = metric or (records[0].metric if records else "")
-    return RunSummary(folder, max(seen), budget, metric, best_value(records, metric), max(times))
+    own = [r for r in records if is_own(r, experiment)] if experiment else _first_group(records)
+    metric = (first_metric(experiment) if experiment else "") or (own[0].metric if own else "")
+    return RunSummary(folder, max(seen), budget, metric, best_value(own, metric), max(times))
+
+
+def _first_group(records: list[Record]) -> list[Record]:
+    """Return the rows that are comparable with the oldest one, for a run whose settings are gone."""
+    if not records:
+        return []
+    oldest = min(records, key=lambda r: (r.created, r.record_id))
+    return [r for r in records if all(getattr(r, name) == getattr(oldest, name) for name in GROUP)]
 
 
 def best_value(records: list[Record], metric: str) -> float | None:
-    """Return the best value of a metric in its own direction, or None without a record of it."""
+    """Return the best value of a metric in its own direction, or None without a record of it.
+
+    records: of one comparability group, that of the run's own evaluations.
+    """
     values = [r.value for r in records if r.metric == metric]
-    return (max if higher_is_better(metric) else min)(values, default=None)
+    return min(values, key=lambda value: rank(metric, value), default=None)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 import pandas as pd
 
 from benchmarks.suites.peers import RECIPES
-from diffscale.records.schema import Record
+from diffscale.records.schema import Record, higher_is_better
 from diffscale.report.stats.aggregate import aggregate
 from diffscale.report.stats.facets import comparable, groups, to_rows
-from diffscale.report.stats.frontier import first_reach, is_on_frontier
+from diffscale.report.stats.frontier import first_reach, is_on_frontier, measured
 
 COLUMNS = [
     "metric",
@@ -44,17 +44,18 @@ def against_peers(records: Iterable[Record]) -> pd.DataFrame:
     rows = rows.assign(group=groups(rows))
     found = []
     for _, part in rows.groupby("group", sort=True):
-        points = aggregate(part)
+        points = measured(aggregate(part))
         theirs, ours = points[points["model"].isin(RECIPES)], points[~points["model"].isin(RECIPES)]
         for peer, own in theirs.groupby("model", sort=True):
-            best = own.sort_values("value").iloc[0]
+            best = own.sort_values("value", ascending=not higher_is_better(str(own["metric"].iloc[0]))).iloc[0]
             found += [_row(part.iloc[0], peer, best, name, curve) for name, curve in ours.groupby("model", sort=True)]
     return pd.DataFrame(found, columns=COLUMNS)
 
 
 def _row(group: pd.Series, peer: object, best: pd.Series, backbone: object, curve: pd.DataFrame) -> dict[str, object]:
     curve = curve.sort_values("train_flops")
-    curve = curve[is_on_frontier(curve["train_flops"], curve["value"])]
+    higher = higher_is_better(str(group["metric"]))
+    curve = curve[is_on_frontier(curve["train_flops"], curve["value"], higher)]
     reach = first_reach(curve, float(best["value"]), "train_flops")
     last = curve.iloc[-1]
     shared = {name: group[name] for name in ("metric", "n_generated", "n_reference", "nfe")}

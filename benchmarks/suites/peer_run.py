@@ -19,8 +19,10 @@ from diffscale.core.hashing import identify
 from diffscale.data import Dataset, Loader
 from diffscale.evaluation import make_evaluator
 from diffscale.records.schema import Record
-from diffscale.training.checkpoint_evaluation import evaluate_checkpoint, record_columns
+from diffscale.training.checkpoint_evaluation import evaluate_checkpoint
+from diffscale.training.ema import Weights
 from diffscale.training.parallel import World
+from diffscale.training.record_columns import record_columns
 
 SAVE_SECONDS = 60.0
 
@@ -113,11 +115,10 @@ def evaluate(
     evaluator = make_evaluator(peer.like, dataset, device=recipe.device)
     return evaluate_checkpoint(
         evaluator,
-        recipe.averaged(),
+        Weights(recipe.averaged(), "peer"),
         recipe.diffusion,
         evaluator.sampling(build_solver(peer.like), precision="fp32"),
         _columns(peer, recipe, dataset, images_seen, seconds),
-        ema="peer",
         run_folder=folder,
         evaluated_on="training workers",
         work=Path(folder),

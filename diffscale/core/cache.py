@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+log = logging.getLogger(__name__)
 ENVIRONMENT = "DIFFSCALE_CACHE"
 
 
@@ -19,9 +21,17 @@ def cache_dir() -> Path:
 
 
 @contextmanager
-def file_lock(path: Path) -> Iterator[None]:
-    """Hold an advisory lock on a file, which is created with its folders. A lock is released if its process dies."""
+def file_lock(path: Path, work: str = "") -> Iterator[None]:
+    """Hold an advisory lock on a file, which is created with its folders. A lock is released if its process dies.
+
+    work: what another process may be doing; if this one has to wait for it, the log says so.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if work:
+                log.warning("waiting for another process: %s", work)
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield

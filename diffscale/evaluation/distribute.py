@@ -28,6 +28,7 @@ Gather = Callable[[Any], list[Any]]
 StopRequested = Callable[[], bool]
 LEAST_CHUNK = 64
 IMAGES, LABELS = "images", "labels"
+FINITE = "finite"  # column of a model's samples: 1, or 0 for a sample with a pixel that is nan or infinite
 
 
 class Stopped(Exception):
@@ -42,6 +43,12 @@ class View:
     resolution: int  # side in pixels at which images are compared
     resize: str = "default"  # from there to the network's input
     outputs: tuple[str, ...] = ("features",)
+    weights: str = ""  # digits of a person's own file with weights; empty for the published ones
+
+    @property
+    def recorded_network(self) -> str:
+        """The network's name in records, with the weights unless they are the published ones."""
+        return f"{self.network}@{self.weights}" if self.weights else self.network
 
     def column(self, output: str = "features") -> str:
         return f"{self.network}@{self.resolution}/{output}"
@@ -62,6 +69,14 @@ class Featuriser:
             for (network, resize), names in outputs.items()
         }
 
+    def with_weights(self, view: View) -> View:
+        """Return a view that names the weights that were loaded for it."""
+        return replace(view, weights=self._extractors[view.network, view.resize].weights)
+
+    def dim(self, view: View, output: str) -> int:
+        """Return the length of an output's vectors."""
+        return self._extractors[view.network, view.resize].dims[output]
+
     def only(self, view: View) -> Featuriser:
         """Return the same loaded networks for one view."""
         other = Featuriser([])
@@ -69,9 +84,17 @@ class Featuriser:
         return other
 
     def __call__(self, source: ImageSource, first: int, last: int, keep_images: bool = False) -> Columns:
-        """Return the columns of samples first … last−1: labels, each view's outputs and, if kept, images (n, C·H·W)."""
-        images, labels = source.images(first, last)
-        columns: Columns = {LABELS: labels.numpy()}
+        """Return the columns of samples first … last−1: labels, each view's outputs and, if kept, images (n, C·H·W).
+
+        Those of a model have the column FINITE too.
+        """
+        columns: Columns = {}
+        if isinstance(source, ModelSource):
+            images, labels, finite = source.samples(first, last)
+            columns[FINITE] = finite.long().numpy()
+        else:
+            images, labels = source.images(first, last)
+        columns[LABELS] = labels.numpy()
         for v in self.views:
             out = self._extractors[v.network, v.resize](upsample(images, v.resolution))
             columns |= {v.column(name): out[name].numpy() for name in v.outputs}

@@ -19,6 +19,7 @@ from torch import nn
 from diffscale.config.factory import data_place
 from diffscale.core import image_grids
 from diffscale.core.errors import UserError
+from diffscale.core.hashing import file_sha256, identify
 from diffscale.data import open_dataset
 from diffscale.diffusion import Diffusion
 from diffscale.diffusion.solver_settings import SolverSettings
@@ -38,20 +39,25 @@ from diffscale.evaluation.distribute import (
 from diffscale.evaluation.feature_store import FeatureStore, ends, write_chunk
 from diffscale.evaluation.image_sources import Images, ImageSource, select_images
 from diffscale.evaluation.metrics.registry import (
-    LEAST,
+    LEAST_HELDOUT,
+    NEED_FEATURES,
     Measurement,
     Metric,
+    check_counts,
     measure,
     memorised,
     nearest_samples,
+    other_network,
     parse_metric,
     per_class,
     views_of,
 )
+from diffscale.evaluation.metrics.statistics import load_moments
 from diffscale.evaluation.networks.resize import upsample
 from diffscale.evaluation.reference import (
     Reference,
     get_reference,
+    no_features,
     reference_from_npz,
     reference_rows,
     references_folder,
@@ -103,10 +109,6 @@ class Evaluator:
     def __post_init__(self) -> None:
         resolution = self.settings.eval_resolution or self.dataset.resolution
         self.metrics: list[Metric] = [parse_metric(name) for name in self.settings.metrics]
-        for metric in self.metrics:
-            if 0 < self.settings.n_generated < LEAST[metric.kind]:
-                expected = f"at least {LEAST[metric.kind]} for {metric.name}"
-                raise UserError(setting="eval.n_generated", value=self.settings.n_generated, expected=expected)
         self.views = views_of(self.metrics, resolution, self.settings.resize)
         if self.metrics and getattr(self.dataset, "is_latent", False):
             raise UserError(
@@ -119,6 +121,9 @@ class Evaluator:
         self.reference_images: Images = self.dataset if self.compared is None else self.compared
         if self.compared is None and self.dataset.resolution != resolution:
             raise _not_built_at(resolution, self.dataset)
+        images = self.reference_images.n
+        known = None if self.reference_file is not None else min(self.settings.n_reference or images, images)
+        check_counts(self.metrics, self.settings.n_generated, known)
         if self.heldout is not None and self.heldout.resolution != resolution:
             raise ValueError(f"held-out images of {self.heldout.resolution} pixels, evaluation at {resolution}")
         # The distance at the training resolution is a second column next to the common one (CONTRIBUTING.md,
@@ -130,10 +135,40 @@ class Evaluator:
         # With actors this process may be a driver without the GPU that they have.
         here = "cpu" if self.actors and not torch.cuda.is_available() else self.device
         self._featurise = Featuriser([*self.views.values(), *self.native.values()], here)
+        self.views = {name: self._featurise.with_weights(view) for name, view in self.views.items()}
+        self.native = {name: self._featurise.with_weights(view) for name, view in self.native.items()}
+        self._featurise.views = (*self.views.values(), *self.native.values())
+        if self.reference_file is not None:
+            self._check_reference_file(self.reference_file)
+
+    def _check_reference_file(self, file: Path) -> None:
+        """Raise UserError for statistics that are broken, of another network, or no answer to one of the metrics."""
+        for metric in self.metrics:
+            if metric.kind in NEED_FEATURES:
+                raise no_features(file)
+            if metric.kind == "is":
+                continue
+            (output,), view = metric.outputs, self.views[metric.network]
+            have, need = len(load_moments(file, spatial=output == "spatial").mean), self._featurise.dim(view, output)
+            if have != need:
+                raise other_network(file, view.network, need, have)
 
     def sampling(self, solver: SolverSettings, *, precision: str = "fp32") -> Sampling:
         """Return the settings' sampler."""
         return sampling_of_settings(self.settings, solver, self.settings.n_generated, precision)
+
+    def identity(self) -> str:
+        """Return a hash of all that decides what an evaluation of given images computes."""
+        file = self.reference_file
+        return identify(
+            metrics=[metric.name for metric in self.metrics],
+            views=[str(view) for view in (*self.views.values(), *self.native.values())],
+            numbers=[self.settings.n_generated, self.settings.n_reference, self.settings.n_heldout],
+            reference=self.reference_images.content_hash if file is None else file_sha256(file),
+            heldout=None if self.heldout is None else self.heldout.content_hash,
+            per_class=self.per_class,
+            grid=self.settings.grid_images,
+        )
 
     def prepare(self) -> None:
         """Compute the reference statistics that are not in the cache; every rank calls it."""
@@ -142,10 +177,15 @@ class Evaluator:
                 self._references[view] = reference_from_npz(self.reference_file, view)
             else:
                 self._references[view] = self._reference(self.reference_images, view, self.settings.n_reference)
-            if self.heldout is not None and self.settings.n_heldout != 0:
+            if self.heldout is not None and self._heldout_images() >= LEAST_HELDOUT:
                 self._heldout[view] = self._reference(self.heldout, view, self.settings.n_heldout)
         for view in self.native.values():
             self._references[view] = self._reference(self.dataset, view, self.settings.n_reference)
+
+    def _heldout_images(self) -> int:
+        """Return how many held-out images the samples are compared with; too few are none."""
+        n, wanted = 0 if self.heldout is None else self.heldout.n, self.settings.n_heldout
+        return n if wanted is None else min(n, wanted)
 
     def _reference(self, images: Images, view: View, n: int | None) -> Reference:
         view = replace(view, outputs=tuple(o for o in view.outputs if o != "logits"))
@@ -233,6 +273,8 @@ class Evaluator:
             measurements = self.measure(generated, self.per_class)
             if lossy is not None:
                 measurements = [self._with_lossy_warning(m, lossy) for m in measurements]
+            if 0 < self._heldout_images() < LEAST_HELDOUT:
+                measurements = [with_warning(m, "one held-out image is too few to compare with") for m in measurements]
             return Evaluation(measurements, grid, time.monotonic() - started)
 
     def _fill(self, source: ImageSource, place: Path) -> None:
@@ -271,8 +313,7 @@ class Evaluator:
         reference = self._references[self.views[row.network]]
         if lossy == reference.lossy or not reference.has_features:
             return row
-        warning = "only one of samples and reference was stored lossily (JPEG)"
-        return replace(row, warning=f"{row.warning}; {warning}" if row.warning else warning)
+        return with_warning(row, "only one of samples and reference was stored lossily (JPEG)")
 
     def _grid(self, generated: FeatureStore, source: ImageSource) -> bytes | None:
         if not self.settings.grid_images or IMAGES not in generated:
@@ -287,6 +328,11 @@ class Evaluator:
         return image_grids.to_png(image_grids.grid(images, captions))
 
 
+def with_warning(row: Measurement, warning: str) -> Measurement:
+    """Return the measurement with one more warning."""
+    return replace(row, warning=f"{row.warning}; {warning}" if row.warning else warning)
+
+
 def make_evaluator(experiment: Experiment, dataset: Dataset, **options: Any) -> Evaluator:
     """Construct the evaluator of an experiment.
 
@@ -296,14 +342,17 @@ def make_evaluator(experiment: Experiment, dataset: Dataset, **options: Any) -> 
     dataset: the training images at the training resolution.
     options: further arguments of Evaluator, such as `device` and `actors`.
     """
-    compared = _at_eval_resolution(experiment, dataset)
+    compared = reference_dataset(experiment, dataset)
     return Evaluator(
         experiment.eval, dataset, experiment.storage, heldout=compared.heldout, compared=compared, **options
     )
 
 
-def _at_eval_resolution(experiment: Experiment, dataset: Dataset) -> Dataset:
-    """Open the training images at `eval.eval_resolution`; latents have no other resolution."""
+def reference_dataset(experiment: Experiment, dataset: Dataset) -> Dataset:
+    """Return the training images at `eval.eval_resolution`, which samples are compared with.
+
+    Raises UserError if the dataset was not built at it; latents have no other resolution than their own.
+    """
     resolution = experiment.eval.eval_resolution
     if resolution is None or resolution == dataset.resolution:
         return dataset

@@ -1,31 +1,43 @@
-"""Where images come from: a dataset, a folder, an array, or a model's samples (sampling.py), behind one interface.
+"""Where images come from: a dataset, a model's samples (sampling.py), or files that no build has prepared.
 
-Reference and samples take the same path from here on.
+Files are listed, read and decoded by the code of `data build`, with the choices of the dataset that they are compared
+with. So a folder has the same pixels as the dataset built of it.
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import logging
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from diffscale.core import storage
+from diffscale.core.cache import cache_dir
 from diffscale.core.errors import UserError
+from diffscale.core.hashing import identify
 from diffscale.data import open_dataset
-from diffscale.data.build.decode import IMAGE_SUFFIXES, ImageError, Preparation, open_image
-from diffscale.evaluation.metrics.statistics import UNREADABLE
+from diffscale.data.build import decode, sources
+from diffscale.data.build.decode import ImageError, Preparation
+from diffscale.data.build.items import Reading, SourceUnit
+from diffscale.data.format.manifest import FILE
 
 if TYPE_CHECKING:
     from diffscale.data import Dataset
 
-LOSSY_SUFFIXES = (".jpg", ".jpeg", ".jp2", ".avif")
-AS_BUILT = Preparation(max_pixels=64_000_000)
+log = logging.getLogger(__name__)
+KINDS = ("folder", "zip", "tar", "array")
+UNIT_ROWS = 1024  # images that are listed together
+MOST_PIXELS = 64_000_000  # of one image
 
 Images: TypeAlias = "Dataset | FileSource"
 
@@ -67,83 +79,174 @@ class DatasetSource:
         return self.dataset.gather(self.rows[rows])[0].permute(0, 3, 1, 2)
 
 
+@dataclass(frozen=True)
+class Listing:
+    """The images of a folder, archive or array, in the order in which `data build` lists them.
+
+    units: one image each.
+    sizes: how many images are stored at each (width, height).
+    content: hash of the images' bytes.
+    lossy: whether one of them was stored lossily.
+    """
+
+    place: str
+    units: list[SourceUnit]
+    sizes: Counter[tuple[int, int]]
+    content: str
+    lossy: bool
+
+    def size_of(self, wanted: set[tuple[int, int]]) -> str:
+        """Return the name of the first image that has one of these sizes, with the size."""
+        for unit in self.units:
+            name, data = _read(unit)
+            size = decode.read_header(data)[:2]
+            if size in wanted:
+                return f"{name} is {size[0]} x {size[1]}"
+        raise LookupError(f"no image of {self.place} has one of the sizes {sorted(wanted)}")
+
+
 @dataclass
 class FileSource:
-    """Images of a folder, or of an .npz with `arr_0` (N,H,W,3) uint8 as ADM writes. All have one size."""
+    """Images of a listing, decoded, cropped and resized as a build does it."""
 
-    files: list[Path]
-    array: np.ndarray | None = None
+    listing: Listing
+    preparation: Preparation
+    resolution: int  # side in pixels
+    rows: np.ndarray  # int64, of the listing
     batch: int = 256
-    lossy: bool = False
-
-    @classmethod
-    def open(cls, place: Path) -> FileSource:
-        """Open a folder or an .npz. Raises UserError when there are no images."""
-        if place.suffix == ".npz":
-            try:
-                with np.load(place, allow_pickle=False) as file:
-                    array = np.asarray(file["arr_0"])
-                if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] not in (1, 3) or not len(array):
-                    raise ValueError(f"arr_0 is {array.dtype} {array.shape}")
-            except UNREADABLE as error:
-                raise UserError(
-                    setting="FOLDER",
-                    value=str(place),
-                    expected="an .npz with arr_0 (N,H,W,3) uint8",
-                    reason=f"{type(error).__name__}: {error}",
-                ) from None
-            return cls([], array)
-        files = sorted(p for p in place.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        if not files:
-            expected = f"a folder with images ({', '.join(sorted(IMAGE_SUFFIXES))})"
-            raise UserError(setting="FOLDER", value=str(place), expected=expected)
-        return cls(files, lossy=any(f.suffix.lower() in LOSSY_SUFFIXES for f in files))
 
     @property
     def n(self) -> int:
-        return len(self.files) if self.array is None else len(self.array)
+        return len(self.rows)
+
+    @property
+    def lossy(self) -> bool:
+        return self.listing.lossy
+
+    @property
+    def resized(self) -> int:
+        """Images that are stored at another size than `resolution`: they are cropped and resized."""
+        return sum(n for size, n in self.listing.sizes.items() if size != (self.resolution, self.resolution))
 
     @cached_property
     def content_hash(self) -> str:
-        """Hash of the files' bytes, or of the array's."""
-        digest = hashlib.sha256()
-        for file in self.files:
-            digest.update(hashlib.sha256(file.read_bytes()).digest())
-        if self.array is not None:
-            digest.update(np.ascontiguousarray(self.array).tobytes())
-        return digest.hexdigest()[:16]
-
-    @cached_property
-    def resolution(self) -> int:
-        """Side in pixels of the first image (the longer one)."""
-        return max(self.images(0, 1)[0].shape[-2:])
+        """Hash of the stored images and of how their pixels are made of them."""
+        return identify(
+            content=self.listing.content, preparation=self.preparation.recorded(), resolution=self.resolution
+        )
 
     def select(self, rows: np.ndarray) -> FileSource:
         """Return the images at these rows, in that order."""
-        array = None if self.array is None else self.array[rows]
-        return FileSource([self.files[i] for i in rows] if self.files else [], array, self.batch, self.lossy)
+        return replace(self, rows=self.rows[rows])
 
     def images(self, first: int, last: int) -> tuple[Tensor, Tensor]:
-        if self.array is not None:
-            pixels = self.array[first:last]
-        else:
-            opened = [_read_image(f) for f in self.files[first:last]]
-            sizes = {p.shape for p in opened}
-            if len(sizes) > 1:
-                expected = f"images of one size, found {sorted(s[:2] for s in sizes)[:3]}"
-                raise UserError(setting="FOLDER", value=str(self.files[0].parent), expected=expected)
-            pixels = np.stack(opened)
+        """Return images first … last−1. Raises UserError that names one that cannot be used."""
+        pixels = np.stack([self._pixels(self.listing.units[row]) for row in self.rows[first:last]])
         return torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.zeros(len(pixels), dtype=torch.long)
 
     def at(self, rows: np.ndarray) -> Tensor:
         return self.select(rows).images(0, len(rows))[0]
 
+    def _pixels(self, unit: SourceUnit) -> np.ndarray:
+        name, data = _read(unit)
+        try:
+            image = decode.decode(data, self.preparation).image
+            return decode.to_array(decode.fit(image, self.resolution, self.preparation))
+        except ImageError as error:
+            raise _unusable(f"{self.listing.place}: {name}", error) from None
 
-def open_images(place: str) -> Images:
-    """Open an Arrow dataset of diffscale, a folder of images or an .npz with arr_0. Raises UserError otherwise."""
-    if storage.is_remote(place) or (Path(place) / "manifest.json").exists():
+
+def is_dataset(place: str) -> bool:
+    """Return whether a place is the folder of an Arrow dataset of diffscale."""
+    return storage.exists(storage.join(place, FILE))
+
+
+def open_images(place: str, work: Path, like: Dataset | None = None, resolution: int | None = None) -> Images:
+    """Open an Arrow dataset of diffscale, or the images of a folder, .zip, .tar, .npz or .npy.
+
+    Raises UserError for a place without images, an image that is damaged, and sizes that do not decide the pixels.
+
+    work: local folder for unpacked archives and arrays.
+    like: the dataset that the images are compared with, whose choices decide how they are decoded, cropped and resized.
+        Square images of one size below its resolution keep that size.
+    resolution: side in pixels to which the images are cropped and resized, without `like`. None: they are square and
+        of one size.
+    """
+    if is_dataset(place):
         return open_dataset(place)
-    return FileSource.open(Path(place))
+    listing = list_images(place, work)
+    rows = np.arange(len(listing.units))
+    if like is not None:
+        preparation = _preparation_of(like)
+        return FileSource(listing, preparation, _side_compared_with(listing, like, preparation), rows)
+    if resolution is not None:
+        return FileSource(listing, Preparation(max_pixels=MOST_PIXELS), resolution, rows)
+    (width, height), *others = listing.sizes
+    if others or width != height:
+        raise UserError(
+            setting="FOLDER",
+            value=place,
+            expected="square images of one size",
+            reason=f"{_sizes(listing)}, and nothing says how to crop and resize them",
+            fix=f"--resolution {min(width, height)} crops the middle square; or compare with a dataset, whose choices "
+            f"they take: diffscale data build {place} DATASET --resolution {min(width, height)}",
+        )
+    return FileSource(listing, Preparation(crop="none", max_pixels=MOST_PIXELS), width, rows)
+
+
+@contextmanager
+def unpacked() -> Iterator[Path]:
+    """Yield a folder of this process for what archives unpack to."""
+    parent = cache_dir() / "unpacked"
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent) as folder:
+        yield Path(folder)
+
+
+def list_images(place: str, work: Path) -> Listing:
+    """List a folder, archive or array as `data build` does, and read the header of every image.
+
+    Raises UserError for a place without images, of a kind that must be built first, or with several splits, and for an
+    image that is damaged.
+
+    work: local folder for unpacked archives and arrays.
+    """
+    if not storage.exists(place):
+        raise UserError(setting="FOLDER", value=place, expected="images on disk", reason="the path does not exist")
+    found = sources.open_source(place, UNIT_ROWS, work, Reading())
+    if found.kind not in KINDS or found.latents is not None:
+        raise UserError(
+            setting="FOLDER",
+            value=place,
+            expected="a folder of images, a .zip, .tar, .npz or .npy, or a dataset of diffscale",
+            fix=f"diffscale data build {place} DATASET --resolution N, and then evaluate DATASET",
+        )
+    units = [single for unit in found.units for single in _singles(unit)]
+    if not units:
+        raise UserError(setting="FOLDER", value=place, expected="a folder with images, or an archive or array of them")
+    splits = Counter(unit.split for unit in units)
+    if len(splits) > 1:
+        raise UserError(
+            setting="FOLDER",
+            value=place,
+            expected="the images of one split",
+            reason="it has " + " and ".join(f"{n:,} of {name or 'no split'}" for name, n in splits.items()),
+            fix="name the folder of one of them",
+        )
+    digest, sizes, lossy = hashlib.sha256(), Counter[tuple[int, int]](), False
+    for unit in units:
+        name, data = _read(unit)
+        try:
+            width, height, was_lossy, _ = decode.read_header(data)
+        except ImageError as error:
+            raise _unusable(f"{place}: {name}", error) from None
+        digest.update(f"{width} x {height}".encode() + hashlib.sha256(data).digest())
+        sizes[width, height] += 1
+        lossy |= was_lossy
+    if found.refused:
+        (name, reason), count = found.refused[0], len(found.refused)
+        log.warning("%s: %d files are left out, as a build leaves them out: %s: %s ...", place, count, name, reason)
+    return Listing(place, units, sizes, digest.hexdigest()[:16], lossy)
 
 
 def select_images(images: Images, rows: np.ndarray) -> DatasetSource | FileSource:
@@ -151,14 +254,58 @@ def select_images(images: Images, rows: np.ndarray) -> DatasetSource | FileSourc
     return images.select(rows) if isinstance(images, FileSource) else DatasetSource(images, rows)
 
 
-def _read_image(file: Path) -> np.ndarray:
-    """Return RGB (H,W,3) uint8, opened as a dataset's build opens it. Raises UserError that names an unusable file."""
+def _preparation_of(dataset: Dataset) -> Preparation:
     try:
-        return np.asarray(open_image(file.read_bytes(), AS_BUILT).image)
-    except (ImageError, OSError) as error:
+        return Preparation.of(dataset.manifest.resize, dataset.channels)
+    except (ValueError, TypeError) as error:
         raise UserError(
-            setting="FOLDER",
-            value=str(file),
-            expected=f"a readable image of at most {AS_BUILT.max_pixels:,} pixels",
-            reason=str(error),
+            setting="reference", value=dataset.path, expected="a dataset of images", reason=str(error)
         ) from None
+
+
+def _side_compared_with(listing: Listing, like: Dataset, preparation: Preparation) -> int:
+    """Return the side to which images are resized that are compared with a dataset."""
+    small = {size for size in listing.sizes if min(size) < like.resolution}
+    if not small or preparation.upsample:
+        return like.resolution
+    (width, height), *others = listing.sizes
+    if not others and width == height:
+        return width
+    raise UserError(
+        setting="FOLDER",
+        value=listing.place,
+        expected=f"images of at least {like.resolution} pixels, as in {like.path}, or square ones of one size",
+        reason=listing.size_of(small),
+    )
+
+
+def _singles(unit: SourceUnit) -> Iterator[SourceUnit]:
+    """Yield a unit of each image, so that any row can be read alone."""
+    if unit.rows is None:
+        yield from (replace(unit, items=[item]) for item in unit.items)
+    else:
+        yield from (replace(unit, rows=(row, row + 1)) for row in range(*unit.rows))
+
+
+def _read(unit: SourceUnit) -> tuple[str, Any]:
+    """Return the name of a unit's image, and its bytes or pixels. Raises UserError if it cannot be read."""
+    ((name, data, _),) = sources.read_unit(unit)
+    if isinstance(data, ImageError):
+        raise _unusable(name, data)
+    return name, data if isinstance(data, bytes) else np.ascontiguousarray(data)
+
+
+def _sizes(listing: Listing) -> str:
+    (common, n), *others = listing.sizes.most_common()
+    text = f"{n:,} of {len(listing.units):,} images are {common[0]} x {common[1]}"
+    return f"{text}, {listing.size_of({others[-1][0]})}" if others else text
+
+
+def _unusable(name: str, error: ImageError) -> UserError:
+    return UserError(
+        setting="FOLDER",
+        value=name,
+        expected="a usable image",
+        reason=str(error),
+        fix="remove it, so that it is left out on purpose",
+    )

@@ -52,9 +52,19 @@ class Reference:
         return load_moments(self.folder / f"{output}.npz")
 
     def root(self, output: str = "features") -> Root:
-        """Return the square root of the covariance, computed once (about a second at 2048 dimensions)."""
+        """Return the square root of the covariance, computed once (about a second at 2048 dimensions).
+
+        Raises UserError for a file whose covariance is none.
+        """
         if output not in self._roots:
-            self._roots[output] = Root.of(self.moments(output))
+            moments = self.moments(output)
+            try:
+                self._roots[output] = Root.of(moments)
+            except ValueError as error:
+                place = str(self.file or self.folder)
+                raise UserError(
+                    setting="reference", value=place, expected="the covariance of features", reason=str(error)
+                ) from None
         return self._roots[output]
 
     @property
@@ -70,12 +80,7 @@ class Reference:
 
     def _store(self) -> FeatureStore:
         if self.folder is None:
-            raise UserError(
-                setting="reference",
-                value=str(self.file),
-                expected="a dataset with features; an .npz of statistics has none",
-                fix="leave out KID, precision, recall, density, coverage, memorisation and classes",
-            )
+            raise no_features(self.file)
         return FeatureStore(self.folder)
 
     def usual(self, heldout: Reference | None) -> float:
@@ -85,6 +90,16 @@ class Reference:
             others = heldout.features() if heldout is not None else None
             self._usual[name] = usual_distance(self.features(), others)
         return self._usual[name]
+
+
+def no_features(file: Path | None) -> UserError:
+    """Return the refusal of what needs features of a file that has their statistics alone."""
+    return UserError(
+        setting="reference",
+        value=str(file),
+        expected="a dataset with features; an .npz of statistics has none",
+        fix="leave out KID, precision, recall, density, coverage, memorisation and classes",
+    )
 
 
 def reference_rows(n: int, n_reference: int | None) -> NDArray:
@@ -103,7 +118,7 @@ def references_folder(run_storage: str) -> Path:
 def reference_key(images: Images, view: View, n_reference: int | None) -> str:
     n = min(n_reference or images.n, images.n)
     return identify(
-        content=images.content_hash, n=n, network=view.network, resize=view.resize, resolution=view.resolution
+        content=images.content_hash, n=n, network=view.recorded_network, resize=view.resize, resolution=view.resolution
     )
 
 

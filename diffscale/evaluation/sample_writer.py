@@ -26,6 +26,7 @@ from diffscale.evaluation.distribute import Columns, kept_images
 
 FORMATS = ("png", "arrow")
 NOTE = "shard-"
+CLAIM = "samples.json"  # what made the samples of the folder
 
 
 class SampleWriter:
@@ -43,7 +44,20 @@ class SampleWriter:
         if file_format not in FORMATS:
             raise UserError(setting="keep-format", value=file_format, expected=" or ".join(FORMATS))
         self.folder, self.shape, self.class_names, self.source = folder, shape, class_names, source
+        self._claim(json.dumps({"format": file_format, "shape": list(shape), **source}, sort_keys=True))
         self._write: Callable[[int, np.ndarray, np.ndarray], None] = getattr(self, f"_write_{file_format}")
+
+    def _claim(self, description: str) -> None:
+        """Note what the folder holds. Raises UserError if it holds samples of something else: they would be mixed."""
+        note = self.folder / CLAIM
+        if note.exists() and note.read_text() != description:
+            raise UserError(
+                setting="folder",
+                value=str(self.folder),
+                expected="a folder without samples, or with those of the same weights and sampler",
+                fix="choose another folder, or remove this one",
+            )
+        storage.write_bytes(str(note), description.encode())
 
     def __call__(self, first: int, columns: Columns) -> None:
         """Write the images of a chunk. Files are complete when it returns; writing them again changes nothing."""

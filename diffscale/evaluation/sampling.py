@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from diffscale.data import Dataset
 
 NO_GUIDANCE = Guidance()
+POLICIES = ("train", "uniform", "balanced", "none")
 USUAL_BATCH, LARGEST_BATCH = 64, 1024  # of `eval.batch: auto`: without a GPU, and on any
 SHARE_OF_MEMORY = 0.25  # of a GPU's, for the tensors of one pass: next to them are networks, moments and averages
 
@@ -68,6 +69,15 @@ class Sampling:
         return json.dumps(settings, sort_keys=True, separators=(",", ":"))
 
 
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Precisions of sampling; None computes in float32."""
+
+
+def sampling_precision(trained: str) -> str:
+    """Return the precision in which samples of a run are drawn: bf16 where it trained in bf16, else fp32."""
+    return "bf16" if trained == "bf16" else "fp32"
+
+
 def sampling_of_settings(settings: EvalSettings, solver: SolverSettings, n: int, precision: str = "fp32") -> Sampling:
     """Return the sampler of `eval` settings: solver's name, seed, batch (at most n) and guidance."""
     guidance = Guidance(settings.guidance_scale, settings.guidance_interval)
@@ -99,6 +109,8 @@ def draw_labels(policy: str, seed: int, positions: Tensor, class_counts: Sequenc
         return torch.full_like(positions, classes)
     if policy in ("train", "uniform"):
         counts = np.asarray(class_counts, np.float64) if policy == "train" else np.sign(class_counts).astype(np.float64)
+        if not counts.sum() > 0:
+            raise ValueError("no class has an image: the training set gives no proportions to draw from")
         edges = torch.from_numpy(np.cumsum(counts) / counts.sum())
         u = keyed_random.uniform(seed, Stream.SAMPLE_LABEL, positions).double()
         return torch.searchsorted(edges, u, right=True).clamp_max(classes - 1)
@@ -106,6 +118,32 @@ def draw_labels(policy: str, seed: int, positions: Tensor, class_counts: Sequenc
         return torch.full_like(positions, int(policy))
     expected = f"train, uniform, balanced, none, or a class below {classes} that has training images"
     raise UserError(setting="labels", value=policy, expected=expected)
+
+
+def check_sampling(sampling: Sampling, class_counts: Sequence[int]) -> None:
+    """Raise UserError for a precision, labels or guidance that sampling would ignore or fail on.
+
+    class_counts: training images of each class; empty for a model without classes.
+    """
+    if sampling.precision not in PRECISIONS:
+        raise UserError(setting="precision", value=sampling.precision, expected=" or ".join(PRECISIONS))
+    if class_counts:
+        draw_labels(sampling.labels, sampling.seed, torch.zeros(1, dtype=torch.long), class_counts)
+        return
+    if sampling.labels not in POLICIES:
+        raise UserError(
+            setting="labels",
+            value=sampling.labels,
+            expected="train",
+            reason="the model was trained without classes",
+        )
+    if sampling.guidance.scale != 1 and sampling.guidance.model is None:
+        raise UserError(
+            setting="eval.guidance_scale",
+            value=sampling.guidance.scale,
+            expected="1, no guidance",
+            reason="classifier-free guidance needs a model with classes",
+        )
 
 
 @dataclass
@@ -131,9 +169,13 @@ class ModelSource:
         n: int,
         device: torch.device | str = "cpu",
     ) -> ModelSource:
-        """Return n samples of a model that was trained on a dataset."""
+        """Return n samples of a model that was trained on a dataset.
+
+        Raises UserError for labels or guidance that the model cannot take, so that no record names what had no effect.
+        """
         shape = (dataset.channels, dataset.resolution, dataset.resolution)
         counts = dataset.class_counts if getattr(model, "num_classes", 0) else ()
+        check_sampling(sampling, counts)
         return cls(model, diffusion, sampling, shape, n, counts, str(device))
 
     @property
@@ -142,12 +184,22 @@ class ModelSource:
 
     def images(self, first: int, last: int) -> tuple[Tensor, Tensor]:
         """Return samples first … last−1: uint8 (B,C,H,W) on the device, and labels (B,) on the CPU."""
+        return self.samples(first, last)[:2]
+
+    def samples(self, first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return samples first … last−1: uint8 (B,C,H,W) on the device, labels (B,), and which are finite (B,) bool.
+
+        Labels and the latter are on the CPU. A sample of a network that diverged holds nan, which has no shade: those
+        pixels are black.
+        """
         parts = []
         for start in range(first, last, self.batch):
             images, labels = self.draw(torch.arange(start, start + self.batch))
             keep = min(self.batch, last - start)
-            parts.append((to_uint8(images[:keep]), labels[:keep].cpu()))
-        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+            images, finite = images[:keep], images[:keep].isfinite().flatten(1).all(1)
+            parts.append((to_uint8(images), labels[:keep].cpu(), finite))
+        images, labels, finite = (torch.cat(part) for part in zip(*parts, strict=True))
+        return images, labels, finite.cpu()
 
     def at(self, rows: np.ndarray) -> Tensor:
         """Return the samples with these indices: uint8 (B,C,H,W) on the CPU."""
@@ -166,7 +218,7 @@ class ModelSource:
         self.model.to(device)
         if training:
             self.model.eval()
-        low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(s.precision)
+        low = PRECISIONS[s.precision]
         # A graph must cast the weights that it finds when it is replayed, not keep those of its recording.
         with exact_float32(), torch.autocast(device.type, low, enabled=low is not None, cache_enabled=False):
             images = sample(
@@ -186,5 +238,5 @@ class ModelSource:
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Map [−1,1] to 0 … 255, rounded to nearest; values outside are clipped."""
-    return images.add(1).mul(127.5).round_().clamp_(0, 255).to(torch.uint8)
+    """Map [−1,1] to 0 … 255, rounded to nearest; values outside are clipped, and nan is 0."""
+    return images.add(1).mul(127.5).round_().clamp_(0, 255).nan_to_num_(0).to(torch.uint8)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from diffscale.core.errors import UserError
-from diffscale.evaluation.image_sources import Images, open_images, select_images
+from diffscale.evaluation.image_sources import Images, open_images, select_images, unpacked
 from diffscale.preference.study import REAL, Contender, hash_of_images
 from diffscale.training.draw_samples import DrawOptions, draw_samples, sampling_of
 from diffscale.training.load import is_run, list_targets, load_trained, settings_of_run
@@ -29,7 +29,11 @@ def real_images(place: str, n: int, labels: tuple[str, ...], seed: int = 0) -> C
 
     labels: class of each position; empty without classes
     """
-    images = open_images(place)
+    with unpacked() as work:
+        return _real_images(open_images(place, work), place, n, labels, seed)
+
+
+def _real_images(images: Images, place: str, n: int, labels: tuple[str, ...], seed: int) -> Contender:
     classes = list(getattr(images, "class_names", []) or [])
     rng = np.random.default_rng(seed)
     order = rng.permutation(images.n)
@@ -65,8 +69,9 @@ def _of_run(target: str, n: int) -> Contender:
 
 
 def _of_images(place: str, n: int) -> Contender:
-    images = open_images(place)
-    return _contender(Path(place.rstrip("/")).name, images, np.arange(min(n, images.n)), place)
+    with unpacked() as work:
+        images = open_images(place, work)
+        return _contender(Path(place.rstrip("/")).name, images, np.arange(min(n, images.n)), place)
 
 
 def _contender(name: str, images: Images, rows: NDArray, place: str, labels: tuple[str, ...] = ()) -> Contender:

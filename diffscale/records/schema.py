@@ -5,6 +5,7 @@ Rows are read and written in records/store.py; README.md in this folder lists th
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any, Literal
 
@@ -77,6 +78,11 @@ class Record(BaseModel):
     reference: str = Field(description="hash of the reference images, their resolution and resize")
     n_generated: int = Field(description="generated images")
     n_reference: int = Field(description="reference images")
+    reference_file: str | None = Field(
+        None, description="name of the file of statistics that was compared with in place of the training images"
+    )
+    heldout: str | None = Field(None, description="hash of the held-out images, their resolution and resize")
+    n_heldout: int | None = Field(None, description="held-out images")
     solver: str = Field(description="sampler")
     nfe: int = Field(description="network evaluations per image")
     guidance_scale: float = Field(1.0, description="1 is no guidance")
@@ -132,6 +138,16 @@ def higher_is_better(metric: str) -> bool:
     return not name.endswith("_std") and _HIGHER.match(name) is not None
 
 
+def rank(metric: str, value: float) -> float:
+    """Return a number that is smaller for a better value of a metric, and infinite for one that is not finite.
+
+    Whatever chooses a best value orders by it: a diverged run is the worst, never the best.
+    """
+    if not math.isfinite(value):
+        return math.inf
+    return -value if higher_is_better(metric) else value
+
+
 RECIPE_FIELDS = (
     "data.resolution",
     "data.class_conditional",
@@ -177,8 +193,13 @@ def record_id(
     reference: str,
     metric: str,
     eval_resolution: int,
+    n_heldout: int | None = None,
 ) -> str:
-    """Return the identity of a row: what was evaluated and how, without the outcome."""
+    """Return the identity of a row: what was evaluated and how, without the outcome.
+
+    n_heldout: number of held-out images where `eval.n_heldout` limits it; None for all of them.
+    """
+    limited = {} if n_heldout is None else {"n_heldout": n_heldout}
     return identify(
         run_id=run_id,
         images_seen=images_seen,
@@ -189,4 +210,5 @@ def record_id(
         reference=reference,
         metric=metric,
         eval_resolution=eval_resolution,
+        **limited,
     )

@@ -106,6 +106,10 @@ def _as_json(record: Record) -> dict[str, object]:
 
 def _plain(value: object) -> object:
     """Return nan and inf as words, which JSON has no numbers for and which are read back as the numbers."""
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 

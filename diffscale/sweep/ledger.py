@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -22,12 +21,15 @@ from diffscale.config.load import load_tree, merge, validate
 from diffscale.core import storage
 from diffscale.core.errors import UserError
 from diffscale.core.hashing import identify
-from diffscale.records.schema import Record, higher_is_better
+from diffscale.evaluation.evaluator import reference_dataset
+from diffscale.evaluation.metrics.registry import recorded_name
+from diffscale.records.schema import Record, higher_is_better, rank
 from diffscale.records.store import read_records
 from diffscale.sweep.decisions import Decisions
 from diffscale.sweep.settings import Sweep
 from diffscale.sweep.space import Point, nest, overrides_of, point_id, satisfies
 from diffscale.training.numerics import settled
+from diffscale.training.own_records import is_own
 
 End = Literal["finished", "stopped"]
 
@@ -57,10 +59,15 @@ class Ledger:
         self.sweep, self.over = sweep, over or {}
         self.base = load_tree(sweep.base)
         self.common = self._experiment(sweep.overrides)  # settings that no point varies
-        metrics = self.common.eval.metrics
-        self.metric = sweep.metric or metrics[0]
-        if self.metric not in metrics:
-            raise UserError(setting="metric", value=self.metric, expected="one of eval.metrics: " + ", ".join(metrics))
+        metrics, resize = self.common.eval.metrics, self.common.eval.resize
+        chosen = sweep.metric or next(iter(metrics), "")
+        if chosen not in metrics:
+            raise UserError(
+                setting="metric",
+                value=chosen,
+                expected="one of eval.metrics: " + (", ".join(metrics) or "there is none"),
+            )
+        self.metric = recorded_name(chosen, resize)
         self.higher_is_better = higher_is_better(self.metric)
         what = sweep.model_dump(mode="json", exclude={"max_concurrent", "budget"})
         self.sweep_id = identify(base_settings=self.base, **what)
@@ -146,19 +153,29 @@ class Ledger:
         storage.write_bytes(storage.join(self.folder, "ended", f"{trial_id}.json"), json.dumps({"end": end}).encode())
 
     def records(self, trial: Trial) -> list[Record]:
-        """Return the rows of a trial in the compared metric, ordered by compute."""
-        return self._records(trial.folders)
+        """Return the rows of a trial in the compared metric, ordered by compute.
 
-    def _records(self, folders: Iterable[str]) -> list[Record]:
-        found = [folder for folder in folders if storage.exists(folder)]
-        rows = [r for r in read_records(found) if r.metric == self.metric] if found else []
+        They are those of the trial's own evaluation settings: later evaluations of a run are of another group.
+        """
+        rows = [row for runs in self._runs(trial) for row in runs]
         return sorted(rows, key=lambda r: r.train_flops)
 
+    def _runs(self, trial: Trial) -> list[list[Record]]:
+        """Return the rows of each replicate, ordered by compute."""
+        found = []
+        for folder, experiment in zip(trial.folders, trial.experiments, strict=True):
+            rows = read_records([folder]) if storage.exists(folder) else []
+            own = [r for r in rows if r.metric == self.metric and is_own(r, experiment)]
+            found.append(sorted(own, key=lambda r: r.train_flops))
+        return found
+
     def value(self, trial: Trial, flops: float | None = None) -> float | None:
-        """Return the metric (mean over the replicates) at a rung or at the end; None until every replicate has it."""
+        """Return the metric (mean over the replicates) at a rung or at the end; None until every replicate has it.
+
+        It is nan if a replicate diverged.
+        """
         values = []
-        for folder in trial.folders:
-            rows = self._records([folder])
+        for rows in self._runs(trial):
             reached = [r for r in rows if flops is None or r.train_flops >= flops * (1 - 1e-9)]
             if not reached:
                 return None
@@ -169,8 +186,7 @@ class Ledger:
         """Return the cost of all runs so far, read from the newest record of each."""
         total = {"flops": 0.0, "images": 0.0, "device_seconds": 0.0, "money": 0.0}
         for trial in trials:
-            for folder in trial.folders:
-                rows = self._records([folder])
+            for rows in self._runs(trial):
                 if rows:
                     last = rows[-1]
                     total["flops"] += last.train_flops
@@ -194,15 +210,23 @@ class Ledger:
             rows, value = self.records(trial), self.value(trial)
             if rows and value is not None and math.isfinite(value):
                 compute = self._rung(rows[-1].train_flops)
-                reached[trial.id] = (-compute, -value if self.higher_is_better else value)
+                reached[trial.id] = (-compute, rank(self.metric, value))
         return min((t for t in trials if t.id in reached), key=lambda t: reached[t.id], default=None)
 
     def _rung(self, flops: float) -> float:
         return max((r for r in self.sweep.scheduler.rungs_flops if flops >= r * (1 - 1e-9)), default=0.0)
 
+    def known_values(self, trials: list[Trial], flops: float | None = None) -> dict[str, float]:
+        """Return the finite value of each trial that has one, by its id; a diverged trial has the worst of them."""
+        values = {t.id: v for t in trials if (v := self.value(t, flops)) is not None}
+        finite = [value for value in values.values() if math.isfinite(value)]
+        worst = max(finite, key=lambda value: rank(self.metric, value), default=math.nan)
+        known = {name: value if math.isfinite(value) else worst for name, value in values.items()}
+        return known if finite else {}
+
 
 def check_comparable(sweep: Sweep, trials: list[Trial]) -> None:
-    """Raise UserError for a sweep over resolution without a common eval_resolution (CONTRIBUTING.md, decision 1)."""
+    """Raise UserError for a sweep whose trials' values would be of several groups (CONTRIBUTING.md, decision 1)."""
     resolutions = {t.experiments[0].data.resolution for t in trials}
     common = {t.experiments[0].eval.eval_resolution for t in trials}
     if len(resolutions) > 1 and (len(common) > 1 or None in common):
@@ -213,3 +237,28 @@ def check_comparable(sweep: Sweep, trials: list[Trial]) -> None:
             "resolutions cannot be compared",
             fix=f"eval.eval_resolution={max(resolutions)}",
         )
+    for setting, values in _groups(trials).items():
+        different = list(dict.fromkeys(values))
+        if len(different) > 1:
+            raise UserError(
+                setting=setting,
+                value=different[:5],
+                expected="one value for all trials: their distances are compared",
+                reason="values of another number of samples, sampler or reference are of another group",
+                fix="evaluate the runs with other settings after the sweep: diffscale evaluate RUN eval.KEY=VALUE",
+            )
+
+
+def _groups(trials: list[Trial]) -> dict[str, list[str]]:
+    """Return what decides the comparability group of each trial's values, by the setting that decides it."""
+    groups: dict[str, list[str]] = {}
+    contents: dict[tuple[str, int], str] = {}
+    for experiment in (trial.experiments[0] for trial in trials):
+        settings = experiment.eval
+        for key in ("n_generated", "n_reference", "resize", "solver", "guidance_scale", "guidance_interval"):
+            groups.setdefault(f"eval.{key}", []).append(str(getattr(settings, key)))
+        place = experiment.data.path, settings.eval_resolution or experiment.data.resolution
+        if place not in contents:
+            contents[place] = reference_dataset(experiment, open_training_data(experiment)).content_hash
+        groups.setdefault("data.path", []).append(contents[place])
+    return groups

@@ -67,8 +67,8 @@ def run_suggested(ledger: Ledger, done: list[Trial], handle_signals: bool = Fals
         else:
             low, high = d.uniform or d.loguniform or (0.0, 1.0)
             distributions[key] = FloatDistribution(low, high, log=d.loguniform is not None)
-    values = [(t, ledger.value(t)) for t in done]
-    known = [(encode(ledger.sweep, t.point), v) for t, v in values if v is not None]
+    measured = ledger.known_values(done)
+    known = [(encode(ledger.sweep, t.point), measured[t.id]) for t in done if t.id in measured]
     search = OptunaSearch(
         space=distributions,
         metric="value",

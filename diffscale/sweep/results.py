@@ -16,25 +16,26 @@ def write_results(ledger: Ledger, trials: list[Trial], best: Trial | None) -> No
     """Write trials.csv, importance.csv and best.yaml, a preset for `diffscale train`."""
     rows = []
     for trial in trials:
-        records = ledger.records(trial)
+        records, value = ledger.records(trial), ledger.value(trial)
         last = records[-1] if records else None
         rows.append(
             {
                 "trial": trial.id,
                 **trial.point,
                 "end": ledger.ended(trial.id) or "",
-                ledger.metric: ledger.value(trial),
-                "train_flops": last.train_flops if last else None,
-                "device_seconds": last.device_seconds if last else None,
+                ledger.metric: "" if value is None else value,  # nan of a diverged trial is not the same as none
+                "train_flops": last.train_flops if last else "",
+                "device_seconds": last.device_seconds if last else "",
                 "runs": " ".join(trial.folders),
             }
         )
-    storage.write_bytes(storage.join(ledger.folder, "trials.csv"), pd.DataFrame(rows).to_csv(index=False).encode())
+    text = pd.DataFrame(rows).to_csv(index=False, na_rep="nan")
+    storage.write_bytes(storage.join(ledger.folder, "trials.csv"), text.encode())
     # Trials that were stopped early are compared where all of them were evaluated: at the first rung.
     rung = ledger.sweep.scheduler.rungs_flops[0] if ledger.sweep.scheduler.name != "none" else None
-    valued = [(overrides_of(ledger.sweep, t.point), ledger.value(t, rung)) for t in trials]
-    known = [(p, v) for p, v in valued if v is not None]
-    table = importance([p for p, _ in known], [v for _, v in known])
+    values = ledger.known_values(trials, rung)
+    known = [t for t in trials if t.id in values]
+    table = importance([overrides_of(ledger.sweep, t.point) for t in known], [values[t.id] for t in known])
     storage.write_bytes(storage.join(ledger.folder, "importance.csv"), table.to_csv(index=False).encode())
     if best is not None:
         settings = best.experiments[0].model_dump(mode="json", exclude={"storage"})

@@ -21,6 +21,7 @@ from diffscale.sweep.results import write_results
 from diffscale.sweep.settings import Sweep
 from diffscale.sweep.space import grid
 from diffscale.sweep.table import SweepTable, print_summary
+from diffscale.training.ema import check_average
 
 SECTIONS = ("storage", "data", "model", "diffusion", "optim", "train", "eval")
 
@@ -69,6 +70,7 @@ def planned(ledger: Ledger) -> list[Trial]:
     check_comparable(ledger.sweep, trials)
     for trial in trials:
         build_diffusion(trial.experiments[0], open_training_data(trial.experiments[0]))
+        check_average(trial.experiments[0])
     return trials
 
 

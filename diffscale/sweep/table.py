@@ -15,6 +15,7 @@ from rich.live import Live
 from rich.table import Table
 
 from diffscale.core import storage
+from diffscale.records.schema import rank
 from diffscale.sweep.importance import importance
 from diffscale.sweep.space import edges, label, overrides_of
 from diffscale.training.metrics_log import read_lines
@@ -151,14 +152,15 @@ def print_summary(ledger: Ledger, trials: list[Trial], best: Trial | None, faile
             f"{rows[-1].train_flops:.3g}" if rows else "",
         )
     console.print(table)
-    valued = [(overrides_of(ledger.sweep, t.point), ledger.value(t)) for t in trials]
-    known = [(p, v) for p, v in valued if v is not None]
-    for row in importance([p for p, _ in known], [v for _, v in known]).itertuples():
-        if math.isnan(float(row.importance)):  # type: ignore[arg-type]
-            console.print(f"  {row.setting}: {row.trials} trials are too few to say how much it matters")
+    values = ledger.known_values(trials)
+    known = [t for t in trials if t.id in values]
+    points = [overrides_of(ledger.sweep, t.point) for t in known]
+    for row in importance(points, [values[t.id] for t in known]).to_dict("records"):
+        if math.isnan(row["importance"]):
+            console.print(f"  {row['setting']}: {row['trials']} trials are too few to say how much it matters")
         else:
-            share = f"{row.importance:.0%} of the variance (95 % {row.low:.0%}-{row.high:.0%})"
-            console.print(f"  {row.setting} explains {share}")
+            share = f"{row['importance']:.0%} of the variance (95 % {row['low']:.0%}-{row['high']:.0%})"
+            console.print(f"  {row['setting']} explains {share}")
     if best is not None:
         for edge in edges(ledger.sweep, best.point):
             console.print(f"  {edge}", soft_wrap=True)
@@ -170,6 +172,4 @@ def print_summary(ledger: Ledger, trials: list[Trial], best: Trial | None, faile
 
 def _sort_key(ledger: Ledger, trial: Trial) -> tuple[float, str]:
     value = ledger.value(trial)
-    if value is None:
-        return (float("inf"), trial.id)
-    return (-value if ledger.higher_is_better else value, trial.id)
+    return (float("inf") if value is None else rank(ledger.metric, value), trial.id)

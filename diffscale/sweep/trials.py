@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +53,7 @@ def run_trial(sweep: Sweep, config: dict[str, Any], flops: float | None, stop_wi
     if flops is None:
         ledger.note_ended(trial.id, "stopped" if stopped else "finished")
     value = ledger.value(trial, flops)
-    tune.report({"value": worst if value is None else value, "trial": trial.id})
+    tune.report({"value": value if value is not None and math.isfinite(value) else worst, "trial": trial.id})
 
 
 def with_budget(experiment: Experiment, flops: float) -> Experiment:

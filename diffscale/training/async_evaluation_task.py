@@ -13,9 +13,10 @@ from diffscale.core import storage
 from diffscale.distributed.messages import EVALUATED, Messages, Notices
 from diffscale.kernels.runtime import configure_process
 from diffscale.training.checkpoint import layout as ck
-from diffscale.training.checkpoint_evaluation import CheckpointEvaluator, evaluated_points
+from diffscale.training.checkpoint_evaluation import CheckpointEvaluator
 from diffscale.training.load import load_trained
 from diffscale.training.metrics_log import make_trackers, summary
+from diffscale.training.own_records import evaluated_points
 from diffscale.training.parallel import World
 
 CHECKPOINT_WAIT_SECONDS = 600.0
@@ -45,8 +46,10 @@ def _evaluate(channel: Messages, config: dict[str, Any], images_seen: int) -> di
     evaluator = CheckpointEvaluator(
         experiment, trained.dataset, trained.diffusion, World(device=device), trained.numerics
     )
-    model = trained.model.to(device).requires_grad_(False)
-    values = summary(evaluator.evaluate(model, trained.columns, run_folder=run_folder, evaluated_on="own workers"))
+    trained.model.to(device).requires_grad_(False)
+    values = summary(
+        evaluator.evaluate(trained.weights, trained.columns, run_folder=run_folder, evaluated_on="own workers")
+    )
     run_id = experiment.run_id(trained.dataset.content_hash)
     for tracker in make_trackers(
         experiment.train.trackers, run_folder, experiment.name, run_id, experiment.dotted(), images_seen, "evaluation"

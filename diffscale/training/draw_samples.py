@@ -18,9 +18,8 @@ from diffscale.distributed.connect import connect
 from diffscale.evaluation import ModelSource, Sampling
 from diffscale.evaluation.distribute import chunk_ranges, devices, kept_images, run_on_ray
 from diffscale.evaluation.sample_writer import SampleWriter
-from diffscale.evaluation.sampling import sampling_of_settings, to_uint8
-from diffscale.training.checkpoint_evaluation import sampling_precision
-from diffscale.training.load import TrainedModel, load_trained, settings_of_run
+from diffscale.evaluation.sampling import sampling_of_settings, sampling_precision, to_uint8
+from diffscale.training.load import TrainedModel, load_trained, samples_source, settings_of_run
 
 GRID = 64
 STRIP_FRAMES = 10
@@ -69,7 +68,7 @@ def sampling_of(trained: TrainedModel, options: DrawOptions) -> Sampling:
         guide = settings_of_run(options.guide)
         weaker = load_trained(options.guide, guide.eval.ema, guide).model
         guidance = Guidance(guidance.scale, guidance.interval, weaker)
-    precision = options.precision or sampling_precision(trained.numerics)
+    precision = options.precision or sampling_precision(trained.numerics.precision)
     return replace(sampling, guidance=guidance, labels=options.labels, precision=precision)
 
 
@@ -81,7 +80,7 @@ def _draw(trained: TrainedModel, sampling: Sampling, folder: Path, options: Draw
     keep: Callable[[int, dict[str, Any]], None] | None = None
     writer = None
     if options.keep_format != "grid":
-        about = {"run_id": trained.columns["run_id"], "sampler": sampling.canonical(), "seed": sampling.seed}
+        about = samples_source(trained, sampling) | ({"guide": options.guide} if options.guide else {})
         writer = keep = SampleWriter(folder, options.keep_format, source.shape, names, about)
     ranges = chunk_ranges(n, sampling.batch)
     shown: dict[int, tuple[NDArray, NDArray]] = {}

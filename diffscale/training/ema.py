@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffscale.config.experiment import EmaSettings
+from diffscale.config.experiment import EmaSettings, Experiment
+from diffscale.core.errors import UserError
 from diffscale.training.checkpoint.state import local_shard
 
 Values = np.ndarray | np.float64
 
 WARMUP_SHARE = 0.05  # a constant half-life grows with training until it is reached, as this share of the images seen
 HALFLIFE = "halflife"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A network, and the name of the average that it carries: none, halflife, std0.050, ..."""
+
+    model: nn.Module
+    ema: str
 
 
 class Ema:
@@ -27,11 +37,8 @@ class Ema:
     def __init__(self, model: nn.Module, settings: EmaSettings) -> None:
         self.settings = settings
         self.parameters = {name: local_shard(p) for name, p in model.named_parameters()}
-        names = [profile_name(std) for std in settings.power]
-        if settings.halflife_images is not None or settings.halflife_fraction is not None:
-            names.insert(0, HALFLIFE)
         self.averages: dict[str, dict[str, Tensor]] = {
-            name: {key: p.detach().float().clone() for key, p in self.parameters.items()} for name in names
+            name: {key: p.detach().float().clone() for key, p in self.parameters.items()} for name in tracked(settings)
         }
         self._exponents = {profile_name(std): exponent(std) for std in settings.power}
 
@@ -43,11 +50,45 @@ class Ema:
             beta = self.beta(name, images_seen, images)
             torch._foreach_lerp_(list(average.values()), [p.float() for p in current], 1 - beta)
 
+    def average(self, name: str) -> dict[str, Tensor]:
+        """Return an average of the (local) parameters, by their names. Raises UserError for one that is not tracked."""
+        if name not in self.averages:
+            raise _not_tracked(name, self.settings)
+        return self.averages[name]
+
     def beta(self, name: str, images_seen: int, images: int) -> float:
         """Return the weight of an average's previous value in the update."""
         if name == HALFLIFE:
             return halflife_beta(self.settings, images_seen, images)
         return power_beta(self._exponents[name], images_seen, images)
+
+
+def tracked(settings: EmaSettings) -> list[str]:
+    """Return the names of the averages that training keeps."""
+    names = [profile_name(std) for std in settings.power]
+    constant = settings.halflife_images is not None or settings.halflife_fraction is not None
+    return [HALFLIFE, *names] if constant else names
+
+
+def check_average(experiment: Experiment) -> None:
+    """Raise UserError if the evaluations of a run need weights that its training does not keep."""
+    setting = experiment.eval.ema
+    try:
+        name = ema_name(setting)
+    except ValueError as error:
+        raise UserError(setting="eval.ema", value=setting, expected=str(error)) from None
+    if experiment.eval.n_generated and name not in ("none", *tracked(experiment.train.ema)):
+        raise _not_tracked(setting, experiment.train.ema)
+
+
+def _not_tracked(name: str, settings: EmaSettings) -> UserError:
+    return UserError(
+        setting="eval.ema",
+        value=name,
+        expected="one of: " + ", ".join(["none", *tracked(settings)]),
+        reason="train.ema tracks no other average, so there would be no such weights to evaluate",
+        fix="name a tracked one, or track it: train.ema.power=[0.05], train.ema.halflife_fraction=0.05",
+    )
 
 
 def halflife_beta(settings: EmaSettings, images_seen: int, images: int) -> float:

@@ -10,13 +10,14 @@ from pathlib import Path
 import torch
 
 from diffscale.core.cache import cache_dir
+from diffscale.core.hashing import identify
 from diffscale.distributed.connect import connect
 from diffscale.evaluation import Sampling
 from diffscale.evaluation.distribute import devices
 from diffscale.evaluation.sample_writer import SampleWriter
 from diffscale.records.schema import Record
 from diffscale.training.checkpoint_evaluation import CheckpointEvaluator
-from diffscale.training.load import TrainedModel, list_targets, load_trained, settings_of_run
+from diffscale.training.load import TrainedModel, list_targets, load_trained, samples_source, settings_of_run
 from diffscale.training.parallel import World
 
 
@@ -96,13 +97,13 @@ def evaluate_trained(
     evaluator.evaluator.keep_images = writer
     with show(f"{trained.label}: {sampling.canonical()}"):
         records = evaluator.evaluate(
-            trained.model,
+            trained.weights,
             trained.columns,
             run_folder=trained.run_folder,
             evaluated_on="own workers",
-            ema=trained.ema,
             sampling=sampling,
             work=cache_dir() / "evaluations",
+            locks=cache_dir() / "locks",
             grid_suffix=True,
             nearest=options.memorised,
             on_picture=on_picture,
@@ -114,6 +115,7 @@ def evaluate_trained(
 
 def _writer(trained: TrainedModel, sampling: Sampling, options: EvaluateOptions) -> SampleWriter:
     d = trained.dataset
-    folder = Path(options.keep).resolve() / f"{trained.images_seen:09d}-{trained.ema}-{sampling.solver_name}"
-    source = {"run_id": trained.columns["run_id"], "sampler": sampling.canonical(), "seed": sampling.seed}
+    source = samples_source(trained, sampling)
+    name = f"{trained.images_seen:09d}-{trained.ema}-{sampling.solver_name}-{identify(**source)[:8]}"
+    folder = Path(options.keep).resolve() / name
     return SampleWriter(folder, options.keep_format, (d.channels, d.resolution, d.resolution), d.class_names, source)

@@ -15,7 +15,9 @@ from diffscale.core import storage
 from diffscale.core.errors import UserError
 from diffscale.data import Dataset
 from diffscale.diffusion import Diffusion
+from diffscale.evaluation import Sampling
 from diffscale.training.checkpoint import layout as ck
+from diffscale.training.ema import Weights, ema_name
 from diffscale.training.numerics import Numerics
 
 CHANGEABLE = ("eval", "storage")
@@ -36,8 +38,23 @@ class TrainedModel:
     ema: str
 
     @property
+    def weights(self) -> Weights:
+        return Weights(self.model, self.ema)
+
+    @property
     def label(self) -> str:
         return f"{self.experiment.name} {self.images_seen:,} images, {self.ema}"
+
+
+def samples_source(trained: TrainedModel, sampling: Sampling) -> dict[str, Any]:
+    """Return what determines sample i of a trained model, to be noted with the samples."""
+    return {
+        "run_id": trained.columns["run_id"],
+        "images_seen": trained.images_seen,
+        "ema": trained.ema,
+        "sampler": sampling.canonical(),
+        "seed": sampling.seed,
+    }
 
 
 def is_run(target: str) -> bool:
@@ -110,7 +127,7 @@ def load_trained(checkpoint: str, ema: str, experiment: Experiment) -> TrainedMo
         images_seen,
         columns,
         run_folder,
-        ck.ema_name(ema),
+        ema_name(ema),
     )
 
 

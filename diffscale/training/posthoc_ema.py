@@ -10,7 +10,7 @@ import torch
 
 from diffscale.core import storage
 from diffscale.core.errors import UserError
-from diffscale.records.schema import Record, higher_is_better
+from diffscale.records.schema import Record, rank
 from diffscale.training.checkpoint import layout as ck
 from diffscale.training.checkpoint.tensors import CheckpointDamaged, groups_in, read_group, write_group
 from diffscale.training.ema import exponent, profile_error, profile_name, reconstruct
@@ -87,9 +87,8 @@ def sweep(
 
 
 def best_of(records: Sequence[Record]) -> Record:
-    """Return the record with the best value. All are of one metric."""
-    choose = max if higher_is_better(records[0].metric) else min
-    return choose(records, key=lambda record: record.value)
+    """Return the record with the best value; one that is not finite is the worst. All are of one metric."""
+    return min(records, key=lambda record: rank(record.metric, record.value))
 
 
 def _stored(checkpoints: list[str]) -> list[tuple[float, int, str]]:

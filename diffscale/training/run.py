@@ -116,9 +116,10 @@ def prepare(experiment: Experiment) -> tuple[Dataset, Cost]:
         build_solver,
         open_training_data,
     )
-    from diffscale.evaluation import parse_metric  # import cost
+    from diffscale.evaluation.metrics.registry import check_counts, parse_metric  # import cost
+    from diffscale.evaluation.sampling import check_sampling, sampling_of_settings  # import cost
     from diffscale.models.cost import count_cost  # import cost
-    from diffscale.training.ema import ema_name  # import cost
+    from diffscale.training.ema import check_average  # import cost
     from diffscale.training.optimizer import check_name  # import cost
 
     batch = experiment.train.global_batch
@@ -133,13 +134,12 @@ def prepare(experiment: Experiment) -> tuple[Dataset, Cost]:
     build_solver(experiment)
     _refuse_unsupported(experiment)
     check_name(experiment.optim.name)
-    for metric in experiment.eval.metrics:
-        parse_metric(metric)
-    try:
-        ema_name(experiment.eval.ema)
-    except ValueError as error:
-        raise UserError(setting="eval.ema", value=experiment.eval.ema, expected=str(error)) from None
+    metrics, images = [parse_metric(name) for name in experiment.eval.metrics], experiment.eval.n_reference or dataset.n
+    check_counts(metrics, experiment.eval.n_generated, min(images, dataset.n))
+    check_average(experiment)
     classes = experiment.num_classes(dataset)
+    if experiment.eval.n_generated:
+        check_sampling(sampling_of_settings(experiment.eval, build_solver(experiment), 1), [1] * classes)
     cost = count_cost(lambda: build_model(experiment, dataset), dataset.resolution, dataset.channels, classes)
     return dataset, cost
 
@@ -181,7 +181,7 @@ def _finished_at(experiment: Experiment, folder: str, cost: Cost) -> int | None:
     """Return the images seen of a run whose newest checkpoint used the budget and that lacks no evaluation."""
     from diffscale.training.checkpoint.layout import list_checkpoints, read_state  # import cost
     from diffscale.training.checkpoint.tensors import CheckpointDamaged  # import cost
-    from diffscale.training.checkpoint_evaluation import missing_points  # import cost
+    from diffscale.training.own_records import missing_points  # import cost
     from diffscale.training.plan import make_plan  # import cost
 
     plan = make_plan(experiment, cost.flops_per_image)
@@ -199,7 +199,7 @@ def _finished_at(experiment: Experiment, folder: str, cost: Cost) -> int | None:
 
 def _check_evaluations(outcome: Outcome, spec: RunSpec) -> Outcome:
     """Return the outcome of a run that trained to the end: "evaluation" if a separate task failed."""
-    from diffscale.training.checkpoint_evaluation import missing_points  # import cost
+    from diffscale.training.own_records import missing_points  # import cost
     from diffscale.training.plan import make_plan  # import cost
 
     points = make_plan(spec.experiment, spec.cost.flops_per_image).points

@@ -30,7 +30,6 @@ from diffscale.models.cost import Cost
 from diffscale.records.schema import Record
 from diffscale.training.checkpoint import layout as ck
 from diffscale.training.checkpoint import saver as saving
-from diffscale.training.checkpoint_evaluation import RunEvaluations, record_columns
 from diffscale.training.control import REASONS, SIGNAL, StopRequests, Watchdog
 from diffscale.training.fit import after_out_of_memory, fitted
 from diffscale.training.learner import Learner, Step
@@ -38,6 +37,8 @@ from diffscale.training.metrics_log import History, Interval, Listener, MetricsL
 from diffscale.training.numerics import Numerics, settle_numerics
 from diffscale.training.parallel import World, shard
 from diffscale.training.plan import make_plan
+from diffscale.training.record_columns import record_columns
+from diffscale.training.run_evaluations import RunEvaluations
 from diffscale.training.spec import Outcome, Reason
 
 log = logging.getLogger(__name__)

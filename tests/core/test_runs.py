@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -51,3 +52,13 @@ def test_command(runs: Path) -> None:
     missing = run("nowhere")
     assert missing.returncode == 2
     assert "STORAGE" in missing.stderr
+
+
+def test_the_best_of_a_run_is_of_its_own_evaluations(tmp_path: Path) -> None:
+    """A value of 300 samples was the best of a run that evaluates 32, and nan could be the best of any."""
+    folder = tmp_path / "runs" / "run"
+    for day, value, n in ((1, 9.0, 32), (2, math.nan, 32), (3, 8.0, 32), (4, 1.0, 300)):
+        created = f"2026-01-0{day}T00:00:00+00:00"
+        write_record(str(folder), make(images_seen=day, value=value, n_generated=n, created=created))
+    (found,) = list_runs(str(tmp_path))
+    assert found.best == 8.0

@@ -27,12 +27,13 @@ from diffscale.models.cost import count_cost
 from diffscale.records.store import read_records
 from diffscale.training.checkpoint import layout as ck
 from diffscale.training.checkpoint import saver as saving
-from diffscale.training.checkpoint_evaluation import CheckpointEvaluator, record_columns
+from diffscale.training.checkpoint_evaluation import CheckpointEvaluator
 from diffscale.training.evaluate_runs import evaluate_run
 from diffscale.training.learner import Learner
 from diffscale.training.load import list_targets, settings_of_run
 from diffscale.training.numerics import Numerics
 from diffscale.training.parallel import World
+from diffscale.training.record_columns import record_columns
 
 from .conftest import pictures, write_dataset
 
@@ -230,7 +231,7 @@ def test_statistics_of_another_network_are_refused(folders, own_cache, tmp_path)
 def test_folders_that_cannot_be_compared_are_refused(folders, own_cache, tmp_path):
     images, reference = folders
     Image.new("RGB", (9, 9)).save(images / "odd.png")
-    with pytest.raises(UserError, match="one size"):
+    with pytest.raises(UserError, match=r"odd\.png is 9 x 9"):
         evaluate_folder(str(images), str(reference), [FD])
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="a folder with images"):
@@ -257,7 +258,9 @@ def test_classes_and_the_nearest_pictures_of_images_on_disk(folders, own_cache, 
 
 def test_options_of_sampling_are_refused_for_images_on_disk(folders, own_cache):
     images, reference = folders
-    for option in (["eval.n_generated=7"], ["--n", "7"], ["--solver", "ddim"], ["--ema", "none"], ["--keep", "there"]):
+    options = [["eval.n_generated=7"], ["--n", "7"], ["--solver", "ddim"], ["--ema", "none"], ["--keep", "there"]]
+    options += [["--labels", "2"], ["--precision", "bf16"], ["--checkpoint", "all"]]
+    for option in options:
         with pytest.raises(UserError, match="are not sampled"):
             call(evaluate.app, str(images), *option, "--reference", str(reference), "--metrics", FD)
 
@@ -271,10 +274,5 @@ def test_a_folder_whose_evaluation_was_interrupted_is_not_read_twice(folders, ow
         evaluate_folder(str(images), str(reference), [FD])
     monkeypatch.undo()
     monkeypatch.setenv("DIFFSCALE_CACHE", str(own_cache))
-    read = FileSource.images
-
-    def only_the_size(source, first, last):
-        return read(source, first, last) if (first, last) == (0, 1) else pytest.fail("again")
-
-    monkeypatch.setattr(FileSource, "images", only_the_size)
+    monkeypatch.setattr(FileSource, "images", lambda *a: pytest.fail("again"))
     assert evaluate_folder(str(images), str(reference), [FD]) == whole

@@ -225,23 +225,26 @@ def folder_with(tmp_path, data: bytes):
     "data", [bomb_png(100_000, 100_000), bomb_png(13_000, 13_000), b"", b"\x89PNG\r\n\x1a\n", b"GIF89a"]
 )
 def test_image_bombs_and_damaged_images_in_a_folder_are_named(tmp_path, data):
-    from diffscale.evaluation.image_sources import FileSource
+    from diffscale.evaluation.image_sources import open_images
 
-    source = FileSource.open(folder_with(tmp_path, data))
-    with pytest.raises(UserError) as error:
+    def read() -> None:
+        source = open_images(str(folder_with(tmp_path, data)), tmp_path / "work")
         source.images(0, source.n)
+
+    with pytest.raises(UserError) as error:
+        read()
     assert "b.png" in str(error.value)
 
 
 def test_a_folder_archive_with_pickled_or_wrong_arrays_is_refused(tmp_path, trap):
-    from diffscale.evaluation.image_sources import FileSource
+    from diffscale.evaluation.image_sources import open_images
 
     for array in (np.array([trap], dtype=object), np.zeros(3), np.zeros((2, 4, 4, 3))):
         with pytest.raises(UserError):
-            FileSource.open(npz(tmp_path / "samples.npz", arr_0=npy(array)))
+            open_images(str(npz(tmp_path / "samples.npz", arr_0=npy(array))), tmp_path / "work")
     (tmp_path / "samples.npz").write_bytes(b"PK\x03\x04 damaged")
     with pytest.raises(UserError):
-        FileSource.open(tmp_path / "samples.npz")
+        open_images(str(tmp_path / "samples.npz"), tmp_path / "work")
 
 
 # ---- secrets

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from diffscale.config.factory import build_diffusion
+from diffscale.config.factory import build_diffusion, build_model, open_training_data
 from diffscale.data import Dataset
 from diffscale.models.cost import Cost
 from diffscale.records.schema import Record
-from diffscale.records.store import read_records
+from diffscale.records.store import read_records, write_record
 from diffscale.training import evaluate_runs, posthoc_ema
-from diffscale.training.checkpoint_evaluation import CheckpointEvaluator, RunEvaluations, evaluated_points
+from diffscale.training.checkpoint import layout as ck
+from diffscale.training.checkpoint.tensors import CheckpointDamaged, read_group, write_group
+from diffscale.training.checkpoint_evaluation import CheckpointEvaluator
 from diffscale.training.evaluate_runs import EvaluateOptions, evaluate_run
 from diffscale.training.numerics import Numerics
+from diffscale.training.own_records import evaluated_points, is_own
 from diffscale.training.parallel import World
+from diffscale.training.run_evaluations import RunEvaluations
 from diffscale.training.trainer import Trainer
+from tests.support.run_records import own_record
 
 from .small import BATCH, experiment
 
@@ -108,11 +114,12 @@ def test_the_best_checkpoints_follow_the_direction_of_the_metric(
         build_diffusion(e, dataset),
         World(),
         Numerics(),
-        values,
+        {},
         submit=None,
         on_records=lambda images, records: False,
         stop_requested=lambda: False,
     )
+    evaluations.values.update(values)
     assert evaluations.retain([10, 20, 30], []) == {best}
 
 
@@ -121,3 +128,75 @@ def test_values_of_other_settings_do_not_count_as_the_run_s_own(run: str, in_thi
     own = next(r for r in read_records([run]) if r.metric == "fd_efficientnet_lite0" and r.ema == "halflife")
     evaluate_run(run, ["eval.n_generated=32"], EvaluateOptions(labels="balanced"))
     assert evaluated_points(run, experiment("/tmp", name="enlarged", eval=EVALUATED)) == {images: own.value}
+
+
+OTHER: dict[str, dict[str, Any]] = {
+    "number of samples": {"n_generated": 32},
+    "sampler": {"sampler": "{}"},
+    "average": {"ema": "none"},
+    "seed": {"sample_seed": 1},
+    "reference": {"reference": "other", "reference_file": "published.npz"},
+    "resolution": {"eval_resolution": 64},
+    "number of references": {"reference": "fewer", "settings": {"eval.n_reference": 7}},
+}
+
+
+@pytest.mark.parametrize("change", OTHER.values(), ids=OTHER.keys())
+def test_only_the_own_evaluation_of_a_run_is_its_value(tmp_path: Path, change: dict[str, Any]) -> None:
+    e = experiment(tmp_path, eval=EVALUATED)
+    assert is_own(own_record(e, 5.0), e)
+    write_record(str(tmp_path), own_record(e, 1.0, images_seen=10, **change))
+    assert str(evaluated_points(str(tmp_path), e)) == "{10: nan}"
+    write_record(str(tmp_path), own_record(e, 5.0, images_seen=10))
+    assert evaluated_points(str(tmp_path), e) == {10: 5.0}
+
+
+def test_a_value_of_an_earlier_launch_under_other_settings_is_done_but_never_the_best(
+    tmp_path: Path, shared_storage: Path, dataset: Dataset
+) -> None:
+    """Its settings of evaluation had changed between the launches; 1.0 is of another number of samples."""
+    settings = {"keep_best": 1, "keep_points": False}
+    e = experiment(shared_storage, train={"checkpoint": settings}, eval=EVALUATED)
+    write_record(str(tmp_path), own_record(e, 1.0, images_seen=10, n_generated=32))
+    write_record(str(tmp_path), own_record(e, 5.0, images_seen=20))
+    evaluations = RunEvaluations(
+        e,
+        str(tmp_path),
+        dataset,
+        build_diffusion(e, dataset),
+        World(),
+        Numerics(),
+        {10: 1.0, 20: 5.0},
+        submit=None,
+        on_records=lambda images, records: False,
+        stop_requested=lambda: False,
+    )
+    assert evaluations.retain([10, 20], []) == {20}
+    assert set(evaluations.values) == {10, 20}
+
+
+def test_a_later_evaluation_records_its_own_settings(run: str, in_this_process: None) -> None:
+    """The number of samples in `settings` was that of the training before, whatever was evaluated."""
+    options = EvaluateOptions(averages=("0.1",), solvers=("ddim,steps=2",))
+    (record, *_) = evaluate_run(run, ["eval.n_generated=48", "eval.n_heldout=16", "eval.seed=3"], options)
+    told = {key: record.settings[f"eval.{key}"] for key in ("n_generated", "n_heldout", "seed", "ema", "solver.steps")}
+    assert told == {"n_generated": 48, "n_heldout": 16, "seed": 3, "ema": "std0.100", "solver.steps": 2}
+    assert (record.n_generated, record.n_heldout, record.sample_seed, record.ema) == (48, 16, 3, "std0.100")
+    every, *_ = evaluate_run(run, ["eval.n_generated=48", "eval.seed=3"], options)
+    assert every.record_id != record.record_id
+    assert (every.value, every.value_heldout) == (record.value, pytest.approx(every.value_heldout))
+    assert every.value_heldout != record.value_heldout
+
+
+def test_a_checkpoint_whose_average_lacks_a_parameter_is_damaged(run: str, tmp_path: Path) -> None:
+    """The weights of training took the place of what lacked before."""
+    place = Path(shutil.copytree(run, tmp_path / "run"))
+    checkpoint = ck.list_checkpoints(str(place))[-1]
+    group = {name: tensor.clone() for name, tensor in read_group(checkpoint, "ema/halflife").items()}
+    name = sorted(group)[0]
+    write_group(checkpoint, "ema/halflife", {key: t for key, t in group.items() if key != name}, {}, 0, 1)
+    settings = ck.read_experiment(checkpoint)
+    model = build_model(settings, open_training_data(settings))
+    with pytest.raises(CheckpointDamaged, match=name):
+        ck.load_weights(model, checkpoint, "halflife")
+    ck.load_weights(model, checkpoint, "none")

@@ -1,12 +1,19 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 from diffscale.config.experiment import EmaSettings
+from diffscale.config.load import load_experiment, preset_names
+from diffscale.core.errors import UserError
 from diffscale.training.ema import (
     Ema,
+    check_average,
     ema_name,
     exponent,
     halflife_beta,
@@ -86,3 +93,54 @@ def test_names() -> None:
     assert ema_name("std0.100") == "std0.100"
     with pytest.raises(ValueError, match="relative width"):
         ema_name("half")
+
+
+def test_an_average_that_is_not_tracked_is_no_average() -> None:
+    """The weights of training took its place before, under its name."""
+    ema = Ema(nn.Linear(2, 1), EmaSettings(power=(0.1,)))
+    assert set(ema.average("halflife")) == {"weight", "bias"}
+    with pytest.raises(UserError, match=r"one of: none, halflife, std0\.100"):
+        ema.average("std0.050")
+
+
+@pytest.mark.parametrize(
+    ("ema", "tracked", "refused"),
+    [
+        ("none", {"halflife_fraction": None}, False),
+        ("halflife", {}, False),
+        ("halflife", {"halflife_fraction": None, "halflife_images": 640}, False),
+        ("halflife", {"halflife_fraction": None, "power": [0.05]}, True),
+        ("std0.05", {}, True),
+        ("0.05", {"power": [0.05, 0.1]}, False),
+        ("0.07", {"power": [0.05, 0.1]}, True),
+        ("half", {}, True),
+    ],
+)
+def test_evaluating_an_average_that_training_does_not_track_is_refused(
+    ema: str, tracked: dict[str, object], refused: bool
+) -> None:
+    e = load_experiment(
+        "quickstart-unet", [f"eval.ema={ema}", *(f"train.ema.{k}={_yaml(v)}" for k, v in tracked.items())]
+    )
+    if not refused:
+        check_average(e)
+        return
+    with pytest.raises(UserError, match=r"eval\.ema"):
+        check_average(e)
+
+
+def test_dry_run_refuses_it_with_exit_code_2(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "diffscale.train", "quickstart-unet", "eval.ema=std0.05", f"storage={tmp_path}"]
+    run = subprocess.run([*command, "--dry-run"], capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 2, run.stderr
+    assert "eval.ema" in run.stderr + run.stdout
+    assert "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize("name", preset_names("presets"))
+def test_every_preset_evaluates_weights_that_it_tracks(name: str) -> None:
+    check_average(load_experiment(name, []))
+
+
+def _yaml(value: object) -> str:
+    return "null" if value is None else str(value)

@@ -8,8 +8,9 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -64,6 +65,22 @@ class Preparation:
         """Return the choices as the manifest notes them."""
         return {**asdict(self), "background": list(self.background), "reducing_gap": None, "exif": "applied"}
 
+    @classmethod
+    def of(cls, recorded: Mapping[str, Any], channels: int) -> Preparation:
+        """Return the choices that a manifest notes. Raises ValueError for one that no build has written.
+
+        channels: of the dataset. A dataset that notes no choices, such as one of samples, was neither cropped nor
+        resized.
+        """
+        known = {field.name for field in fields(cls)}
+        choices = {name: value for name, value in recorded.items() if name in known}
+        background = tuple(choices.get("background", cls.background))
+        made = cls(**{"crop": "none", **choices, "background": background, "channels": channels})
+        shades = len(background) == 3 and all(isinstance(shade, int) and 0 <= shade <= 255 for shade in background)
+        if made.crop not in ("center", "none") or made.filter not in FILTERS or channels not in (1, 3) or not shades:
+            raise ValueError(f"its images were made by {dict(recorded)}, {channels} channels")
+        return made
+
 
 @dataclass(frozen=True)
 class Decoded:
@@ -77,6 +94,43 @@ class Decoded:
     image: Image.Image
     lossy: bool
     plain: bool
+
+
+class Header(NamedTuple):
+    """What the first bytes of an image file say.
+
+    width, height: in pixels, as stored
+    lossy: its format lost information
+    grey: it has luminance only
+    """
+
+    width: int
+    height: int
+    lossy: bool
+    grey: bool
+
+
+def read_header(data: Any) -> Header:
+    """Read the header of an encoded image without its pixels, or what it would be of an array (H, W[, C]).
+
+    Raises ImageError for a file that is not an image."""
+    if isinstance(data, np.ndarray):
+        return Header(data.shape[1], data.shape[0], False, data.ndim == 2 or data.shape[2] == 1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data)) as image:
+                grey = image.mode in ("1", "L", "I", "F") or image.mode.startswith("I;16")
+                return Header(*image.size, is_lossy(image, bytes(data[:4096])), grey)
+    except DECODE_ERRORS as error:
+        raise ImageError(f"not an image, or its header is damaged ({type(error).__name__})") from None
+
+
+def decode(data: Any, preparation: Preparation) -> Decoded:
+    """Decode a source's image: the bytes of a file, or pixels (H, W[, C]) uint8. Raises ImageError."""
+    if isinstance(data, np.ndarray):
+        return Decoded(from_array(data, preparation), False, False)
+    return open_image(bytes(data), preparation)
 
 
 def open_image(data: bytes, preparation: Preparation) -> Decoded:
@@ -116,26 +170,6 @@ def from_array(pixels: NDArray[Any], preparation: Preparation) -> Image.Image:
     if flat.dtype != np.uint8 or flat.ndim not in (2, 3) or (flat.ndim == 3 and flat.shape[2] not in (3, 4)):
         raise ImageError(f"it is {pixels.dtype} {pixels.shape} instead of uint8 (H, W, C)")
     return to_mode(Image.fromarray(np.ascontiguousarray(flat)), preparation)
-
-
-def is_grey(data: Any) -> bool:
-    """Return whether an array or encoded image has luminance only."""
-    return read_header(data)[0]
-
-
-def read_header(data: Any) -> tuple[bool, bool, int]:
-    """Return (luminance only, stored lossily, shorter side in pixels) of an array or encoded image.
-
-    Pixels are not decoded. An image without a readable header gives (False, False, 0)."""
-    if isinstance(data, np.ndarray):
-        return data.ndim == 2 or data.shape[2] == 1, False, min(data.shape[:2])
-    try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as image:
-            warnings.simplefilter("ignore")
-            grey = image.mode in ("1", "L", "I", "F") or image.mode.startswith("I;16")
-            return grey, is_lossy(image, bytes(data[:4096])), min(image.size)
-    except DECODE_ERRORS:
-        return False, False, 0
 
 
 def is_lossy(image: Image.Image, data: bytes) -> bool:

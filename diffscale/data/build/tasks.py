@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from diffscale.core import storage
 from diffscale.data.build import decode
-from diffscale.data.build.decode import Decoded, ImageError, Preparation
+from diffscale.data.build.decode import ImageError, Preparation
 from diffscale.data.build.items import Item, SourceUnit
 from diffscale.data.build.sources import read_unit
 from diffscale.data.format.manifest import Layout
@@ -197,13 +197,8 @@ def prepare(data: Any, plan: BuildPlan) -> tuple[dict[int, tuple[Any, Any]], boo
     """
     if plan.dtype != "uint8":
         return _prepare_latent(data, plan), False
-    raw = None
-    if isinstance(data, np.ndarray):
-        image = decode.from_array(data, plan.preparation)
-        decoded = Decoded(image, False, False)
-    else:
-        raw = bytes(data)
-        decoded = decode.open_image(raw, plan.preparation)
+    raw = None if isinstance(data, np.ndarray) else bytes(data)
+    decoded = decode.decode(data if raw is None else raw, plan.preparation)
     prepared: dict[int, tuple[Any, Any]] = {}
     for side in plan.resolutions:
         try:

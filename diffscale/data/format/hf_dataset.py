@@ -19,6 +19,7 @@ import json
 import logging
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -207,7 +208,7 @@ class TableDataset(Dataset):
         else:
             decoded = decode.open_image(bytes(data), self._preparation)
             image, converted = decoded.image, not decoded.plain
-        if self.channels == 1 and self.choices.channels is None and converted and not decode.is_grey(data):
+        if self.channels == 1 and self.choices.channels is None and converted and not decode.read_header(data).grey:
             raise UserError(
                 setting="data.channels",
                 value=None,
@@ -263,17 +264,24 @@ class TableDataset(Dataset):
             _, self.channels, self.resolution = self.tables.latents
             self.lossy, self._preparation = False, PREPARATION
         else:
-            headers = [decode.read_header(data) for data in self._some(SAMPLED) if data is not None]
-            grey = bool(headers) and all(is_grey for is_grey, _, _ in headers)
+            headers = list(self._headers())
+            grey = bool(headers) and all(header.grey for header in headers)
             self.channels = train.channels if train else self.choices.channels or (1 if grey else 3)
             self._preparation = Preparation(upsample=True, channels=1 if self.channels == 1 else 3)
-            self.lossy = any(lossy for _, lossy, _ in headers)
-            side = train.resolution if train else next((side for _, _, side in headers if side), 64)
+            self.lossy = any(header.lossy for header in headers)
+            side = train.resolution if train else next((min(h.width, h.height) for h in headers), 64)
             self.resolution = self.fixed_resolution or side
         self.mean, self.std = [0.0] * self.channels, [0.0] * self.channels
         sample = self.gather(self._spread(SAMPLED))[0].double()
         axes = (0, 2, 3) if self.is_latent else (0, 1, 2)
         self.mean, self.std = sample.mean(axes).tolist(), sample.std(axes, correction=0).tolist()
+
+    def _headers(self) -> Iterator[decode.Header]:
+        """Yield the headers of some images. One that cannot be read is refused when it is used."""
+        for data in self._some(SAMPLED):
+            with suppress(ImageError):
+                if data is not None:
+                    yield decode.read_header(data)
 
     def _spread(self, count: int) -> NDArray[np.int64]:
         """Return rows spread over at most four groups: opening a Parquet dataset must read little."""

@@ -16,6 +16,9 @@ from diffscale.evaluation.feature_store import select_rows
 from diffscale.evaluation.metrics.device import to_metric_device
 from diffscale.evaluation.metrics.statistics import Float64, Moments, moments_of
 
+NEGATIVE = 1e-3
+"""Share of the largest eigenvalue below which a negative one of a covariance counts as rounding."""
+
 
 @dataclass(frozen=True)
 class Root:
@@ -35,8 +38,11 @@ class Root:
 
     @classmethod
     def of(cls, reference: Moments) -> Root:
+        """Return the root of a reference. Raises ValueError if its covariance has an eigenvalue well below 0."""
         rank = _rank(reference)
         values, vectors = torch.linalg.eigh(to_metric_device(reference.covariance))
+        if values[0] < -NEGATIVE * values[-1].clamp(min=0):
+            raise ValueError(f"the covariance has the eigenvalue {float(values[0]):.3g}, and none is negative")
         values, vectors = values[-rank:].clamp(min=0), vectors[:, -rank:]
         root = (vectors * values.sqrt()) @ vectors.T
         return cls(reference.mean, root.cpu().numpy(), float(np.trace(reference.covariance)), rank)

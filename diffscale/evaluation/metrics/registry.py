@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ from numpy.typing import NDArray
 
 from diffscale.core.errors import UserError
 from diffscale.core.text import nearest as nearest_name
-from diffscale.evaluation.distribute import LABELS, View
+from diffscale.evaluation.distribute import FINITE, LABELS, View
 from diffscale.evaluation.feature_store import FeatureStore, select_rows
 from diffscale.evaluation.metrics.distances import (
     Root,
@@ -27,8 +29,14 @@ from diffscale.evaluation.reference import Reference
 KINDS = ("fd", "fd_inf", "kid", "precision", "recall", "f_score", "density", "coverage", "sfid", "is")
 INCEPTION_NAMES = {"fid": "fd", "fid_inf": "fd_inf"}
 ALIASES = {"inception_score": "is"}
+NEIGHBOURS = KINDS[3:8]  # metrics of nearest neighbours, which need more images than neighbours
 #: Fewest samples for which each kind has a value.
-LEAST = {"fd": 2, "sfid": 2, "fd_inf": 30, "kid": 2, "is": 10} | dict.fromkeys(KINDS[3:8], 6)
+LEAST = {"fd": 2, "sfid": 2, "fd_inf": 30, "kid": 2, "is": 10} | dict.fromkeys(NEIGHBOURS, 6)
+#: Fewest reference images.
+LEAST_REFERENCE = {"fd": 2, "sfid": 2, "fd_inf": 2, "kid": 2, "is": 2} | dict.fromkeys(NEIGHBOURS, 6)
+LEAST_HELDOUT = 2
+#: Metrics that statistics of the reference images do not answer.
+NEED_FEATURES = ("kid", *NEIGHBOURS)
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,41 @@ def parse_metric(name: str) -> Metric:
     raise UserError(setting="eval.metrics", value=name, expected=expected)
 
 
+def recorded_name(name: str, resize: str) -> str:
+    """Return the name under which a metric of the settings is recorded. resize: `eval.resize`."""
+    return _with_resize(parse_metric(name).name, resize)
+
+
+def _with_resize(name: str, resize: str) -> str:
+    return name if resize == "default" else f"{name}_{resize}"
+
+
+def check_counts(
+    metrics: Iterable[Metric],
+    generated: int,
+    reference: int | None,
+    settings: tuple[str, str] = ("eval.n_generated", "eval.n_reference"),
+) -> None:
+    """Raise UserError that says what a metric needs if there are too few samples or reference images for it.
+
+    generated: samples; 0 evaluates nothing.
+    reference: images; None where a file of statistics stands for them.
+    settings: where the two numbers come from.
+    """
+    for metric in metrics:
+        for setting, count, least, what in (
+            (settings[0], generated, LEAST[metric.kind], "images to evaluate"),
+            (settings[1], reference, LEAST_REFERENCE[metric.kind], "reference images"),
+        ):
+            if count is not None and count < least and generated:
+                raise UserError(
+                    setting=setting,
+                    value=count,
+                    expected=f"at least {least} {what} for {metric.name}",
+                    fix="more images, or other metrics",
+                )
+
+
 @dataclass(frozen=True)
 class Measurement:
     """One metric of one evaluation: the columns of a Record that the evaluation determines."""
@@ -81,6 +124,9 @@ class Measurement:
     reference: str
     n_generated: int
     n_reference: int
+    reference_file: str | None = None
+    heldout: str | None = None
+    n_heldout: int | None = None
     value_low: float | None = None
     value_high: float | None = None
     value_heldout: float | None = None
@@ -104,26 +150,32 @@ def measure(
 ) -> list[Measurement]:
     """Return the metric's value with its interval and warnings; `kid` and `is` have a second row, `<name>_std`.
 
+    The value is nan if a sample is not finite, because the network diverged.
+
     rows, label: for one class only: the samples at these rows against the reference images of this label.
     """
     features = generated[view.column(metric.outputs[0])]
     if rows is not None:
         features = select_rows(features, rows)
     n = len(features)
-    name = metric.name if view.resize == "default" else f"{metric.name}_{view.resize}"
+    name = _with_resize(metric.name, view.resize)
     if label is not None:
         name = f"{name}[{label}]"
     n_reference = reference.n if label is None else int((reference.labels() == label).sum())
     kind, low, high, value_heldout, spread = metric.kind, None, None, None, None
-    if kind in ("fd", "sfid"):
+    warning = _warnings(metric, features.shape[1], n, n_reference, reference)
+    broken = _not_finite(generated, rows)
+    if broken:
+        value = math.nan
+        warning = f"{broken} of {n} samples are not finite: the network diverged"
+    elif kind in ("fd", "sfid"):
         output = metric.outputs[0]
         if label is None:
             root = reference.root(output)
         else:
             root = Root.of(moments_of(_class_features(reference, label, output)))
         if len(root.mean) != features.shape[1]:
-            expected = f"statistics of {features.shape[1]} dimensions, those of {view.network}; it has {len(root.mean)}"
-            raise UserError(setting="reference", value=str(reference.file), expected=expected)
+            raise other_network(reference.file, view.network, features.shape[1], len(root.mean))
         value, low, high = frechet_interval(features, root)
         if heldout is not None and label is None:
             value_heldout = frechet_of_features(features, heldout.root(output))
@@ -144,7 +196,7 @@ def measure(
     made = Measurement(
         metric=name,
         value=float(value),
-        network=view.network,
+        network=view.recorded_network,
         resize=view.resize,
         eval_resolution=view.resolution,
         reference=reference.key,
@@ -153,12 +205,21 @@ def measure(
         value_low=_finite(low),
         value_high=_finite(high),
         value_heldout=value_heldout,
-        warning=_warnings(metric, features.shape[1], n, n_reference, reference),
+        reference_file=None if reference.file is None else reference.file.name,
+        heldout=None if heldout is None else heldout.key,
+        n_heldout=None if heldout is None else heldout.n,
+        warning=warning,
     )
     out = [made]
     if spread is not None and label is None:
         out.append(Measurement(**made.fields() | {"metric": f"{name}_std", "value": spread, "value_heldout": None}))
     return out
+
+
+def other_network(file: Path | None, network: str, need: int, have: int) -> UserError:
+    """Return the refusal of statistics whose dimensions are not those of the network's features."""
+    expected = f"statistics of {need} dimensions, those of {network}; it has {have}"
+    return UserError(setting="reference", value=str(file), expected=expected)
 
 
 LEAST_OF_CLASS = 8
@@ -182,7 +243,7 @@ def per_class(metric: Metric, view: View, generated: FeatureStore, reference: Re
 
 def memorised(view: View, generated: FeatureStore, reference: Reference, heldout: Reference | None) -> float | None:
     """Return the share of samples nearer to a training image than 1 % of unseen images; None without features."""
-    if not reference.has_features or reference.n < 3:
+    if not reference.has_features or reference.n < 3 or _not_finite(generated):
         return None
     return memorisation(generated[view.column()], reference.features(), reference.usual(heldout))
 
@@ -217,6 +278,14 @@ def views_of(metrics: Iterable[Metric], resolution: int, resize: str) -> dict[st
 def _class_features(reference: Reference, label: int | None, output: str = "features") -> NDArray:
     features = reference.features(output)
     return features if label is None else select_rows(features, np.flatnonzero(reference.labels() == label))
+
+
+def _not_finite(generated: FeatureStore, rows: NDArray | None = None) -> int:
+    """Return how many of the samples (at `rows`) are not finite."""
+    if FINITE not in generated:  # images that no model drew
+        return 0
+    finite = generated[FINITE][:] if rows is None else generated[FINITE][rows]
+    return int((finite == 0).sum())
 
 
 def _finite(value: float | None) -> float | None:

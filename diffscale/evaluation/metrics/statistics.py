@@ -103,21 +103,38 @@ def load_moments(path: Path, spatial: bool = False) -> Moments:
     """Read statistics from an .npz of diffscale, ADM or EDM: `mu` and `sigma`, for sFID ADM's `mu_s` and `sigma_s`.
 
     A file without the number of samples gets n = 0, which a record shows as unknown.
-    Raises UserError if the file is not an .npz of statistics; nothing in it is unpickled.
+    Raises UserError if the file is not an .npz of statistics or its numbers cannot be a mean and a covariance; nothing
+    in it is unpickled.
     """
     names = ("mu_s", "sigma_s") if spatial else ("mu", "sigma")
     try:
         with np.load(path, allow_pickle=False) as file:
             mean, sigma = (np.asarray(file[name], dtype=np.float64) for name in names)
             n = int(file["n"]) if "n" in file else 0
-    except UNREADABLE as error:
+    except (*UNREADABLE, OverflowError) as error:
         raise UserError(
             setting="reference",
             value=str(path),
             expected=f"an .npz with {names[0]} and {names[1]}",
             reason=type(error).__name__,
         ) from None
-    if mean.ndim != 1 or sigma.shape != (len(mean), len(mean)) or not np.isfinite(sigma).all():
-        expected = f"finite {names[0]} (d,) and {names[1]} (d,d)"
-        raise UserError(setting="reference", value=str(path), expected=expected)
+    if reason := _broken(mean, sigma, n):
+        expected = f"{names[0]} (d,), the mean, and {names[1]} (d,d), the covariance, of at least two images"
+        raise UserError(setting="reference", value=str(path), expected=expected, reason=reason)
     return Moments(n, mean, sigma * max(n - 1, 1))
+
+
+def _broken(mean: Float64, sigma: Float64, n: int) -> str:
+    """Return why the numbers cannot be statistics of n images (0: unknown), or an empty text."""
+    if mean.ndim != 1 or not len(mean) or sigma.shape != (len(mean), len(mean)):
+        return f"their shapes are {mean.shape} and {sigma.shape}"
+    if not np.isfinite(mean).all() or not np.isfinite(sigma).all():
+        return "they hold nan or infinity"
+    if n < 0 or n == 1:
+        return f"n is {n}"
+    scale = float(np.abs(sigma).max())
+    if not np.allclose(sigma, sigma.T, rtol=0, atol=1e-4 * scale):
+        return "the covariance is not symmetric"
+    if float(np.diagonal(sigma).min()) < -1e-4 * scale:
+        return "a variance is negative"
+    return ""

@@ -28,6 +28,7 @@ from diffscale.evaluation.networks.weights import (
     WeightsFile,
     given_file,
     load_weights,
+    own_weights,
     read_safetensors,
 )
 from diffscale.kernels.runtime import exact_float32
@@ -50,6 +51,7 @@ class Extractor:
     forward: Callable[[Tensor], dict[str, Tensor]]
     device: torch.device
     outputs: tuple[str, ...] = ("features",)  # also "logits" (for the Inception Score), "spatial" (for sFID)
+    weights: str = ""  # digits of a person's own file with weights (`own_weights`); empty for the published ones
     precision: torch.dtype = torch.float32
 
     @torch.inference_mode()
@@ -118,7 +120,9 @@ def create_extractor(
         return {"features": found.model((x - shift) / scale)}
 
     filter_name = RESIZES[resize] or found.filter_name
-    return Extractor(network, found.dim, found.size, filter_name, forward, device, precision=precision)
+    pretrained = network == DEFAULT_NETWORK or network in fidelity.NAMES
+    weights = own_weights(network, DINOV2.get(network, network), pretrained=pretrained)
+    return Extractor(network, found.dim, found.size, filter_name, forward, device, precision=precision, weights=weights)
 
 
 def _create(network: str) -> Network:
@@ -156,7 +160,10 @@ def _create_inception(
     def forward(x: Tensor) -> dict[str, Tensor]:
         return model(x, logits="logits" in outputs, spatial="spatial" in outputs)
 
-    return Extractor("inception", inception.DIM, inception.SIZE, filter_name, forward, device, outputs, precision)
+    weights = own_weights("inception", pretrained=True)
+    return Extractor(
+        "inception", inception.DIM, inception.SIZE, filter_name, forward, device, outputs, weights, precision
+    )
 
 
 def _place(model: nn.Module, size: int, device: torch.device) -> None:

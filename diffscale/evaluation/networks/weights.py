@@ -109,6 +109,20 @@ def given_file(*names: str) -> Path | None:
     return next((f for f in found if f.is_file() and f.stem in names), None)
 
 
+def own_weights(network: str, *others: str, pretrained: bool) -> str:
+    """Return 8 digits of the SHA-256 of a person's own file with weights of a network; empty for published weights.
+
+    Features of other weights are other features, though the network has the same name.
+
+    others: further names of the network's file.
+    pretrained: the network is a PretrainedWeights, for which `$DIFFSCALE_WEIGHTS` may name a file of any name.
+    """
+    given = os.environ.get(WEIGHTS, "")
+    place = Path(given) if given else None
+    file = place if pretrained and place is not None and place.is_file() else given_file(network, *others)
+    return sha256_of(file.read_bytes())[:8] if file is not None and file.suffix == ".safetensors" else ""
+
+
 def _candidates(place: Path, network: PretrainedWeights) -> Iterator[Path]:
     if not place.exists():
         raise UserError(setting=WEIGHTS, value=str(place), expected="a file or a folder of files that exists")

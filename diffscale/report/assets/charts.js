@@ -92,7 +92,7 @@ function drawCompute() {
   const shown = layout(AXES.find(([key]) => key === x)[1], facet.name, facet.log);
   Object.assign(shown.xaxis, logTicks(points.map((p) => p[x])));
   if (facet.log) Object.assign(shown.yaxis, logTicks(points.map((p) => p.value)));
-  const lowest = Math.min(...points.map((p) => p.value)), published = DATA.published.filter((p) => p.facet === state.facet);
+  const lowest = Math.min(...points.map((p) => p.value ?? Infinity)), published = DATA.published.filter((p) => p.facet === state.facet);
   if (x === "train_flops") shown.shapes = published.filter((p) => p.fid >= lowest / 1.5).map((p) => ({
     type: "line", xref: "paper", x0: 0.97, x1: 1, y0: p.fid, y1: p.fid, line: { color: "#9aa1a9", width: 2 },
     label: { text: safe(`${p.system} ${p.fid}`), font: { size: 10, color: "#777e86" }, textposition: "start", xanchor: "right" },

@@ -17,7 +17,7 @@ from diffscale.report.figures.isoflop import isoflop_figure
 from diffscale.report.figures.recipes import at_equal_compute, recipe_figure
 from diffscale.report.figures.sweep import against_nfe, heat_map, nfe_families
 from diffscale.report.stats.facets import is_distance
-from diffscale.report.stats.frontier import fair
+from diffscale.report.stats.frontier import fair, measured
 from diffscale.report.stats.isoflop import LOSS_GROUP, ends_with_loss
 
 MOST_FACETS = 12
@@ -45,7 +45,7 @@ def figures(analysis: Analysis) -> Iterator[tuple[str, Figure]]:
     main, seen = True, dict[str, int]()
     for facet in islice(analysis.facets.to_dict("records"), MOST_FACETS):
         key, title = facet["facet"], facet["title"]
-        points = fair(analysis.points[analysis.points["facet"] == key])
+        points = measured(fair(analysis.points[analysis.points["facet"] == key]))
         curves = [c for c in analysis.curves if c.facet == key]
         sides = {str(model): at_equal_compute(part) for model, part in points.groupby("model")}
         at_equal = {model: last for model, last in sides.items() if last is not None}

@@ -14,18 +14,19 @@ from diffscale.report.figures import style
 from diffscale.report.figures.curves import bands, extent, figure_and_axes, set_limits
 from diffscale.report.stats.facets import is_distance, metric_name
 from diffscale.report.stats.findings import flops, number
-from diffscale.report.stats.frontier import fair
+from diffscale.report.stats.frontier import fair, measured
 
 NO_COMMON_COMPUTE = "no common compute"
 
 
 def nfe_families(points: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     """Return (title, points) of checkpoints that were sampled with several numbers of steps, all else being equal."""
-    by = ["metric", "network", "resize", "eval_resolution", "n_generated", "n_reference", "endpoint", "dataset"]
-    points = fair(points)
+    by = ["metric", "network", "reference", "resize", "eval_resolution", "n_generated", "n_reference"]
+    by += ["guidance_scale", "endpoint", "dataset"]
+    points = measured(fair(points))
     points = points.assign(_sampler=points["sampler"].map(_without_steps))
     families = []
-    for _, part in points.groupby([*by, "guidance_scale"], sort=True):
+    for _, part in points.groupby(by, sort=True):
         if not is_distance(part["metric"].iloc[0]):
             continue
         counts = part.groupby(["recipe", "images_seen", "_sampler"])["nfe"].transform("nunique")

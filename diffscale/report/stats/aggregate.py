@@ -39,6 +39,7 @@ FIRSTS = [
     "forward_macs",
     "metric",
     "network",
+    "reference",
     "eval_resolution",
     "n_generated",
     "n_reference",
@@ -63,9 +64,9 @@ def transform(metric: str) -> tuple[Callable, Callable]:
 def aggregate(rows: pd.DataFrame) -> pd.DataFrame:
     """Return one row for each (facet, recipe, images_seen).
 
-    `value` is the mean over seeds (geometric for distances), `value_low`/`value_high` its 95 % t-interval, `se` the
-    standard error and `spread` the standard deviation of a single seed, both on the scale of `transform`; `df` are
-    the degrees of freedom. `noise` says what the interval holds:
+    `value` is the mean over seeds (geometric for distances), nan if one of them diverged. `value_low`/`value_high` is
+    its 95 % t-interval, `se` the standard error and `spread` the standard deviation of a single seed, both on the scale
+    of `transform`; `df` are the degrees of freedom. `noise` says what the interval holds:
 
     - `seeds`: the spread between seeds, pooled over all replicated points of the same backbone in the facet. A point
       with one seed gets its interval from points with more. Never less than the noise of the evaluation itself.
@@ -89,11 +90,11 @@ def _aggregate_metric(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
             / (2 * NORMAL_95),
         )
     cell = ["facet", "recipe", "images_seen"]
-    per_run = measured.groupby([*cell, "run_id"], sort=False).agg(_y=("_y", "mean"), _evaluation=("_evaluation", "max"))
+    per_run = measured.groupby([*cell, "run_id"], sort=False).agg(_y=("_y", _mean), _evaluation=("_evaluation", "max"))
     runs = per_run.reset_index().groupby(cell, sort=True)
     points = runs.agg(
         seeds=("_y", "size"),
-        _y=("_y", "mean"),
+        _y=("_y", _mean),
         _s2=("_y", "var"),
         _evaluation=("_evaluation", "mean"),
         runs=("run_id", lambda ids: " ".join(sorted(ids))),
@@ -102,6 +103,11 @@ def _aggregate_metric(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
     points = points.join(grouped[MEANS].mean()).join(grouped[FIRSTS].first()).reset_index()
     points["value"] = backward(points["_y"])
     return _with_intervals(points, backward).drop(columns=["_y", "_s2", "_evaluation"])
+
+
+def _mean(values: pd.Series) -> float:
+    """Return the mean, which is nan if a value is: pandas would leave a diverged seed out."""
+    return float(values.mean(skipna=False))
 
 
 def _with_intervals(points: pd.DataFrame, backward: Callable) -> pd.DataFrame:
@@ -125,7 +131,7 @@ def _with_intervals(points: pd.DataFrame, backward: Callable) -> pd.DataFrame:
 
 def _pooled_variances(points: pd.DataFrame) -> dict[tuple[Hashable, Hashable], tuple[float, int]]:
     """Return the variance between seeds and its degrees of freedom, by (facet, model) and by (facet, None)."""
-    replicated = points[points["seeds"] > 1]
+    replicated = points[(points["seeds"] > 1) & points["_y"].notna()]
     freedom = replicated["seeds"] - 1
     parts = pd.DataFrame(
         {"facet": replicated["facet"], "model": replicated["model"], "ss": replicated["_s2"] * freedom, "df": freedom}

@@ -41,7 +41,7 @@ FLOPS_TOLERANCE_PERCENT = 0.5
 def compare(old: Iterable[Record], new: Iterable[Record]) -> pd.DataFrame:
     """Compare each point (facet, recipe, images_seen) that both sides have. Verdicts, worst first:
 
-    - `regression`: the 95 % intervals do not touch and NEW is worse.
+    - `regression`: the 95 % intervals do not touch and NEW is worse, or NEW alone diverged (its value is nan).
     - `costs more`: training on one image takes more FLOPs than before.
     - `noise unknown`: one evaluation on each side without an interval; only the change is shown.
     - `improvement`, `same within noise`.
@@ -118,12 +118,17 @@ def _row(key: tuple, old: pd.Series, new: pd.Series) -> dict[str, object]:
 
 
 def _verdict(old: pd.Series, new: pd.Series, flops_change: float) -> str:
+    lost, had = pd.isna(new["value"]), pd.notna(old["value"])
+    if lost and had:
+        return "regression"
     higher = higher_is_better(new["metric"])
     down, up = new["value_high"] < old["value_low"], new["value_low"] > old["value_high"]
     if down if higher else up:
         return "regression"
     if flops_change > FLOPS_TOLERANCE_PERCENT:
         return "costs more"
+    if not had:
+        return "same within noise" if lost else "improvement"
     if new["noise"] == "unknown" or old["noise"] == "unknown":
         return "same within noise" if new["value"] == old["value"] else "noise unknown"
     return "improvement" if (up if higher else down) else "same within noise"

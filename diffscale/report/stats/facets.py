@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from diffscale.core.hashing import identify
@@ -70,7 +71,8 @@ def to_rows(records: Iterable[Record]) -> pd.DataFrame:
     if rows.empty:
         return rows.assign(facet=[], recipe=[], recipe_label=[])
     for name in NUMBERS:
-        rows[name] = pd.to_numeric(rows[name], errors="coerce").astype(float)
+        numbers = pd.to_numeric(rows[name], errors="coerce").astype(float)
+        rows[name] = numbers.where(np.isfinite(numbers))  # a diverged run has nan, whatever it recorded
     rows["facet"] = groups(rows, FACET)
     rows["recipe"] = recipe_ids(rows)
     rows["recipe_label"] = rows["recipe"].map(_labels(rows))

@@ -8,7 +8,7 @@ import pandas as pd
 
 from diffscale.records.schema import higher_is_better
 from diffscale.report.stats.facets import is_distance, metric_name
-from diffscale.report.stats.frontier import fair
+from diffscale.report.stats.frontier import fair, measured
 from diffscale.report.stats.isoflop import IsoFlop
 
 MOST = 60
@@ -21,7 +21,7 @@ def findings(
     """Return [{facet, kind, text}], the main facet first. kind: best, beats, open, crossing, heldout, tuning."""
     found: list[dict[str, str]] = []
     for facet in facets["facet"]:
-        own = fair(points[points["facet"] == facet])
+        own = measured(fair(points[points["facet"] == facet]))
         if own.empty or not is_distance(own["metric"].iloc[0]) or (len(own) == 1 and len(facets) > 1):
             continue
         sentences = [

@@ -22,13 +22,18 @@ def fair(points: pd.DataFrame) -> pd.DataFrame:
     return points[points["endpoint"].isin(FAIR_ENDPOINTS) & (points["train_flops"] > 0)]
 
 
+def measured(points: pd.DataFrame) -> pd.DataFrame:
+    """Keep the points with a value: a run that diverged has none."""
+    return points[points["value"].notna()]
+
+
 def is_on_frontier(
     compute: ArrayLike, values: ArrayLike, higher: bool = False, step: ArrayLike | None = None
 ) -> np.ndarray:
     """Return (n,) bool: no cheaper or equally cheap point is as good. Of points equal in both, the first is kept.
 
     Computes within EQUAL_COMPUTE of each other, or within one optimisation step, are equally cheap: runs of one budget
-    end at whole steps, and a rounding is no advantage.
+    end at whole steps, and a rounding is no advantage. A value that is not finite is worse than any other.
 
     compute: (n,) FLOPs
     values: (n,)
@@ -37,11 +42,12 @@ def is_on_frontier(
     """
     cost = np.asarray(compute, float)
     signed = -np.asarray(values, float) if higher else np.asarray(values, float)
+    signed = np.where(np.isfinite(signed), signed, np.inf)
     room = np.zeros_like(cost) if step is None else np.fmax(np.asarray(step, float), EQUAL_COMPUTE * cost)
     order = np.lexsort((cost, signed))  # the best value first, and of equal values the cheapest
     mask = np.zeros(len(signed), dtype=bool)
     cheapest = np.inf  # of the points that are as good or better
-    for i in order[: np.isfinite(signed).sum()]:  # NaN, at the end, is on no frontier
+    for i in order[: np.isfinite(signed).sum()]:  # at the end, what is not finite is on no frontier
         mask[i] = cost[i] < cheapest - room[i]
         cheapest = min(cheapest, cost[i])
     return mask
@@ -98,9 +104,9 @@ class Curve:
 
 
 def curves(points: pd.DataFrame) -> list[Curve]:
-    """Return the curves of all facets."""
+    """Return the curves of all facets, without points of diverged runs."""
     found = []
-    for _, part in fair(points).groupby(CURVE, sort=True):
+    for _, part in measured(fair(points)).groupby(CURVE, sort=True):
         recipes = part["recipe"].nunique()
         if recipes > 1:
             part = part[on_frontier(part)]

@@ -50,7 +50,7 @@ def with_metrics(rows: pd.DataFrame) -> pd.DataFrame:
         }
     )
     kept = ["study", "votes", "raters", *CHECKPOINT, "preference", "preference_low", "preference_high"]
-    others = rows[rows["metric"] != METRIC]
+    others = rows[(rows["metric"] != METRIC) & rows["value"].notna()]  # a diverged checkpoint has no place in an order
     joined = people[kept].merge(others, on=CHECKPOINT, how="inner")
     return joined[COLUMNS].sort_values(
         ["study", "facet", "preference"], ascending=[True, True, False], ignore_index=True

@@ -10,7 +10,7 @@ import pandas as pd
 
 from diffscale.records.schema import higher_is_better
 from diffscale.report.stats.facets import CURVE, families, schedule_labels
-from diffscale.report.stats.frontier import fair, first_reach, read_at
+from diffscale.report.stats.frontier import fair, first_reach, measured, read_at
 
 SWEEP_COLUMNS = [
     "facet",
@@ -72,7 +72,7 @@ def sweep(points: pd.DataFrame) -> pd.DataFrame:
     that every cell of the family reached, so a 64-pixel and a 16-pixel cell are compared at equal cost. It is empty if
     a cell starts above that compute. `final_*` is the end of each cell.
     """
-    points = fair(points)
+    points = measured(fair(points))
     if points.empty:
         return pd.DataFrame(columns=SWEEP_COLUMNS)
     recipes = points.drop_duplicates("recipe")
@@ -143,7 +143,7 @@ def cost(points: pd.DataFrame, levels: int = 6) -> pd.DataFrame:
     they are never lower than at the evaluation before.
     """
     rows = []
-    for _, part in fair(points).groupby("facet", sort=True):
+    for _, part in measured(fair(points)).groupby("facet", sort=True):
         targets = ladder(part["value"].to_numpy(float), levels, higher_is_better(part["metric"].iloc[0]))
         for (*key, recipe), own in part.groupby([*CURVE, "recipe"], sort=True):
             own = own.sort_values("train_flops")

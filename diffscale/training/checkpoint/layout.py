@@ -152,14 +152,31 @@ def read_weights(checkpoint: str, ema: str) -> dict[str, Tensor]:
 
     ema: none, halflife, or a relative width such as 0.05 or std0.050
     """
+    return read_group(checkpoint, "model") | (_read_average(checkpoint, ema) or {})
+
+
+def load_weights(model: nn.Module, checkpoint: str, ema: str) -> None:
+    """Load the weights of an average into a model: every parameter is the average's, buffers are the model's.
+
+    Raises UserError if the run did not track the average, CheckpointDamaged if the average lacks a parameter.
+    """
+    average = _read_average(checkpoint, ema)
+    if average is not None:
+        missing = [name for name, _ in model.named_parameters() if name not in average]
+        if missing:
+            raise CheckpointDamaged(f"{checkpoint}: the average {ema} lacks {missing[0]}")
+    model.load_state_dict(read_group(checkpoint, "model") | (average or {}))
+
+
+def _read_average(checkpoint: str, ema: str) -> dict[str, Tensor] | None:
+    """Return the tensors of an average, None for none. Raises UserError if the run did not track it."""
     name = ema_name(ema)
-    tensors = read_group(checkpoint, "model")
-    if name != "none":
-        if not group_files(checkpoint, f"ema/{name}"):
-            known = ["none", *groups_in(storage.join(checkpoint, "ema"))]
-            raise UserError(setting="ema", value=ema, expected="one of the stored: " + ", ".join(known))
-        tensors |= read_group(checkpoint, f"ema/{name}")
-    return tensors
+    if name == "none":
+        return None
+    if not group_files(checkpoint, f"ema/{name}"):
+        known = ["none", *groups_in(storage.join(checkpoint, "ema"))]
+        raise UserError(setting="ema", value=ema, expected="one of the stored: " + ", ".join(known))
+    return read_group(checkpoint, f"ema/{name}")
 
 
 def read_experiment(checkpoint: str) -> Experiment:
@@ -181,11 +198,10 @@ def load_for_sampling(checkpoint: str, ema: str) -> tuple[Experiment, nn.Module,
     try:
         verify(checkpoint)
         state, experiment = read_state(checkpoint), read_experiment(checkpoint)
-        tensors = read_weights(checkpoint, ema)
         try:
             shape = {name: int(state["data"][name]) for name in ("resolution", "channels", "num_classes")}
             model = create_model(experiment.model.name, **shape, **experiment.model.arguments())
-            model.load_state_dict(tensors)
+            load_weights(model, checkpoint, ema)
             return experiment, model.eval(), int(state["images_seen"]), dict(state["record"])
         except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise CheckpointDamaged(f"{checkpoint}: {one_line(error, 300)}") from None
