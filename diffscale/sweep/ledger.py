@@ -29,7 +29,9 @@ from diffscale.sweep.settings import Sweep
 from diffscale.sweep.space import Point, nest, overrides_of, point_id, satisfies
 from diffscale.training.numerics import settled
 
-End = Literal["finished", "stopped"]
+End = Literal["finished", "stopped", "diverged", "refused"]
+WITHOUT_VALUE = ("diverged", "refused")
+"""Ends of trials that count as the worst value: they lost their weights, or their settings cannot train."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,10 @@ class Ledger:
         self.base = load_tree(sweep.base)
         self.common = self._experiment(sweep.overrides)  # settings that no point varies
         metrics = self.common.eval.metrics
+        if not metrics or not self.common.eval.n_generated:
+            key = "eval.n_generated" if metrics else "eval.metrics"
+            value = self.common.dotted()[key]
+            raise UserError(setting=key, value=value, expected="what the sweep compares its trials by")
         self.metric = sweep.metric or metrics[0]
         if self.metric not in metrics:
             raise UserError(setting="metric", value=self.metric, expected="one of eval.metrics: " + ", ".join(metrics))
@@ -155,7 +161,12 @@ class Ledger:
         return sorted(rows, key=lambda r: r.train_flops)
 
     def value(self, trial: Trial, flops: float | None = None) -> float | None:
-        """Return the metric (mean over the replicates) at a rung or at the end; None until every replicate has it."""
+        """Return the metric (mean over the replicates) at a rung or at the end; None until every replicate has it.
+
+        A trial that diverged or was refused has the worst value.
+        """
+        if self.ended(trial.id) in WITHOUT_VALUE:
+            return -math.inf if self.higher_is_better else math.inf
         values = []
         for folder in trial.folders:
             rows = self._records([folder])

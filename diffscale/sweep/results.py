@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pandas as pd
 import yaml
 
@@ -33,7 +35,7 @@ def write_results(ledger: Ledger, trials: list[Trial], best: Trial | None) -> No
     # Trials that were stopped early are compared where all of them were evaluated: at the first rung.
     rung = ledger.sweep.scheduler.rungs_flops[0] if ledger.sweep.scheduler.name != "none" else None
     valued = [(overrides_of(ledger.sweep, t.point), ledger.value(t, rung)) for t in trials]
-    known = [(p, v) for p, v in valued if v is not None]
+    known = [(p, v) for p, v in valued if v is not None and math.isfinite(v)]
     table = importance([p for p, _ in known], [v for _, v in known])
     storage.write_bytes(storage.join(ledger.folder, "importance.csv"), table.to_csv(index=False).encode())
     if best is not None:

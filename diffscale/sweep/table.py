@@ -152,7 +152,7 @@ def print_summary(ledger: Ledger, trials: list[Trial], best: Trial | None, faile
         )
     console.print(table)
     valued = [(overrides_of(ledger.sweep, t.point), ledger.value(t)) for t in trials]
-    known = [(p, v) for p, v in valued if v is not None]
+    known = [(p, v) for p, v in valued if v is not None and math.isfinite(v)]
     for row in importance([p for p, _ in known], [v for _, v in known]).itertuples():
         if math.isnan(float(row.importance)):  # type: ignore[arg-type]
             console.print(f"  {row.setting}: {row.trials} trials are too few to say how much it matters")

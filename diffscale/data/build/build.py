@@ -24,6 +24,7 @@ from diffscale.core import storage
 from diffscale.core.cache import cache_dir, file_lock
 from diffscale.core.errors import UserError
 from diffscale.core.hashing import identify
+from diffscale.core.places import require_writable
 from diffscale.data.build import sources
 from diffscale.data.build.decode import Preparation
 from diffscale.data.build.finalize import merge_jobs, write_manifests
@@ -93,6 +94,7 @@ def build(options: BuildOptions, show: bool = True, on_task: OnTask = _ignore) -
         raise UserError(setting="--resolution", value=sides, expected="1 to 8192 pixels")
     if not 0 <= options.split < 1:
         raise UserError(setting="--split", value=options.split, expected="a share from 0 to below 1")
+    require_writable(target, "DATASET")
     work = _work_folder(target)
     with file_lock(cache_dir() / "locks" / identify(target=target)):  # one build of a folder at a time on this node
         folders = [target if len(sides) < 2 else storage.join(target, str(side)) for side in sides] or [target]
