@@ -14,6 +14,7 @@ import logging
 import traceback
 from contextlib import suppress
 
+import torch
 import torch.distributed as dist
 
 from diffscale.core import storage
@@ -62,6 +63,8 @@ def outcome_of(error: Exception, run_folder: str, rank: int, position: int | Non
 
 def _is_transient(error: Exception) -> bool:
     """Return whether an error comes from a lost node, a network or a busy store: the next attempt may not meet it."""
+    if isinstance(error, torch.OutOfMemoryError):  # the next attempt takes fewer images at a time (training/fit.py)
+        return True
     if isinstance(error, dist.DistError) or (isinstance(error, OSError) and not isinstance(error, FileNotFoundError)):
         return True
     if type(error).__module__.partition(".")[0] == "ray":
