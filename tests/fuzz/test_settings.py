@@ -62,7 +62,8 @@ BASE: dict[str, Any] = {
     "train": {"images": 3 * BATCH, "global_batch": BATCH, "gpu": False, "compile": False, "trackers": []},
     "eval": {"n_generated": 0, "solver": {"name": "ddim", "steps": 4}},
 }
-LEFT_OUT = {"name", "storage", "data.path", "data.cache", "data.decoder", "data.loader", "train.compile", "train.gpu"}
+LEFT_OUT = {"name", "storage", "train.compile", "train.gpu", "train.cpus_per_worker"}
+LEFT_OUT |= {f"data.{key}" for key in ("path", "cache", "decoder", "loader")}
 """Settings of places and machines, and one that takes minutes: tests of their own hold them."""
 WORDS = {
     "optim.name": ["adamw", "adam", "sgd", "lamb", "muon", "lion", "rmsprop", "adafactor", "kron", "adamm", ""],

@@ -64,7 +64,7 @@ def test_what_a_lost_node_causes_never_ends_the_run(error: Exception, tmp_path: 
 
 
 class Breaks:
-    """A rule that fails with each record and leaves nothing of the run behind, so that the next attempt meets it too."""
+    """A rule that fails with each record and leaves nothing of the run, so that the next attempt meets it too."""
 
     def __init__(self, run_folder: str, attempts: Path) -> None:
         self.run_folder, self.attempts = Path(run_folder), attempts
