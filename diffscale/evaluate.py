@@ -8,6 +8,7 @@ resumes an interrupted evaluation. A folder of images, an .npz of samples or an 
 from __future__ import annotations
 
 import json
+import os
 from functools import partial
 from typing import Annotated
 
@@ -17,6 +18,7 @@ from rich.console import Console
 from diffscale.core import storage
 from diffscale.core.app import command_app, run_app
 from diffscale.core.errors import UserError
+from diffscale.core.places import require_writable
 
 app = command_app()
 
@@ -52,6 +54,9 @@ def main(
     from diffscale.training.evaluate_runs import EvaluateOptions, evaluate_run, short_settings  # import cost
     from diffscale.training.load import is_run  # import cost
 
+    for option, folder in (("--keep", keep), ("--out", out and os.path.dirname(storage.resolve(out, "--out")))):
+        if folder:
+            require_writable(storage.resolve(folder, option), option)
     console = Console()
     print_picture = partial(console.print, "picture:", soft_wrap=True)
     target = storage.resolve(target, "TARGET", written=False)

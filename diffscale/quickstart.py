@@ -17,6 +17,7 @@ from rich.console import Console
 
 from diffscale.config.load import load_experiment
 from diffscale.core.app import command_app, run_app
+from diffscale.core.places import require_writable
 
 app = command_app()
 
@@ -43,6 +44,8 @@ def main(
     from diffscale.sweep.run import run as run_sweep  # import cost
     from diffscale.training.run import train  # import cost
 
+    for option, folder in (("--storage", storage), ("--out", out)):
+        require_writable(str(folder.resolve()), option)
     console, started = Console(), time.monotonic()
     shared = [f"storage={storage.resolve()}", f"eval.n_generated={SAMPLES[size]}"]
     report = out.resolve()

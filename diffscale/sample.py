@@ -16,6 +16,7 @@ from rich.console import Console
 from diffscale.core import storage
 from diffscale.core.app import command_app, run_app
 from diffscale.core.errors import UserError
+from diffscale.core.places import require_writable
 
 app = command_app()
 
@@ -46,6 +47,7 @@ def main(
             raise UserError(setting="RUN", value=run, expected="a run's folder or a checkpoint of one")
     if n < 1 or not runs:
         raise UserError(setting="n", value=n, expected="at least 1, of at least one run")
+    require_writable(storage.resolve(out, "--out"), "--out")
     options = DrawOptions(n, keep_format, labels, precision, guide, trajectory, workers)
     rows = []
     for uri in (uri for run in runs for uri in list_targets(run, checkpoint)):

@@ -1,9 +1,9 @@
 """`python -m diffscale.train PRESET_OR_FILE [key=value ...]`: one run, through Ray Train.
 
 The same command resumes the run from the newest good checkpoint; a finished run is reported as finished. Exit codes: 0
-finished, 2 a setting is wrong, 3 stopped at a good checkpoint because the run cannot continue (non-finite losses, a
-damaged shard, a full disk), 143 stopped by SIGTERM or train.wall_seconds (resumable), 130 after Ctrl-C (also
-resumable).
+finished, 2 a setting is wrong or a place cannot be written, 3 stopped at a good checkpoint because the run cannot
+continue (non-finite losses or weights, a damaged shard, a full disk, the same error twice), 143 stopped by SIGTERM or
+train.wall_seconds (resumable), 130 after Ctrl-C (also resumable).
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import annotated_types
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
@@ -20,7 +21,7 @@ class Setting(NamedTuple):
     """One setting. A setting of one alternative of a union names the alternative: `model[unet].num_blocks`."""
 
     key: str
-    type: str
+    type: str  # with the range: "float, above 0, at most 1"
     default: str
     description: str
 
@@ -85,11 +86,11 @@ def _walk(model: type[BaseModel], prefix: str) -> Iterator[Setting]:
                     if inner != "name":
                         given = default.get(inner) if default.get("name") == own else None
                         text = _default(f) if given is None else str(given)
-                        yield Setting(f"{key}[{own}].{inner}", _type(f.annotation), text, f.description or "")
+                        yield Setting(f"{key}[{own}].{inner}", _type_of(f), text, f.description or "")
         elif models:
             yield from _walk(models[0], f"{key}.")
         else:
-            yield Setting(key, _type(field.annotation), _default(field), field.description or "")
+            yield Setting(key, _type_of(field), _default(field), field.description or "")
 
 
 def _members(annotation: Any) -> list[Any]:
@@ -102,20 +103,49 @@ def _members(annotation: Any) -> list[Any]:
     return [annotation]
 
 
+TECHNICAL = 1e6
+"""Upper bounds from here on only refuse slips of the keyboard: they are not listed."""
+
+
+def _type_of(field: FieldInfo) -> str:
+    """Return the type of a setting with its range."""
+    name, bounds = _type(field.annotation), _range(field.metadata)
+    if name.endswith(" or null") and bounds:
+        return f"{name.removesuffix(' or null')}{bounds}, or null"
+    return name + bounds
+
+
+def _range(metadata: typing.Iterable[Any]) -> str:
+    """Return the bounds of a number as they are read after its type: ", 1 to 1000"."""
+    low = next((f"at least {m.ge:g}" for m in metadata if isinstance(m, annotated_types.Ge)), "")
+    low = low or next((f"above {m.gt:g}" for m in metadata if isinstance(m, annotated_types.Gt)), "")
+    high = next((f"at most {m.le:g}" for m in metadata if isinstance(m, annotated_types.Le) and m.le < TECHNICAL), "")
+    high = high or next((f"below {m.lt:g}" for m in metadata if isinstance(m, annotated_types.Lt)), "")
+    if low.startswith("at least") and high.startswith("at most"):
+        return f", {low.removeprefix('at least ')} to {high.removeprefix('at most ')}"
+    return "".join(f", {bound}" for bound in (low, high) if bound)
+
+
 def _type(annotation: Any) -> str:
     origin = typing.get_origin(annotation)
+    if origin is typing.Annotated:
+        inner, *metadata = typing.get_args(annotation)
+        bounds = [b for m in metadata for b in (m.metadata if isinstance(m, FieldInfo) else [m])]
+        return _type(inner) + _range(bounds)
     if origin is typing.Literal:
         return " or ".join(str(value) for value in typing.get_args(annotation))
-    members = _members(annotation)
-    if len(members) > 1:
-        return " or ".join("null" if m is type(None) else _type(m) for m in members)
-    if typing.get_origin(members[0]) is tuple:
-        inner = [_type(a) for a in typing.get_args(members[0]) if a is not Ellipsis]
-        return f"list of {inner[0]}" if Ellipsis in typing.get_args(members[0]) else f"[{', '.join(inner)}]"
+    arguments = typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        options = ["null" if option is type(None) else _type(option) for option in arguments]
+        return (", or " if any("," in option for option in options[:-1]) else " or ").join(options)
+    if origin is tuple:
+        inner = [_type(a) for a in arguments if a is not Ellipsis]
+        if Ellipsis in arguments:
+            return f"list of {inner[0]}"
+        name, _, bounds = inner[0].partition(", ")
+        return f"[{', '.join([name] * len(inner))}]" + (f", {bounds}" if bounds else "")
     return (
-        getattr(members[0], "__name__", str(members[0]))
-        if origin is None or members[0] is not annotation
-        else (str(annotation).replace("typing.", ""))
+        getattr(annotation, "__name__", str(annotation)) if origin is None else str(annotation).replace("typing.", "")
     )
 
 

@@ -1,4 +1,7 @@
-"""The settings of one run: typed, overridable by dotted keys, validated before a run starts, and hashed.
+"""The settings of one run: typed, with ranges, overridable by dotted keys, and hashed.
+
+What follows from the settings alone is refused here. What needs the dataset or the network is refused by
+`training/settings_check.py`, before Ray starts.
 
 `model`, `diffusion.schedule`, `diffusion.weighting` and `eval.solver` are unions chosen by `name`; their fields are
 the keyword parameters of the classes that they build (diffscale/config/unions.py), so each is written once.
@@ -8,10 +11,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from diffscale.config.unions import choice, union_of
+from diffscale.core.errors import UserError
 from diffscale.core.hashing import identify
+from diffscale.core.ranges import Images, Seed
 from diffscale.core.storage import check_absolute, default_storage, join
 from diffscale.diffusion import INTERPOLANTS, PREDICTIONS, SCHEDULES, SOLVERS, WEIGHTINGS
 from diffscale.models import MODELS
@@ -44,25 +49,37 @@ class HasClasses(Protocol):
 
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
+BatchSize = Annotated[int, Field(ge=1, le=10**7)]
+Budget = Annotated[float, Field(gt=0, le=1e30)]
+Level = Annotated[float, Field(ge=-1000, le=1000)]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
+RelativeWidth = Annotated[float, Field(ge=0.001, le=0.2886)]  # of EDM2's averages: below √(1/12)
+Workers = Annotated[int, Field(ge=1, le=65_536)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class DataSettings(Section):
-    path: str = Field("builtin:emoji", description="dataset folder or its URI; builtin:emoji is in the package")
-    resolution: int = Field(32, ge=4, description="side in pixels at which to train")
+    path: str = Field(
+        "builtin:emoji", min_length=1, description="dataset folder or its URI; builtin:emoji is in the package"
+    )
+    resolution: int = Field(32, ge=4, le=16_384, description="side in pixels at which to train")
     class_conditional: bool = Field(True, description="give the model the labels")
     flip: bool = Field(True, description="mirror half of the images")
     augment: float = Field(0.0, ge=0, le=1, description="probability of EDM's non-leaking augmentations")
     order: Literal["rows", "blocks"] = Field("rows", description="permute rows, or blocks and rows within a window")
     loader: Literal["arrow", "ray_data"] = Field("arrow", description="memory map, or streaming through Ray Data")
-    cache: str | None = Field(None, description="folder on each node for shards of a remote dataset")
-    cache_gigabytes: float = Field(100.0, gt=0, description="the most that the cache may hold")
-    config: str | None = Field(None, description="configuration of a Hugging Face dataset; * joins all")
-    image_column: str | None = Field(None, description="column of images of a Hugging Face dataset; null: the only one")
-    label_column: str | None = Field(None, description="its column of classes; null: the only one, none: no classes")
+    cache: str | None = Field(None, min_length=1, description="folder on each node for shards of a remote dataset")
+    cache_gigabytes: float = Field(100.0, gt=0, le=1e9, description="the most that the cache may hold, in GB")
+    config: str | None = Field(None, min_length=1, description="configuration of a Hugging Face dataset; * joins all")
+    image_column: str | None = Field(
+        None, min_length=1, description="column of images of a Hugging Face dataset; null: the only one"
+    )
+    label_column: str | None = Field(
+        None, min_length=1, description="its column of classes; null: the only one, none: no classes"
+    )
     channels: Literal[1, 3] | None = Field(None, description="3: its images as RGB, 1: as grey; null: grey if all are")
     decoder: str | None = Field(None, description="decoder of a dataset of latents; without one FID is refused")
 
@@ -72,10 +89,12 @@ class DiffusionSettings(Section):
     interpolant: Interpolant = Field("vp", description="logsnr to (alpha, sigma)")
     prediction: Prediction = Field("v", description="quantity that the network predicts")
     weighting: Weighting = Field(choice("min_snr"), description="weight of the loss over logsnr")
-    input_scale: float = Field(1.0, gt=0, description="Chen's b: images are multiplied by it")
+    input_scale: float = Field(1.0, ge=1e-3, le=1e3, description="Chen's b: images are multiplied by it")
     input_range: Literal["-1,1", "0,1"] = Field("-1,1", description="range of the images given to the network")
     input_std: Literal["auto", "unit", "data", "none"] = Field("auto", description="what the noisy input is divided by")
-    sigma_data: float = Field(0.5, gt=0, description="standard deviation of the data, for EDM's preconditioning")
+    sigma_data: float = Field(
+        0.5, ge=1e-3, le=1e3, description="standard deviation of the data, for EDM's preconditioning"
+    )
     multiscale_loss: bool = Field(False, description="simple diffusion's loss over average-pooled errors (512 and up)")
     stratified: bool = Field(True, description="spread the noise levels evenly over the global batch")
     label_drop: float = Field(0.1, ge=0, le=1, description="share of labels left out, for classifier-free guidance")
@@ -84,44 +103,57 @@ class DiffusionSettings(Section):
 
 class OptimSettings(Section):
     name: str = Field("adamw", description="optimizer, by timm's name: adamw, lamb, muon, ...")
-    lr: float = Field(2e-4, gt=0, description="learning rate at its highest")
-    betas: tuple[float, float] = Field((0.9, 0.99), description="momentum of gradient and of its square")
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0, description="never on norms, biases and embeddings")
-    clip_grad_norm: float | None = Field(1.0, gt=0, description="longest gradient; null does not clip")
+    lr: float = Field(2e-4, gt=0, le=1e30, description="learning rate at its highest")
+    betas: tuple[Momentum, Momentum] = Field((0.9, 0.99), description="momentum of gradient and of its square")
+    eps: float = Field(1e-8, ge=1e-30, le=1, description="added to the root of the squared gradient's average")
+    weight_decay: float = Field(0.0, ge=0, le=1e6, description="never on norms, biases and embeddings")
+    clip_grad_norm: float | None = Field(1.0, ge=1e-30, le=1e30, description="longest gradient; null does not clip")
     schedule: Literal["constant", "inverse_sqrt", "cosine"] = Field("constant", description="after the warm-up")
-    warmup_images: int = Field(0, ge=0, description="images over which the learning rate rises from zero")
-    reference_images: int = Field(1_000_000, gt=0, description="images after which inverse_sqrt begins to fall")
+    warmup_images: int = Field(0, ge=0, le=10**15, description="images over which the learning rate rises from zero")
+    reference_images: Images = Field(1_000_000, description="images after which inverse_sqrt begins to fall")
     cosine_rate: float = Field(
         1.0, gt=0, le=1, description="share of the half wave that cosine runs through (RIN: 0.7 to 0.8)"
     )
-    decay_images: int = Field(0, ge=0, description="linear decay to zero over the last images (a decay branch)")
+    decay_images: int = Field(
+        0, ge=0, le=10**15, description="linear decay to zero over the last images (a decay branch)"
+    )
 
 
 class EmaSettings(Section):
-    halflife_images: int | None = Field(None, gt=0, description="constant half-life in images")
+    halflife_images: Images | None = Field(None, description="constant half-life in images")
     halflife_fraction: float | None = Field(0.05, gt=0, lt=1, description="half-life as a share of the images seen")
-    power: tuple[float, ...] = Field((), description="EDM2's relative widths to track for post-hoc EMA: 0.05, 0.10")
+    power: tuple[RelativeWidth, ...] = Field(
+        (), description="EDM2's relative widths to track for post-hoc EMA: 0.05, 0.10"
+    )
+
+    @field_validator("power")
+    @classmethod
+    def _distinct(cls, power: tuple[float, ...]) -> tuple[float, ...]:
+        if len({f"{width:.3f}" for width in power}) < len(power):
+            raise ValueError("widths that differ in their first three decimals, which name the averages")
+        return power
 
 
 class CheckpointSettings(Section):
-    every_images: int | None = Field(None, gt=0, description="null: at every evaluation point and every 10 minutes")
-    keep_last: int = Field(2, ge=1, description="newest ones kept")
-    keep_best: int = Field(1, ge=0, description="best ones kept, by the first metric")
+    every_images: Images | None = Field(
+        None, description="images between checkpoints; null: at every evaluation point and every 10 minutes"
+    )
+    keep_last: int = Field(2, ge=1, le=10**6, description="newest ones kept")
+    keep_best: int = Field(1, ge=0, le=10**6, description="best ones kept, by the first metric")
     keep_points: bool = Field(True, description="keep the weights at every evaluation point")
 
 
 class TrainSettings(Section):
-    seed: int = Field(0, ge=0)
-    global_batch: int = Field(64, ge=1, description="images per optimisation step over all workers")
-    micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
+    seed: Seed = Field(0, description="seed of the weights, the order, the noise and the augmentations")
+    global_batch: int = Field(64, ge=1, le=10**7, description="images per optimisation step over all workers")
+    micro_batch: BatchSize | Literal["auto"] | None = Field(
         None, description="images per pass on one worker; null: all at once; auto: as many as fit the GPU"
     )
-    images: int | None = Field(None, gt=0, description="budget in images")
-    flops: float | None = Field(None, gt=0, description="budget in training FLOPs")
-    device_seconds: float | None = Field(None, gt=0, description="budget in seconds times devices")
-    wall_seconds: float | None = Field(
-        None, gt=0, description="seconds after which to write a checkpoint and exit (resumable)"
+    images: Images | None = Field(None, description="budget in images")
+    flops: Budget | None = Field(None, description="budget in training FLOPs")
+    device_seconds: Budget | None = Field(None, description="budget in seconds times devices")
+    wall_seconds: Budget | None = Field(
+        None, description="seconds after which to write a checkpoint and exit (resumable)"
     )
     precision: Literal["auto", "bf16", "fp16", "tf32", "fp32"] = Field(
         "auto", description="of matrix products; auto: bf16 if the device has instructions for it, else fp32"
@@ -137,17 +169,32 @@ class TrainSettings(Section):
         "auto", description="3 x 3 convolutions by Winograd's algorithm on a CPU; auto: if channels_last is auto too"
     )
     activation_checkpointing: bool = Field(False, description="recompute activations of each block")
-    workers: int | tuple[int, int] = Field(1, description="Ray Train workers, or (fewest, most) for an elastic run")
-    cpus_per_worker: int = Field(1, ge=1)
+    workers: Workers | tuple[Workers, Workers] = Field(
+        1, description="Ray Train workers, or (fewest, most) for an elastic run"
+    )
+    cpus_per_worker: int = Field(1, ge=1, le=1024, description="CPUs, and threads, of each worker")
     gpu: bool | Literal["auto"] = Field("auto", description="one GPU for each worker, if the cluster has GPUs")
-    parallel: Literal["ddp", "fsdp2"] = "ddp"
-    max_failures: int = Field(8, ge=-1, description="restarts after a lost worker; -1: no limit")
-    nonfinite_limit: int = Field(10, ge=1, description="skipped steps in a row after which the run stops")
+    parallel: Literal["ddp", "fsdp2"] = Field("ddp", description="every worker has all weights, or a part of them")
+    max_failures: int = Field(8, ge=-1, le=10**6, description="restarts after a lost worker; -1: no limit")
+    nonfinite_limit: int = Field(10, ge=1, le=10**6, description="skipped steps in a row after which the run stops")
     ema: EmaSettings = EmaSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
-    log_every_images: int | None = Field(None, gt=0, description="null: every 50 steps")
-    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
-    price_per_device_hour: float | None = Field(None, ge=0)
+    log_every_images: Images | None = Field(
+        None, description="images between rows of the history; null: every 50 steps"
+    )
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
+        ("tensorboard",), description="where the history goes besides the run's folder"
+    )
+    price_per_device_hour: float | None = Field(
+        None, ge=0, le=1e9, description="price in any currency; with it records have a cost"
+    )
+
+    @field_validator("workers")
+    @classmethod
+    def _fewest_first(cls, workers: int | tuple[int, int]) -> int | tuple[int, int]:
+        if not isinstance(workers, int) and workers[0] > workers[1]:
+            raise ValueError("(fewest, most) workers, the smaller number first")
+        return workers
 
     @property
     def pass_images(self) -> int | None:
@@ -169,34 +216,51 @@ class TrainSettings(Section):
 
 class EvalSettings(Section):
     metrics: tuple[str, ...] = Field(("fd_efficientnet_lite0",), description="fid, kid, fd_<network>, precision, ...")
-    n_generated: int = Field(1024, ge=0, description="generated images for each evaluation; 0 does not evaluate")
-    n_reference: int | None = Field(None, ge=2, description="reference images; null: all of the training set")
-    n_heldout: int | None = Field(None, ge=0, description="held-out images to compare with too; null: all, 0: none")
+    n_generated: int = Field(
+        1024, ge=0, le=10**8, description="generated images for each evaluation; 0 does not evaluate"
+    )
+    n_reference: int | None = Field(
+        None, ge=2, le=10**12, description="reference images; null: all of the training set"
+    )
+    n_heldout: int | None = Field(
+        None, ge=0, le=10**12, description="held-out images to compare with too; null: all, 0: none"
+    )
     points: tuple[Fraction, ...] = Field((0.0625, 0.125, 0.25, 0.5, 1.0), description="when, as shares of the budget")
-    points_flops: tuple[float, ...] = Field((), description="when, in training FLOPs, besides the points")
-    eval_resolution: int | None = Field(None, ge=4, description="common side for comparison; null: data.resolution")
+    points_flops: tuple[Budget, ...] = Field((), description="when, in training FLOPs, besides the points")
+    eval_resolution: int | None = Field(
+        None, ge=4, le=16_384, description="common side in pixels for comparison; null: data.resolution"
+    )
     resize: str = Field("default", description="how images reach the network's size; named in the record")
     solver: Solver = Field(choice("dpmpp_2m", steps=20), description="sampler")
-    guidance_scale: float = Field(1.0, ge=0, description="classifier-free guidance; 1 is none")
-    guidance_interval: tuple[float, float] | None = Field(None, description="logsnr between which to guide")
+    guidance_scale: float = Field(1.0, ge=0, le=1e3, description="classifier-free guidance; 1 is none")
+    guidance_interval: tuple[Level, Level] | None = Field(
+        None, description="lowest and highest logsnr at which to guide; null: everywhere"
+    )
     ema: str = Field(
         "halflife",
         coerce_numbers_to_str=True,
         description="weights to sample from: none, halflife, or a power width such as 0.05",
     )
-    seed: int = Field(0, ge=0, description="seed of the samples")
-    batch: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+    seed: Seed = Field(0, description="seed of the samples")
+    batch: BatchSize | Literal["auto"] = Field(
         "auto", description="images generated at a time; auto: 64, on a GPU as many as fit its memory"
     )
     workers: Literal["auto", "training", "own"] = Field("auto", description="who evaluates during training")
-    grid_images: int = Field(64, ge=0, description="images in the sample grid of each evaluation")
+    grid_images: int = Field(64, ge=0, le=10**4, description="images in the sample grid of each evaluation")
+
+    @field_validator("guidance_interval")
+    @classmethod
+    def _lowest_first(cls, interval: tuple[float, float] | None) -> tuple[float, float] | None:
+        if interval is not None and not interval[0] < interval[1]:
+            raise ValueError("(lowest, highest) logsnr, the smaller number first")
+        return interval
 
 
 class Experiment(Section):
     """The settings of one run. `run_id` identifies its weights, the rest its place, length and evaluation."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$", description="name of the run's folder")
-    storage: str = Field(default_factory=default_storage, description="path or URI under which runs live")
+    storage: str = Field(default_factory=default_storage, min_length=1, description="path or URI under which runs live")
     data: DataSettings = DataSettings()
     model: Model = Field(choice("unet"), description="backbone")
     diffusion: DiffusionSettings = DiffusionSettings()
@@ -206,20 +270,57 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Experiment:
-        train, optim = self.train, self.optim
+        train, optim, evaluation = self.train, self.optim, self.eval
         if train.images is None and train.flops is None and train.device_seconds is None:
             raise ValueError("train.images, train.flops or train.device_seconds must say when the run ends")
         if (optim.schedule == "cosine" or optim.decay_images) and train.images is None:
             raise ValueError("optim.schedule=cosine and optim.decay_images need train.images: the length sets the rate")
-        if isinstance(train.micro_batch, int) and train.micro_batch > train.global_batch:
-            raise ValueError(f"train.micro_batch is at most train.global_batch ({train.global_batch})")
         if train.ema.halflife_images is not None and train.ema.halflife_fraction is not None:
             raise ValueError("set one of train.ema.halflife_images and train.ema.halflife_fraction, the other to null")
-        resolution = self.eval.eval_resolution
+        batch = f"at most {train.global_batch}, the images of train.global_batch"
+        if isinstance(train.micro_batch, int) and train.micro_batch > train.global_batch:
+            raise UserError(setting="train.micro_batch", value=train.micro_batch, expected=batch)
+        if train.max_workers > train.global_batch:
+            raise UserError(setting="train.workers", value=train.workers, expected=f"{batch}: one for each worker")
+        resolution = evaluation.eval_resolution
         if resolution is not None and resolution < self.data.resolution:
-            raise ValueError(f"eval.eval_resolution is at least data.resolution ({self.data.resolution})")
+            raise UserError(
+                setting="eval.eval_resolution",
+                value=resolution,
+                expected=f"at least data.resolution ({self.data.resolution})",
+            )
+        if evaluation.guidance_scale != 1 and not (self.data.class_conditional and self.diffusion.label_drop):
+            raise UserError(
+                setting="eval.guidance_scale",
+                value=evaluation.guidance_scale,
+                expected="1 for a network without labels, or that always sees them",
+                reason="classifier-free guidance compares the network with and without its label",
+                fix="data.class_conditional=true and a diffusion.label_drop above 0",
+            )
+        self._refuse_network_without_input()
         check_absolute(self.storage)
         return self
+
+    def _refuse_network_without_input(self) -> None:
+        """Raise UserError for a network that lacks an input or an output which another setting needs."""
+        from diffscale.data.loading.augment import LABEL_SIZE  # import cost
+
+        model = self.model
+        if self.data.augment and getattr(model, "augment_dim", 0) != LABEL_SIZE:
+            raise UserError(
+                setting="data.augment",
+                value=self.data.augment,
+                expected="0 for this model",
+                reason="a model without augmentation labels would reproduce the augmentations in its samples",
+                fix=f"model.augment_dim={LABEL_SIZE} (unet and hdit have it)",
+            )
+        if self.diffusion.weighting.name == "learned_uncertainty" and model.name != "edm2":
+            raise UserError(
+                setting="diffusion.weighting.name",
+                value="learned_uncertainty",
+                expected="another weighting for this model",
+                reason=f"{model.name} has no head that learns the uncertainty; edm2 has one",
+            )
 
     def num_classes(self, dataset: HasClasses) -> int:
         """Return the number of classes that the model is conditioned on, 0 without labels."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from diffscale.core.errors import UserError
+from diffscale.core.errors import SettingError, UserError
 from diffscale.data import Choices, ShardCache, open_dataset, resolve
 from diffscale.diffusion import SOLVERS, Diffusion, create_diffusion
 from diffscale.models import create_model
@@ -33,6 +33,10 @@ def data_place(experiment: Experiment, resolution: int) -> str:
 def build_model(experiment: Experiment, dataset: Dataset) -> nn.Module:
     """Build the backbone for this data. Raises UserError if it does not accept the resolution or a setting."""
     settings = experiment.model
+    own = getattr(settings, "out_channels", 0)
+    if own not in (0, dataset.channels):
+        expected = f"0 or {dataset.channels}, the channels of the images"
+        raise UserError(setting="model.out_channels", value=own, expected=expected)
     try:
         return create_model(
             settings.name,
@@ -74,5 +78,10 @@ def build_solver(experiment: Experiment) -> Any:
         raise _refused("eval.solver", settings.name, error) from None
 
 
-def _refused(setting: str, value: str, error: ValueError) -> UserError:
-    return error if isinstance(error, UserError) else UserError(setting=setting, value=value, expected=str(error))
+def _refused(section: str, value: str, error: ValueError) -> UserError:
+    """Return the error of a constructor with the dotted key of the setting, or of the section that it is about."""
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, SettingError):
+        return UserError(setting=f"{section}.{error.setting}", value=error.value, expected=error.expected)
+    return UserError(setting=section, value=value, expected="settings that fit together", reason=str(error))

@@ -18,6 +18,19 @@ from diffscale.core.errors import UserError
 from diffscale.core.storage import resolve
 from diffscale.core.text import nearest, one_line
 
+_BOUNDS = {
+    "greater_than_equal": "at least {ge:g}",
+    "greater_than": "above {gt:g}",
+    "less_than_equal": "at most {le:g}",
+    "less_than": "below {lt:g}",
+    "finite_number": "a finite number",
+    "int_parsing": "a whole number",
+    "int_parsing_size": "a whole number of at most 19 digits",
+    "int_from_float": "a whole number",
+    "float_parsing": "a number",
+}
+"""What is valid, by pydantic's kind of error."""
+
 if TYPE_CHECKING:
     from diffscale.config.experiment import Experiment
 
@@ -162,10 +175,15 @@ def explain(error: ValidationError, schema: Any, tree: dict[str, Any]) -> UserEr
         return UserError(setting=f"{dotted}.name", value=tag, expected=nearest(tag, tags) if tags else first["msg"])
     if kind == "literal_error":
         choices = re.findall(r"'([^']*)'", str(context.get("expected", "")))
+        if not choices:
+            return UserError(setting=dotted, value=first["input"], expected=f"one of {context.get('expected')}")
         return UserError(setting=dotted, value=first["input"], expected=nearest(str(first["input"]), choices))
     if kind == "missing":
         return UserError(setting=dotted, value=None, expected="a value; it has no default")
-    message = first["msg"].removeprefix("Value error, ")
+    if isinstance(context.get("error"), UserError):
+        return context["error"]
+    known = _BOUNDS.get(kind)
+    message = known.format(**context) if known else first["msg"].removeprefix("Value error, ")
     value = first["input"] if dotted else tree.get("name", "")
     return UserError(setting=dotted or "(top level)", value=value, expected=message)
 

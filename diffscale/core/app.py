@@ -98,16 +98,17 @@ def main() -> None:
 def run_app(application: Callable[[], Any]) -> None:
     """Run a typer application.
 
-    A UserError, or an object store that is unreachable, is printed without a traceback; the exit code is then 2.
+    A UserError, an unreachable object store, and a place that cannot be written or is no folder are printed without a
+    traceback; the exit code is then 2.
     """
     try:
         application()
     except UserError as error:
         sys.exit(_show(error))
     except OSError as error:
-        from diffscale.core.storage import unreachable  # import cost
+        from diffscale.core.places import explain  # import cost
 
-        if (explained := unreachable(error)) is None:
+        if (explained := explain(error)) is None:
             raise
         sys.exit(_show(explained))
 

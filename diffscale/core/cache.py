@@ -9,15 +9,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from diffscale.core.errors import UserError
+
 log = logging.getLogger(__name__)
 ENVIRONMENT = "DIFFSCALE_CACHE"
+
+
+def home_dir() -> Path:
+    """Return the user's home folder. Raises UserError if nothing says where it is."""
+    try:
+        return Path.home()
+    except RuntimeError as error:
+        raise UserError(setting="HOME", value=None, expected="the user's home folder", reason=str(error)) from None
 
 
 def cache_dir() -> Path:
     """Return `$DIFFSCALE_CACHE`, else `$XDG_CACHE_HOME/diffscale`, else `~/.cache/diffscale`. It may not exist yet."""
     if own := os.environ.get(ENVIRONMENT):
         return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffscale"
+    return Path(os.environ.get("XDG_CACHE_HOME") or home_dir() / ".cache") / "diffscale"
 
 
 @contextmanager

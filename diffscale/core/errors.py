@@ -5,6 +5,24 @@ from __future__ import annotations
 EXIT_USER_ERROR = 2
 
 
+class SettingError(ValueError):
+    """A setting that a network, schedule or solver cannot have; its constructor raises it with the setting's own name.
+
+    `config/factory.py` turns it into a UserError with the dotted key.
+
+    setting: name of the parameter
+    value: what it was
+    expected: what would be valid, after "expected"
+    """
+
+    def __init__(self, setting: str, value: object, expected: str) -> None:
+        self.setting, self.value, self.expected = setting, value, expected
+        super().__init__(f"{setting} = {value!r}: expected {expected}")
+
+    def __reduce__(self):
+        return SettingError, (self.setting, self.value, self.expected)
+
+
 class UserError(ValueError):
     """Something the user set, wrote or pointed to cannot be used. Commands print it and exit with code 2.
 

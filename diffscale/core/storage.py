@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pyarrow import fs as pafs
 
+from diffscale.core.cache import home_dir
 from diffscale.core.errors import UserError
 
 ENVIRONMENT = "DIFFSCALE_STORAGE"
@@ -21,7 +22,7 @@ GCS_PATIENCE = timedelta(seconds=60)  # for one call; Google's own 15 minutes lo
 
 def default_storage() -> str:
     """Return `$DIFFSCALE_STORAGE`, else `~/diffscale`."""
-    return resolve(os.environ.get(ENVIRONMENT) or str(Path.home() / "diffscale"), ENVIRONMENT)
+    return resolve(os.environ.get(ENVIRONMENT) or str(home_dir() / "diffscale"), ENVIRONMENT)
 
 
 def in_ray_job() -> bool:
@@ -35,6 +36,8 @@ def resolve(uri: str, setting: str = "storage", *, written: bool = True) -> str:
     written: whether something is written there that must outlive the command. Such a relative path is a UserError in a
         Ray job, whose working directory is a temporary copy of the uploaded one.
     """
+    if not uri:
+        raise UserError(setting=setting, value=uri, expected="an absolute path or a URI (s3://bucket/folder)")
     path = os.path.expanduser(uri.removeprefix("file://"))
     if "://" in path or os.path.isabs(path):
         return check_absolute(path, setting)
@@ -66,6 +69,10 @@ def check_absolute(uri: str, setting: str = "storage") -> str:
     if "://" in uri and uri.split("://", 1)[0] not in SCHEMES:
         raise UserError(
             setting=setting, value=uri, expected="an absolute path, s3://bucket/folder or gs://bucket/folder"
+        )
+    if is_remote(uri) and not path.split("://", 1)[1].strip("/"):
+        raise UserError(
+            setting=setting, value=uri, expected="the name of a bucket after it, such as s3://bucket/folder"
         )
     if is_remote(uri) or os.path.isabs(path):
         return path.rstrip("/") or "/"
@@ -147,6 +154,12 @@ def write_bytes(uri: str, data: bytes) -> None:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def delete(uri: str) -> None:
+    """Delete a file. Raises FileNotFoundError."""
+    fs, path = filesystem(uri)
+    fs.delete_file(path)
 
 
 def list_files(uri: str, suffix: str = "", recursive: bool = False) -> list[str]:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from diffscale.core.ranges import DiscreteSteps, Share
+
 
 def linear_betas(steps: int = 1000, first: float = 1e-4, last: float = 0.02) -> Tensor:
     """(steps,) float64 betas, evenly spaced (Ho et al. 2020)."""
@@ -64,9 +66,9 @@ def _levels(betas: Tensor) -> Tensor:
 class DDPMLinear(_Table):
     """Betas evenly spaced from beta_start to beta_end (Ho et al. 2020)."""
 
-    steps: int = 1000
-    beta_start: float = 1e-4
-    beta_end: float = 0.02
+    steps: DiscreteSteps = 1000  # steps of the discrete process
+    beta_start: Share = 1e-4  # first beta, above 0 and below 1
+    beta_end: Share = 0.02  # last beta, above 0 and below 1
     _levels: Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -82,9 +84,9 @@ class DDPMLinear(_Table):
 class IDDPMCosine(_Table):
     """Betas of ᾱ = cos²((u + offset)/(1 + offset)·π/2), none above beta_max (Nichol and Dhariwal 2021)."""
 
-    steps: int = 1000
-    offset: float = 0.008
-    beta_max: float = 0.999
+    steps: DiscreteSteps = 1000  # steps of the discrete process
+    offset: Share = 0.008  # of the cosine's argument; it keeps the first betas above 0
+    beta_max: Share = 0.999  # largest beta, above 0 and below 1
     _levels: Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffscale.core.ranges import Factor, LogSNR, Size
 from diffscale.diffusion.schedules import LOGSNR_LIMIT
 
 
@@ -24,8 +25,8 @@ def _normal_share(logsnr: Tensor, mean: float, std: float) -> Tensor:
 class EDMLogNormal:
     """ln sigma ~ N(p_mean, p_std²) (Karras et al. 2022), which is logsnr ~ N(−2·p_mean, 4·p_std²)."""
 
-    p_mean: float = -1.2  # EDM2 on ImageNet-64: -0.8
-    p_std: float = 1.2  # EDM2 on ImageNet-64: 1.6
+    p_mean: LogSNR = -1.2  # mean of ln sigma; EDM2 on ImageNet-64: -0.8
+    p_std: Factor = 1.2  # standard deviation of ln sigma; EDM2 on ImageNet-64: 1.6
 
     def __post_init__(self) -> None:
         if self.p_std <= 0:
@@ -42,7 +43,7 @@ class EDMLogNormal:
 class FlowUniform:
     """Flow matching with uniform time: logsnr = 2 ln((1 − t)/t), shifted by resolution if requested."""
 
-    noise_resolution: int | None = None  # shift by 2 ln(noise_resolution / resolution); None does not
+    noise_resolution: Size | None = None  # side whose noise is kept: shifts by 2 ln(it / resolution); None does not
     resolution: int | None = None  # side of the images: given by the data
 
     def logsnr(self, t: Tensor) -> Tensor:
@@ -61,9 +62,9 @@ class FlowLogitNormal:
     JiT (Li and He 2025) has mean 0.8, std 0.8, noise_resolution 256 in this convention, where t = 1 is noise.
     """
 
-    mean: float = 0.0  # of logit(t); above 0 is more noise
-    std: float = 1.0
-    noise_resolution: int | None = None  # shift by 2 ln(noise_resolution / resolution); None does not
+    mean: LogSNR = 0.0  # mean of the logit of t; above 0 is more noise
+    std: Factor = 1.0  # standard deviation of the logit of t
+    noise_resolution: Size | None = None  # side whose noise is kept: shifts by 2 ln(it / resolution); None does not
     resolution: int | None = None  # side of the images: given by the data
 
     def __post_init__(self) -> None:

@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
+from diffscale.core.ranges import NonNegative
 from diffscale.diffusion.solver_settings import Denoiser, SolverSettings, StepNoise
 
 
@@ -38,7 +39,7 @@ class DPMpp2M(SolverSettings):
 class DPMpp2MSDE(SolverSettings):
     """SDE-DPM-Solver++ (2M), midpoint (Lu et al. 2022, section 5). eta 0 is DPMpp2M; 1 is the reverse SDE."""
 
-    eta: float = 1.0  # 0 or more: how much noise is added and removed again
+    eta: NonNegative = 1.0  # amount of noise added and removed again
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,8 +74,8 @@ class UniPC(SolverSettings):
     history and in the last steps.
     """
 
-    order: int = 2  # 1 to 3
-    variant: Literal["bh1", "bh2"] = "bh2"  # B(h) = h or e^h − 1
+    order: Literal[1, 2, 3] = 2  # order of the method
+    variant: Literal["bh1", "bh2"] = "bh2"  # B(h) of the method: h, or e^h − 1
 
     def __post_init__(self) -> None:
         super().__post_init__()

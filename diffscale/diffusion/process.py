@@ -14,7 +14,7 @@ from torch import Tensor
 from diffscale.diffusion.beta_schedules import DDPMLinear, IDDPMCosine
 from diffscale.diffusion.distributions import EDMLogNormal, FlowLogitNormal, FlowUniform
 from diffscale.diffusion.interpolants import INTERPOLANTS
-from diffscale.diffusion.predictions import PREDICTIONS, log_error_gain
+from diffscale.diffusion.predictions import PREDICTIONS, from_x0_eps, log_error_gain
 from diffscale.diffusion.schedules import (
     CosineGamma,
     LinearGamma,
@@ -160,6 +160,7 @@ def create_diffusion(
         input_std=input_std,
         multiscale_loss=multiscale_loss,
     )
+    _refuse_overflow(diffusion)
     _refuse_singular(diffusion)
     return diffusion
 
@@ -187,6 +188,30 @@ def loss_concentration(diffusion: Diffusion, levels: int = 4096, share: float = 
     weight = diffusion.log_loss_weight(t, logsnr, alpha, sigma)[0]
     weight = (weight - weight.max()).exp().sort(descending=True).values
     return float(weight[: round(levels * share)].sum() / weight.sum())
+
+
+def _refuse_overflow(diffusion: Diffusion, levels: int = 256, end: float = 1e-6, limit: float = 1e15) -> None:
+    """Raise ValueError unless logsnr falls with t and the loss of a zero output is one that float32 can square."""
+    t = torch.linspace(end, 1 - end, levels, dtype=torch.float64).float()
+    try:
+        logsnr = diffusion.schedule.logsnr(t)
+        alpha, sigma = diffusion.alpha_sigma(logsnr)
+        one = torch.full_like(t, diffusion.image_gain)
+        target = from_x0_eps(diffusion.prediction, one, -torch.ones_like(t), alpha, sigma, diffusion.scaled_sigma_data)
+        weight = diffusion.log_loss_weight(t, logsnr, alpha, sigma)[0]
+        norm = diffusion.input_norm(alpha, sigma)
+    except ArithmeticError as error:
+        raise ValueError(f"schedule = {diffusion.schedule}: {error}") from None
+    noisy = (alpha * diffusion.image_gain).square() + sigma.square()
+    loss = weight.exp() * target.square()
+    worst = max(float(torch.nan_to_num(v, nan=math.inf).max()) for v in (noisy, loss))
+    falls = bool((logsnr.diff() <= 0).all()) and float(logsnr[0]) > float(logsnr[-1])
+    if not falls or not worst < limit or (norm is not None and not bool((norm > 0).all())):
+        ends = f"{float(logsnr[0]):.4g} to {float(logsnr[-1]):.4g}"
+        raise ValueError(
+            f"schedule = {diffusion.schedule}, input_scale = {diffusion.input_scale}: logsnr from {ends} gives noisy "
+            f"images or losses up to {worst:.3g}; valid are a logsnr that falls and values below {limit:g}"
+        )
 
 
 def _refuse_singular(diffusion: Diffusion, limit: float = 0.4) -> None:

@@ -65,13 +65,7 @@ def sample(
     """
     if solver.needs_noise and noise_fn is None:
         raise ValueError(f"solver {type(solver).__name__} adds noise: give noise_fn, such as keyed_noise(...)")
-    levels = solver.logsnr_grid(diffusion.schedule)
-    if diffusion.prediction == "eps" and solver.clip == "none" and levels[0] < SMALLEST_LOGSNR_FOR_EPS:
-        raise ValueError(
-            f"solver clip = 'none': prediction eps at logsnr {levels[0]:.1f} gives x0 with errors multiplied by "
-            f"{math.exp(-levels[0] / 2):.0f}; use clip = static or dynamic, or begin at logsnr "
-            f"{SMALLEST_LOGSNR_FOR_EPS} or more (grid = karras with sigma_max up to 403)"
-        )
+    levels = refuse_lost_estimates(diffusion, solver)
     guided = GuidedDenoiser(diffusion, model, label, guidance or Guidance(), extra, estimate)
     low, high = diffusion.clip_bounds()
     index = 0
@@ -89,6 +83,18 @@ def sample(
     sigmas = [math.exp(-level / 2) for level in levels] + [0.0]
     y = solver.solve(denoise, noise.float() * sigmas[0], sigmas, noise_fn or _no_noise)
     return diffusion.unscale_images(y)
+
+
+def refuse_lost_estimates(diffusion: Diffusion, solver: SolverSettings) -> list[float]:
+    """The solver's noise levels as logsnr. Raises ValueError for an eps network from a level at which x̂ is lost."""
+    levels = solver.logsnr_grid(diffusion.schedule)
+    if diffusion.prediction == "eps" and solver.clip == "none" and levels[0] < SMALLEST_LOGSNR_FOR_EPS:
+        raise ValueError(
+            f"solver clip = 'none': prediction eps at logsnr {levels[0]:.1f} gives x0 with errors multiplied by "
+            f"{math.exp(-levels[0] / 2):.0f}; use clip = static or dynamic, or begin at logsnr "
+            f"{SMALLEST_LOGSNR_FOR_EPS} or more (grid = karras with sigma_max up to 403)"
+        )
+    return levels
 
 
 def keyed_noise(seed: int, positions: Tensor, shape: tuple[int, ...]) -> Callable[[int], Tensor]:

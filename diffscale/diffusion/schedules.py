@@ -14,7 +14,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from diffscale.core.ranges import Factor, LogSNR, Share, Size
+
 LOGSNR_LIMIT = 20.0
+FLAT_SIGMOID = 30.0  # where float64 cannot tell the logistic function from 0 or 1 any more
 
 
 class Schedule(Protocol):
@@ -49,9 +52,9 @@ class LinearGamma:
 class CosineGamma:
     """Chen's cosine(start, end, tau): a piece of cos(·π/2)^(2·tau), stretched to run from 1 to 0."""
 
-    start: float = 0.0  # 0 ≤ start < end
-    end: float = 1.0  # end ≤ 1; the authors' code has 0.5 by default
-    tau: float = 1.0  # exponent
+    start: Share = 0.0  # where the piece starts, 0 ≤ start < end
+    end: Share = 1.0  # where the piece ends, end ≤ 1; the authors' code has 0.5 by default
+    tau: Factor = 1.0  # exponent
 
     def __post_init__(self) -> None:
         if not (0 <= self.start < self.end <= 1 and self.tau > 0):
@@ -77,13 +80,15 @@ class CosineGamma:
 class SigmoidGamma:
     """Sigmoid(start, end, tau) of Jabri et al. 2022 and Chen 2023: a piece of the logistic curve stretched to 1 … 0."""
 
-    start: float = -3.0  # start < end
-    end: float = 3.0
-    tau: float = 1.0  # temperature; RIN on CIFAR-10 has 0.9
+    start: LogSNR = -3.0  # where the piece starts, below end
+    end: LogSNR = 3.0  # where the piece ends
+    tau: Factor = 1.0  # temperature; RIN on CIFAR-10 has 0.9
 
     def __post_init__(self) -> None:
         if not (self.start < self.end and self.tau > 0):
             raise ValueError(f"sigmoid_gamma: start, end, tau = {self}: valid are start < end and tau > 0")
+        if max(abs(self.start), abs(self.end)) / self.tau > FLAT_SIGMOID:
+            raise ValueError(f"sigmoid_gamma: start, end, tau = {self}: |start| / tau and |end| / tau are at most 30")
 
     def _ends(self) -> tuple[float, float]:
         at_start, at_end = (1 / (1 + math.exp(-a / self.tau)) for a in (self.start, self.end))
@@ -105,8 +110,8 @@ class SigmoidGamma:
 class OffsetCosineGamma:
     """gamma = cos²((t + ns)/(1 + ds)·π/2), the bare `cosine` of pix2seq's code, with which RIN is sampled."""
 
-    ns: float = 0.0002  # offset of t, 0 ≤ ns < ds: keeps gamma below 1
-    ds: float = 0.00025  # stretch of t: keeps gamma above 0
+    ns: Share = 0.0002  # offset of t, 0 ≤ ns < ds: keeps gamma below 1
+    ds: Share = 0.00025  # stretch of t: keeps gamma above 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.ns < self.ds:
@@ -130,10 +135,10 @@ class SimpleCosine:
     noise_resolution_low's at the noise end, linearly in t.
     """
 
-    logsnr_min: float = -15.0  # before the shift
-    logsnr_max: float = 15.0  # before the shift
-    noise_resolution: int | None = None  # 32 or 64; None does not shift
-    noise_resolution_low: int | None = None  # below noise_resolution; None does not interpolate
+    logsnr_min: LogSNR = -15.0  # lowest logsnr, before the shift
+    logsnr_max: LogSNR = 15.0  # highest logsnr, before the shift
+    noise_resolution: Size | None = None  # side whose noise is kept, 32 or 64; None does not shift
+    noise_resolution_low: Size | None = None  # the same at the noise end, at most noise_resolution; None: equal
     resolution: int | None = None  # side of the images: given by the data
 
     def __post_init__(self) -> None:

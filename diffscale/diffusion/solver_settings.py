@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from diffscale.core.ranges import Exponent, Positive, Share, Steps
 from diffscale.diffusion.schedules import OffsetCosineGamma, Schedule
 
 Denoiser = Callable[[Tensor, float], Tensor]
@@ -31,13 +32,13 @@ class SolverSettings:
     offset_cosine: uniform t on the offset cosine (RIN).
     """
 
-    steps: int = 50  # noise levels, at least 1
-    grid: Grid = "uniform_t"
-    rho: float = 7.0  # exponent of the karras grid
-    sigma_min: float = 0.002  # lowest exp(-logsnr/2) of karras and uniform_logsnr, within the schedule
-    sigma_max: float = 80.0  # highest exp(-logsnr/2) of karras and uniform_logsnr, within the schedule
-    clip: Clip = "static"  # of the estimated clean image: to the range of images, Imagen's dynamic threshold, or not
-    dynamic_percentile: float = 0.995  # share of an image's values that the dynamic threshold leaves alone
+    steps: Steps = 50  # noise levels
+    grid: Grid = "uniform_t"  # how the noise levels are spaced
+    rho: Exponent = 7.0  # exponent of the karras grid
+    sigma_min: Positive = 0.002  # lowest exp(-logsnr/2) of karras and uniform_logsnr, within the schedule
+    sigma_max: Positive = 80.0  # highest exp(-logsnr/2) of karras and uniform_logsnr, within the schedule
+    clip: Clip = "static"  # limit of the estimated image: to the range of images, by Imagen's threshold, or none
+    dynamic_percentile: Share = 0.995  # share of an image's values that the dynamic threshold leaves alone
 
     def __post_init__(self) -> None:
         for setting, valid, holds in (

@@ -13,6 +13,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from diffscale.core.ranges import NonNegative, Share
 from diffscale.diffusion.solver_settings import Clip, Denoiser, Grid, SolverSettings, StepNoise
 
 
@@ -24,8 +25,8 @@ class DDPM(SolverSettings):
     mean weighted by variance_mix (Hoogeboom et al. 2023).
     """
 
-    variance: Literal["small", "large", "mix"] = "small"
-    variance_mix: float = 0.3  # share of large in the mix
+    variance: Literal["small", "large", "mix"] = "small"  # variance of the added noise
+    variance_mix: Share = 0.3  # share of large in the mix
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,7 +60,7 @@ class DDPM(SolverSettings):
 class DDIM(SolverSettings):
     """Song et al. 2021, eqs. 12 and 16. eta 0 is deterministic, 1 is DDPM's posterior variance."""
 
-    eta: float = 0.0  # 0 to 1
+    eta: Share = 0.0  # share of DDPM's noise that is added
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,12 +101,12 @@ class Heun(SolverSettings):
     Not an exponential integrator: on grids with a step from a very high sigma (uniform_t from logsnr −20) it diverges.
     """
 
-    grid: Grid = "karras"
-    clip: Clip = "none"  # of the estimated clean image; EDM does not
-    s_churn: float = 0.0  # amount of noise added and removed again over the whole run; 0 is deterministic
-    s_tmin: float = 0.0  # lowest sigma with churn
-    s_tmax: float | None = None  # highest sigma with churn; None does not limit
-    s_noise: float = 1.0  # standard deviation of the added noise
+    grid: Grid = "karras"  # how the noise levels are spaced
+    clip: Clip = "none"  # limit of the estimated clean image; EDM has none
+    s_churn: NonNegative = 0.0  # amount of noise added and removed again over the whole run; 0 is deterministic
+    s_tmin: NonNegative = 0.0  # lowest sigma with churn
+    s_tmax: NonNegative | None = None  # highest sigma with churn; None does not limit
+    s_noise: NonNegative = 1.0  # standard deviation of the added noise
 
     @property
     def nfe(self) -> int:

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffscale.core.ranges import LogSNR, NonNegative, Positive, Share
+
 
 class Weighting(Protocol):
     """log_weight: (…) logsnr → ln of the weight on ‖Δeps‖², same shape. sigma_data: the data's standard deviation.
@@ -63,7 +65,7 @@ class UniformV(_Plain):
 class UniformU(_Plain):
     """1 on the squared error of the flow's velocity of the linear interpolant: 1/sigma² on ‖Δx0‖²."""
 
-    sigma_min: float = 0.0  # smallest sigma divided by; JiT has 0.05
+    sigma_min: Share = 0.0  # smallest sigma divided by; JiT has 0.05
 
     def log_weight(self, logsnr: Tensor, sigma_data: float) -> Tensor:
         log_sigma = F.logsigmoid(-logsnr / 2)
@@ -76,7 +78,7 @@ class UniformU(_Plain):
 class MinSNR(_Plain):
     """min(SNR, gamma) on ‖Δx0‖² (Hang et al. 2023)."""
 
-    gamma: float = 5.0  # largest weight
+    gamma: Positive = 5.0  # largest weight
 
     def __post_init__(self) -> None:
         _check_above_zero("min_snr", gamma=self.gamma)
@@ -89,7 +91,7 @@ class MinSNR(_Plain):
 class SoftMinSNR(_Plain):
     """1 / (1/SNR + 1/gamma) on ‖Δx0‖² (Crowson et al. 2024)."""
 
-    gamma: float = 4.0  # weight approached at high SNR
+    gamma: Positive = 4.0  # weight approached at high SNR
 
     def __post_init__(self) -> None:
         _check_above_zero("soft_min_snr", gamma=self.gamma)
@@ -102,8 +104,8 @@ class SoftMinSNR(_Plain):
 class P2(_Plain):
     """(k + SNR)^(−p) on ‖Δeps‖² (Choi et al. 2022)."""
 
-    k: float = 1.0
-    p: float = 1.0
+    k: Positive = 1.0  # what is added to the SNR
+    p: NonNegative = 1.0  # exponent
 
     def __post_init__(self) -> None:
         _check_above_zero("p2", k=self.k)
@@ -127,7 +129,7 @@ class Sigmoid(_Plain):
     On ‖Δx0‖² it is e^bias·sigmoid(logsnr − bias).
     """
 
-    bias: float = -3.0
+    bias: LogSNR = -3.0  # logsnr at which the weight is one half
 
     per_logsnr: ClassVar[bool] = True
 

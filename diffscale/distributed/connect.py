@@ -8,9 +8,11 @@ import secrets
 import socket
 import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from diffscale.core.cache import home_dir
 from diffscale.core.errors import UserError
 from diffscale.distributed.leftovers import free_leftovers
 
@@ -30,6 +32,7 @@ NODE_ENVIRONMENT = {
     "RAY_worker_niceness": "0",  # Ray's 15 starves the workers on a machine with other programs
 }
 
+CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 
 _KIND = "accelerator_type:"
 _private = False
@@ -160,12 +163,19 @@ def _require_token() -> None:
     """
     if "RAY_AUTH_MODE" in os.environ:
         return
-    token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-    if not token.exists() and "RAY_AUTH_TOKEN" not in os.environ:
+    token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or home_dir() / ".ray" / "auth_token")
+    if "RAY_AUTH_TOKEN" not in os.environ:
         try:
             token.parent.mkdir(parents=True, exist_ok=True)
-            with open(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-                file.write(secrets.token_hex(32))
-        except FileExistsError:
-            pass  # another run has created it at the same moment
+            if not token.exists():  # or another run has created it at the same moment
+                with suppress(FileExistsError), open(os.open(token, CREATE, 0o600), "w") as file:
+                    file.write(secrets.token_hex(32))
+        except OSError as error:
+            raise UserError(
+                setting="RAY_AUTH_TOKEN_PATH" if "RAY_AUTH_TOKEN_PATH" in os.environ else "HOME",
+                value=str(token),
+                expected="a place that can be written: Ray's token for private clusters is kept there",
+                reason=error.strerror or str(error),
+                fix="set HOME to a folder that can be written, or RAY_AUTH_TOKEN_PATH to a file in one",
+            ) from None
     os.environ["RAY_AUTH_MODE"] = "token"

@@ -11,6 +11,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffscale.core.ranges import Depth, DropRate, Factor, Size, SizeOrZero
 from diffscale.models.layers import (
     Backbone,
     NoiseInput,
@@ -25,6 +26,7 @@ from diffscale.models.transformer_layers import (
     ScalarMLP,
     fixed_positions,
     head_width,
+    hidden_width,
     modulate,
     patch_side,
     resize_positions,
@@ -44,7 +46,7 @@ class DiTBlock(nn.Module):
         self.out = nn.Linear(width, width)
         from timm.layers import GELUTanh, Mlp  # import cost: 2 s
 
-        self.mlp = Mlp(width, int(width * mlp_ratio), act_layer=GELUTanh, drop=(dropout, 0.0))
+        self.mlp = Mlp(width, hidden_width(width, mlp_ratio), act_layer=GELUTanh, drop=(dropout, 0.0))
         self.modulation = nn.Linear(width, 6 * width)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
@@ -71,15 +73,15 @@ class DiT(Backbone):
         channels: int = 3,
         num_classes: int = 0,
         *,
-        patch_size: int = 2,  # side of a patch; the published /2, /4, /8
-        width: int = 384,  # of the tokens: S 384, B 768, L 1024, XL 1152
-        depth: int = 12,  # blocks: S and B 12, L 24, XL 28
-        num_heads: int = 6,  # S 6, B 12, L and XL 16
-        mlp_ratio: float = 4.0,  # hidden width of the MLP over the width
-        dropout: float = 0.0,  # in the MLP
-        noise_input: NoiseInput = "ddpm",  # the number that is embedded, see layers.noise_condition
-        positions: Literal["fixed", "learned"] = "fixed",  # sine-cosine table, frozen or only its start
-        out_channels: int = 0,  # 0: as the image; DiT published twice as many, for a learned variance
+        patch_size: Size = 2,  # side of a patch in pixels; the published /2, /4, /8
+        width: Size = 384,  # width of the tokens, a multiple of 4: S 384, B 768, L 1024, XL 1152
+        depth: Depth = 12,  # blocks: S and B 12, L 24, XL 28
+        num_heads: Size = 6,  # attention heads, a divisor of the width: S 6, B 12, L and XL 16
+        mlp_ratio: Factor = 4.0,  # hidden width of the MLP over the width
+        dropout: DropRate = 0.0,  # dropout in the MLP
+        noise_input: NoiseInput = "ddpm",  # number that is embedded, see layers.noise_condition
+        positions: Literal["fixed", "learned"] = "fixed",  # sine-cosine table of positions: frozen, or only its start
+        out_channels: SizeOrZero = 0,  # output channels; 0: as the image; DiT published twice as many
     ) -> None:
         super().__init__()
         self.patch = patch_side("patch_size", patch_size, resolution)

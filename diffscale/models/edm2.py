@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffscale.core.errors import SettingError
+from diffscale.core.ranges import Depth, DropRate, NonNegative, Share, Size, SizeOrZero
 from diffscale.kernels.attention import attend
 from diffscale.models.layers import (
     Backbone,
@@ -117,7 +119,7 @@ class EDM2Block(nn.Module):
     ) -> None:
         super().__init__()
         if heads and channels_out % heads:
-            raise ValueError(f"channels_per_head: {channels_out} channels cannot be split into {heads} equal heads")
+            raise SettingError("channels_per_head", channels_out // heads, f"a divisor of {channels_out} channels")
         self.encoder, self.heads, self.dropout = encoder, heads, dropout
         self.residual_balance, self.attention_balance, self.clip = residual_balance, attention_balance, clip
         self.resample = Resample(resample)
@@ -182,19 +184,19 @@ class EDM2(Backbone):
         channels: int = 3,
         num_classes: int = 0,
         *,
-        model_channels: int = 192,  # width of the first level; channel_mult multiplies it
-        channel_mult: tuple[int, ...] = (1, 2, 3, 4),  # per level, finest first; each level halves the side
-        num_blocks: int = 3,  # residual blocks per level; the decoder has one more
-        attn_resolutions: tuple[int, ...] = (16, 8),  # sides with attention; the nearest level at or below each
-        channels_per_head: int = 64,  # width of an attention head
-        dropout: float = 0.0,  # before the second convolution of a block
-        label_balance: float = 0.5,  # share of the class in the embedding
-        concat_balance: float = 0.5,  # share of the skip connection in the decoder's input
-        residual_balance: float = 0.3,  # share of the residual branch
-        attention_balance: float = 0.3,  # share of the attention
-        clip: float = 256.0,  # activations are clipped to ± this; 0: not clipped
-        noise_mult: int = 0,  # width of the noise-level features, in model_channels; 0: as the first level
-        embedding_mult: int = 0,  # width of the embedding, in model_channels; 0: as the widest level
+        model_channels: Size = 192,  # width of the first level; channel_mult multiplies it
+        channel_mult: tuple[Size, ...] = (1, 2, 3, 4),  # width per level in model_channels, finest first
+        num_blocks: Depth = 3,  # residual blocks per level; the decoder has one more
+        attn_resolutions: tuple[Size, ...] = (16, 8),  # sides with attention; the nearest level at or below each
+        channels_per_head: Size = 64,  # width of an attention head
+        dropout: DropRate = 0.0,  # dropout before the second convolution of a block
+        label_balance: Share = 0.5,  # share of the class in the embedding
+        concat_balance: Share = 0.5,  # share of the skip connection in the decoder's input
+        residual_balance: Share = 0.3,  # share of the residual branch
+        attention_balance: Share = 0.3,  # share of the attention
+        clip: NonNegative = 256.0,  # activations are clipped to ± this; 0: not clipped
+        noise_mult: SizeOrZero = 0,  # width of the noise-level features, in model_channels; 0: as the first level
+        embedding_mult: SizeOrZero = 0,  # width of the embedding, in model_channels; 0: as the widest level
     ) -> None:
         super().__init__()
         check_levels(resolution, channel_mult, num_blocks)

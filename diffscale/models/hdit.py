@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffscale.core.errors import SettingError
+from diffscale.core.ranges import Depth, DepthOrZero, DropRate, Factor, Size, SizeOrZero
 from diffscale.kernels.attention import attend
 from diffscale.models.layers import (
     Backbone,
@@ -24,7 +26,7 @@ from diffscale.models.layers import (
     without_autocast,
 )
 from diffscale.models.neighbourhood_attention import Windows, neighbourhood_attention, windows
-from diffscale.models.transformer_layers import head_width, patch_side, rms_normalise
+from diffscale.models.transformer_layers import hidden_width, patch_side, rms_normalise
 
 
 class GEGLU(nn.Module):
@@ -192,30 +194,31 @@ class HDiT(Backbone):
         channels: int = 3,
         num_classes: int = 0,
         *,
-        patch_size: int = 4,  # side of a patch
-        widths: tuple[int, ...] = (128, 256, 512),  # of the tokens per level, finest first; each halves the side
-        depths: tuple[int, ...] = (2, 2, 4),  # layers per level, on the way down and again on the way up; last: once
-        head: int = 64,  # width of a head
-        kernel: int = 7,  # side of the neighbourhood, odd
-        global_levels: int = 1,  # how many of the coarsest levels attend to the whole grid instead
-        mlp_ratio: float = 3.0,  # hidden width of the GEGLU over the width
-        dropout: tuple[float, ...] = (),  # per level; empty: none
-        mapping_width: int = 256,  # of the condition
-        mapping_depth: int = 2,  # blocks of the mapping network
-        augment_dim: int = 0,  # width of augment_label; 0: no such input; the released networks have 9
+        patch_size: Size = 4,  # side of a patch in pixels
+        widths: tuple[Size, ...] = (128, 256, 512),  # width of the tokens per level, finest first; each halves the side
+        depths: tuple[Depth, ...] = (2, 2, 4),  # layers per level, on the way down and again up; last: once
+        head: Size = 64,  # width of a head, a multiple of 8 and a divisor of every width
+        kernel: Size = 7,  # side of the neighbourhood, odd
+        global_levels: SizeOrZero = 1,  # number of the coarsest levels that attend to the whole grid instead
+        mlp_ratio: Factor = 3.0,  # hidden width of the GEGLU over the width
+        dropout: tuple[DropRate, ...] = (),  # dropout per level; empty: none
+        mapping_width: Size = 256,  # width of the condition, an even number
+        mapping_depth: DepthOrZero = 2,  # blocks of the mapping network
+        augment_dim: SizeOrZero = 0,  # width of augment_label; 0: no such input; the released networks have 9
     ) -> None:
         super().__init__()
         if not widths or len(widths) != len(depths) or len(dropout) not in (0, len(widths)):
-            raise ValueError(f"widths = {widths}, depths = {depths}, dropout = {dropout}: expected one per level")
+            given = f"{len(depths)} depths, {len(dropout)} rates of dropout"
+            raise SettingError(
+                "widths", widths, f"at least one, one depth and one (or no) dropout for each; here {given}"
+            )
         if not 0 <= global_levels <= len(widths):
-            raise ValueError(f"global_levels = {global_levels}: expected 0 to {len(widths)}, the number of levels")
+            raise SettingError("global_levels", global_levels, f"0 to {len(widths)}, the number of levels")
         if kernel < 1 or kernel % 2 == 0:
-            raise ValueError(f"kernel = {kernel}: expected an odd number")
-        if head % 8:
-            raise ValueError(f"head = {head}: expected a multiple of 8")
-        for width in widths:
-            head_width("widths / head", width // head, width)
-        self.multiple = patch_side("patch_size · 2^(levels − 1)", patch_size * 2 ** (len(widths) - 1), resolution)
+            raise SettingError("kernel", kernel, "an odd number")
+        if head < 1 or head % 8 or any(width % head for width in widths):
+            raise SettingError("head", head, f"a multiple of 8 and a divisor of every width in {widths}")
+        self.multiple = patch_side("patch_size", patch_size, resolution, 2 ** (len(widths) - 1))
         self.patch, self.augment_dim = patch_size, augment_dim
 
         self.patch_in = nn.Linear(channels * patch_size**2, widths[0], bias=False)
@@ -230,7 +233,7 @@ class HDiT(Backbone):
         self.mapping = Mapping(mapping_width, mapping_depth, 3 * mapping_width)
 
         def layers(level: int) -> nn.ModuleList:
-            hidden, rate = int(widths[level] * mlp_ratio), dropout[level] if dropout else 0.0
+            hidden, rate = hidden_width(widths[level], mlp_ratio), dropout[level] if dropout else 0.0
             return nn.ModuleList(
                 HDiTBlock(widths[level], head, hidden, mapping_width, rate) for _ in range(depths[level])
             )

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffscale.core.errors import SettingError
+from diffscale.core.ranges import Depth, DepthOrZero, DropRate, Factor, Size, SizeOrZero
 from diffscale.kernels.attention import attend
 from diffscale.models.layers import Backbone, pad_to_multiple, to_tokens, without_autocast
 from diffscale.models.transformer_layers import (
@@ -17,6 +19,7 @@ from diffscale.models.transformer_layers import (
     ScalarMLP,
     fixed_positions,
     head_width,
+    hidden_width,
     modulate,
     patch_side,
     rms_normalise,
@@ -37,7 +40,7 @@ class JiTBlock(nn.Module):
     def __init__(self, width: int, heads: int, mlp_ratio: float, dropout: float) -> None:
         super().__init__()
         self.heads = heads
-        hidden = int(int(width * mlp_ratio) * 2 / 3)
+        hidden = max(int(hidden_width(width, mlp_ratio) * 2 / 3), 1)
         self.gain1, self.gain2 = nn.Parameter(torch.ones(width)), nn.Parameter(torch.ones(width))
         self.q_gain, self.k_gain = nn.Parameter(torch.ones(width // heads)), nn.Parameter(torch.ones(width // heads))
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
@@ -102,21 +105,21 @@ class JiT(Backbone):
         channels: int = 3,
         num_classes: int = 0,
         *,
-        patch_size: int = 0,  # side of a patch; 0: resolution / 16, so that there are 256
-        bottleneck: int = 128,  # width of the patch embedding's first layer; H 256
-        width: int = 768,  # of the tokens: B 768, L 1024, H 1280
-        depth: int = 12,  # blocks: B 12, L 24, H 32
-        num_heads: int = 12,  # B 12, L and H 16
-        mlp_ratio: float = 4.0,  # of a plain MLP with as many weights; the SwiGLU's hidden width is 2/3 of it
-        dropout: float = 0.0,  # in the middle half of the blocks
-        context_tokens: int = 32,  # class tokens that join the patches; without classes they are learned registers
-        context_start: int = 4,  # block before which they join: B 4, L 8, H 10
+        patch_size: SizeOrZero = 0,  # side of a patch; 0: resolution / 16, so that there are 256
+        bottleneck: Size = 128,  # width of the patch embedding's first layer; H 256
+        width: Size = 768,  # width of the tokens: B 768, L 1024, H 1280
+        depth: Depth = 12,  # blocks: B 12, L 24, H 32
+        num_heads: Size = 12,  # attention heads, width / num_heads a multiple of 4: B 12, L and H 16
+        mlp_ratio: Factor = 4.0,  # hidden width of an MLP with as many weights; the SwiGLU's is 2/3 of it
+        dropout: DropRate = 0.0,  # dropout in the middle half of the blocks
+        context_tokens: SizeOrZero = 32,  # class tokens that join the patches; without classes learned registers
+        context_start: DepthOrZero = 4,  # block before which they join: B 4, L 8, H 10
     ) -> None:
         super().__init__()
         self.patch = patch_side("patch_size", patch_size or max(resolution // 16, 1), resolution)
         head = head_width("num_heads", num_heads, width, multiple=4)
         if not 0 <= context_start < depth:
-            raise ValueError(f"context_start = {context_start}: expected 0 to {depth - 1}, one of the blocks")
+            raise SettingError("context_start", context_start, f"0 to {depth - 1}, one of the blocks")
         side = -(-resolution // self.patch)
         self.native = (side, side)
         self.context_start = context_start

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from diffscale.core.errors import SettingError
 from diffscale.kernels.attention import attend
 
 NoiseInput = Literal["edm", "ddpm", "angle", "gamma"]
@@ -40,7 +41,7 @@ def noise_condition(logsnr: Tensor, kind: NoiseInput) -> Tensor:
         return 1000 * (2 / math.pi) * torch.atan(torch.exp(-logsnr / 2))
     if kind == "gamma":
         return 1000 * torch.sigmoid(logsnr)
-    raise ValueError(f"noise_input = {kind!r}: expected one of edm, ddpm, angle, gamma")
+    raise SettingError("noise_input", kind, "one of edm, ddpm, angle, gamma")
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
@@ -57,7 +58,7 @@ class SinusoidalEmbedding(nn.Module):
     def __init__(self, dim: int, max_period: float = 10_000, endpoint: bool = False) -> None:
         super().__init__()
         if dim % 2:
-            raise ValueError(f"embedding width = {dim}: expected an even number")
+            raise SettingError("noise_mult", dim, "an even width of the noise-level embedding")
         half = dim // 2
         exponent = torch.arange(half, dtype=torch.float32) / max(half - int(endpoint), 1)
         self.frequencies: Tensor
@@ -77,7 +78,7 @@ class FourierEmbedding(nn.Module):
     def __init__(self, dim: int, bandwidth: float = 16.0) -> None:
         super().__init__()
         if dim % 2:
-            raise ValueError(f"embedding width = {dim}: expected an even number")
+            raise SettingError("mapping_width", dim, "an even number")
         self.frequencies: Tensor
         self.register_buffer("frequencies", torch.randn(dim // 2) * bandwidth)
 
@@ -155,8 +156,8 @@ class Resample(nn.Module):
         self, mode: Literal["keep", "down", "up"], taps: tuple[int, ...] = (1, 1), padded: bool = True
     ) -> None:
         super().__init__()
-        if len(taps) % 2:
-            raise ValueError(f"resample_filter = {taps}: expected an even number of taps")
+        if len(taps) % 2 or not taps or sum(taps) == 0:
+            raise SettingError("resample_filter", taps, "an even number of taps whose sum is not 0")
         self.mode, self.box = mode, tuple(taps) == (1, 1)
         self.padding = (len(taps) - 1) // 2 if padded else 0
         line = torch.tensor(taps, dtype=torch.float32) / sum(taps)
@@ -206,7 +207,7 @@ class SelfAttention2d(nn.Module):
     def __init__(self, channels: int, heads: int, norm: nn.Module) -> None:
         super().__init__()
         if heads < 1 or channels % heads:
-            raise ValueError(f"num_heads = {heads}: expected a divisor of the {channels} channels")
+            raise SettingError("num_heads", heads, f"a divisor of the {channels} channels")
         self.heads = heads
         self.norm = norm
         self.qkv = nn.Linear(channels, 3 * channels)
@@ -269,3 +270,7 @@ def check_levels(resolution: int, channel_mult: tuple[float, ...], num_blocks: i
             f"resolution = {resolution}, channel_mult = {channel_mult}, num_blocks = {num_blocks}: "
             "expected a positive side, at least one level and at least one block per level"
         )
+    coarsest = 2 ** (len(channel_mult) - 1)
+    if coarsest > resolution:
+        expected = f"at most {resolution.bit_length()} levels at a resolution of {resolution}"
+        raise SettingError("channel_mult", channel_mult, expected)

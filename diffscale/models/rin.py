@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffscale.core.errors import SettingError
+from diffscale.core.ranges import Depth, DepthOrZero, DropRate, Size, SizeOrZero
 from diffscale.models.layers import (
     Backbone,
     SinusoidalEmbedding,
@@ -122,18 +124,18 @@ class RIN(Backbone):
         channels: int = 3,
         num_classes: int = 0,
         *,
-        patch_size: int = 0,  # side of a patch; 0: resolution / 32, at least 2 (2 at 32, 4 at 128, 32 at 1024)
-        interface_width: int = 256,  # width of the interface tokens; ImageNet 512
-        interface_mlp_ratio: int = 2,  # of the MLP after a write, 0: none; ImageNet 4
-        latents: int = 128,  # how many, with the time and class tokens
-        latent_width: int = 512,  # width of the latents; ImageNet 768 and 1024
-        latent_mlp_ratio: int = 4,  # of the MLPs on the latents
-        num_blocks: int = 3,  # read-process-write blocks, each with its own weights
-        layers: int = 2,  # self-attention layers per block
-        latent_heads: int = 16,  # of the self-attention
-        rw_heads: int = 8,  # of reads and writes; ImageNet 16
-        dropout: float = 0.0,  # in the MLPs of the self-attention layers; the authors' CIFAR-10 has 0.1
-        drop_path: float = 0.0,  # probability of skipping a self-attention layer's branch; likewise 0.1
+        patch_size: SizeOrZero = 0,  # side of a patch; 0: resolution / 32, at least 2 (2 at 32, 4 at 128, 32 at 1024)
+        interface_width: Size = 256,  # width of the interface tokens; ImageNet 512
+        interface_mlp_ratio: DepthOrZero = 2,  # hidden over outer width of the MLP after a write, 0: none; ImageNet 4
+        latents: Size = 128,  # number of latents, with the time and class tokens
+        latent_width: Size = 512,  # width of the latents, a multiple of 8; ImageNet 768 and 1024
+        latent_mlp_ratio: Depth = 4,  # hidden width of the MLPs on the latents over the width
+        num_blocks: Depth = 3,  # read-process-write blocks, each with its own weights
+        layers: DepthOrZero = 2,  # self-attention layers per block
+        latent_heads: Size = 16,  # attention heads of the self-attention
+        rw_heads: Size = 8,  # attention heads of reads and writes; ImageNet 16
+        dropout: DropRate = 0.0,  # dropout in the MLPs of the self-attention layers; the authors' CIFAR-10 has 0.1
+        drop_path: DropRate = 0.0,  # probability of skipping a self-attention layer's branch; likewise 0.1
         zero_output: bool = False,  # the output starts at zero, as other backbones' do; the authors' does not
         self_conditioning: bool = True,  # the state has an effect; False drops its parameters
     ) -> None:
@@ -141,9 +143,9 @@ class RIN(Backbone):
         self.patch = patch_side("patch_size", patch_size or max(resolution // 32, min(2, resolution)), resolution)
         taken = 2 if num_classes else 1
         if latents <= taken:
-            raise ValueError(f"latents = {latents}: expected more than the {taken} that time and class take")
+            raise SettingError("latents", latents, f"more than the {taken} that time and class take")
         if latent_width % 8:
-            raise ValueError(f"latent_width = {latent_width}: expected a multiple of 8")
+            raise SettingError("latent_width", latent_width, "a multiple of 8")
         head_width("latent_heads", latent_heads, latent_width)
         side = -(-resolution // self.patch)
         self.native, self.num_classes = (side, side), num_classes

@@ -9,24 +9,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffscale.core.errors import SettingError
 from diffscale.models.layers import SinusoidalEmbedding
 
 
-def patch_side(name: str, patch_size: int, resolution: int) -> int:
-    """`patch_size` when a patch of that side fits an image of side `resolution`; ValueError otherwise."""
+def patch_side(name: str, patch_size: int, resolution: int, fold: int = 1) -> int:
+    """Return the side in pixels of a square that patches of `patch_size`, folded `fold` times over, need.
+
+    Raises SettingError unless it fits an image of side `resolution`.
+
+    name: the setting that is wrong where it does not fit
+    fold: number of patches along the side of the coarsest token
+    """
     if resolution < 1:
-        raise ValueError(f"resolution = {resolution}: expected a positive side")
-    if not 1 <= patch_size <= resolution:
-        raise ValueError(f"{name} = {patch_size}: expected 1 to {resolution}, the side of the image")
-    return patch_size
+        raise SettingError("resolution", resolution, "a positive side")
+    if not 1 <= patch_size * fold <= resolution:
+        levels = f": the levels fold {fold} x {fold} patches" if fold > 1 else ""
+        raise SettingError(name, patch_size, f"1 to {resolution // fold} at a resolution of {resolution}{levels}")
+    return patch_size * fold
 
 
 def head_width(name: str, heads: int, width: int, multiple: int = 1) -> int:
-    """Width of one of `heads` heads. ValueError unless they divide the width into multiples of `multiple`."""
+    """Width of one of `heads` heads. SettingError unless they divide the width into multiples of `multiple`."""
     if heads < 1 or width % heads or (width // heads) % multiple:
         of = f" with a quotient divisible by {multiple}" if multiple > 1 else ""
-        raise ValueError(f"{name} = {heads}: expected a divisor of the width {width}{of}")
+        raise SettingError(name, heads, f"a divisor of the width {width}{of}")
     return width // heads
+
+
+def hidden_width(width: int, ratio: float) -> int:
+    """Hidden width of an MLP whose `mlp_ratio` is `ratio`. SettingError if nothing would be left."""
+    if int(width * ratio) < 1:
+        raise SettingError("mlp_ratio", ratio, f"at least {1 / width:.3g}, one hidden unit for the width {width}")
+    return int(width * ratio)
 
 
 def unpatchify(tokens: Tensor, height: int, width: int, patch: int) -> Tensor:
@@ -49,7 +64,7 @@ def sincos_positions(
     other than the native (rows, columns) is stretched over the same coordinates, so that a network runs at any size.
     """
     if dim % 4:
-        raise ValueError(f"width = {dim}: expected a multiple of 4 for the two-dimensional positions")
+        raise SettingError("width", dim, "a multiple of 4 for the two-dimensional positions")
     wide = torch.float64
     omega = max_period ** -(torch.arange(dim // 4, dtype=wide, device=device) / (dim // 4))
     axes = [

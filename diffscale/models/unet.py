@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffscale.core.errors import SettingError
+from diffscale.core.ranges import Depth, DropRate, Epsilon, Factor, Share, Size, SizeOrZero, Tap
 from diffscale.models.layers import (
     Backbone,
     FourierEmbedding,
@@ -167,37 +169,37 @@ class UNet(Backbone):
         channels: int = 3,
         num_classes: int = 0,
         *,
-        model_channels: int = 128,  # width of the first level; channel_mult multiplies it
-        channel_mult: tuple[float, ...] = (1, 2, 2, 2),  # per level, finest first; each level halves the side
-        stem_channels: int = 0,  # width of the first convolution; 0: as the first level
-        num_blocks: int = 2,  # residual blocks per level; the decoder has one more
-        attn_resolutions: tuple[int, ...] = (16,),  # sides with attention; the nearest level at or below each
+        model_channels: Size = 128,  # width of the first level; channel_mult multiplies it
+        channel_mult: tuple[Factor, ...] = (1, 2, 2, 2),  # width per level in model_channels, finest first
+        stem_channels: SizeOrZero = 0,  # width of the first convolution; 0: as the first level
+        num_blocks: Depth = 2,  # residual blocks per level; the decoder has one more
+        attn_resolutions: tuple[Size, ...] = (16,),  # sides with attention; the nearest level at or below each
         decoder_attention: Literal["all", "last", "none"] = "all",  # which decoder blocks at those sides have it
         middle_attention: bool = True,  # attention between encoder and decoder
-        num_heads: int = 0,  # heads of every attention; 0: one per channels_per_head
-        channels_per_head: int = 64,  # width of a head when num_heads is 0
+        num_heads: SizeOrZero = 0,  # heads of every attention; 0: one per channels_per_head
+        channels_per_head: Size = 64,  # width of a head when num_heads is 0
         skips: bool = True,  # encoder features reach the decoder; False is an autoencoder
         residual: bool = True,  # blocks and attentions add to their input
-        residual_scale: float = 1.0,  # the sum is multiplied by this; √½ keeps the variance (NCSN++, DDPM++)
-        norm: Literal["group", "layer", "none"] = "group",  # 32 groups, one group, nothing
-        norm_eps: float = 1e-5,  # added to the variance
-        dropout: float = 0.0,  # before the second convolution of a block
+        residual_scale: Factor = 1.0,  # factor of the sum after a block; √½ keeps the variance (NCSN++, DDPM++)
+        norm: Literal["group", "layer", "none"] = "group",  # normalisation: 32 groups, one group, or nothing
+        norm_eps: Epsilon = 1e-5,  # what a norm adds to the variance
+        dropout: DropRate = 0.0,  # dropout before the second convolution of a block
         adaptive_scale: bool = True,  # the embedding scales and shifts after the norm; False: is added before it
-        resample: Literal["block", "conv"] = "block",  # inside a residual block, or DDPM's bare convolution
-        resample_filter: tuple[int, ...] = (1, 1),  # (1, 1): mean and nearest; NCSN++ has (1, 3, 3, 1)
+        resample: Literal["block", "conv"] = "block",  # change of side: in a residual block, or DDPM's bare convolution
+        resample_filter: tuple[Tap, ...] = (1, 1),  # even number of taps; (1, 1): box; NCSN++ has (1, 3, 3, 1)
         resample_projection: bool = False,  # a 1 × 1 convolution in the shortcut of resampling blocks (Song)
         input_pyramid: Literal["none", "skip", "residual"] = "none",  # the image enters every encoder level
         output_pyramid: bool = False,  # every decoder level adds to the output
-        noise_input: NoiseInput = "edm",  # the number that is embedded, see layers.noise_condition
-        noise_embedding: Literal["sinusoidal", "sinusoidal_endpoint", "fourier"] = "sinusoidal",  # of that number
-        noise_mult: int = 1,  # width of the noise-level embedding, in model_channels
-        embedding_mult: int = 4,  # width of the mapped embedding, in model_channels
-        label_joins: Literal["noise", "mapped"] = "mapped",  # before or after the mapping network
-        augment_dim: int = 0,  # width of augment_label; 0: no such input
-        image_channels: int = 0,  # channels of the image to condition on; 0: no such input
-        out_channels: int = 0,  # 0: as the image; ADM published twice as many, for a learned variance
-        init: Literal["torch", "xavier"] = "torch",  # ADM's or Song's
-        zero_gain: float = 0.0,  # of the layers that start small; Song's recipe has 1e-5
+        noise_input: NoiseInput = "edm",  # number that is embedded, see layers.noise_condition
+        noise_embedding: Literal["sinusoidal", "sinusoidal_endpoint", "fourier"] = "sinusoidal",  # its embedding
+        noise_mult: Size = 1,  # width of the noise-level embedding, in model_channels
+        embedding_mult: Size = 4,  # width of the mapped embedding, in model_channels
+        label_joins: Literal["noise", "mapped"] = "mapped",  # the label joins before or after the mapping network
+        augment_dim: SizeOrZero = 0,  # width of augment_label; 0: no such input
+        image_channels: SizeOrZero = 0,  # channels of the image to condition on; 0: no such input
+        out_channels: SizeOrZero = 0,  # output channels; 0: as the image; ADM published twice as many
+        init: Literal["torch", "xavier"] = "torch",  # initial weights: ADM's or Song's
+        zero_gain: Share = 0.0,  # factor of the layers that start small; Song's recipe has 1e-5
     ) -> None:
         super().__init__()
         check_levels(resolution, channel_mult, num_blocks)
@@ -206,6 +208,8 @@ class UNet(Backbone):
         self.multiple = 2 ** (len(channel_mult) - 1)
         out_channels = out_channels or channels
         widths = [int(model_channels * m) for m in channel_mult]
+        if min(widths) < 1:
+            raise SettingError("channel_mult", channel_mult, f"at least one channel of {model_channels} in each level")
         noise_width, width = model_channels * noise_mult, model_channels * embedding_mult
         settings = BlockSettings(
             width,

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffscale.core.errors import SettingError
+from diffscale.core.ranges import Depth, DepthOrZero, DropRate, Factor, Size, SizeOrZero
 from diffscale.models.layers import (
     Backbone,
     GroupNorm,
@@ -29,8 +31,8 @@ from diffscale.models.layers import (
 from diffscale.models.transformer_layers import (
     ScalarMLP,
     head_width,
+    hidden_width,
     modulate,
-    patch_side,
     resize_positions,
     rms_normalise,
     truncated_normal_,
@@ -77,7 +79,7 @@ class TransformerBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
         from timm.layers import GELUTanh, Mlp  # import cost: 2 s
 
-        self.mlp = Mlp(width, int(width * mlp_ratio), act_layer=GELUTanh, drop=dropout)
+        self.mlp = Mlp(width, hidden_width(width, mlp_ratio), act_layer=GELUTanh, drop=dropout)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         shift1, scale1, shift2, scale2 = self.modulation(embedding).chunk(4, dim=-1)
@@ -127,26 +129,27 @@ class UViT(Backbone):
         num_classes: int = 0,
         *,
         patching: Literal["haar", "5/3", "conv"] = "haar",  # wavelet, or the paper's slightly worse strided convolution
-        patch_levels: int = 1,  # foldings of 2 × 2 pixels into channels before the first level; 0: none
-        conv_widths: tuple[int, ...] = (128,),  # width of each convolutional level, finest first
-        conv_blocks: int = 2,  # per level on the way down, and again on the way up
-        width: int = 512,  # of the transformer
-        depth: int = 8,  # transformer blocks
-        num_heads: int = 8,  # of the transformer
-        mlp_ratio: float = 4.0,  # hidden width of the MLP over the width
-        skips: Literal["block", "residual"] = "block",  # one per block, joined (UViT); one per level, added (SiD2)
-        dropout: float = 0.0,  # in the transformer, and in levels with a side of at most dropout_side
-        dropout_side: int = 16,  # see dropout; the paper drops nothing at high resolution
-        embedding_width: int = 512,  # of the noise-level and label embedding
-        noise_input: NoiseInput = "angle",  # the number that is embedded, see layers.noise_condition
+        patch_levels: DepthOrZero = 1,  # foldings of 2 × 2 pixels into channels before the first level; 0: none
+        conv_widths: tuple[Size, ...] = (128,),  # width of each convolutional level, finest first
+        conv_blocks: DepthOrZero = 2,  # blocks per level on the way down, and again on the way up
+        width: Size = 512,  # width of the transformer
+        depth: Depth = 8,  # transformer blocks
+        num_heads: Size = 8,  # attention heads of the transformer, a divisor of its width
+        mlp_ratio: Factor = 4.0,  # hidden width of the MLP over the width
+        skips: Literal["block", "residual"] = "block",  # one per block, joined (UViT), or one per level, added (SiD2)
+        dropout: DropRate = 0.0,  # dropout in the transformer, and in levels with a side of at most dropout_side
+        dropout_side: SizeOrZero = 16,  # side in pixels; the paper drops nothing at high resolution
+        embedding_width: Size = 512,  # width of the noise-level and label embedding
+        noise_input: NoiseInput = "angle",  # number that is embedded, see layers.noise_condition
     ) -> None:
         super().__init__()
         if patch_levels < 0 or patching not in ("haar", "5/3", "conv"):
             raise ValueError(f"patching = {patching!r}, patch_levels = {patch_levels}: expected haar, 5/3 or conv, ≥ 0")
         head_width("num_heads", num_heads, width)
-        self.multiple = patch_side(
-            "patch_levels and conv_widths fold by", 2 ** (patch_levels + len(conv_widths)), resolution
-        )
+        self.multiple = 2 ** (patch_levels + len(conv_widths))
+        if self.multiple > resolution:
+            most = f"at most {resolution.bit_length() - 1} levels with patch_levels, here {patch_levels},"
+            raise SettingError("conv_widths", conv_widths, f"{most} at a resolution of {resolution}")
         self.patching: Literal["haar", "5/3", "conv"] = patching
         self.patch_levels, self.residual = patch_levels, skips == "residual"
         self.noise_input = noise_input

@@ -31,7 +31,9 @@ from diffscale.sweep.space import Point, nest, overrides_of, point_id, satisfies
 from diffscale.training.numerics import settled
 from diffscale.training.own_records import is_own
 
-End = Literal["finished", "stopped"]
+End = Literal["finished", "stopped", "diverged", "refused"]
+WITHOUT_VALUE = ("diverged", "refused")
+"""Ends of trials that count as the worst value: they lost their weights, or their settings cannot train."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +62,13 @@ class Ledger:
         self.base = load_tree(sweep.base)
         self.common = self._experiment(sweep.overrides)  # settings that no point varies
         metrics, resize = self.common.eval.metrics, self.common.eval.resize
-        chosen = sweep.metric or next(iter(metrics), "")
+        if not metrics or not self.common.eval.n_generated:
+            key = "eval.n_generated" if metrics else "eval.metrics"
+            value = self.common.dotted()[key]
+            raise UserError(setting=key, value=value, expected="what the sweep compares its trials by")
+        chosen = sweep.metric or metrics[0]
         if chosen not in metrics:
-            raise UserError(
-                setting="metric",
-                value=chosen,
-                expected="one of eval.metrics: " + (", ".join(metrics) or "there is none"),
-            )
+            raise UserError(setting="metric", value=chosen, expected="one of eval.metrics: " + ", ".join(metrics))
         self.metric = recorded_name(chosen, resize)
         self.higher_is_better = higher_is_better(self.metric)
         what = sweep.model_dump(mode="json", exclude={"max_concurrent", "budget"})
@@ -172,8 +174,10 @@ class Ledger:
     def value(self, trial: Trial, flops: float | None = None) -> float | None:
         """Return the metric (mean over the replicates) at a rung or at the end; None until every replicate has it.
 
-        It is nan if a replicate diverged.
+        It is nan, the worst value, if a replicate diverged or the settings of the trial cannot train.
         """
+        if self.ended(trial.id) in WITHOUT_VALUE:
+            return math.nan
         values = []
         for rows in self._runs(trial):
             reached = [r for r in rows if flops is None or r.train_flops >= flops * (1 - 1e-9)]

@@ -157,9 +157,11 @@ def _fit(
     failed = {}
     for index in range(len(results)):
         result = results[index]
+        reason = (result.metrics or {}).get("failed")
         if result.error is not None:
-            point = point_of(ledger.sweep, result.config or {})
-            failed[point_id(point)] = str(result.error).strip().splitlines()[-1]
+            reason = str(result.error).strip().splitlines()[-1]
+        if reason:
+            failed[point_id(point_of(ledger.sweep, result.config or {}))] = reason
     return failed
 
 

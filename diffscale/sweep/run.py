@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
+from rich.progress import track
 
-from diffscale.config.factory import build_diffusion, open_training_data
 from diffscale.config.load import explain, load_tree, merge, parse_overrides
 from diffscale.core.errors import UserError
 from diffscale.sweep.decisions import survivors
@@ -19,10 +19,11 @@ from diffscale.sweep.ledger import Ledger, Trial, check_comparable
 from diffscale.sweep.ray_tune import run_suggested, run_trials
 from diffscale.sweep.results import write_results
 from diffscale.sweep.settings import Sweep
-from diffscale.sweep.space import grid
+from diffscale.sweep.space import grid, label
 from diffscale.sweep.table import SweepTable, print_summary
-from diffscale.training.ema import check_average
+from diffscale.training.settings_check import check_settings
 
+MANY_TRIALS = 20
 SECTIONS = ("storage", "data", "model", "diffusion", "optim", "train", "eval")
 
 
@@ -63,14 +64,21 @@ def _leaf(tree: Any) -> Any:
 def planned(ledger: Ledger) -> list[Trial]:
     """Return the trials of a grid or random sweep; for tpe those begun so far.
 
-    Raise UserError for trials whose results could not be compared, and for a singular combination, before anything
-    is started.
+    Raise UserError for trials whose results could not be compared, and for one whose settings cannot train, before
+    anything is started.
     """
     trials = trials_of(ledger)
     check_comparable(ledger.sweep, trials)
-    for trial in trials:
-        build_diffusion(trial.experiments[0], open_training_data(trial.experiments[0]))
-        check_average(trial.experiments[0])
+    check_settings(ledger.common)
+    few = len(trials) < MANY_TRIALS
+    for trial in track(trials, "checking the settings of each trial", transient=True, disable=few):
+        if ledger.ended(trial.id) is None:
+            try:
+                check_settings(trial.experiments[0])
+            except UserError as error:
+                where = f"in the trial {label(trial.point)}"
+                error.reason = f"{error.reason}; {where}" if error.reason else where
+                raise
     return trials
 
 
@@ -126,5 +134,5 @@ def _decide(ledger: Ledger, trials: list[Trial], rung: int, flops: float) -> Non
     keep = set() if last else survivors(known, ledger.sweep.scheduler.reduction, ledger.higher_is_better)
     for name, value in known.items():
         goes_on = ledger.decisions.put(rung, name, name in keep, value)
-        if not goes_on:
+        if not goes_on and ledger.ended(name) is None:
             ledger.note_ended(name, "finished" if last else "stopped")

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from diffscale.core.ranges import Images
+
+Amount = Annotated[float, Field(gt=0, le=1e30)]
+
 
 class Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Dimension(Part):
@@ -34,17 +38,19 @@ class Dimension(Part):
 
 
 class Search(Part):
-    name: Literal["grid", "random", "tpe"] = "grid"
-    samples: int = Field(1, ge=1, description="draws of the random dimensions for each grid point; for tpe all trials")
-    seed: int = Field(0, ge=0)
+    name: Literal["grid", "random", "tpe"] = Field("grid", description="how points are chosen")
+    samples: int = Field(
+        1, ge=1, le=10**5, description="draws of the random dimensions for each grid point; for tpe all trials"
+    )
+    seed: int = Field(0, ge=0, le=2**31 - 1, description="seed of the draws")
 
 
 class Scheduler(Part):
     """Early stopping. Rungs are training FLOPs, so that trials are compared at equal compute."""
 
-    name: Literal["none", "halving", "asha"] = "none"
-    rungs_flops: tuple[float, ...] = Field((), description="increasing; the last one ends a trial")
-    reduction: float = Field(2.0, gt=1, description="one in `reduction` trials continues from each rung")
+    name: Literal["none", "halving", "asha"] = Field("none", description="rule by which trials end early")
+    rungs_flops: tuple[Amount, ...] = Field((), description="increasing; the last one ends a trial")
+    reduction: float = Field(2.0, gt=1, le=1e6, description="one in `reduction` trials continues from each rung")
 
     @model_validator(mode="after")
     def _rungs(self) -> Scheduler:
@@ -59,10 +65,10 @@ class Scheduler(Part):
 class Budget(Part):
     """Limits of a trial (it ends there) or of the whole sweep (no further trial is started)."""
 
-    flops: float | None = Field(None, gt=0)
-    images: int | None = Field(None, gt=0)
-    device_seconds: float | None = Field(None, gt=0)
-    money: float | None = Field(None, gt=0, description="needs train.price_per_device_hour")
+    flops: Amount | None = Field(None, description="training FLOPs")
+    images: Images | None = Field(None, description="training images")
+    device_seconds: Amount | None = Field(None, description="seconds times devices")
+    money: Amount | None = Field(None, description="needs train.price_per_device_hour")
 
 
 class Budgets(Part):
@@ -71,18 +77,18 @@ class Budgets(Part):
 
 
 class Sweep(Part):
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,59}$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,59}$", description="name of the sweep and of its runs")
     base: str = Field(description="preset or YAML file that every trial starts from")
     overrides: dict[str, Any] = Field({}, description="dotted keys set in every trial")
     space: dict[str, Dimension] = Field({}, description="dotted key to its values")
     variants: dict[str, dict[str, Any]] = Field({}, description="name to dotted keys set together; one more grid")
     constraints: list[str] = Field([], description="expressions over dotted keys that every trial must satisfy")
-    replicates: int = Field(1, ge=1, description="training seeds of each point")
+    replicates: int = Field(1, ge=1, le=10**4, description="training seeds of each point")
     metric: str | None = Field(None, description="what is compared; null: the first of eval.metrics")
     search: Search = Search()
     scheduler: Scheduler = Scheduler()
     budget: Budgets = Budgets()
-    max_concurrent: int = Field(2, ge=1, description="trials at a time")
+    max_concurrent: int = Field(2, ge=1, le=10**4, description="trials at a time")
 
     @field_validator("space", mode="before")
     @classmethod

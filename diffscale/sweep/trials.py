@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffscale.config.experiment import Experiment
+from diffscale.core.errors import UserError
 from diffscale.records.schema import Record
 from diffscale.sweep.decisions import survivors
 from diffscale.sweep.ledger import Ledger
@@ -16,6 +17,9 @@ from diffscale.sweep.space import point_of
 
 def run_trial(sweep: Sweep, config: dict[str, Any], flops: float | None, stop_with: str, here: bool) -> None:
     """Run every replicate to its end, or to `flops`, and report the metric to Ray Tune.
+
+    A trial that diverges, or whose settings cannot train, counts as the worst value and ends. One that cannot go on for
+    another reason is reported as failed, and the same command runs it again.
 
     stop_with: launch id of the message channel that carries the sweep's stop request.
     here: the run's one worker is this process.
@@ -45,15 +49,28 @@ def run_trial(sweep: Sweep, config: dict[str, Any], flops: float | None, stop_wi
         if flops is not None:
             experiment = with_budget(experiment, flops)
         should_stop = AshaRule(sweep, trial.id) if sweep.scheduler.name == "asha" else None
-        result = train(experiment, should_stop=should_stop, show=False, stop_with=stop_with, here=here)
+        try:
+            result = train(experiment, should_stop=should_stop, show=False, stop_with=stop_with, here=here)
+        except UserError as error:
+            ledger.note_ended(trial.id, "refused")
+            tune.report({"value": worst, "note": error.text(), "trial": trial.id})
+            return
         if result.resumable:
             tune.report({"value": worst, "note": "the sweep is stopping"})
+            return
+        if result.reason == "nonfinite":
+            ledger.note_ended(trial.id, "diverged")
+            tune.report({"value": worst, "note": result.message, "trial": trial.id})
+            return
+        if result.reason not in ("finished", "early"):
+            tune.report({"value": worst, "failed": f"{result.reason}: {result.message}", "trial": trial.id})
             return
         stopped |= result.stopped
     if flops is None:
         ledger.note_ended(trial.id, "stopped" if stopped else "finished")
     value = ledger.value(trial, flops)
-    tune.report({"value": value if value is not None and math.isfinite(value) else worst, "trial": trial.id})
+    known = value is not None and math.isfinite(value)
+    tune.report({"value": value if known else worst, "trial": trial.id})
 
 
 def with_budget(experiment: Experiment, flops: float) -> Experiment:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import faulthandler
 import logging
+import math
 import os
 import tempfile
 import threading
@@ -24,6 +25,7 @@ from contextlib import contextmanager, suppress
 from typing import Literal
 
 from diffscale.core import storage
+from diffscale.core.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +74,11 @@ class StopRequests:
 
 def hang_seconds() -> float:
     """Return how long a rank may make no progress: $DIFFSCALE_HANG_SECONDS, which the command passes to its workers."""
-    return float(os.environ.get(ENVIRONMENT, DEFAULT_SECONDS))
+    given = os.environ.get(ENVIRONMENT, str(DEFAULT_SECONDS))
+    with suppress(ValueError):
+        if 0 < float(given) < math.inf:
+            return float(given)
+    raise UserError(setting=ENVIRONMENT, value=given, expected="a number of seconds above 0")
 
 
 class Watchdog:

@@ -20,6 +20,7 @@ from diffscale.evaluation.distribute import chunk_ranges, devices, kept_images, 
 from diffscale.evaluation.sample_writer import SampleWriter
 from diffscale.evaluation.sampling import sampling_of_settings, sampling_precision, to_uint8
 from diffscale.training.load import TrainedModel, load_trained, samples_source, settings_of_run
+from diffscale.training.settings_check import refuse_unfit_sampler
 
 GRID = 64
 STRIP_FRAMES = 10
@@ -45,6 +46,7 @@ def draw_samples(trained: TrainedModel, folder: Path, options: DrawOptions) -> N
     Image i comes from seed i whatever the batch and the number of workers. Returns the first 64 images, (n,H,W,C)
     uint8, that the grid shows.
     """
+    refuse_unfit_sampler(trained.experiment, trained.dataset, trained.diffusion)
     connect()
     sampling = sampling_of(trained, options)
     first = _draw(trained, sampling, folder, options)

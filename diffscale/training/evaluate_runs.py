@@ -11,6 +11,7 @@ import torch
 
 from diffscale.core.cache import cache_dir
 from diffscale.core.hashing import identify
+from diffscale.core.places import require_writable
 from diffscale.distributed.connect import connect
 from diffscale.evaluation import Sampling
 from diffscale.evaluation.distribute import devices
@@ -19,6 +20,7 @@ from diffscale.records.schema import Record
 from diffscale.training.checkpoint_evaluation import CheckpointEvaluator
 from diffscale.training.load import TrainedModel, list_targets, load_trained, samples_source, settings_of_run
 from diffscale.training.parallel import World
+from diffscale.training.settings_check import refuse_unfit_sampler
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ def evaluate_run(
     """
     overrides = list(overrides)
     records: list[Record] = []
+    require_writable(target, "RUN")
     for uri in list_targets(target, options.checkpoint):
         solvers: Sequence[str | None] = options.solvers or [None]
         for solver in solvers:
@@ -78,6 +81,7 @@ def evaluate_trained(
     on_picture: Callable[[str], None] = lambda uri: None,
 ) -> list[Record]:
     """Evaluate one trained model over Ray actors and write its records; see evaluate_run."""
+    refuse_unfit_sampler(trained.experiment, trained.dataset, trained.diffusion)
     connect()
     actors, device = devices(options.workers)
     here = device if torch.cuda.is_available() else "cpu"  # this process may be a driver without the actors' GPUs

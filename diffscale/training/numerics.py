@@ -201,6 +201,19 @@ def winograd_available(precision: str, device_type: str) -> bool:
     return device_type == "cpu" and kernels is not None and kernels.available
 
 
+def refuse_missing_winograd(precision: str, device: torch.device) -> None:
+    """Raise UserError unless this machine has Winograd's kernels for a precision."""
+    if not winograd_available(precision, device.type):
+        raise UserError(
+            setting="train.winograd",
+            value=True,
+            expected="false or auto on this machine",
+            reason=f"Winograd's kernels need a CPU and a C++ compiler; this is {device_name(device)} with "
+            f"train.precision={precision}",
+            fix="train.winograd=auto",
+        )
+
+
 def multiplies_bf16(device_type: str) -> bool:
     """Return whether this machine's processor, or its first GPU, has instructions for bf16 products.
 
@@ -263,15 +276,8 @@ def settle_numerics(experiment: Experiment, run_folder: str, dataset: Dataset, w
         return stored.numerics, stored.bit_identical and not changed
     train = settled(experiment, dataset).train
     chosen = Numerics(*(getattr(train, field.name) for field in dataclasses.fields(Numerics)))
-    if chosen.winograd and not winograd_available(chosen.precision, world.device.type):
-        raise UserError(
-            setting="train.winograd",
-            value=True,
-            expected="false or auto on this machine",
-            reason=f"Winograd's kernels need a CPU and a C++ compiler; this is {device} with "
-            f"train.precision={chosen.precision}",
-            fix="train.winograd=auto",
-        )
+    if chosen.winograd:
+        refuse_missing_winograd(chosen.precision, world.device)
     repeatable = chosen.exact or world.device.type == "cpu"
     chosen.save(run_folder, device=device, kernels=kernels, bit_identical=repeatable)
     return chosen, repeatable

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from diffscale.config.experiment import OptimSettings
 from diffscale.core.errors import UserError
-from diffscale.core.text import nearest
+from diffscale.core.text import nearest, one_line
 from diffscale.training.checkpoint.state import is_sharded
 
 # timm makes the same classes for these names; it takes as long to import as torch, and most runs use these.
@@ -37,6 +37,23 @@ def create_optimizer(model: nn.Module, optim: OptimSettings) -> torch.optim.Opti
     if info.has_betas and info.num_betas == 2:
         extra["betas"] = optim.betas
     return create_optimizer_v2(groups, optim.name, lr=optim.lr, weight_decay=optim.weight_decay, **extra)
+
+
+def try_optimizer(optim: OptimSettings) -> None:
+    """Raise UserError for an optimizer that cannot make a step under these settings: it makes one on a few numbers."""
+    model = nn.Linear(4, 4)
+    model(torch.ones(2, 4)).square().sum().backward()
+    try:
+        create_optimizer(model, optim).step()
+    except UserError:
+        raise
+    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+        raise UserError(
+            setting="optim.name",
+            value=optim.name,
+            expected="an optimizer that these settings of optim fit",
+            reason=one_line(error),
+        ) from None
 
 
 def check_name(name: str) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from diffscale.core import storage
 from diffscale.core.errors import UserError
+from diffscale.core.places import require_writable
 from diffscale.records.schema import Record, rank
 from diffscale.training.checkpoint import layout as ck
 from diffscale.training.checkpoint.tensors import CheckpointDamaged, groups_in, read_group, write_group
@@ -36,6 +37,7 @@ def make(run: str, widths: list[float], images: int | None = None) -> tuple[str,
             exponent(width)
         except ValueError as error:
             raise UserError(setting="--std", value=width, expected=str(error)) from None
+    require_writable(run, "RUN")
     checkpoints = ck.list_checkpoints(run)
     if images is None:
         checkpoint = ck.newest_good(run, for_resuming=False)

@@ -23,6 +23,7 @@ from diffscale.config.experiment import Experiment
 from diffscale.core import storage
 from diffscale.core.errors import UserError
 from diffscale.core.provenance import job_environment, source, versions
+from diffscale.core.text import one_line
 from diffscale.preflight.shared_storage import require_shared
 from diffscale.records.schema import Record
 from diffscale.training.spec import Outcome, Reason, RunSpec
@@ -83,8 +84,10 @@ def train(
     here: train in this process, the one worker, without Ray Train; it raises what the training raises
     """
     from diffscale.training.numerics import settled, uses_gpu  # import cost
+    from diffscale.training.settings_check import check_settings  # import cost
 
-    dataset, cost = _prepare_while_ray_starts(experiment)
+    dataset = check_settings(experiment)
+    cost = _count_while_ray_starts(experiment, dataset)
     experiment = settled(experiment, dataset)
     run_id, folder = experiment.run_id(dataset.content_hash), experiment.run_folder(dataset.content_hash)
     finished_at = _finished_at(experiment, folder, cost)
@@ -109,61 +112,30 @@ def train(
 
 
 def prepare(experiment: Experiment) -> tuple[Dataset, Cost]:
-    """Return the dataset and the cost of one image. Raises UserError for settings that no worker could use."""
-    from diffscale.config.factory import (  # import cost
-        build_diffusion,
-        build_model,
-        build_solver,
-        open_training_data,
-    )
-    from diffscale.evaluation.metrics.registry import check_counts, parse_metric  # import cost
-    from diffscale.evaluation.sampling import check_sampling, sampling_of_settings  # import cost
+    """Return the dataset and the cost of one image. Raises UserError for settings that cannot train."""
+    from diffscale.training.settings_check import check_settings  # import cost
+
+    dataset = check_settings(experiment)
+    return dataset, count(experiment, dataset)
+
+
+def count(experiment: Experiment, dataset: Dataset) -> Cost:
+    """Return the cost of one training image."""
+    from diffscale.config.factory import build_model  # import cost
     from diffscale.models.cost import count_cost  # import cost
-    from diffscale.training.ema import check_average  # import cost
-    from diffscale.training.optimizer import check_name  # import cost
 
-    batch = experiment.train.global_batch
-    if experiment.train.max_workers > batch:
-        raise UserError(
-            setting="train.workers",
-            value=experiment.train.workers,
-            expected=f"at most {batch}, one worker per image in the global batch",
-        )
-    dataset = open_training_data(experiment)
-    build_diffusion(experiment, dataset)
-    build_solver(experiment)
-    _refuse_unsupported(experiment)
-    check_name(experiment.optim.name)
-    metrics, images = [parse_metric(name) for name in experiment.eval.metrics], experiment.eval.n_reference or dataset.n
-    check_counts(metrics, experiment.eval.n_generated, min(images, dataset.n))
-    check_average(experiment)
     classes = experiment.num_classes(dataset)
-    if experiment.eval.n_generated:
-        check_sampling(sampling_of_settings(experiment.eval, build_solver(experiment), 1), [1] * classes)
-    cost = count_cost(lambda: build_model(experiment, dataset), dataset.resolution, dataset.channels, classes)
-    return dataset, cost
+    return count_cost(lambda: build_model(experiment, dataset), dataset.resolution, dataset.channels, classes)
 
 
-def _prepare_while_ray_starts(experiment: Experiment) -> tuple[Dataset, Cost]:
-    """Call `prepare` in a thread while this one starts Ray, whose processes end with the thread that started them."""
+def _count_while_ray_starts(experiment: Experiment, dataset: Dataset) -> Cost:
+    """Call `count` in a thread while this one starts Ray, whose processes end with the thread that started them."""
     from diffscale.distributed.connect import connect  # import cost
 
-    with ThreadPoolExecutor(1, thread_name_prefix="prepare") as pool:
-        prepared = pool.submit(prepare, experiment)
+    with ThreadPoolExecutor(1, thread_name_prefix="count") as pool:
+        counted = pool.submit(count, experiment, dataset)
         connect(num_cpus=_cpus_needed(experiment))
-        return prepared.result()
-
-
-def _refuse_unsupported(experiment: Experiment) -> None:
-    """Raise UserError for settings that would otherwise be ignored or fail during training."""
-    if experiment.data.augment and getattr(experiment.model, "augment_dim", 0) != 9:
-        raise UserError(
-            setting="data.augment",
-            value=experiment.data.augment,
-            expected="0 for this model",
-            reason="a model without augmentation labels would reproduce the augmentations in its samples",
-            fix="model.augment_dim=9 (unet and edm2 have it)",
-        )
+        return counted.result()
 
 
 def _cpus_needed(experiment: Experiment) -> int:
@@ -261,8 +233,12 @@ def _launch(
         outcome = messages.get(OUTCOME)
     finally:
         messages.close()
+    if outcome is None and error is not None:
+        limit = spec.experiment.train.max_failures
+        text = f"the workers were lost more often than train.max_failures = {limit}; the last time: {one_line(error)}"
+        return Outcome("failed", text), signals
     if outcome is None:
-        raise RuntimeError(f"the workers of {spec.run_folder} ended without a result") from error
+        raise RuntimeError(f"the workers of {spec.run_folder} ended without a result")
     return Outcome.from_json(outcome), signals
 
 

@@ -14,7 +14,9 @@ from diffscale.config.experiment import Experiment
 if TYPE_CHECKING:
     from diffscale.models.cost import Cost
 
-Reason = Literal["finished", "early", "signal", "wall", "nonfinite", "data", "storage", "evaluation", "refused"]
+Reason = Literal[
+    "finished", "early", "signal", "wall", "nonfinite", "data", "storage", "evaluation", "failed", "refused"
+]
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,9 @@ class Outcome:
 
     reason: Reason
     """finished: the budget is used. early: `should_stop` ended the run. signal, wall: stopped by SIGTERM, Ctrl-C or
-    train.wall_seconds, to be resumed. nonfinite: losses or gradients were not finite. data: a shard is damaged.
-    storage: a checkpoint could not be written. evaluation: trained to the end, but an evaluation failed. refused: a
-    setting is wrong."""
+    train.wall_seconds, to be resumed. nonfinite: losses, gradients or weights were not finite. data: a shard is
+    damaged. storage: a place could not be written. evaluation: trained to the end, but an evaluation failed. failed:
+    the same error came twice at the same position, or workers were lost too often. refused: a setting is wrong."""
     message: str = ""
     images_seen: int = 0
     device_seconds: float = 0.0

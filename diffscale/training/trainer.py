@@ -207,11 +207,15 @@ class Trainer:
             before = self.state.device_seconds
             step = self.advance()
             if self.state.skipped_in_row >= self.experiment.train.nonfinite_limit:
-                return self._end_nonfinite()
-            if self.plan.evaluates(step.images_seen, before, step.clock, self._finished()):
+                return self._end_nonfinite("had a loss or gradient that is not finite")
+            evaluates = self.plan.evaluates(step.images_seen, before, step.clock, self._finished())
+            saves = self.plan.checkpoints(step.images_seen, step.clock - self._saved.device_seconds)
+            if (evaluates or saves or step.stop or self._finished()) and not self._weights_are_finite():
+                return self._end_nonfinite("left weights that are not finite")
+            if evaluates:
                 if self._save_and_evaluate():
                     return self._end("early")
-            elif self.plan.checkpoints(step.images_seen, step.clock - self._saved.device_seconds):
+            elif saves:
                 self._save(self._columns())
             if step.stop:
                 return self._end(REASONS[step.stop])
@@ -365,15 +369,24 @@ class Trainer:
         self.world.barrier()
         return self._outcome(reason)
 
-    def _end_nonfinite(self) -> Outcome:
-        count, end = self.state.skipped_in_row, self.learner.images_seen
+    def _weights_are_finite(self) -> bool:
+        """Return whether all weights and averages are finite: no checkpoint may hold others. A collective call."""
+        tensors = [*self.learner.ema.parameters.values()]
+        tensors += [tensor for average in self.learner.ema.averages.values() for tensor in average.values()]
+        lost = torch.stack([~torch.isfinite(tensor.detach()).all() for tensor in tensors if tensor.numel()]).any()
+        return not bool(self.world.sum(lost.double()))
+
+    def _end_nonfinite(self, problem: str) -> Outcome:
+        """End the run at its last checkpoint. problem: what was wrong with the last steps."""
+        count, end = max(self.state.skipped_in_row, 1), self.learner.images_seen
         batch = self.experiment.train.global_batch
         first = end - count * batch
         self.saver.wait()
         if self.world.rank == 0:
             text = json.dumps({"first": first, "last": end, "global_batch": batch})
             storage.write_bytes(storage.join(self.run_folder, "nonfinite.json"), text.encode())
-        message = f"{count} steps in a row had a loss or gradient that is not finite: positions {first} to {end - 1}"
+        steps = f"{count} steps in a row" if count > 1 else "a step"
+        message = f"{steps} {problem}: positions {first} to {end - 1}"
         return self._outcome("nonfinite", message)
 
     def _outcome(self, reason: Reason, message: str = "") -> Outcome:

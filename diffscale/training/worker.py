@@ -1,4 +1,8 @@
-"""The function that every worker of a run executes: one Trainer, whose outcome rank 0 sends to the command."""
+"""The function that every worker of a run executes: one Trainer, whose outcome rank 0 sends to the command.
+
+Ray Train starts the workers again after any exception. An exception that would come again must therefore not reach it:
+it becomes the outcome of the run (`training/failures.py`).
+"""
 
 from __future__ import annotations
 
@@ -7,13 +11,11 @@ from typing import Any
 
 import torch
 
-from diffscale.core.errors import UserError
-from diffscale.data import ShardError
 from diffscale.distributed.messages import OUTCOME, STOP, Messages, Notices
 from diffscale.training.async_evaluation import submit
-from diffscale.training.checkpoint.saver import StorageFailed
+from diffscale.training.failures import outcome_of
 from diffscale.training.parallel import World
-from diffscale.training.spec import Outcome, RunSpec
+from diffscale.training.spec import RunSpec
 from diffscale.training.trainer import Trainer
 
 
@@ -31,6 +33,7 @@ def train_worker(config: dict[str, Any], world: World | None = None) -> None:
     stops = [messages] if spec.stop_with is None else [messages, Messages(spec.stop_with)]
     logger, notices = logging.getLogger("diffscale"), Notices(messages, f"rank {world.rank}")
     logger.addHandler(notices)
+    trainer = None
     try:
         trainer = Trainer(
             spec.experiment,
@@ -43,8 +46,12 @@ def train_worker(config: dict[str, Any], world: World | None = None) -> None:
             submit=(lambda images: submit(images, world.rank)) if spec.evaluate_async else None,
         )
         outcome = trainer.run()
-    except (UserError, StorageFailed) as error:
-        messages.put(OUTCOME, _failure(error).to_json())
+    except Exception as error:
+        position = None if trainer is None else trainer.learner.images_seen
+        failure = outcome_of(error, spec.run_folder, world.rank, position)
+        if failure is None:
+            raise
+        messages.put(OUTCOME, failure.to_json())
         if world.size > 1:  # the other ranks wait for this one; Ray Train ends them when it raises
             raise
         return
@@ -66,10 +73,3 @@ def _ray_world(gpu: bool) -> World:
 
     context = ray.train.get_context()
     return World(context.get_world_rank(), context.get_world_size(), device_of(gpu))
-
-
-def _failure(error: Exception) -> Outcome:
-    """Return the outcome of a run that no further attempt can continue."""
-    if isinstance(error, UserError):
-        return Outcome("data" if isinstance(error, ShardError) else "refused", error=error.fields())
-    return Outcome("storage", message=str(error))

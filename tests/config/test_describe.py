@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -13,12 +14,29 @@ from diffscale.config.describe import all_settings, find_settings, settings_tabl
 from diffscale.config.load import load_experiment
 from diffscale.core.errors import UserError
 from diffscale.settings import README
+from diffscale.sweep.settings import Budget, Scheduler, Search, Sweep
 
 
 def test_every_setting_of_a_run_is_listed() -> None:
     listed = {".".join(part.partition("[")[0] for part in s.key.split(".")) for s in all_settings()}
     assert set(load_experiment("quickstart-unet").dotted()) <= listed
     assert all(s.type for s in all_settings())
+
+
+def test_every_setting_has_a_description() -> None:
+    assert [s.key for s in all_settings() if not s.description or "\n" in s.description] == []
+    for model in (Sweep, Search, Scheduler, Budget):
+        nested = ("search", "scheduler", "budget")
+        missing = [n for n, f in model.model_fields.items() if not f.description and n not in nested]
+        assert missing == [], model
+
+
+def test_every_number_has_a_range() -> None:
+    numbers = [s for s in all_settings() if re.match(r"(int|float)\b", s.type)]
+    assert len(numbers) > 100
+    assert [s.key for s in numbers if "," not in s.type] == []
+    assert find_settings("model.dropout")[0].type == "float, at least 0, below 1"
+    assert find_settings("optim.lr")[0].type == "float, above 0"
 
 
 def test_a_key_or_its_beginning_narrows() -> None:

@@ -34,6 +34,50 @@ DIFFERENT = [
     "data.class_conditional=false",
 ]
 
+PINNED = {
+    "emoji-dit train.precision=fp32": "d6f414740f3d53fb",
+    "emoji-rin train.precision=fp32": "3afcaee91c219a18",
+    "emoji-unet train.precision=fp32": "cdc49b27dcf27dde",
+    "emoji-uvit train.precision=fp32": "755c785d932ef957",
+    "quickstart-rin train.precision=fp32": "2de041f41a78c60e",
+    "quickstart-unet train.precision=fp32": "a72526067148f5d2",
+    "quickstart-uvit train.precision=fp32": "b545c2d792649b16",
+    "quickstart-unet model.name=unet": "885c3a5ca19cc925",
+    "quickstart-unet model.name=edm2": "9e16fa7e5246af79",
+    "quickstart-unet model.name=uvit": "b519a039f441d38e",
+    "quickstart-unet model.name=rin": "3335267fda504bea",
+    "quickstart-unet model.name=dit": "64ccabf8a870cdd3",
+    "quickstart-unet model.name=jit": "0659cd63b6e25663",
+    "quickstart-unet model.name=hdit": "15423b9c5c8a2e19",
+    "quickstart-unet diffusion.schedule=ddpm_linear": "80f214a6f95b0833",
+    "quickstart-unet diffusion.schedule=iddpm_cosine": "888f758d8863002f",
+    "quickstart-unet diffusion.schedule=linear_gamma": "b2a734da615a86df",
+    "quickstart-unet diffusion.schedule=cosine_gamma": "61b0215ab2f2335f",
+    "quickstart-unet diffusion.schedule=sigmoid_gamma": "8329aacfd056ea9a",
+    "quickstart-unet diffusion.schedule=offset_cosine_gamma": "49aaf817c634e8e6",
+    "quickstart-unet diffusion.schedule=simple_cosine": "885c3a5ca19cc925",
+    "quickstart-unet diffusion.schedule=edm_lognormal": "9e86134b61b9bd0a",
+    "quickstart-unet diffusion.schedule=flow_uniform": "a954299fce9e2cfa",
+    "quickstart-unet diffusion.schedule=flow_logit_normal": "e4452397296c6db2",
+    "quickstart-unet diffusion.weighting=uniform_eps": "d47280e341ccd662",
+    "quickstart-unet diffusion.weighting=uniform_x0": "747b73e8dda2e5a7",
+    "quickstart-unet diffusion.weighting=uniform_v": "1fbe61da6330d7fb",
+    "quickstart-unet diffusion.weighting=uniform_u": "8d6188d87a47c561",
+    "quickstart-unet diffusion.weighting=min_snr": "885c3a5ca19cc925",
+    "quickstart-unet diffusion.weighting=soft_min_snr": "9e3a76a52907d4ea",
+    "quickstart-unet diffusion.weighting=p2": "afa78bf3bc3492b3",
+    "quickstart-unet diffusion.weighting=edm": "ae8a04dbb31feb58",
+    "quickstart-unet diffusion.weighting=sigmoid": "2e6b56eefeabb7ae",
+    "quickstart-unet diffusion.weighting=learned_uncertainty": "759b8e78d5ecc146",
+}
+"""Identities computed before settings had ranges: a run keeps its folder."""
+
+
+@pytest.mark.parametrize(("arguments", "expected"), PINNED.items())
+def test_a_run_keeps_its_identity(arguments: str, expected: str) -> None:
+    preset, *overrides = arguments.split()
+    assert load_experiment(preset, overrides).run_id("d") == expected
+
 
 @pytest.mark.parametrize("override", SAME)
 def test_the_same_weights_are_the_same_run(override: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,9 @@ import pytest
 from diffscale.config.load import load_experiment
 from diffscale.core.errors import UserError
 from diffscale.sweep.ledger import Ledger, check_comparable
-from diffscale.sweep.run import load_sweep, planned
+from diffscale.sweep.run import load_sweep, planned, trials_of
 
-from .small import ends, tune, write_sweep
+from .small import TINY, ends, tune, write_sweep
 
 
 def test_a_sweep_over_resolution_needs_a_common_one(tmp_path: Path) -> None:
@@ -76,3 +77,35 @@ def test_tpe_suggests_the_requested_number_of_trials_within_their_bounds(tmp_pat
     assert load_experiment(f"{ledger.folder}/best.yaml").optim.lr in [t.point["optim.lr"] for t in trials]
     assert tune(sweep).wait(timeout=60) == 0  # nothing is left to suggest
     assert len(planned(ledger)) == 3
+
+
+def test_a_trial_that_diverged_counts_as_the_worst_value(tmp_path: Path) -> None:
+    ledger = Ledger(load_sweep(str(write_sweep(tmp_path)), []))
+    first, second, third = trials_of(ledger)
+    ledger.note_ended(first.id, "diverged")
+    ledger.note_ended(second.id, "refused")
+    assert ledger.value(first) == ledger.value(second) == math.inf
+    assert ledger.value(third) is None
+    higher = Ledger(load_sweep(str(tmp_path / "sweep.yaml"), ["eval.metrics=[fd_efficientnet_lite0,precision]"]))
+    higher.higher_is_better = True
+    higher.note_ended(first.id, "diverged")
+    assert higher.value(first) == -math.inf
+    assert ledger.best([first, second, third]) is None
+
+
+def test_a_sweep_without_a_value_to_compare_is_refused(tmp_path: Path) -> None:
+    for override in ("eval.metrics=[]", "eval.n_generated=0"):
+        with pytest.raises(UserError, match=override.partition("=")[0]):
+            Ledger(load_sweep(str(write_sweep(tmp_path)), [override]))
+
+
+@pytest.mark.slow
+def test_a_sweep_goes_on_after_a_trial_that_diverges(tmp_path: Path) -> None:
+    diverging = {"optim.name": "sgd", "optim.clip_grad_norm": None, "train.nonfinite_limit": 3}
+    sweep = write_sweep(tmp_path, space={"optim.lr": [1e30, 1e-3]}, overrides=TINY | diverging)
+    again = [f"storage={tmp_path / 'storage'}"]
+    assert tune(sweep, *again).wait(timeout=280) == 0
+    assert set(ends(tmp_path).values()) == {"diverged", "finished"}
+    folder = next(tmp_path.glob("storage/sweeps/tiny-*"))
+    assert load_experiment(str(folder / "best.yaml")).optim.lr == 1e-3
+    assert tune(sweep, *again).wait(timeout=100) == 0  # and does not try it again

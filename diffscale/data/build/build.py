@@ -26,6 +26,7 @@ from diffscale.core import storage
 from diffscale.core.cache import cache_dir, file_lock
 from diffscale.core.errors import UserError
 from diffscale.core.hashing import identify
+from diffscale.core.places import require_writable
 from diffscale.data.build.decode import Preparation
 from diffscale.data.build.finalize import merge_jobs, write_manifests
 from diffscale.data.build.fingerprint import check_finished, check_interrupted
@@ -92,6 +93,7 @@ def build(options: BuildOptions, show: bool = True, on_task: OnTask = _ignore) -
     dataset, or a memory limit too small for one task.
     """
     source, target, folders, sides = _check(options)
+    require_writable(target, "DATASET")
     work = _work_folder(target)
     with file_lock(cache_dir() / "locks" / identify(target=target)):  # one build of a folder at a time on this node
         wanted = _plan(options, source, sides)

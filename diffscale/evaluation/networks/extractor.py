@@ -20,7 +20,7 @@ from diffscale.evaluation.networks import inception
 from diffscale.evaluation.networks import torch_fidelity as fidelity
 from diffscale.evaluation.networks.fold_batch_norm import fold_batch_norms
 from diffscale.evaluation.networks.network import Network
-from diffscale.evaluation.networks.resize import resize
+from diffscale.evaluation.networks.resize import RESIZES, resize
 from diffscale.evaluation.networks.weights import (
     OFFLINE,
     PretrainedWeights,
@@ -36,7 +36,6 @@ from diffscale.models.accelerate import accelerate_frozen_convolutions
 
 DEFAULT_NETWORK = "efficientnet_lite0"
 LITE0_SIZE = 128
-RESIZES = {"default": None, "tf1": "tf1_bilinear", "clean": "clean_bicubic", "antialiased": "antialiased_bilinear"}
 INNER_BATCH = {"cpu": 16, "cuda": 128}  # measured on the CPU: 16 is fastest, above 64 caches thrash
 
 

@@ -14,6 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 FILTERS = ("tf1_bilinear", "clean_bicubic", "antialiased_bilinear")
+RESIZES = {"default": None, "tf1": "tf1_bilinear", "clean": "clean_bicubic", "antialiased": "antialiased_bilinear"}
+"""The setting `eval.resize`: a filter, or None for the network's own."""
 
 
 def resize(images: Tensor, size: int, filter_name: str) -> Tensor:
