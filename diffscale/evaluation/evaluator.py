@@ -130,9 +130,10 @@ class Evaluator:
         here = "cpu" if self.actors and not torch.cuda.is_available() else self.device
         self._featurise = Featuriser([*self.views.values(), *self.native.values()], here)
 
-    def sampling(self, solver: SolverSettings, *, precision: str = "fp32") -> Sampling:
-        """Return the settings' sampler."""
-        return sampling_of_settings(self.settings, solver, self.settings.n_generated, precision)
+    def sampling(self, solver: SolverSettings, *, precision: str = "fp32", carries_state: bool = False) -> Sampling:
+        """Return the settings' sampler; see `sampling_of_settings`."""
+        n = self.settings.n_generated
+        return sampling_of_settings(self.settings, solver, n, precision, carries_state=carries_state)
 
     def prepare(self) -> None:
         """Compute the reference statistics that are not in the cache; every rank calls it."""

@@ -28,7 +28,7 @@ class Cost(NamedTuple):
     forward_macs: float
     """Multiply-adds of one forward pass."""
     flops_per_image: float
-    """FLOPs of one training step: forward, backward, and the extra pass of a model that carries state."""
+    """FLOPs of one training step: forward, backward, and the extra pass of a model that carries a state."""
 
 
 def count_cost(build: Callable[[], nn.Module], resolution: int, channels: int, num_classes: int) -> Cost:

@@ -119,7 +119,7 @@ def prepare(experiment: Experiment) -> tuple[Dataset, Cost]:
     from diffscale.evaluation import parse_metric  # import cost
     from diffscale.models.cost import count_cost  # import cost
     from diffscale.training.ema import ema_name  # import cost
-    from diffscale.training.optimizer import check_name  # import cost
+    from diffscale.training.optimizer import check_optimizer  # import cost
 
     batch = experiment.train.global_batch
     if experiment.train.max_workers > batch:
@@ -132,7 +132,7 @@ def prepare(experiment: Experiment) -> tuple[Dataset, Cost]:
     build_diffusion(experiment, dataset)
     build_solver(experiment)
     _refuse_unsupported(experiment)
-    check_name(experiment.optim.name)
+    check_optimizer(experiment.optim)
     for metric in experiment.eval.metrics:
         parse_metric(metric)
     try:
