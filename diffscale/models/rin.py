@@ -135,6 +135,17 @@ class RINBlock(nn.Module):
         super().__init__()
         self.read, self.process, self.write, self.conv = read, nn.ModuleList(process), write, conv
 
+    def start_at_zero(self, writes: bool) -> None:
+        """Set to zero what makes gates one and convolutions nothing, and if so wished what is written."""
+        if self.write.gate is not None:
+            zero_(self.write.gate)
+        if self.conv is not None:
+            zero_(self.conv.pointwise)
+        if writes:
+            zero_(self.write.out)
+            if isinstance(self.write.mlp, FeedForward):
+                zero_(self.write.mlp.mlp.fc2)
+
     def forward(
         self, latents: Tensor, interface: Tensor, positions: Tensor | None, grid: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
@@ -262,7 +273,9 @@ class RIN(Backbone):
                     nn.init.uniform_(layer.weight, -bound, bound)
                 bound = math.sqrt(6 / (module.heads * (head + module.out.weight.shape[0])))
                 nn.init.uniform_(module.out.weight, -bound, bound)
-        tables = [self.positions, self.latents, *([] if self.late_latents is None else [self.late_latents])]
+        tables: list[Tensor] = [self.positions, self.latents]
+        if self.late_latents is not None:
+            tables.append(self.late_latents)
         if start == "authors":
             nn.init.xavier_uniform_(self.stem.weight)
         else:
@@ -273,50 +286,32 @@ class RIN(Backbone):
             nn.init.zeros_(self.carry_norm.weight)
         if self.modulate_tiles is not None:
             zero_(self.modulate_tiles)
-        for block in self.blocks:
-            if block.write.gate is not None:
-                zero_(block.write.gate)
-            if block.conv is not None:
-                zero_(block.conv.pointwise)
-            if zero_writes:
-                zero_(block.write.out)
-                if isinstance(block.write.mlp, FeedForward):
-                    zero_(block.write.mlp.mlp.fc2)
+        for block in self.modules():
+            if isinstance(block, RINBlock):
+                block.start_at_zero(zero_writes)
         if zero_output:
             zero_(self.head)
 
-<<<<<<< HEAD
-    def initial_latents(self, logsnr: Tensor, label: Tensor | None, state: Tensor | None) -> Tensor:
-        """Learned latents, time token, class token, plus what an earlier pass left. (B,) → (B, M, D), float32.
-
-        Time and class are embedded in float32. The carried latents pass an MLP that autocast may compute in bf16: it is
-        as wide as those of the blocks, a quarter of the network's cost in float32.
-        """
-        batch = len(logsnr)
+    def embed_time(self, logsnr: Tensor) -> Tensor:
+        """Standardised sinusoid of 1000·gamma, two layers, in float32. (B,) → (B, latent_width)."""
         with without_autocast(logsnr.device):
             wave = self.sinusoid(noise_condition(logsnr, "gamma"))
             wave = (wave - wave.mean(1, keepdim=True)) / wave.std(1, correction=0, keepdim=True)
-            tokens = [self.latents.expand(batch, -1, -1), self.time2(F.silu(self.time1(wave)))[:, None]]
-            if self.embed_label is not None:
-                one_hot = one_hot_or_null(label, self.num_classes, batch, logsnr.device)
-                tokens.append(self.embed_label(one_hot)[:, None])
-            latents = torch.cat(tokens, dim=1)
-=======
-    def embed_time(self, logsnr: Tensor) -> Tensor:
-        """Standardised sinusoid of 1000·gamma, two layers. (B,) → (B, latent_width)."""
-        wave = self.sinusoid(noise_condition(logsnr, "gamma"))
-        wave = (wave - wave.mean(1, keepdim=True)) / wave.std(1, correction=0, keepdim=True)
-        return self.time2(F.silu(self.time1(wave)))
+            return self.time2(F.silu(self.time1(wave)))
 
     def initial_latents(self, time: Tensor, label: Tensor | None, state: Tensor | None) -> Tensor:
-        """Learned latents, time token, class token, plus what an earlier pass left. time (B, D) → (B, M, D)."""
+        """Learned latents, time token, class token, plus what an earlier pass left. time (B, D) → (B, M, D).
+
+        The class is embedded in float32. The carried latents pass an MLP that autocast may compute in bf16: it is
+        as wide as those of the blocks, a quarter of the network's cost in float32.
+        """
         batch = len(time)
         tokens = [self.latents.expand(batch, -1, -1), time[:, None]]
         if self.embed_label is not None:
-            one_hot = one_hot_or_null(label, self.num_classes, batch, time.device)
-            tokens.append(self.embed_label(one_hot)[:, None])
+            with without_autocast(time.device):
+                one_hot = one_hot_or_null(label, self.num_classes, batch, time.device)
+                tokens.append(self.embed_label(one_hot)[:, None])
         latents = torch.cat(tokens, dim=1)
->>>>>>> f4c21af (RIN's differences from its authors' code: the start is a setting, no pass without use, guidance shares latents, LAMB as published)
         if self.carry is not None and self.carry_norm is not None:
             earlier = torch.zeros_like(latents) if state is None else state.float()
             latents = latents + self.carry_norm(self.carry(earlier))
@@ -326,13 +321,8 @@ class RIN(Backbone):
         self, x_in: Tensor, logsnr: Tensor, label: Tensor | None = None, state: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         height, width = x_in.shape[2:]
-<<<<<<< HEAD
-        latents = self.initial_latents(logsnr, label, state)
-=======
-        with without_autocast(x_in.device):
-            time = self.embed_time(logsnr)
-            latents = self.initial_latents(time, label, state)
->>>>>>> f4c21af (RIN's differences from its authors' code: the start is a setting, no pass without use, guidance shares latents, LAMB as published)
+        time = self.embed_time(logsnr)
+        latents = self.initial_latents(time, label, state)
         patches = self.stem(pad_to_multiple(x_in, self.patch))
         grid = patches.shape[2], patches.shape[3]
         interface = self.stem_norm(to_tokens(patches))
