@@ -20,7 +20,7 @@ from diffscale.core.ranges import Images, Seed
 from diffscale.core.storage import check_absolute, default_storage, join
 from diffscale.diffusion import INTERPOLANTS, PREDICTIONS, SCHEDULES, SOLVERS, WEIGHTINGS
 from diffscale.models import MODELS
-from diffscale.records.schema import Endpoint
+from diffscale.records.schema import Endpoint, is_as_before
 
 GIVEN_BY_DATA = {"resolution", "channels", "num_classes"}
 
@@ -98,7 +98,9 @@ class DiffusionSettings(Section):
     multiscale_loss: bool = Field(False, description="simple diffusion's loss over average-pooled errors (512 and up)")
     stratified: bool = Field(True, description="spread the noise levels evenly over the global batch")
     label_drop: float = Field(0.1, ge=0, le=1, description="share of labels left out, for classifier-free guidance")
-    self_condition: float = Field(0.9, ge=0, le=1, description="share of samples with carried state (RIN)")
+    self_condition: float = Field(
+        0.9, ge=0, le=1, description="share of samples with carried state (RIN); 0: none, also in sampling"
+    )
 
 
 class OptimSettings(Section):
@@ -106,7 +108,14 @@ class OptimSettings(Section):
     lr: float = Field(2e-4, gt=0, le=1e30, description="learning rate at its highest")
     betas: tuple[Momentum, Momentum] = Field((0.9, 0.99), description="momentum of gradient and of its square")
     eps: float = Field(1e-8, ge=1e-30, le=1, description="added to the root of the squared gradient's average")
-    weight_decay: float = Field(0.0, ge=0, le=1e6, description="never on norms, biases and embeddings")
+    weight_decay: float = Field(0.0, ge=0, le=1e6, description="strength of weight decay")
+    decay_on: Literal["weights", "matrices", "all"] = Field(
+        "weights",
+        description="weights (no norms, biases, embeddings, positions); matrices: embeddings and positions too; all",
+    )
+    trust_ratio: Literal["decayed", "always"] = Field(
+        "decayed", description="LAMB and LARS adapt what decays if weight_decay > 0 (timm), or at 0 too (as published)"
+    )
     clip_grad_norm: float | None = Field(1.0, ge=1e-30, le=1e30, description="longest gradient; null does not clip")
     schedule: Literal["constant", "inverse_sqrt", "cosine"] = Field("constant", description="after the warm-up")
     warmup_images: int = Field(0, ge=0, le=10**15, description="images over which the learning rate rises from zero")
@@ -239,6 +248,9 @@ class EvalSettings(Section):
     guidance_interval: tuple[Level, Level] | None = Field(
         None, description="lowest and highest logsnr at which to guide; null: everywhere"
     )
+    guidance_state: Literal["shared", "own"] = Field(
+        "shared", description="latents from which a pass without labels starts (RIN): the labelled pass's, or its own"
+    )
     ema: str = Field(
         "halflife",
         coerce_numbers_to_str=True,
@@ -329,6 +341,11 @@ class Experiment(Section):
         """Return the number of classes that the model is conditioned on, 0 without labels."""
         return dataset.num_classes if self.data.class_conditional else 0
 
+    @property
+    def carries_state(self) -> bool:
+        """Whether the network takes over latents from an earlier pass (RIN's self-conditioning)."""
+        return bool(getattr(self.model, "self_conditioning", False)) and self.diffusion.self_condition > 0
+
     def endpoint(self, images_seen: int) -> Endpoint:
         """Return the state of the learning rate at `images_seen` (CONTRIBUTING.md, decision 2)."""
         optim, total = self.optim, self.train.images
@@ -352,7 +369,8 @@ class Experiment(Section):
             train["exact"] = False
         if self.optim.schedule == "cosine" or self.optim.decay_images:
             train["images"] = s["train"]["images"]
-        return {"data": data, "model": s["model"], "diffusion": s["diffusion"], "optim": s["optim"], "train": train}
+        model, optim = (_as_identified(name, s[name]) for name in ("model", "optim"))
+        return {"data": data, "model": model, "diffusion": s["diffusion"], "optim": optim, "train": train}
 
     def run_id(self, content_hash: str) -> str:
         """Return 16 hex digits: the same for the same weights, whatever the workers, storage, evaluation or budget.
@@ -368,6 +386,11 @@ class Experiment(Section):
     def dotted(self) -> dict[str, Any]:
         """Return every setting by its dotted key, as plain JSON values."""
         return _flatten(self.model_dump(mode="json"))
+
+
+def _as_identified(name: str, section: dict[str, Any]) -> dict[str, Any]:
+    """Leave out of a section the settings that came later and are at the default that changes nothing."""
+    return {key: value for key, value in section.items() if not is_as_before(f"{name}.{key}", value)}
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -10,6 +10,7 @@ from diffscale.core.errors import SettingError, UserError
 from diffscale.data import Choices, ShardCache, open_dataset, resolve
 from diffscale.diffusion import SOLVERS, Diffusion, create_diffusion
 from diffscale.models import create_model
+from diffscale.models.layers import Backbone
 
 if TYPE_CHECKING:
     from diffscale.config.experiment import Experiment
@@ -32,21 +33,28 @@ def data_place(experiment: Experiment, resolution: int) -> str:
 
 def build_model(experiment: Experiment, dataset: Dataset) -> nn.Module:
     """Build the backbone for this data. Raises UserError if it does not accept the resolution or a setting."""
-    settings = experiment.model
-    own = getattr(settings, "out_channels", 0)
+    own = getattr(experiment.model, "out_channels", 0)
     if own not in (0, dataset.channels):
         expected = f"0 or {dataset.channels}, the channels of the images"
         raise UserError(setting="model.out_channels", value=own, expected=expected)
     try:
-        return create_model(
-            settings.name,
-            resolution=dataset.resolution,
-            channels=dataset.channels,
-            num_classes=experiment.num_classes(dataset),
-            **settings.arguments(),
-        )
+        return model_for(experiment, dataset.resolution, dataset.channels, experiment.num_classes(dataset))
     except ValueError as error:
-        raise _refused("model", settings.name, error) from None
+        raise _refused("model", experiment.model.name, error) from None
+
+
+def model_for(experiment: Experiment, resolution: int, channels: int, num_classes: int) -> nn.Module:
+    """Build the backbone for images of this shape. Raises ValueError if it does not accept the shape or a setting.
+
+    A network that can carry state does not where no sample of the training is to see one.
+    """
+    settings = experiment.model
+    model = create_model(
+        settings.name, resolution=resolution, channels=channels, num_classes=num_classes, **settings.arguments()
+    )
+    if isinstance(model, Backbone):
+        model.carries_state = model.carries_state and experiment.carries_state
+    return model
 
 
 def build_diffusion(experiment: Experiment, dataset: Dataset) -> Diffusion:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -97,25 +97,39 @@ class CapturedDenoiser:
 
 @dataclass(frozen=True)
 class Guidance:
-    """x̂ = x̂_guide + scale·(x̂ − x̂_guide): 1 is no guidance.
+    """x̂ = x̂_guide + scale·(x̂ − x̂_guide): 1 is no guidance, 0 is the guide alone.
 
     The guide is the model without its label (classifier-free, Ho and Salimans 2022), or `model`, a weaker network of
     the same process and with the same label (autoguidance, Karras et al. 2024, "Guiding a Diffusion Model with a Bad
-    Version of Itself"). It is used for logsnr within `interval`, ends included (Kynkäänniemi et al. 2024), and not
-    evaluated outside.
+    Version of Itself"). It is used for logsnr within `interval`, ends included (Kynkäänniemi et al. 2024). A pass whose
+    estimate has no weight is not made.
     """
 
     scale: float = 1.0
     interval: tuple[float, float] | None = None  # (lowest, highest) logsnr; None is everywhere
     model: nn.Module | None = None  # autoguidance
+    state: Literal["shared", "own"] | None = None  # see `shares_state`; None for a model that carries none
 
     def __post_init__(self) -> None:
         if self.interval is not None and not self.interval[0] < self.interval[1]:
             raise ValueError(f"guidance interval = {self.interval}: (lowest, highest) logsnr")
 
     def active(self, logsnr: float) -> bool:
+        """Return whether the guide's estimate has a weight."""
         inside = self.interval is None or self.interval[0] <= logsnr <= self.interval[1]
         return self.scale != 1 and inside
+
+    def needs_model(self, logsnr: float) -> bool:
+        """Return whether the model's own estimate has a weight."""
+        return self.scale != 0 or not self.active(logsnr)
+
+    @property
+    def shares_state(self) -> bool:
+        """Whether the pass without labels starts from the state that the labelled pass left, as RIN's authors have it.
+
+        google-research/pix2seq, models/diffusion_utils.py: both passes see the latents of the labelled one.
+        """
+        return self.state == "shared" and self.model is None
 
 
 class GuidedDenoiser:
@@ -146,29 +160,36 @@ class GuidedDenoiser:
     def __call__(self, z: Tensor, logsnr: float) -> Tensor:
         """z (B, C, H, W) → x̂ (B, C, H, W)."""
         levels = torch.full((len(z),), logsnr, dtype=torch.float32, device=z.device)
-        active = self.guidance.active(logsnr)
-        if active and self._in_one_pass(z):
-            return self._together(z, levels)
-        x, self.state = self.estimate(self.diffusion, self.model, z, levels, self.label, self.state, **self.extra)
-        if not active:
-            return x
-        guide, label = self.guidance.model, self.label
+        guidance, shared = self.guidance, self.guidance.shares_state
+        guide_state = self.state if shared else self.guide_state
+        if guidance.active(logsnr) and guidance.needs_model(logsnr) and self._in_one_pass(z, guide_state):
+            return self._together(z, levels, guide_state)
+        x = None
+        if guidance.needs_model(logsnr):
+            x, self.state = self.estimate(self.diffusion, self.model, z, levels, self.label, self.state, **self.extra)
+            if not guidance.active(logsnr):
+                return x
+        guide, label = guidance.model, self.label
         if guide is None:
             guide, label = self.model, None
-        other, self.guide_state = self.estimate(self.diffusion, guide, z, levels, label, self.guide_state, **self.extra)
-        return torch.lerp(other, x, self.guidance.scale)
+        other, guide_state = self.estimate(self.diffusion, guide, z, levels, label, guide_state, **self.extra)
+        if not shared:
+            self.guide_state = guide_state
+        elif x is None:
+            self.state = guide_state
+        return other if x is None else torch.lerp(other, x, guidance.scale)
 
-    def _in_one_pass(self, z: Tensor) -> bool:
+    def _in_one_pass(self, z: Tensor, guide_state: Tensor | None) -> bool:
         wanted = z.device.type == "cuda" if self.together is None else self.together
-        both_or_neither = (self.state is None) == (self.guide_state is None)
+        both_or_neither = (self.state is None) == (guide_state is None)
         return wanted and both_or_neither and self.guidance.model is None and not self.extra
 
-    def _together(self, z: Tensor, levels: Tensor) -> Tensor:
+    def _together(self, z: Tensor, levels: Tensor, guide_state: Tensor | None) -> Tensor:
         assert self.label is not None
         none = torch.full_like(self.label, self.model.num_classes)  # type: ignore[arg-type]  # of a conditional Backbone
         state = None
-        if self.state is not None and self.guide_state is not None:
-            state = torch.cat([self.state, self.guide_state])
+        if self.state is not None and guide_state is not None:
+            state = torch.cat([self.state, guide_state])
         twice = torch.cat([z, z]), torch.cat([levels, levels]), torch.cat([self.label, none])
         both, state = self.estimate(self.diffusion, self.model, *twice, state)
         if state is not None:

@@ -103,10 +103,11 @@ def keyed_noise(seed: int, positions: Tensor, shape: tuple[int, ...]) -> Callabl
 
 
 def guided_nfe(diffusion: Diffusion, solver: SolverSettings, guidance: Guidance | None = None) -> tuple[int, int]:
-    """(evaluations of the model, of them or of the guiding model for guidance) for each sample, with the interval.
+    """(evaluations of the model, evaluations of the guide) for each sample.
 
     Counted by running the solver on one number. Classifier-free guidance costs the sum of both in the one model.
     """
+    guidance = guidance or Guidance()
     seen: list[float] = []
 
     def denoise(y: Tensor, sigma: float) -> Tensor:
@@ -115,7 +116,7 @@ def guided_nfe(diffusion: Diffusion, solver: SolverSettings, guidance: Guidance 
 
     sigmas = [math.exp(-level / 2) for level in solver.logsnr_grid(diffusion.schedule)] + [0.0]
     solver.solve(denoise, torch.zeros(1, 1), sigmas, lambda step: torch.zeros(1, 1))
-    return len(seen), sum((guidance or Guidance()).active(level) for level in seen)
+    return sum(map(guidance.needs_model, seen)), sum(map(guidance.active, seen))
 
 
 def _alpha(diffusion: Diffusion, logsnr: float) -> float:

@@ -153,9 +153,10 @@ class Evaluator:
             if have != need:
                 raise other_network(file, view.network, need, have)
 
-    def sampling(self, solver: SolverSettings, *, precision: str = "fp32") -> Sampling:
-        """Return the settings' sampler."""
-        return sampling_of_settings(self.settings, solver, self.settings.n_generated, precision)
+    def sampling(self, solver: SolverSettings, *, precision: str = "fp32", carries_state: bool = False) -> Sampling:
+        """Return the settings' sampler; see `sampling_of_settings`."""
+        n = self.settings.n_generated
+        return sampling_of_settings(self.settings, solver, n, precision, carries_state=carries_state)
 
     def identity(self) -> str:
         """Return a hash of all that decides what an evaluation of given images computes."""

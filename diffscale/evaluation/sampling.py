@@ -45,11 +45,16 @@ class Sampling:
     labels: str = "train"
     precision: str = "fp32"
 
+    @property
+    def effective_guidance(self) -> Guidance:
+        """The guidance of the passes: none where the model without its label would guide itself."""
+        return NO_GUIDANCE if self.labels == "none" and self.guidance.model is None else self.guidance
+
     def fields(self, diffusion: Diffusion) -> dict[str, Any]:
         """Return the columns of a record that the sampler determines. nfe counts evaluations for guidance too."""
         return {
             "solver": self.solver_name,
-            "nfe": sum(guided_nfe(diffusion, self.solver, self.guidance)),
+            "nfe": sum(guided_nfe(diffusion, self.solver, self.effective_guidance)),
             "guidance_scale": self.guidance.scale,
             "sampler": self.canonical(),
             "sample_seed": self.seed,
@@ -57,7 +62,11 @@ class Sampling:
         }
 
     def canonical(self) -> str:
-        """Return all settings of the sampler as JSON: the record's `sampler`. The batch changes rounding alone."""
+        """Return all settings of the sampler as JSON: the record's `sampler`. The batch changes rounding alone.
+
+        `guidance_state` is among them only where it has an effect.
+        """
+        guided = self.guidance.scale != 1 and self.guidance.model is None and self.guidance.state is not None
         settings = {
             "solver": {"name": self.solver_name, **asdict(self.solver)},
             "guidance_scale": self.guidance.scale,
@@ -65,6 +74,7 @@ class Sampling:
             "autoguidance": self.guidance.model is not None,
             "labels": self.labels,
             "precision": self.precision,
+            **({"guidance_state": self.guidance.state} if guided else {}),
         }
         return json.dumps(settings, sort_keys=True, separators=(",", ":"))
 
@@ -78,9 +88,15 @@ def sampling_precision(trained: str) -> str:
     return "bf16" if trained == "bf16" else "fp32"
 
 
-def sampling_of_settings(settings: EvalSettings, solver: SolverSettings, n: int, precision: str = "fp32") -> Sampling:
-    """Return the sampler of `eval` settings: solver's name, seed, batch (at most n) and guidance."""
-    guidance = Guidance(settings.guidance_scale, settings.guidance_interval)
+def sampling_of_settings(
+    settings: EvalSettings, solver: SolverSettings, n: int, precision: str = "fp32", *, carries_state: bool = False
+) -> Sampling:
+    """Return the sampler of `eval` settings: solver's name, seed, batch (at most n) and guidance.
+
+    carries_state: whether the network takes over latents, so that `eval.guidance_state` has an effect
+    """
+    state = settings.guidance_state if carries_state else None
+    guidance = Guidance(settings.guidance_scale, settings.guidance_interval, state=state)
     batch = max(min(given_batch(settings), n), 1)
     return Sampling(solver, settings.solver.name, settings.seed, batch, guidance, precision=precision)
 
@@ -227,7 +243,7 @@ class ModelSource:
                 noise,
                 solver=s.solver,
                 label=labels.to(device) if counts else None,
-                guidance=s.guidance,
+                guidance=s.effective_guidance,
                 noise_fn=keyed_noise(s.seed, at, self.shape),
                 callback=callback,
                 estimate=self.denoiser,

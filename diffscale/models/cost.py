@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 
 class Cost(NamedTuple):
@@ -28,7 +28,18 @@ class Cost(NamedTuple):
     forward_macs: float
     """Multiply-adds of one forward pass."""
     flops_per_image: float
-    """FLOPs of one training step: forward, backward, and the extra pass of a model that carries state."""
+    """FLOPs of one training step: forward, backward, and the extra pass of a model that carries a state."""
+
+
+def _convolution_backward(*arguments: Any, out_shape: Any, **_: Any) -> int:
+    """Count the backward pass of a convolution; torch 2.15 counts a weight's gradient once for each of its groups."""
+    count = flop_registry[torch.ops.aten.convolution_backward]
+    *shared, groups, (of_input, of_weight, _) = arguments
+    backward_of_input = count(*shared, groups, (of_input, False, False), out_val=out_shape)
+    return backward_of_input + count(*shared, groups, (False, of_weight, False), out_val=out_shape) // groups
+
+
+CORRECTED = {torch.ops.aten.convolution_backward: _convolution_backward}
 
 
 def count_cost(build: Callable[[], nn.Module], resolution: int, channels: int, num_classes: int) -> Cost:
@@ -48,10 +59,10 @@ def count_cost(build: Callable[[], nn.Module], resolution: int, channels: int, n
     logsnr = torch.empty(1, device="meta")
     label = torch.empty(1, dtype=torch.int64, device="meta") if num_classes else None
     with sdpa_kernel(SDPBackend.MATH):
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
+        with FlopCounterMode(display=False, custom_mapping=CORRECTED) as counter, torch.no_grad():
             model(x, logsnr, label)
         forward = counter.get_total_flops()
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=CORRECTED) as counter:
             prediction, _ = model(x, logsnr, label)
             prediction.sum().backward()
         training = counter.get_total_flops()

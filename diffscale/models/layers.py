@@ -241,7 +241,7 @@ class Backbone(nn.Module):
     naming the setting, for settings that it cannot have.
     """
 
-    carries_state = False  # whether forward returns a state for the next call
+    carries_state = False  # whether forward returns a state for the next call; training makes one more pass for it
     checkpointed = False
 
     def blocks_for_fsdp(self) -> list[nn.Module]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -171,9 +172,36 @@ RECIPE_FIELDS = (
 """
 
 
-def is_recipe_setting(key: str) -> bool:
-    """Return whether a dotted setting is part of a run's recipe."""
-    return any(key == field or key.startswith(f"{field}.") for field in RECIPE_FIELDS)
+ADDED_SETTINGS: dict[str, Any] = {
+    "model.start": "small_time",
+    "model.zero_writes": False,
+    "model.write_heads": 0,
+    "model.gated_writes": False,
+    "model.rw_positions": False,
+    "model.time_on_tiles": False,
+    "model.tile_conv": 0,
+    "model.late_latents": 0,
+    "optim.decay_on": "weights",
+    "optim.trust_ratio": "decayed",
+}
+"""Settings that came after runs had been identified without them, with the default that changes nothing.
+
+At that default a setting is no part of `run_id` and of a recipe, so runs and records from before keep theirs.
+"""
+
+
+def recipe_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the dotted settings that make a run's recipe, of all its dotted settings."""
+    return {
+        key: value
+        for key, value in settings.items()
+        if any(key == field or key.startswith(f"{field}.") for field in RECIPE_FIELDS) and not is_as_before(key, value)
+    }
+
+
+def is_as_before(key: str, value: Any) -> bool:
+    """Return whether a dotted setting is a later one at the default that changes nothing."""
+    return key in ADDED_SETTINGS and ADDED_SETTINGS[key] == value
 
 
 def columns_table() -> str:

@@ -137,7 +137,9 @@ class CheckpointEvaluator:
     def sampling(self, precision: str = "", labels: str = "train") -> Sampling:
         """Sampler of the settings. precision: fp32 or bf16; empty for the precision of the run's numerics."""
         precision = precision or sampling_precision(self.numerics.precision)
-        sampling = self.evaluator.sampling(build_solver(self.experiment), precision=precision)
+        sampling = self.evaluator.sampling(
+            build_solver(self.experiment), precision=precision, carries_state=self.experiment.carries_state
+        )
         return replace(sampling, labels=labels, batch=self._sample_batch(sampling))
 
     def _sample_batch(self, sampling: Sampling) -> int:

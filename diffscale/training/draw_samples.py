@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from diffscale.config.factory import build_solver
 from diffscale.core import image_grids, storage
-from diffscale.diffusion import Evaluation, Guidance
+from diffscale.diffusion import Evaluation
 from diffscale.distributed.connect import connect
 from diffscale.evaluation import ModelSource, Sampling
 from diffscale.evaluation.distribute import chunk_ranges, devices, kept_images, run_on_ray
@@ -63,13 +63,14 @@ def comparison(rows: list[tuple[str, NDArray]]) -> bytes:
 
 def sampling_of(trained: TrainedModel, options: DrawOptions) -> Sampling:
     """Return the run's own sampler with the options' labels, precision and guide."""
-    settings = trained.experiment.eval
-    sampling = sampling_of_settings(settings, build_solver(trained.experiment), options.n)
+    experiment = trained.experiment
+    solver = build_solver(experiment)
+    sampling = sampling_of_settings(experiment.eval, solver, options.n, carries_state=experiment.carries_state)
     guidance = sampling.guidance
     if options.guide:
         guide = settings_of_run(options.guide)
         weaker = load_trained(options.guide, guide.eval.ema, guide).model
-        guidance = Guidance(guidance.scale, guidance.interval, weaker)
+        guidance = replace(guidance, model=weaker)
     precision = options.precision or sampling_precision(trained.numerics.precision)
     return replace(sampling, guidance=guidance, labels=options.labels, precision=precision)
 

@@ -6,7 +6,9 @@ skip a step, so a step does not wait for the host. timm's take numbers of the ho
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from collections.abc import Collection
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +29,10 @@ _FROM_TORCH: dict[str, type[torch.optim.Adam]] = {"adam": torch.optim.Adam, "ada
 
 
 def create_optimizer(model: nn.Module, optim: OptimSettings) -> torch.optim.Optimizer:
-    """Create timm's optimizer of a name over `parameter_groups`. Raises UserError for an unknown name."""
-    check_name(optim.name)
-    groups = parameter_groups(model, optim.weight_decay)
+    """Create timm's optimizer of a name over `parameter_groups`. Raises UserError as `check_optimizer` does."""
+    check_optimizer(optim)
+    adapts = {"always_adapt": True} if optim.trust_ratio == "always" else {}
+    groups = parameter_groups(model, optim.weight_decay, optim.decay_on, **adapts)
     if optim.name in _FROM_TORCH:
         capturable = next(model.parameters()).device.type == "cuda"  # a CUDA graph may record the step
         return _FROM_TORCH[optim.name](
@@ -41,6 +44,8 @@ def create_optimizer(model: nn.Module, optim: OptimSettings) -> torch.optim.Opti
     extra: dict[str, Any] = {"eps": optim.eps} if info.has_eps else {}
     if info.has_betas and info.num_betas == 2:
         extra["betas"] = optim.betas
+    if "max_grad_norm" in _arguments(optim.name):  # optim.clip_grad_norm is the only clipping
+        extra["max_grad_norm"] = None
     return create_optimizer_v2(groups, optim.name, lr=optim.lr, weight_decay=optim.weight_decay, **extra)
 
 
@@ -96,7 +101,28 @@ class Update:
         self.optimizer.step()
 
 
-def check_name(name: str) -> None:
+def check_optimizer(optim: OptimSettings) -> None:
+    """Raise UserError for an optimizer that is unknown or cannot train or resume here, and for a setting of others."""
+    _check_name(optim.name)
+    if optim.trust_ratio == "always" and "always_adapt" not in _arguments(optim.name):
+        raise UserError(
+            setting="optim.trust_ratio",
+            value=optim.trust_ratio,
+            expected="decayed, the default",
+            reason=f"{optim.name} has no trust ratio; lamb and lars have one",
+        )
+
+
+def _arguments(name: str) -> Collection[str]:
+    """Return the names of the arguments of an optimizer's constructor."""
+    if name in _FROM_TORCH:
+        return ()
+    from timm.optim import get_optimizer_class  # import cost
+
+    return inspect.signature(get_optimizer_class(name, bind_defaults=False)).parameters
+
+
+def _check_name(name: str) -> None:
     """Raise UserError for an unknown name, and for an optimizer that cannot train or resume here."""
     if name in _FROM_TORCH:
         return
@@ -109,10 +135,18 @@ def check_name(name: str) -> None:
         raise UserError(setting="optim.name", value=name, expected=nearest(name, known))
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module,
+    weight_decay: float,
+    decay_on: Literal["weights", "matrices", "all"] = "weights",
+    **of_decayed: Any,
+) -> list[dict[str, Any]]:
     """Return the group with weight decay and the group without, each in the order of `model.named_parameters()`.
 
-    Without decay: vectors and scalars (norms, biases), embedding tables, and what `model.no_weight_decay()` names.
+    weights: all but vectors and scalars (norms, biases), embedding tables, and what `model.no_weight_decay()` names
+    matrices: all but vectors and scalars, as RIN's authors have it (google-research/pix2seq, `bias,beta,gamma`)
+    all: every parameter
+    of_decayed: further options of the group with weight decay
     """
     exempt: set[str] = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()  # type: ignore[operator]
     for name, module in model.named_modules():
@@ -122,7 +156,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     plain: list[Tensor] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            exempted = parameter.ndim <= 1 or name.endswith(".bias") or name in exempt
+            vector = parameter.ndim <= 1 or name.endswith(".bias")
+            exempted = decay_on != "all" and (vector or (decay_on == "weights" and name in exempt))
             (plain if exempted else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups = [{"params": decayed, "weight_decay": weight_decay, **of_decayed}, {"params": plain, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]

@@ -14,6 +14,7 @@ from benchmarks.suites.peers import RECIPES
 from benchmarks.suites.suite import RESULTS, load_suite, suite_names
 from diffscale.core.errors import UserError
 from diffscale.records.store import read_records, write_record
+from diffscale.training.plan import whole_batches
 
 PEER_PACKAGES = ("diffusers", "denoising_diffusion_pytorch")
 
@@ -32,6 +33,19 @@ def test_a_suite_has_the_budget_that_is_committed_for_it(name: str) -> None:
     ours = ~table["run"].str.startswith(tuple(RECIPES))
     if suite.data == "cifar10":
         assert (table["forward_gflop"][ours] <= 0.3).all()
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar10-small", "rin-settings", "rin-exchange", "rin-parts"])
+def test_compared_runs_end_within_half_a_percent_of_one_compute(name: str) -> None:
+    """Budgets are rounded up to whole batches, so a budget must have 200 steps or more."""
+    suite = load_suite(name)
+    experiment = suite.experiments()[0]
+    runs = pd.read_csv(budget.FILE).query("suite == @name and train_flops == @experiment.train.flops and seed == 0")
+    runs = runs[~runs["run"].str.startswith(tuple(RECIPES))]
+    flops = runs["training_gflop_per_image"] * 1e9
+    ends = [whole_batches(experiment.train.flops / f, experiment.train.global_batch) * f for f in flops]
+    assert len(ends) == len(suite.variants)
+    assert max(ends) / min(ends) < 1.005
 
 
 def test_the_cifar10_suite_evaluates_as_many_samples_as_decided() -> None:

@@ -89,6 +89,21 @@ def test_other_weights_are_another_run(override: str) -> None:
     assert load_experiment("quickstart-unet", [override]).run_id("d") != load_experiment("quickstart-unet").run_id("d")
 
 
+@pytest.mark.parametrize(
+    ("preset", "overrides", "run_id"),
+    [
+        ("quickstart-unet", [], "885c3a5ca19cc925"),
+        ("quickstart-rin", [], "11d7b34a0d1129bf"),
+        ("emoji-rin", [], "443b697679552a77"),
+        ("emoji-rin", ["optim.name=lamb", "optim.weight_decay=0.01"], "032810639fe88f5a"),
+        ("emoji-rin", ["diffusion.self_condition=0"], "d22dc648e1157aee"),
+        ("emoji-dit", ["optim.name=muon"], "9b2db1322dd2431e"),
+    ],
+)
+def test_runs_keep_the_identity_that_commit_9919b70_gave_them(preset: str, overrides: list[str], run_id: str) -> None:
+    assert load_experiment(preset, overrides).run_id("d") == run_id
+
+
 def test_other_data_is_another_run() -> None:
     e = load_experiment("quickstart-unet")
     assert e.run_id("a") != e.run_id("b")

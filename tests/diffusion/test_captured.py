@@ -78,7 +78,8 @@ def test_without_a_gpu_nothing_is_recorded():
 
 @pytest.mark.parametrize("name", ["dit-mini", "rin-tiny"])
 @pytest.mark.parametrize("interval", [None, (-4.0, 2.0)])
-def test_guidance_in_one_pass_is_that_of_two(name, interval):
+@pytest.mark.parametrize("state", ["own", "shared"])
+def test_guidance_in_one_pass_is_that_of_two(name, interval, state):
     """An interval that begins later leaves a network with state in only one of its two passes: that step takes two."""
     model, label = network(name), torch.tensor([0, 1, 2, 3])
     passes: list[int] = []
@@ -87,7 +88,8 @@ def test_guidance_in_one_pass_is_that_of_two(name, interval):
         passes.append(len(arguments[2]))  # type: ignore[arg-type]
         return denoise(*arguments, **extra)  # type: ignore[arg-type]
 
-    guided = [GuidedDenoiser(DIFFUSION, model, label, Guidance(2.0, interval), {}, counted, t) for t in (False, True)]
+    guidance = Guidance(2.0, interval, state=state)
+    guided = [GuidedDenoiser(DIFFUSION, model, label, guidance, {}, counted, t) for t in (False, True)]
     z = keyed_noise(0, torch.arange(4), (3, 32, 32))(0)
     for logsnr in (-8.0, -3.0, 1.0, 4.0):
         two, one = (g(z, logsnr) for g in guided)

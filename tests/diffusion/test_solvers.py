@@ -266,6 +266,50 @@ def test_guidance_keeps_the_states_of_both_apart():
     assert net.labels == [True, False] * 3
 
 
+def test_guidance_shares_the_state_of_the_labelled_pass_as_rins_authors_do():
+    """google-research/pix2seq, diffusion_utils.py: both passes see the latents that the labelled one left."""
+    net, label, solver = Carrying(), torch.zeros(2, dtype=torch.int64), SOLVERS["ddim"](steps=3)
+    guidance = Guidance(scale=2.0, state="shared")
+    sample(create_diffusion(), net, unit_noise(2, *SHAPE), solver=solver, label=label, guidance=guidance)
+    assert net.states == [None, None, 1, 1, 2, 2]
+    weaker, main = Carrying(), Carrying()
+    guidance = Guidance(scale=2.0, interval=(-100, 0), model=weaker, state="shared")
+    sample(create_diffusion(), main, unit_noise(2, *SHAPE), solver=solver, label=label, guidance=guidance)
+    assert main.states == [None, 1, 2]
+    assert weaker.states == [None, 1][: len(weaker.states)]  # another network has latents of its own
+
+
+def test_a_shared_state_goes_through_steps_without_guidance():
+    label, solver = torch.zeros(2, dtype=torch.int64), SOLVERS["ddim"](steps=4)
+    levels: list[float] = []
+    interval = None
+    for _ in range(2):  # first to see the levels, then with guidance at the last two
+        net = Carrying()
+        guidance = Guidance(2.0, interval, state="shared") if interval else Guidance()
+        sample(
+            create_diffusion(),
+            net,
+            unit_noise(2, *SHAPE),
+            solver=solver,
+            label=label,
+            guidance=guidance,
+            callback=lambda e: levels.append(e.logsnr),
+        )
+        interval = (levels[2], 100.0)
+    assert net.states == [None, 1, 2, 2, 3, 3]
+    assert net.labels == [True, True, True, False, True, False]
+
+
+@pytest.mark.parametrize("state", ["shared", "own"])
+def test_scale_0_makes_no_pass_whose_estimate_has_no_weight(state):
+    net, label, solver = Carrying(), torch.zeros(2, dtype=torch.int64), SOLVERS["ddim"](steps=3)
+    guidance = Guidance(scale=0.0, state=state)
+    sample(create_diffusion(), net, unit_noise(2, *SHAPE), solver=solver, label=label, guidance=guidance)
+    assert net.states == [None, 1, 2]
+    assert net.labels == [False] * 3
+    assert guided_nfe(create_diffusion(), solver, guidance) == (0, 3)
+
+
 class Labelled(GaussianNet):
     """Data of one mean for each label, and of mean 0 without one."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,11 +15,12 @@ import psutil
 import pytest
 import torch
 
+from diffscale.config.experiment import EvalSettings
 from diffscale.core.errors import UserError
 from diffscale.diffusion import SOLVERS, Guidance
 from diffscale.evaluation.distribute import Featuriser, Stopped, chunk_ranges, run_local, run_on_ranks, run_on_ray
 from diffscale.evaluation.image_sources import DatasetSource
-from diffscale.evaluation.sampling import ModelSource, draw_labels, to_uint8
+from diffscale.evaluation.sampling import ModelSource, draw_labels, sampling_of_settings, to_uint8
 
 from .conftest import write_dataset
 
@@ -86,6 +88,27 @@ def test_guidance_is_in_the_cost_and_the_identity(source, diffusion):
     assert guided.fields(diffusion)["nfe"] == 2 * plain.fields(diffusion)["nfe"]
     assert guided.canonical() != plain.canonical()
     assert replace(plain, batch=64).canonical() == plain.canonical()
+
+
+def test_without_labels_the_model_does_not_guide_itself(source, diffusion):
+    guided = replace(source.sampling, guidance=Guidance(2.0), labels="none")
+    assert guided.fields(diffusion)["nfe"] == source.sampling.fields(diffusion)["nfe"]
+    plain = replace(source, sampling=replace(source.sampling, labels="none"))
+    assert torch.equal(replace(source, sampling=guided).draw(torch.arange(4))[0], plain.draw(torch.arange(4))[0])
+
+
+def test_a_record_says_which_state_guided_passes_start_from_where_there_is_one():
+    solver = SOLVERS["ddim"](steps=2)
+
+    def canonical(carries_state: bool, **settings) -> dict:
+        settings = {"guidance_scale": 2.0, "solver": {"name": "ddim"}} | settings
+        sampling = sampling_of_settings(EvalSettings(**settings), solver, 8, carries_state=carries_state)
+        return json.loads(sampling.canonical())
+
+    assert canonical(True)["guidance_state"] == "shared"
+    assert canonical(True, guidance_state="own")["guidance_state"] == "own"
+    assert "guidance_state" not in canonical(False)  # as in the records of other backbones
+    assert "guidance_state" not in canonical(True, guidance_scale=1.0)
 
 
 def test_rounding_to_pixels():

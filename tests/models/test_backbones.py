@@ -22,6 +22,9 @@ VARIANTS = {
     "jit without context": JIT | {"context_tokens": 0, "context_start": 0},
     "rin": RIN,
     "rin alone": RIN | {"self_conditioning": False, "interface_mlp_ratio": 0},
+    "rin with exchange": RIN
+    | {"start": "authors", "zero_writes": True, "write_heads": 4, "gated_writes": True, "rw_positions": True}
+    | {"time_on_tiles": True, "tile_conv": 3, "late_latents": 2},
     "uvit haar": UVIT,
     "uvit 5/3 residual": UVIT | {"patching": "5/3", "skips": "residual"},
     "uvit strided": UVIT | {"patching": "conv", "conv_widths": (8, 16), "conv_blocks": 2},
@@ -183,6 +186,8 @@ def test_dropout_acts_in_training_only(variant):
         ("jit", {"num_heads": 16}, "num_heads = 16: .* divisible by 4"),
         ("rin", {"latents": 2, "num_classes": 4}, "latents = 2: expected more than the 2"),
         ("rin", {"rw_heads": 3}, "rw_heads = 3"),
+        ("rin", {"write_heads": 5}, "write_heads = 5: expected a divisor of the width 16"),
+        ("rin", {"tile_conv": 2}, "tile_conv = 2: expected an odd number"),
         ("rin", {"latent_width": 36}, "latent_width = 36: expected a multiple of 8"),
         (
             "uvit haar",

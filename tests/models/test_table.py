@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from diffscale import models
 from diffscale.core.text import with_generated
 from diffscale.models.__main__ import table
+from diffscale.models.cost import count_cost
 
 BEGIN, END = "<!-- models:begin -->", "<!-- models:end -->"
 
@@ -19,6 +21,24 @@ def test_costs_are_those_published():
     assert "| 6.056 |" in table("dit-s-2")
     assert "| 35,746,307 |" in table("ddpm-cifar10")
     assert len(table("d*t-s-?").splitlines()) == 2 + 3
+
+
+def test_a_depthwise_convolution_costs_twice_its_forward_pass_backward():
+    """k²·C·H·W multiply-adds forward, as many for the gradients of input and weight each."""
+
+    class Depthwise(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = torch.nn.Conv2d(3, 8, 1)
+            self.conv = torch.nn.Conv2d(8, 8, 3, padding=1, groups=8)
+
+        def forward(self, x, logsnr, label=None, state=None):
+            return self.conv(self.first(x)), None
+
+    cost = count_cost(Depthwise, 4, 3, 0)
+    first, depthwise = 3 * 8 * 16, 9 * 8 * 16
+    assert cost.forward_macs == first + depthwise
+    assert cost.flops_per_image == 2 * (2 * first + 3 * depthwise)  # the image needs no gradient
 
 
 def committed() -> dict[str, str]:

@@ -12,7 +12,7 @@ from diffscale import records
 from diffscale.config.load import load_experiment
 from diffscale.evaluation.metrics.registry import INCEPTION_NAMES, KINDS
 from diffscale.records.__main__ import README
-from diffscale.records.schema import Record, columns_table, higher_is_better, is_recipe_setting
+from diffscale.records.schema import ADDED_SETTINGS, Record, columns_table, higher_is_better, recipe_of
 from diffscale.report.stats.frontier import is_on_frontier
 from diffscale.sweep.ledger import Ledger
 from diffscale.sweep.settings import Sweep
@@ -100,8 +100,20 @@ def test_recipe_settings_are_those_that_run_id_hashes_less_seed_length_and_numer
     free = {"train.seed", "train.images", "train.compile", "train.channels_last", "train.activation_checkpointing"}
     extra = {"data.decoder", "train.winograd"}
     hashed = set(_flat(experiment.weights_settings()))
-    recipe = {key for key in experiment.dotted() if is_recipe_setting(key)}
+    recipe = set(recipe_of(experiment.dotted()))
     assert hashed - free == recipe - extra
+
+
+def test_later_settings_count_only_when_they_are_set() -> None:
+    """At their defaults runs keep the identity, and records the recipe, of the time before them."""
+    every = [load_experiment(preset).dotted() for preset in ("quickstart-unet", "quickstart-rin")]
+    for key, default in ADDED_SETTINGS.items():
+        assert all(dotted[key] == default for dotted in every if key in dotted), key
+        assert any(key in dotted for dotted in every), key
+        assert not any(key in recipe_of(dotted) for dotted in every)
+    changed = load_experiment("quickstart-rin", ["model.start=authors", "optim.decay_on=all"])
+    assert recipe_of(changed.dotted()) == recipe_of(every[1]) | {"model.start": "authors", "optim.decay_on": "all"}
+    assert changed.run_id("d") != load_experiment("quickstart-rin").run_id("d")
 
 
 def test_readme_is_current() -> None:

@@ -6,13 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
+from diffscale.config.experiment import OptimSettings
 from diffscale.config.factory import build_diffusion, build_model
 from diffscale.core.errors import UserError
 from diffscale.data import Batch, Dataset, Loader
+from diffscale.models.rin import RIN
 from diffscale.training.learner import Learner, LossScale
 from diffscale.training.numerics import Numerics
-from diffscale.training.optimizer import create_optimizer, parameter_groups
+from diffscale.training.optimizer import check_optimizer, create_optimizer, parameter_groups
 from diffscale.training.parallel import World
 from diffscale.training.step import Step
 
@@ -150,6 +153,63 @@ def test_norms_biases_and_embeddings_do_not_decay(shared_storage: Path, dataset:
     assert all(p.ndim >= 2 for p in decayed["params"])
     assert not any("embed_label" in names[id(p)] for p in decayed["params"])
     assert len(decayed["params"]) + len(plain["params"]) == len(names)
+
+
+@pytest.mark.parametrize(("decay_on", "plain"), [("weights", 3), ("matrices", 1), ("all", 0)])
+def test_what_decays_is_a_setting(decay_on: Any, plain: int) -> None:
+    model = nn.ModuleDict({"linear": nn.Linear(2, 3), "table": nn.Embedding(4, 2)})
+    model.positions = nn.Parameter(torch.zeros(5, 2))  # type: ignore[assignment]
+    model.no_weight_decay = lambda: {"positions"}  # type: ignore[assignment]
+    groups = parameter_groups(model, 0.01, decay_on)
+    assert [len(group["params"]) for group in groups] == [n for n in (4 - plain, plain) if n]
+    assert [group["weight_decay"] for group in groups] == [0.01, 0.0][: len(groups)]
+
+
+def lamb_as_published(weights: Tensor, gradients: list[Tensor], lr: float, decay: float, adapt: bool) -> Tensor:
+    """LAMB (You et al. 2019, algorithm 2) with φ the identity and Adam's bias corrections, in float64."""
+    weights = weights.double()
+    m, v = torch.zeros_like(weights), torch.zeros_like(weights)
+    for step, gradient in enumerate(gradients, start=1):
+        m = 0.9 * m + 0.1 * gradient.double()
+        v = 0.999 * v + 0.001 * gradient.double() ** 2
+        update = m / (1 - 0.9**step) / ((v / (1 - 0.999**step)).sqrt() + 1e-6) + decay * weights
+        weights = weights - lr * (weights.norm() / update.norm() if adapt else 1) * update
+    return weights
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.01])
+def test_lamb_as_published(decay: float) -> None:
+    """Positions are decayed and adapted, nothing clips the gradient, the trust ratio does not need weight decay."""
+    torch.manual_seed(0)
+    model = RIN(8, patch_size=4, interface_width=8, latents=4, latent_width=8, latent_heads=2, rw_heads=2, layers=1)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    gradients = [{name: 10 * torch.randn_like(p) for name, p in start.items()} for _ in range(4)]
+    optim = OptimSettings(
+        name="lamb",
+        lr=0.01,
+        betas=(0.9, 0.999),
+        eps=1e-6,
+        weight_decay=decay,
+        decay_on="matrices",
+        trust_ratio="always",
+        clip_grad_norm=None,
+    )
+    optimizer = create_optimizer(model, optim)
+    for step in gradients:
+        for name, p in model.named_parameters():
+            p.grad = step[name].clone()
+        optimizer.step()
+    for name, p in model.named_parameters():
+        matrix = p.ndim >= 2
+        expected = lamb_as_published(
+            start[name], [step[name] for step in gradients], 0.01, decay if matrix else 0.0, matrix
+        )
+        torch.testing.assert_close(p.detach().double(), expected, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_trust_ratio_is_refused_for_optimizers_without_one() -> None:
+    with pytest.raises(UserError, match=r"optim\.trust_ratio"):
+        check_optimizer(OptimSettings(name="muon", trust_ratio="always"))
 
 
 @pytest.mark.parametrize("name", ["adamw", "lamb", "muon", "lion", "sgd"])

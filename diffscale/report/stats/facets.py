@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from diffscale.core.hashing import identify
-from diffscale.records.schema import GROUP, Record, is_recipe_setting
+from diffscale.records.schema import GROUP, Record, recipe_of
 from diffscale.records.store import to_frame
 
 FACET = [*GROUP, "endpoint"]
@@ -40,6 +40,7 @@ FAIR_ENDPOINTS = ("constant", "inverse_sqrt", "decayed")
 """A checkpoint in the middle of a decay is not the end of a run of that budget: tabulated, never fitted."""
 
 _PRECISION = re.compile(r'"precision":"\w+"')
+_SHARED_STATE = '"guidance_state":"shared",'
 _LENGTH = re.compile(r"optim\.decay_images")
 _OF_A_CELL = ("diffusion.input_scale", "data.resolution")
 _DISTANCE = re.compile(r"fid$|fd_|fid_")
@@ -61,7 +62,7 @@ def metric_name(metric: str) -> str:
 
 def recipe_settings(settings: Mapping[str, object], endpoint: str) -> dict[str, object]:
     """Return the dotted settings that make a recipe: those that change the weights, except seed and length."""
-    kept = {k: v for k, v in settings.items() if is_recipe_setting(k)}
+    kept = recipe_of(settings)
     return {k: v for k, v in kept.items() if not (endpoint == "decayed" and _LENGTH.fullmatch(k))}
 
 
@@ -83,9 +84,11 @@ def groups(rows: pd.DataFrame, columns: list[str] = GROUP) -> list[str]:
     """Return a hash per row that is equal for comparable values.
 
     A sampler's rounding is not part of it, because a group is one solver and its steps: bf16 samples of one network
-    are compared with float32 samples of another.
+    are compared with float32 samples of another. Neither is the way in which a network that carries state is guided by
+    default: others have no state.
     """
-    keys = rows[columns].assign(sampler=rows["sampler"].str.replace(_PRECISION, '"precision":"fp32"', regex=True))
+    sampler = rows["sampler"].str.replace(_PRECISION, '"precision":"fp32"', regex=True)
+    keys = rows[columns].assign(sampler=sampler.str.replace(_SHARED_STATE, "", regex=False))
     return [identify(**dict(zip(columns, key, strict=True)))[:8] for key in keys.itertuples(index=False)]
 
 

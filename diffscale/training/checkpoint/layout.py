@@ -193,14 +193,14 @@ def load_for_sampling(checkpoint: str, ema: str) -> tuple[Experiment, nn.Module,
     The model is on the CPU in eval mode and carries the weights of the average `ema`. Raises UserError for a damaged
     checkpoint or an average that the run did not track.
     """
-    from diffscale.models import create_model  # import cost
+    from diffscale.config.factory import model_for  # import cost
 
     try:
         verify(checkpoint)
         state, experiment = read_state(checkpoint), read_experiment(checkpoint)
         try:
             shape = {name: int(state["data"][name]) for name in ("resolution", "channels", "num_classes")}
-            model = create_model(experiment.model.name, **shape, **experiment.model.arguments())
+            model = model_for(experiment, **shape)
             load_weights(model, checkpoint, ema)
             return experiment, model.eval(), int(state["images_seen"]), dict(state["record"])
         except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
