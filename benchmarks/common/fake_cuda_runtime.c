@@ -1,6 +1,7 @@
 /* The CUDA runtime of a machine with one H200 that does nothing. Fake tensors never launch a kernel, so these functions
    of libcudart are all that PyTorch calls. See fake_gpu.py. */
 #include <cuda_runtime_api.h>
+#include <stdlib.h>
 #include <string.h>
 
 #define GIBIBYTES ((size_t)1 << 30)
@@ -52,6 +53,13 @@ cudaError_t cudaMalloc(void **memory, size_t size) {
   return *memory = block, cudaSuccess;
 }
 cudaError_t cudaFree(void *memory) { return cudaSuccess; }
+cudaError_t cudaHostAlloc(void **memory, size_t size, unsigned flags) { return *memory = malloc(size), cudaSuccess; }
+cudaError_t cudaFreeHost(void *memory) { return free(memory), cudaSuccess; }
+cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *attributes, const void *pointer) {
+  memset(attributes, 0, sizeof *attributes);
+  attributes->type = cudaMemoryTypeHost;
+  return cudaSuccess;
+}
 
 cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *greatest) {
   return *least = 0, *greatest = -5, cudaSuccess;

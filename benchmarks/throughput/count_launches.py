@@ -28,11 +28,15 @@ from diffscale.training.numerics import Numerics, is_spatial_convolution
 from diffscale.training.parallel import World
 
 PHASES = {
-    "keyed_random": "draws",
+    "core/keyed_random": "draws",
+    "learner.py:draw_noise": "draws",
     "kernels/noise": "draws",
+    "training/low_precision": "forward",
     "torch/optim/": "update",
     "training/ema": "update",
     "training/parallel": "update",
+    "training/step": "update",
+    "learner.py:_finish": "update",
 }
 
 
@@ -53,7 +57,7 @@ def experiment_of(preset: str, batch: int) -> Experiment:
 
 
 def count(preset: str, batch: int = 256) -> dict[str, Any]:
-    """Count the second step of a learner. Only in a process of `fake_gpu.environment`."""
+    """Count the third step of a learner. Only in a process of `fake_gpu.environment`."""
     experiment, published = experiment_of(preset, batch), PRESETS[preset]
     side, channels = published["resolution"], published.get("channels", 3)
     data: Any = Images(side, channels, published.get("num_classes", 0))
@@ -70,10 +74,12 @@ def count(preset: str, batch: int = 256) -> dict[str, Any]:
         images = torch.zeros(batch, channels, side, side, device=fake_gpu.DEVICE)
         whole = torch.zeros(batch, dtype=torch.int64, device=fake_gpu.DEVICE)
         inputs = _Batch(images, whole, whole)
+        numbers = learner.draw_numbers(whole)  # by the loader
         with fake_gpu.Launches({}):
-            learner.step(inputs)  # the optimizer makes its state
+            for _ in range(2):  # the optimizer makes its state, and the step looks where it computes in bf16
+                learner.step(inputs, numbers=numbers)
         with fake_gpu.Launches(PHASES) as launches:
-            learner.step(inputs)
+            learner.step(inputs, numbers=numbers)
     commonest = sorted(launches.counts.items(), key=lambda item: -item[1])
     return {
         "preset": preset,

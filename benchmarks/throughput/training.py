@@ -184,7 +184,7 @@ def overheads(experiment: Experiment, pairs: int, steps: int) -> dict[str, Any]:
         step = learner.step(data)
         step_seconds.append(time.perf_counter() - started)
         started = time.perf_counter()
-        learner.ema.update(learner.images_seen, batch)
+        learner.ema.update(torch.tensor(learner.ema.shares(learner.images_seen, batch)))
         ema_seconds.append(time.perf_counter() - started)
         started = time.perf_counter()
         for _ in range(EVERY_STEPS):

@@ -136,6 +136,9 @@ class TrainSettings(Section):
     winograd: bool | Literal["auto"] = Field(
         "auto", description="3 x 3 convolutions by Winograd's algorithm on a CPU; auto: if channels_last is auto too"
     )
+    graph: bool | Literal["auto"] = Field(
+        "auto", description="record the kernels of a step as a CUDA graph; auto: on one GPU"
+    )
     activation_checkpointing: bool = Field(False, description="recompute activations of each block")
     workers: int | tuple[int, int] = Field(1, description="Ray Train workers, or (fewest, most) for an elastic run")
     cpus_per_worker: int = Field(1, ge=1)

@@ -43,7 +43,7 @@ def _needed(experiment: Experiment, dataset: Dataset, images: int, overhead: flo
     train = experiment.train
     parameters, activations = count(experiment, dataset, images)
     averages = int(bool(train.ema.halflife_images or train.ema.halflife_fraction)) + len(train.ema.power)
-    copies = 4 + averages  # weights, gradients, first and second moment
+    copies = 4 + averages + bool(averages)  # weights, gradients, both moments; averages and the weights they take in
     state = 4.0 * parameters * copies / (train.min_workers if train.parallel == "fsdp2" else 1)
     return int((state + activations) * overhead + CONTEXT)
 

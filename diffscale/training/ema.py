@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from diffscale.config.experiment import EmaSettings, Experiment
 from diffscale.core.errors import UserError
 from diffscale.training.checkpoint.state import local_shard
+from diffscale.training.flat import flat_like
 
 Values = np.ndarray | np.float64
 
@@ -31,24 +32,38 @@ class Ema:
     """The averages of the settings, each a float32 copy of the (local) parameters; buffers are the model's.
 
     Averages are named `halflife` and `std0.050` (a power function's relative width). They are functions of the weights
-    after each step and of images seen alone, so a resumed run continues them bit for bit.
+    after each step and of images seen alone, so a resumed run continues them bit for bit. Each lies in one buffer, and
+    so does a copy of the weights that an update needs: two kernels and one for each average, however many parameters.
     """
 
     def __init__(self, model: nn.Module, settings: EmaSettings) -> None:
         self.settings = settings
-        self.parameters = {name: local_shard(p) for name, p in model.named_parameters()}
-        self.averages: dict[str, dict[str, Tensor]] = {
-            name: {key: p.detach().float().clone() for key, p in self.parameters.items()} for name in tracked(settings)
-        }
+        self.parameters = {name: local_shard(p).detach() for name, p in model.named_parameters()}
+        names = tracked(settings)
+        self.averages: dict[str, dict[str, Tensor]] = {}
+        self._flat: list[Tensor] = []
+        self._weights = list(self.parameters.values())
+        if names:
+            self._copy, self._views = flat_like(self._weights)
+        for name in names:
+            flat, views = flat_like(self._weights)
+            for view, weight in zip(views, self._weights, strict=True):
+                view.copy_(weight)
+            self.averages[name] = dict(zip(self.parameters, views, strict=True))
+            self._flat.append(flat)
         self._exponents = {profile_name(std): exponent(std) for std in settings.power}
 
+    def shares(self, images_seen: int, images: int) -> list[float]:
+        """Return the share of the new weights in each average, for a step of `images` that ended at `images_seen`."""
+        return [1 - self.beta(name, images_seen, images) for name in self.averages]
+
     @torch.no_grad()
-    def update(self, images_seen: int, images: int) -> None:
-        """Update the averages after a step of `images` that ended at `images_seen`."""
-        current = [p.detach() for p in self.parameters.values()]
-        for name, average in self.averages.items():
-            beta = self.beta(name, images_seen, images)
-            torch._foreach_lerp_(list(average.values()), [p.float() for p in current], 1 - beta)
+    def update(self, shares: Tensor) -> None:
+        """Update the averages after a step. shares: float32 (averages,), what `shares` returned, on the device."""
+        if self._flat:
+            torch._foreach_copy_(self._views, self._weights)
+        for average, share in zip(self._flat, shares.unbind(), strict=True):
+            average.lerp_(self._copy, share)
 
     def average(self, name: str) -> dict[str, Tensor]:
         """Return an average of the (local) parameters, by their names. Raises UserError for one that is not tracked."""

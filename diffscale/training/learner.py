@@ -1,10 +1,14 @@
-"""One optimisation step, without Ray: random draws by (seed, position), passes over micro-batches, one update."""
+"""One optimisation step, without Ray: random draws by (seed, position), passes over micro-batches, one update.
+
+A step reads nothing from the device. Its decisions (clipping, skipping, the loss scale) are tensors there. What changes
+from step to step (learning rate, shares of the averages, clock, stop request) is sent in one copy, and what the host
+wants to know comes back in one copy, which it may read later. The same code runs on a CPU.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -12,23 +16,36 @@ from torch import Tensor, nn
 
 from diffscale.config.experiment import Experiment
 from diffscale.core.hashing import GOLDEN, MASK, splitmix64
-from diffscale.core.keyed_random import Stream, normal, stratified_uniform, uniform
+from diffscale.core.keyed_random import Stream, stratified_uniform, uniform
 from diffscale.diffusion import Diffusion, training_loss
+from diffscale.kernels.noise import draw_normal
+from diffscale.training.capture import Capture, Recorder, recorder_for
 from diffscale.training.ema import Ema
+from diffscale.training.low_precision import LowPrecisionWeights, keeps_copies
 from diffscale.training.numerics import Numerics
-from diffscale.training.optimizer import create_optimizer
+from diffscale.training.optimizer import Update
 from diffscale.training.parallel import FlatGradients, Gradients, ShardedGradients, World, passes
 from diffscale.training.plan import learning_rate
+from diffscale.training.step import (
+    BY_QUARTILE,
+    CLOCK,
+    GRAD_NORM,
+    LOSS_SCALE,
+    LOSS_SUM,
+    MUST_BE_FINITE,
+    QUARTILES,
+    STATISTICS,
+    STOP,
+    SUMMED,
+    Launched,
+    Step,
+)
 
 Clock = Callable[[], float]
-Extra = Mapping[str, Tensor]
-QUARTILES = 4
+Tensors = Mapping[str, Tensor]
 
-# The numbers that one collective call sums over the workers in each step.
-LOSS_SUM, CLOCK, STOP = 0, 1, 2  # rank 0 alone fills in CLOCK and STOP
-LOSS_BY_QUARTILE = slice(3, 3 + QUARTILES)
-COUNT_BY_QUARTILE = slice(3 + QUARTILES, 3 + 2 * QUARTILES)
-REDUCED = 3 + 2 * QUARTILES
+# What the host sends in each step, float64: these and the shares of the averages.
+RATE, TIME, REQUEST, SHARES = 0, 1, 2, 3
 
 
 class Batch(Protocol):
@@ -42,39 +59,31 @@ class Batch(Protocol):
     def positions(self) -> Tensor: ...  # (b,) int64
 
 
-@dataclass(frozen=True)
-class Step:
-    """The result of one step, the same on every worker. Losses are means over the global batch."""
-
-    images_seen: int
-    loss: float
-    quartile_sums: tuple[float, ...]  # loss summed over samples by quartile of the noise level, clean to noisy
-    quartile_counts: tuple[float, ...]
-    grad_norm: float
-    lr: float
-    skipped: bool  # loss or gradient was not finite, so nothing was updated
-    overflow: bool  # fp16 alone: the gradient was too large for the loss scale, which was halved
-    clock: float  # rank 0's clock in seconds
-    stop: int  # rank 0's stop request (control.py); 0 for none
-
-
-@dataclass
 class LossScale:
     """Loss scale for fp16 training: halved on overflow, doubled after 2,000 steps without one.
 
     torch.amp.GradScaler decides on each rank; here the norm of the summed gradient decides, so all ranks agree.
+
+    value: float64 (), the scale
+    good: int64 (), steps since the last overflow or change
     """
 
-    value: float = 2.0**16
-    good: int = 0
+    def __init__(self, device: torch.device, value: float = 2.0**16, good: int = 0) -> None:
+        self.value = torch.tensor(value, dtype=torch.float64, device=device)
+        self.good = torch.tensor(good, device=device)
 
-    def update(self, finite: bool) -> None:
-        """Adapt the scale after a step whose gradient was finite or not."""
-        self.good = self.good + 1 if finite else 0
-        if not finite:
-            self.value = max(self.value / 2, 1.0)
-        elif self.good == 2000:
-            self.value, self.good = self.value * 2, 0
+    def update(self, finite: Tensor, counts: Tensor) -> None:
+        """Adapt the scale after a step.
+
+        finite: bool (), whether the gradient was finite
+        counts: bool (), whether the loss was; otherwise the step says nothing about the scale
+        """
+        good = torch.where(finite, self.good + 1, 0)
+        full = good == 2000
+        value = torch.where(finite, self.value, (self.value / 2).clamp(min=1))
+        value = torch.where(full, value * 2, value)
+        self.good.copy_(torch.where(counts, torch.where(full, 0, good), self.good))
+        self.value.copy_(torch.where(counts, value, self.value))
 
 
 class Learner:
@@ -89,77 +98,87 @@ class Learner:
         numerics: Numerics = Numerics(),  # noqa: B008 (frozen)
         num_classes: int = 0,
         end: int | None = None,
+        recorder: Recorder | None = None,
+        copies: bool | None = None,
     ) -> None:
         """Create the optimizer, the averages and the gradients' buffer.
 
         model: on its device, in its memory format, sharded already if `train.parallel=fsdp2`
         num_classes: number of classes that the model is conditioned on; 0 for none
         end: images of the whole run, for the learning rate
+        recorder: records the step's kernels; None for what `train.graph` says
+        copies: whether to compute with copies of the weights in low precision; None for where it pays
         """
         self.model, self.diffusion, self.experiment, self.world = model, diffusion, experiment, world
         self.numerics, self.num_classes, self.end = numerics, num_classes, end
         self.images_seen = 0
-        self.optimizer = create_optimizer(model, experiment.optim)
+        self.model.train()
+        self.update = Update(model, experiment.optim, world.device)
+        self.optimizer = self.update.optimizer
         self.ema = Ema(model, experiment.train.ema)
         self.sharded = experiment.train.parallel == "fsdp2" and hasattr(model, "set_requires_gradient_sync")
         kind = ShardedGradients if self.sharded else FlatGradients
         self.gradients: Gradients = kind(model, world)
-        self.scale = LossScale() if numerics.precision == "fp16" and world.device.type == "cuda" else None
+        if copies is None:
+            copies = keeps_copies(numerics, world.device)
+        flat = self.gradients if isinstance(self.gradients, FlatGradients) else None
+        self._low = LowPrecisionWeights(model, numerics, flat) if copies and flat else None
+        fp16 = numerics.precision == "fp16" and world.device.type == "cuda"
+        self.scale = LossScale(world.device) if fp16 else None
+        self._statistics = torch.zeros(STATISTICS, dtype=torch.float64, device=world.device)
         self._passes = passes(experiment.train.global_batch, world.size, experiment.train.pass_images)
+        self._first = world.share(experiment.train.global_batch)[0]
+        self._capture = Capture(recorder or recorder_for(experiment, world))
 
     # ---- one step
 
-    def step(self, batch: Batch, *, extra: Extra | None = None, clock: Clock | None = None, stop: int = 0) -> Step:
-        """Make one update from this worker's share of the global batch at `images_seen`.
+    def step(self, batch: Batch, **more: Any) -> Step:
+        """`launch` a step and wait for its result."""
+        return self.launch(batch, **more).read()
+
+    def launch(
+        self,
+        batch: Batch,
+        *,
+        extra: Tensors | None = None,
+        numbers: Tensors | None = None,
+        clock: Clock | None = None,
+        stop: int = 0,
+    ) -> Launched:
+        """Begin one update from this worker's share of the global batch at `images_seen`, without waiting for it.
 
         extra: further tensors for the model, one row per sample (augmentation labels)
+        numbers: what `draw_numbers` returns for the batch's positions, if it is there already
         clock: returns rank 0's clock, called after the passes; all ranks receive it in the Step
         stop: rank 0's stop request; all ranks receive it in the Step
         """
-        train, optim = self.experiment.train, self.experiment.optim
-        lr = learning_rate(optim, self.images_seen, train.global_batch, self.end)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.model.train()
-        if self.sharded and hasattr(self.model, "project_weights"):
-            self.model.project_weights()  # type: ignore[operator]
-        self.gradients.begin()
-        sums = torch.zeros(REDUCED, dtype=torch.float64, device=self.world.device)
-        for i, (first, last, weight) in enumerate(self._micro_batches(len(batch.positions))):
-            self.gradients.expect(last=i == self._passes - 1)
-            self._pass(batch, slice(first, last), weight, extra or {}, sums)
-        if self.world.rank == 0:
-            sums[CLOCK], sums[STOP] = clock() if clock else 0.0, stop
-        self.world.sum(sums)
-        norm = self.gradients.finish()
-        factor = self.scale.value if self.scale else 1.0
-        reduced = sums.tolist()
-        loss_sum = reduced[LOSS_SUM]
-        grad_norm = float(norm) / factor
-        finite = math.isfinite(loss_sum) and math.isfinite(grad_norm)
-        overflow = self.scale is not None and math.isfinite(loss_sum) and not finite and self.scale.value > 1
-        if finite:
-            if optim.clip_grad_norm is not None and grad_norm > optim.clip_grad_norm:
-                factor *= grad_norm / optim.clip_grad_norm
-            if factor != 1:
-                self.gradients.scale(1 / factor)
-            self.optimizer.step()
-        if self.scale and math.isfinite(loss_sum):
-            self.scale.update(finite)
-        self.images_seen += train.global_batch
-        self.ema.update(self.images_seen, train.global_batch)
-        return Step(
-            images_seen=self.images_seen,
-            loss=loss_sum / train.global_batch,
-            quartile_sums=tuple(reduced[LOSS_BY_QUARTILE]),
-            quartile_counts=tuple(reduced[COUNT_BY_QUARTILE]),
-            grad_norm=grad_norm,
-            lr=lr,
-            skipped=not finite and not overflow,
-            overflow=overflow,
-            clock=reduced[CLOCK],
-            stop=int(reduced[STOP]),
-        )
+        train = self.experiment.train
+        extra = {f"extra_{name}": tensor for name, tensor in (extra or {}).items()}
+        inputs = {
+            "images": batch.images,
+            "labels": batch.labels,
+            "positions": batch.positions,
+            **extra,
+            **(numbers or {}),
+        }
+        with self._capture.stream():
+            if self.sharded and hasattr(self.model, "project_weights"):
+                self.model.project_weights()  # type: ignore[operator]
+            for i, (first, last, weight) in enumerate(self._micro_batches(len(batch.positions))):
+                part = {k: v[first:last].to(self.world.device, non_blocking=True) for k, v in inputs.items()}
+                seed = _generator_seed(train.seed, self.images_seen + self._first + first)
+                seed_dropout(self.world.device, seed)
+                self._capture.call(self._pass, weight, i == 0, i == self._passes - 1, **part)
+            lr = learning_rate(self.experiment.optim, self.images_seen, train.global_batch, self.end)
+            self.images_seen += train.global_batch
+            shares = self.ema.shares(self.images_seen, train.global_batch)
+            time, request = (clock() if clock else 0.0, float(stop)) if self.world.rank == 0 else (0.0, 0.0)
+            sent = to_device([lr, time, request, *shares], self.world.device)
+            if self.update.on_device:
+                self._capture.call(self._finish, sent=sent)
+            else:
+                self._finish(sent)
+            return Launched(self._statistics, self.images_seen, train.global_batch, lr)
 
     def _micro_batches(self, count: int) -> Iterator[tuple[int, int, float]]:
         """Yield (first, last, weight) of each pass.
@@ -172,67 +191,138 @@ class Learner:
             first, last = min(i * size, count), min((i + 1) * size, count)
             yield (first, last, 1.0) if first < last else (0, 1, 0.0)
 
-    def _pass(self, batch: Batch, part: slice, weight: float, extra: Extra, sums: Tensor) -> None:
-        device = self.world.device
-        positions = batch.positions[part].to(device)
-        images = self.numerics.order(batch.images[part].to(device, non_blocking=True))
-        more = {name: tensor[part].to(device) for name, tensor in extra.items()}
-        u, noise, label, keep = self.draw_noise(positions, images.shape[1:], batch.labels[part].to(device))
-        noise = self.numerics.order(noise)
-        torch.manual_seed(_generator_seed(self.experiment.train.seed, int(batch.positions[part][0])))
-        with self.numerics.autocast(device, self.sharded):
-            terms = training_loss(
-                self.diffusion, self.model, images, u=u, noise=noise, label=label, self_cond_keep=keep, **more
-            )
-        loss = terms.loss.sum() * weight
-        (loss * ((self.scale.value if self.scale else 1.0) / self.experiment.train.global_batch)).backward()
+    def _pass(
+        self,
+        weight: float,
+        first: bool,
+        last: bool,
+        *,
+        images: Tensor,
+        labels: Tensor,
+        positions: Tensor,
+        **more: Tensor,
+    ) -> None:
+        """Add the gradient and the statistics of a part of the batch.
+
+        weight: by which each sample counts
+        first, last: whether this is the first, or the last, pass of the step
+        more: the numbers of `draw_numbers`, and further tensors for the model as `extra_NAME`
+        """
+        if first:
+            self.gradients.begin()
+            self._statistics.zero_()
+        self.gradients.expect(last=last)
+        extra = {name.removeprefix("extra_"): more.pop(name) for name in list(more) if name.startswith("extra_")}
+        numbers = more or self.draw_numbers(positions)
+        u, noise, label, keep = self.draw_noise(positions, images.shape[1:], labels, numbers)
+        images = self.numerics.order(images)
+        share: float | Tensor = weight / self.experiment.train.global_batch
+        if self.scale is not None:
+            share = (self.scale.value * share).float()
+        with self._low.in_place() if self._low else nullcontext():
+            with self.numerics.autocast(self.world.device, self.sharded):
+                terms = training_loss(
+                    self.diffusion, self.model, images, u=u, noise=noise, label=label, self_cond_keep=keep, **extra
+                )
+            (terms.loss.sum() * share).backward()
+            self.gradients.collect()
         with torch.no_grad():
-            values = terms.loss.detach().double() * weight
-            sums[LOSS_SUM] += values.sum()
-            # The quartile of t is the quartile of the noise level: logsnr falls with t.
-            quartile = (u * QUARTILES).long().clamp(max=QUARTILES - 1)
-            sums[LOSS_BY_QUARTILE].index_add_(0, quartile, values)
-            sums[COUNT_BY_QUARTILE].index_add_(0, quartile, torch.full_like(values, weight))
+            values = terms.loss.detach().double()
+            values = values * weight if weight != 1 else values
+            self._statistics[LOSS_SUM].add_(values.sum())
+            losses, counts = self._statistics[BY_QUARTILE].view(2, QUARTILES)
+            losses.index_add_(0, numbers["quartile"], values)
+            counts.index_add_(0, numbers["quartile"], torch.full_like(values, weight))
 
-    def draw_noise(
-        self, positions: Tensor, shape: tuple[int, ...], labels: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Draw what is random in the loss, as a function of (seed, position) alone.
+    @torch.no_grad()
+    def _finish(self, sent: Tensor) -> None:
+        """Sum over the workers, clip, and update weights and averages unless something is not finite.
 
-        Returns the place of the noise level in its distribution (b,) in [0, 1), the noise (b, *shape), the labels (b,)
-        or None, and whether each sample keeps carried state (b,) or None.
+        sent: float64 (SHARES + averages,), the host's numbers for this step
+        """
+        values, clip = self._statistics, self.experiment.optim.clip_grad_norm
+        values[CLOCK : STOP + 1] = sent[TIME : REQUEST + 1]
+        self.world.sum(values[:SUMMED])
+        norm, factor = self.gradients.finish().double(), None
+        if self.scale is not None:
+            values[LOSS_SCALE] = factor = self.scale.value
+            norm = norm / factor
+        values[GRAD_NORM] = norm
+        finite = values[MUST_BE_FINITE].isfinite().all()
+        if clip is not None:
+            excess = (norm / clip).clamp(min=1)
+            factor = excess if factor is None else factor * excess
+        if factor is not None:
+            self.gradients.scale(factor.reciprocal().float())
+        self.update.step(sent[RATE], finite)
+        self.ema.update(sent[SHARES:].float())
+        if self.scale is not None:
+            self.scale.update(finite, values[LOSS_SUM].isfinite())
 
-        positions: (b,) int64, places of the samples in the run's sequence
-        shape: (C, H, W)
-        labels: (b,) int64
+    def draw_numbers(self, positions: Tensor) -> dict[str, Tensor]:
+        """Draw the numbers of each sample, as a function of (seed, position) alone.
+
+        They are equal on every device. The loader draws those of many batches at once.
+
+        u: place of the noise level in its distribution, float32 (b,) in (0, 1)
+        quartile: of the noise level, int64 (b,); it is that of u, as logsnr falls with it
+        dropped: whether the label is dropped, bool (b,), if the model has labels
+        keep: whether the carried state is kept, bool (b,), if the model carries one
+
+        positions: int64 (b,), places of the samples in the run's sequence
         """
         d, train = self.experiment.diffusion, self.experiment.train
         if d.stratified:
             u = stratified_uniform(train.seed, positions, train.global_batch)
         else:
             u = uniform(train.seed, Stream.TIME, positions)
-        noise = normal(train.seed, Stream.NOISE, positions, tuple(shape))
-        label = None
+        numbers = {"u": u, "quartile": (u * QUARTILES).long().clamp(max=QUARTILES - 1)}
         if self.num_classes:
-            dropped = uniform(train.seed, Stream.LABEL_DROP, positions) < d.label_drop
-            label = torch.where(dropped, torch.full_like(labels, self.num_classes), labels)
-        keep = None
+            numbers["dropped"] = uniform(train.seed, Stream.LABEL_DROP, positions) < d.label_drop
         if getattr(self.model, "carries_state", False):
-            keep = uniform(train.seed, Stream.SELF_COND, positions) < d.self_condition
-        return u, noise, label, keep
+            numbers["keep"] = uniform(train.seed, Stream.SELF_COND, positions) < d.self_condition
+        return numbers
+
+    def draw_noise(
+        self, positions: Tensor, shape: tuple[int, ...], labels: Tensor, numbers: Tensors | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Draw what is random in the loss: `u`, the noise (b, *shape), the labels (b,) or None, `keep` or None.
+
+        positions: int64 (b,), places of the samples in the run's sequence
+        shape: (C, H, W)
+        labels: int64 (b,)
+        numbers: of `draw_numbers`, drawn here if there are none
+        """
+        numbers = numbers or self.draw_numbers(positions)
+        label = torch.where(numbers["dropped"], self.num_classes, labels) if "dropped" in numbers else None
+        channels_last, seed = self.numerics.channels_last, self.experiment.train.seed
+        noise = draw_normal(seed, Stream.NOISE, positions, tuple(shape), channels_last=channels_last)
+        return numbers["u"], noise, label, numbers.get("keep")
 
     # ---- state, for checkpoints
 
     def scalars(self) -> dict[str, Any]:
         """Return the part of the state that state.json holds."""
-        scale = {"value": self.scale.value, "good": self.scale.good} if self.scale else None
+        scale = {"value": float(self.scale.value), "good": int(self.scale.good)} if self.scale else None
         return {"images_seen": self.images_seen, "loss_scale": scale}
 
     def load_scalars(self, scalars: dict[str, Any]) -> None:
         """Restore what `scalars` returned."""
         self.images_seen = int(scalars["images_seen"])
         if self.scale and scalars.get("loss_scale"):
-            self.scale = LossScale(**scalars["loss_scale"])
+            self.scale = LossScale(self.world.device, **scalars["loss_scale"])
+
+
+def to_device(numbers: list[float], device: torch.device) -> Tensor:
+    """Send numbers to a device, as float64, without waiting for it."""
+    host = torch.tensor(numbers, dtype=torch.float64, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
+
+
+def seed_dropout(device: torch.device, seed: int) -> None:
+    """Seed the generator that dropout draws from on a device."""
+    generator = torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
+    generator.manual_seed(seed)
 
 
 def _generator_seed(seed: int, position: int) -> int:

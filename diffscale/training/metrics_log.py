@@ -21,8 +21,8 @@ from diffscale.core.errors import UserError
 from diffscale.core.text import nearest
 from diffscale.distributed.messages import EVALUATED, PROGRESS
 from diffscale.records.schema import Record
-from diffscale.training.learner import QUARTILES, Step
 from diffscale.training.parallel import World
+from diffscale.training.step import QUARTILES, Step
 
 log = logging.getLogger(__name__)
 

@@ -81,19 +81,13 @@ class Numerics:
         stored = _read(run_folder)
         return None if stored is None else stored.numerics
 
-    def save(self, run_folder: str, *, device: str, kernels: bool, bit_identical: bool = True) -> None:
+    def save(self, run_folder: str, machine: dict[str, Any], *, bit_identical: bool = True) -> None:
         """Store the choices in a run's folder.
 
-        device: name of the device that the run computes on
-        kernels: whether the compiled kernel of group norm is available there
-        bit_identical: whether all launches so far had the same device and kernels
+        machine: `machine_facts` of the launch
+        bit_identical: whether all launches so far had the same facts
         """
-        content = {
-            "numerics": dataclasses.asdict(self),
-            "bit_identical": bit_identical,
-            "device": device,
-            "kernels": kernels,
-        }
+        content = {"numerics": dataclasses.asdict(self), "bit_identical": bit_identical, **machine}
         storage.write_bytes(storage.join(run_folder, FILE), json.dumps(content).encode())
 
     def autocast(self, device: torch.device | str, sharded: bool = False) -> AbstractContextManager[Any]:
@@ -250,16 +244,14 @@ def settle_numerics(experiment: Experiment, run_folder: str, dataset: Dataset, w
     or without the compiled kernels it began with, continues but is not bit-identical. Raises UserError for Winograd's
     convolutions where this machine has none.
     """
-    device, kernels = device_name(world.device), native.available(norm_act.KERNEL)
-    stored = _read(run_folder)
+    now, stored = machine_facts(experiment, world), _read(run_folder)
     if stored is not None:
-        now = {"device": device, "kernels": kernels}
         changed = [key for key, value in now.items() if stored.machine.get(key, value) != value]
         if changed:
             before = ", ".join(f"{key} {stored.machine[key]}" for key in changed)
             after = ", ".join(f"{key} {now[key]}" for key in changed)
             log.warning("resumed with %s after starting with %s: results will not be bit-identical", after, before)
-            stored.numerics.save(run_folder, device=device, kernels=kernels, bit_identical=False)
+            stored.numerics.save(run_folder, now, bit_identical=False)
         return stored.numerics, stored.bit_identical and not changed
     train = settled(experiment, dataset).train
     chosen = Numerics(*(getattr(train, field.name) for field in dataclasses.fields(Numerics)))
@@ -268,13 +260,30 @@ def settle_numerics(experiment: Experiment, run_folder: str, dataset: Dataset, w
             setting="train.winograd",
             value=True,
             expected="false or auto on this machine",
-            reason=f"Winograd's kernels need a CPU and a C++ compiler; this is {device} with "
+            reason=f"Winograd's kernels need a CPU and a C++ compiler; this is {now['device']} with "
             f"train.precision={chosen.precision}",
             fix="train.winograd=auto",
         )
     repeatable = chosen.exact or world.device.type == "cpu"
-    chosen.save(run_folder, device=device, kernels=kernels, bit_identical=repeatable)
+    chosen.save(run_folder, now, bit_identical=repeatable)
     return chosen, repeatable
+
+
+def machine_facts(experiment: Experiment, world: World) -> dict[str, Any]:
+    """Return what a run's results depend on to the bit besides its numerics.
+
+    device: name of the device
+    kernels: whether the compiled kernel of group norm is available
+    update: "device" where a step rounds otherwise than in files without the key, which are of earlier versions: on CUDA
+        the learning rate is float32, sharded weights have the fused optimizer, and three workers or more sum other
+        buckets; else "host"
+    """
+    sharded = experiment.train.parallel == "fsdp2" and world.size > 1
+    return {
+        "device": device_name(world.device),
+        "kernels": native.available(norm_act.KERNEL),
+        "update": "device" if world.device.type == "cuda" or sharded or world.size > 2 else "host",
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,7 +292,7 @@ class _Stored:
 
     numerics: Numerics
     bit_identical: bool
-    machine: dict[str, Any]  # device and kernels; kernels is missing in files of earlier versions
+    machine: dict[str, Any]  # `machine_facts`; kernels is missing in files of earlier versions
 
 
 def _read(run_folder: str) -> _Stored | None:
@@ -292,7 +301,7 @@ def _read(run_folder: str) -> _Stored | None:
         return None
     try:
         content = json.loads(storage.read_bytes(uri))
-        machine = {key: content[key] for key in ("device", "kernels") if key in content}
+        machine = {"update": "host"} | {key: content[key] for key in ("device", "kernels", "update") if key in content}
         return _Stored(Numerics(**content["numerics"]), bool(content.get("bit_identical", True)), machine)
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(

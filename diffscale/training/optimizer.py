@@ -1,4 +1,8 @@
-"""Optimizers by timm's names, with weight decay on weight matrices and convolutions alone."""
+"""Optimizers by timm's names, with weight decay on weight matrices and convolutions alone.
+
+Adam and AdamW are torch's fused ones: their learning rate is a tensor on the device, and so is the flag that makes them
+skip a step, so a step does not wait for the host. timm's take numbers of the host and wait for it once per step.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,6 @@ from torch import Tensor, nn
 from diffscale.config.experiment import OptimSettings
 from diffscale.core.errors import UserError
 from diffscale.core.text import nearest
-from diffscale.training.checkpoint.state import is_sharded
 
 # timm makes the same classes for these names; it takes as long to import as torch, and most runs use these.
 _KRON = "it keeps lists and its own random generator, which a checkpoint cannot hold"
@@ -28,8 +31,10 @@ def create_optimizer(model: nn.Module, optim: OptimSettings) -> torch.optim.Opti
     check_name(optim.name)
     groups = parameter_groups(model, optim.weight_decay)
     if optim.name in _FROM_TORCH:
-        fused = None if any(is_sharded(p) for p in model.parameters()) else True
-        return _FROM_TORCH[optim.name](groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=fused)
+        capturable = next(model.parameters()).device.type == "cuda"  # a CUDA graph may record the step
+        return _FROM_TORCH[optim.name](
+            groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True, capturable=capturable
+        )
     from timm.optim import create_optimizer_v2, get_optimizer_info  # import cost
 
     info = get_optimizer_info(optim.name)
@@ -37,6 +42,41 @@ def create_optimizer(model: nn.Module, optim: OptimSettings) -> torch.optim.Opti
     if info.has_betas and info.num_betas == 2:
         extra["betas"] = optim.betas
     return create_optimizer_v2(groups, optim.name, lr=optim.lr, weight_decay=optim.weight_decay, **extra)
+
+
+class Update:
+    """The optimizer's part of a step: a learning rate, and no update where a value was not finite.
+
+    optimizer: its state is part of each checkpoint
+    on_device: whether rate and decision stay on the device, so that the host is not waited for
+    """
+
+    def __init__(self, model: nn.Module, optim: OptimSettings, device: torch.device) -> None:
+        self.optimizer = create_optimizer(model, optim)
+        groups = self.optimizer.param_groups
+        self.on_device = all(group.get("fused") for group in groups)
+        if self.on_device:
+            # The CPU's kernel computes with the rate in float64, CUDA's reads it in float32.
+            dtype = torch.float32 if device.type == "cuda" else torch.float64
+            self._rate = torch.zeros((), dtype=dtype, device=device)
+            self._skipped = torch.zeros((), device=device)
+            self.optimizer.found_inf = self._skipped  # type: ignore[attr-defined]
+            for group in groups:
+                group["lr"] = self._rate
+
+    @torch.no_grad()
+    def step(self, rate: Tensor, finite: Tensor) -> None:
+        """Update the weights if `finite`. rate: float64 (), the learning rate; finite: bool ()."""
+        if self.on_device:
+            self._rate.copy_(rate)
+            self._skipped.copy_(finite.logical_not())
+        else:
+            value, go = torch.stack([rate, finite.double()]).tolist()
+            if not go:
+                return
+            for group in self.optimizer.param_groups:
+                group["lr"] = value
+        self.optimizer.step()
 
 
 def check_name(name: str) -> None:

@@ -7,6 +7,7 @@ always add in the same order.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,8 +16,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from diffscale.data.loading import even_share
+from diffscale.training.checkpoint.state import local_shard
+from diffscale.training.flat import flat_like
 
 BUCKET_BYTES = 25 << 20
+FIRST_BUCKET_BYTES = 1 << 20  # so that the sum over workers begins early in the backward pass
 
 
 @dataclass(frozen=True)
@@ -69,84 +73,109 @@ class Gradients(Protocol):
     """Gradients of one step, replicated or sharded."""
 
     def begin(self) -> None:
-        """Set the gradients to zero."""
+        """Forget the gradients of the step before."""
 
     def expect(self, last: bool) -> None:
         """Announce a backward pass. After the last one of a step the gradients are summed over workers."""
 
-    def finish(self) -> Tensor:
-        """Wait for the sum and return its norm, a scalar."""
+    def collect(self) -> None:
+        """Take over the gradients of a backward pass that has ended, and wait for their sum after the last one."""
 
-    def scale(self, factor: float) -> None:
-        """Multiply the gradients by a factor."""
+    def finish(self) -> Tensor:
+        """Return the norm of the sum, a scalar. The parameters have their gradients from then on."""
+
+    def scale(self, factor: Tensor) -> None:
+        """Multiply the gradients by a factor, float32 ()."""
 
 
 class FlatGradients:
     """Gradients as views of one buffer, in the reverse order of the parameters.
 
-    Buckets of 25 MiB are summed over workers in this order while the backward pass computes the next ones.
+    Autograd leaves each gradient where it made it, and those of a bucket of 25 MiB are moved into the buffer together:
+    adding each to the buffer would launch one kernel for every parameter. Buckets are summed over workers in this order
+    while the backward pass computes the next ones.
     """
 
     def __init__(self, model: nn.Module, world: World) -> None:
         self.world = world
         self.parameters = [p for p in model.parameters() if p.requires_grad][::-1]
-        total = sum(p.numel() for p in self.parameters)
-        self.flat = torch.zeros(total, dtype=torch.float32, device=world.device)
-        self.views: list[Tensor] = []
-        self.buckets: list[Tensor] = []
-        self._bucket_of: list[int] = []
-        start = bucket_start = 0
-        for p in self.parameters:
-            self.views.append(self._view(p, start))
-            self._bucket_of.append(len(self.buckets))
-            start += p.numel()
-            if (start - bucket_start) * 4 >= BUCKET_BYTES:
-                self.buckets.append(self.flat[bucket_start:start])
-                bucket_start = start
-        if start > bucket_start:
-            self.buckets.append(self.flat[bucket_start:start])
-        self._sizes = [self._bucket_of.count(i) for i in range(len(self.buckets))]
+        self.flat, self.views = flat_like(self.parameters)
+        ends, start, full = [], 0, FIRST_BUCKET_BYTES
+        for i, p in enumerate(self.parameters):
+            start += 4 * p.numel()
+            if start >= full or i == len(self.parameters) - 1:
+                ends.append(i + 1)
+                full = start + BUCKET_BYTES
+        self._ranges = [slice(first, last) for first, last in zip([0, *ends], ends, strict=False)]
+        sizes = [sum(p.numel() for p in self.parameters[part]) for part in self._ranges]
+        self.buckets = self.flat.split(sizes)
         self._missing: list[int] = []
         self._works: list[Any] = []
-        self._armed = False
-        if world.size > 1:
-            for p, bucket in zip(self.parameters, self._bucket_of, strict=True):
-                p.register_post_accumulate_grad_hook(lambda _, b=bucket: self._ready(b))
+        self._first = self._last = True
+        self._sources: list[nn.Parameter] = self.parameters
+        self._watch(self.parameters)
 
-    def _view(self, p: nn.Parameter, start: int) -> Tensor:
-        flat = self.flat[start : start + p.numel()]
-        dense = p.is_contiguous() or p.is_contiguous(memory_format=torch.channels_last)
-        return flat.as_strided(p.shape, p.stride()) if dense and p.ndim == 4 else flat.view(p.shape)
+    def read_from(self, copies: Mapping[nn.Parameter, nn.Parameter]) -> None:
+        """Take the gradients of some parameters from copies of them, which may have another dtype."""
+        self._sources = [copies.get(p, p) for p in self.parameters]
+        self._watch([copies.get(p) for p in self.parameters])
+
+    def _watch(self, sources: Sequence[nn.Parameter | None]) -> None:
+        """Notice, among several workers, when autograd has made the gradients of these."""
+        if self.world.size > 1:
+            for i, part in enumerate(self._ranges):
+                for source in sources[part]:
+                    if source is not None:
+                        source.register_post_accumulate_grad_hook(lambda _, bucket=i: self._ready(bucket))
 
     def begin(self) -> None:
-        self.flat.zero_()
-        for p, view in zip(self.parameters, self.views, strict=True):
-            p.grad = view
+        for p in self._sources:
+            p.grad = None
+        self._first = True
 
     def expect(self, last: bool) -> None:
-        self._armed = last and self.world.size > 1
-        self._missing = list(self._sizes)
+        self._last = last
+        self._missing = [part.stop - part.start for part in self._ranges]
         self._works = []
 
     def _ready(self, bucket: int) -> None:
-        if self._armed:
-            self._missing[bucket] -= 1
-            while len(self._works) < len(self.buckets) and self._missing[len(self._works)] <= 0:
-                self._sum_next()
+        """Count a gradient of a bucket; move those of complete buckets, in order, and begin their sum."""
+        self._missing[bucket] -= 1
+        while len(self._works) < len(self.buckets) and self._missing[len(self._works)] <= 0:
+            self._move_next()
 
-    def _sum_next(self) -> None:
-        self._works.append(dist.all_reduce(self.buckets[len(self._works)], async_op=True))
+    def _move_next(self) -> None:
+        bucket = len(self._works)
+        part = self._ranges[bucket]
+        found: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}  # fused copies take one dtype at a time
+        for source, view in zip(self._sources[part], self.views[part], strict=True):
+            if source.grad is not None:
+                views, grads = found.setdefault(source.grad.dtype, ([], []))
+                views.append(view)
+                grads.append(source.grad)
+                source.grad = None
+        if self._first and sum(len(views) for views, _ in found.values()) < part.stop - part.start:
+            self.buckets[bucket].zero_()  # the step does not use all of them
+        for views, grads in found.values():
+            (torch._foreach_copy_ if self._first else torch._foreach_add_)(views, grads)
+        sums = self._last and self.world.size > 1
+        self._works.append(dist.all_reduce(self.buckets[bucket], async_op=True) if sums else None)
+
+    @torch.no_grad()
+    def collect(self) -> None:
+        while len(self._works) < len(self.buckets):
+            self._move_next()
+        for work in self._works:
+            if work is not None:
+                work.wait()  # here, because a recorded pass must end with what it began
+        self._first = False
 
     def finish(self) -> Tensor:
-        if self.world.size > 1:
-            while len(self._works) < len(self.buckets):  # of parameters that this step did not use
-                self._sum_next()
-            for work in self._works:
-                work.wait()
-            self._armed = False
+        for p, view in zip(self.parameters, self.views, strict=True):
+            p.grad = view
         return torch.linalg.vector_norm(self.flat)
 
-    def scale(self, factor: float) -> None:
+    def scale(self, factor: Tensor) -> None:
         self.flat.mul_(factor)
 
 
@@ -157,7 +186,7 @@ class ShardedGradients:
         self.model, self.world = model, world
 
     def _all(self) -> list[Tensor]:
-        return [p.grad for p in self.model.parameters() if p.grad is not None]
+        return [local_shard(p.grad) for p in self.model.parameters() if p.grad is not None]
 
     def begin(self) -> None:
         for p in self.model.parameters():
@@ -166,15 +195,15 @@ class ShardedGradients:
     def expect(self, last: bool) -> None:
         self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
 
-    def finish(self) -> Tensor:
-        squares = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        for grad in self._all():
-            squares += grad.to_local().double().square().sum()  # type: ignore[attr-defined]
-        return self.world.sum(squares).sqrt().float()
+    def collect(self) -> None:
+        pass
 
-    def scale(self, factor: float) -> None:
-        for grad in self._all():
-            grad.to_local().mul_(factor)  # type: ignore[attr-defined]
+    def finish(self) -> Tensor:
+        norms = torch.stack(torch._foreach_norm(self._all(), dtype=torch.float64))
+        return self.world.sum(norms.square().sum()).sqrt().float()
+
+    def scale(self, factor: Tensor) -> None:
+        torch._foreach_mul_(self._all(), factor)
 
 
 def shard(model: nn.Module, world: World, precision: str) -> nn.Module:

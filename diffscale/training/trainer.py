@@ -10,9 +10,9 @@ import json
 import logging
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ from diffscale.training.checkpoint import layout as ck
 from diffscale.training.checkpoint import saver as saving
 from diffscale.training.control import REASONS, SIGNAL, StopRequests, Watchdog
 from diffscale.training.fit import after_out_of_memory, fitted
-from diffscale.training.learner import Learner, Step
+from diffscale.training.learner import Learner
 from diffscale.training.metrics_log import History, Interval, Listener, MetricsLog, make_trackers
 from diffscale.training.numerics import Numerics, settle_numerics
 from diffscale.training.parallel import World, shard
@@ -40,78 +40,16 @@ from diffscale.training.plan import make_plan
 from diffscale.training.record_columns import record_columns
 from diffscale.training.run_evaluations import RunEvaluations
 from diffscale.training.spec import Outcome, Reason
+from diffscale.training.step import Launched
+from diffscale.training.train_state import LastSave, TrainState
 
 log = logging.getLogger(__name__)
 
 ShouldStop = Callable[[Record], bool]
 
-
-@dataclass
-class TrainState:
-    """What a launch adds up, besides the learner's tensors. Checkpoints hold it in state.json."""
-
-    device_seconds: float = 0.0  # of training alone, summed over the devices
-    energy_before: float = 0.0  # joules of earlier launches
-    skipped: int = 0  # steps whose loss or gradient was not finite
-    skipped_in_row: int = 0
-    loss_sum: float = 0.0  # since the last evaluation
-    loss_steps: int = 0
-    launches: int = 1
-    bit_identical: bool = True  # whether an uninterrupted run would have the same weights to the bit
-    interval: dict[str, Any] = field(default_factory=dict)  # of the history's unfinished row, at the checkpoint
-    values: dict[int, float] = field(default_factory=dict)  # images seen → the first metric's value
-
-    @classmethod
-    def resumed(cls, stored: dict[str, Any]) -> TrainState:
-        """Return the state of the launch after a checkpoint. stored: its state.json."""
-        return cls(
-            device_seconds=stored["device_seconds"],
-            energy_before=stored["energy_joules"] or 0.0,
-            skipped=stored["skipped"],
-            skipped_in_row=stored["skipped_in_row"],
-            loss_sum=stored["loss_sum"],
-            loss_steps=stored["loss_steps"],
-            launches=stored.get("launches", 1) + 1,
-            bit_identical=stored["bit_identical"],
-            interval=stored.get("interval") or {},
-            values={int(images): value for images, value in stored["values"].items()},
-        )
-
-    def to_json(self, energy: float | None, interval: Interval | None) -> dict[str, Any]:
-        """Return the part of state.json that `resumed` reads. energy: joules of all launches, None if unknown."""
-        return {
-            "device_seconds": self.device_seconds,
-            "energy_joules": energy,
-            "skipped": self.skipped,
-            "launches": self.launches,
-            "skipped_in_row": self.skipped_in_row,
-            "loss_sum": self.loss_sum,
-            "loss_steps": self.loss_steps,
-            "interval": asdict(interval) if interval is not None else None,
-            "values": {str(images): value for images, value in self.values.items()},
-            "bit_identical": self.bit_identical,
-        }
-
-    def count(self, step: Step) -> None:
-        """Add a step."""
-        self.device_seconds = step.clock
-        self.skipped += step.skipped
-        self.skipped_in_row = self.skipped_in_row + 1 if step.skipped else 0
-        if not (step.skipped or step.overflow):
-            self.loss_sum, self.loss_steps = self.loss_sum + step.loss, self.loss_steps + 1
-
-    def mean_loss(self) -> float | None:
-        """Return the mean loss since the last evaluation."""
-        return self.loss_sum / self.loss_steps if self.loss_steps else None
-
-
-@dataclass
-class LastSave:
-    """The last checkpoint of this launch, or where the launch began."""
-
-    images_seen: int
-    device_seconds: float
-    made: bool = False  # whether this launch has saved
+# Steps whose results the host has not read yet. A GPU works on one while the host prepares the next; on a CPU a step
+# has ended when it was launched. The number is fixed, so that all ranks decide after the same step.
+STEPS_AHEAD = {"cuda": 1}
 
 
 class Trainer:
@@ -132,6 +70,7 @@ class Trainer:
         should_stop: ShouldStop | None = None,
         stop_requested: Callable[[], bool] = lambda: False,
         submit: Callable[[int], None] | None = None,
+        steps_ahead: int | None = None,
     ) -> None:
         """Build the run and resume it from its newest good checkpoint.
 
@@ -140,6 +79,7 @@ class Trainer:
         should_stop: called on rank 0 with each new record; True ends the run early, at a checkpoint
         stop_requested: returns on rank 0 whether the run must stop at a checkpoint
         submit: has a separate task evaluate the checkpoint at a number of images; see RunEvaluations
+        steps_ahead: steps that the device may be behind the host; None for STEPS_AHEAD
         """
         self.experiment, self.run_folder, self.world, self.cost = experiment, run_folder, world, cost
         self.messages, self.should_stop = messages, should_stop
@@ -175,6 +115,10 @@ class Trainer:
         )
         self.metrics = self._metrics_log() if world.rank == 0 else None
         self._saved = LastSave(self.learner.images_seen, self.state.device_seconds)
+        self._ahead = STEPS_AHEAD.get(world.device.type, 0) if steps_ahead is None else steps_ahead
+        self._launched: deque[tuple[Launched, float]] = deque()  # with the seconds that each waited for data
+        self._stop = 0  # rank 0's request, as of the last result
+        self._device_seconds = self.state.device_seconds  # as of the last clock, which can be ahead of the last result
 
     # ---- the loop
 
@@ -205,17 +149,32 @@ class Trainer:
             return self._end("early")
         while not self._finished():
             before = self.state.device_seconds
-            step = self.advance()
+            self.advance()
+            if not self._due(before):
+                continue
+            self._read_all()
             if self.state.skipped_in_row >= self.experiment.train.nonfinite_limit:
                 return self._end_nonfinite()
-            if self.plan.evaluates(step.images_seen, before, step.clock, self._finished()):
+            if self._evaluates(before):
                 if self._save_and_evaluate():
                     return self._end("early")
-            elif self.plan.checkpoints(step.images_seen, step.clock - self._saved.device_seconds):
+            elif self._checkpoints():
                 self._save(self._columns())
-            if step.stop:
-                return self._end(REASONS[step.stop])
+            if self._stop:
+                return self._end(REASONS[self._stop])
         return self._end("finished")
+
+    def _due(self, before: float) -> bool:
+        """Return whether there is anything to do besides the next step, as far as results were read."""
+        nonfinite = self.state.skipped_in_row >= self.experiment.train.nonfinite_limit
+        return nonfinite or bool(self._stop) or self._finished() or self._evaluates(before) or self._checkpoints()
+
+    def _evaluates(self, before: float) -> bool:
+        seconds = self.state.device_seconds
+        return self.plan.evaluates(self.learner.images_seen, before, seconds, self._finished())
+
+    def _checkpoints(self) -> bool:
+        return self.plan.checkpoints(self.learner.images_seen, self.state.device_seconds - self._saved.device_seconds)
 
     def _finished(self) -> bool:
         return self.plan.finished(self.learner.images_seen, self.state.device_seconds)
@@ -235,35 +194,57 @@ class Trainer:
             augment=data.augment,
             order=data.order,
             channels_last=self.numerics.channels_last,
+            numbers=self.learner.draw_numbers,
         )
         self._batches, self._mark = iter(self._loader), time.monotonic()
         return self._loader
 
-    def advance(self) -> Step:
-        """Make one step, including the wait for data, the clock, the history and progress."""
+    def advance(self) -> None:
+        """Launch one step, and read the result of the one that is due: clock, history, progress."""
         waited = time.monotonic()
         batch = next(self._batches)
         stalled = time.monotonic() - waited
         extra = {} if batch.augment_label is None else {"augment_label": batch.augment_label}
-        before = self.state.device_seconds
         try:
-            step = self.learner.step(batch, extra=extra, clock=self._clock, stop=self.stops.reason)
+            launched = self.learner.launch(
+                batch, extra=extra, numbers=batch.numbers, clock=self._clock, stop=self.stops.reason
+            )
         except torch.OutOfMemoryError:
             after_out_of_memory(self.requested, self.experiment, self.dataset, self.run_folder)
             raise
+        self._launched.append((launched, stalled))
+        if len(self._launched) > self._ahead:
+            self._read()
+        self.saver.check()
+
+    def _read(self) -> None:
+        """Wait for the oldest step that was launched and count its result."""
+        launched, stalled = self._launched.popleft()
+        before, step = self.state.device_seconds, launched.read()
         self.watchdog.beat()
         self.state.count(step)
+        self._stop = step.stop
         if self.metrics is not None:
             seconds = (step.clock - before) / self.world.size
             images = self.experiment.train.global_batch
             self.metrics.step(step, images, seconds, stalled, step.clock, self.state.skipped)
-        self.saver.check()
-        return step
+
+    def _read_all(self) -> None:
+        """Wait for every step that was launched, and count the time of the last ones. A collective call."""
+        if not self._launched:
+            return
+        while self._launched:
+            self._read()
+        before, self.state.device_seconds = self.state.device_seconds, self.world.from_first(self._clock())
+        if self.metrics is not None:
+            self.metrics.interval.seconds += (self.state.device_seconds - before) / self.world.size
 
     def _clock(self) -> float:
         """Return rank 0's device-seconds now, without evaluation, waiting for the saver, and start-up."""
-        before, self._mark = self._mark, time.monotonic()
-        return self.state.device_seconds + (self._mark - before) * self.world.size
+        now = time.monotonic()
+        self._device_seconds += (now - self._mark) * self.world.size
+        self._mark = now
+        return self._device_seconds
 
     # ---- saving
 

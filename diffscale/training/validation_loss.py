@@ -13,9 +13,9 @@ from torch import nn
 from diffscale.core.keyed_random import Stream, normal
 from diffscale.data import Dataset
 from diffscale.diffusion import Diffusion, training_loss
-from diffscale.training.learner import QUARTILES
 from diffscale.training.numerics import Numerics
 from diffscale.training.parallel import World
+from diffscale.training.step import QUARTILES
 
 log = logging.getLogger(__name__)
 VALIDATION_IMAGES = 1024

@@ -12,7 +12,7 @@ import torch
 
 from diffscale.core.errors import UserError
 from diffscale.data import Loader, ShardError, even_share, open_dataset, positions_to_indices
-from diffscale.data.loading.augment import flip_images
+from diffscale.data.loading.augment import is_mirrored, mirror_images
 from tests.support.datasets import damage, pictures, write_dataset
 
 
@@ -112,9 +112,29 @@ def test_channels_last_batches_hold_the_same_images_in_their_stored_order(datase
 def test_flips_depend_on_the_position_alone_and_are_fair():
     x = torch.arange(4.0).expand(4000, 1, 2, 4)
     positions = torch.arange(4000)
-    flipped = flip_images(x, 1, positions)[:, 0, 0, 0] == 3
+    flipped = mirror_images(x, is_mirrored(1, positions))[:, 0, 0, 0] == 3
     assert abs(flipped.float().mean() - 0.5) < 4 * 0.5 / 4000**0.5  # 4 standard errors
-    assert torch.equal(flip_images(x[:9], 1, positions[100:109])[:, 0, 0, 0] == 3, flipped[100:109])
+    assert torch.equal(is_mirrored(1, positions[100:109]), flipped[100:109])
+
+
+def test_numbers_of_many_batches_are_drawn_at_once_and_stay_with_their_positions(dataset):
+    """Also where the run starts in the middle and the last batch is cut; the flips are those of the positions too."""
+    calls = []
+
+    def numbers(positions):
+        calls.append(len(positions))
+        return {"twice": positions * 2, "odd": positions % 2 == 1}
+
+    whole = {"seed": 3, "global_batch": 24, "start": 10, "stop": 10 + 24 * 3 + 7}
+    for shard in ((0, 24), (5, 17), (4, 4)):
+        loader = Loader(dataset, flip=True, numbers=numbers, shard=shard, **whole)
+        plain = Loader(dataset, shard=shard, **whole)
+        for batch, unflipped in zip(take(loader, 10), take(plain, 10), strict=True):
+            assert torch.equal(batch.numbers["twice"], batch.positions * 2)
+            assert torch.equal(batch.numbers["odd"], batch.positions % 2 == 1)
+            assert torch.equal(batch.images, mirror_images(unflipped.images, is_mirrored(3, batch.positions)))
+    assert len(calls) == 3
+    assert min(calls[:2]) > 1000
 
 
 def test_latents_are_neither_flipped_nor_augmented(dataset, monkeypatch):

@@ -49,7 +49,7 @@ def test_the_average_is_the_closed_form_of_a_power_function() -> None:
     ema = Ema(model, EmaSettings(power=(0.1,)))
     for seen in range(step, total + 1, step):
         model.weight.data.fill_(seen)
-        ema.update(seen, step)
+        ema.update(torch.tensor(ema.shares(seen, step)))
     assert float(ema.averages["std0.100"]["weight"]) == pytest.approx(total * (gamma + 1) / (gamma + 2), rel=1e-3)
 
 
@@ -70,7 +70,7 @@ def test_reconstruction_matches_the_average_that_training_would_have_tracked() -
     stored, tensors = [], []
     for seen in range(10, 10_001, 10):
         model.weight.data.add_(torch.randn(1, 50))
-        ema.update(seen, 10)
+        ema.update(torch.tensor(ema.shares(seen, 10)))
         if seen % 1000 == 0:
             for std in (0.05, 0.1):
                 stored.append((std, seen))

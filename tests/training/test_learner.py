@@ -10,10 +10,11 @@ import torch
 from diffscale.config.factory import build_diffusion, build_model
 from diffscale.core.errors import UserError
 from diffscale.data import Batch, Dataset, Loader
-from diffscale.training.learner import Learner, LossScale, Step
+from diffscale.training.learner import Learner, LossScale
 from diffscale.training.numerics import Numerics
 from diffscale.training.optimizer import create_optimizer, parameter_groups
 from diffscale.training.parallel import World
+from diffscale.training.step import Step
 
 from .small import BATCH, experiment
 
@@ -110,14 +111,36 @@ def test_lower_precision_stays_near(shared_storage: Path, dataset: Dataset, prec
 
 
 def test_the_loss_scale_halves_where_gradients_overflow_and_doubles_after_2000_good_steps() -> None:
-    scale = LossScale(value=8.0)
-    scale.update(finite=False)
+    scale, yes, no = LossScale(torch.device("cpu"), value=8.0), torch.tensor(True), torch.tensor(False)
+    scale.update(finite=no, counts=no)
+    assert scale.value == 8
+    scale.update(finite=no, counts=yes)
     assert scale.value == 4
     for _ in range(1999):
-        scale.update(finite=True)
+        scale.update(finite=yes, counts=yes)
     assert scale.value == 4
-    scale.update(finite=True)
+    scale.update(finite=yes, counts=yes)
     assert scale.value == 8
+    assert scale.good == 0
+
+
+def test_a_scaled_loss_gives_the_same_weights_and_an_overflow_halves_the_scale(
+    shared_storage: Path, dataset: Dataset
+) -> None:
+    """As fp16 trains on a GPU; a scale that is a power of two rounds nothing."""
+    data = batches(dataset, 3)
+    plain, scaled = (learner(shared_storage, dataset, optim={"clip_grad_norm": 0.05}) for _ in range(2))
+    scaled.scale = LossScale(torch.device("cpu"), value=2.0**10)
+    for a, b in zip(steps(plain, data[:2]), steps(scaled, data[:2]), strict=True):
+        assert (a.loss, a.grad_norm) == pytest.approx((b.loss, b.grad_norm), rel=1e-6)
+    assert torch.allclose(weights(plain), weights(scaled), atol=1e-7)
+    before = weights(scaled)
+    scaled.scale.value.fill_(2.0**127)
+    step = scaled.step(data[2])
+    assert step.overflow
+    assert not step.skipped
+    assert torch.equal(weights(scaled), before)
+    assert scaled.scale.value == 2.0**126
 
 
 def test_norms_biases_and_embeddings_do_not_decay(shared_storage: Path, dataset: Dataset) -> None:

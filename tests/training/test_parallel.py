@@ -112,6 +112,7 @@ def rank_main(rank: int, size: int, folder: str, storage: str, dataset: Dataset,
         out["identical"] = identical(straight, other)
         sharded = make(storage, dataset, world, parallel="fsdp2")
         out["fsdp2"] = train(sharded, dataset, STEPS)
+        out["fsdp2_fused"] = sharded.update.on_device
         accumulated = make(storage, dataset, world, parallel="fsdp2", micro_batch=BATCH // size - 1)
         out["fsdp2_accumulated"] = train(accumulated, dataset, 3)
         other = resumed_midway(storage, dataset, world, Path(folder) / f"fsdp{size}", parallel="fsdp2")
@@ -176,6 +177,10 @@ def test_other_optimizers_resume_on_two_workers(
     tmp_path: Path, shared_storage: Path, dataset: Dataset, optim: str, parallel: str
 ) -> None:
     mp.spawn(resumes_with, args=(str(tmp_path), str(shared_storage), dataset, optim, parallel), nprocs=2)
+
+
+def test_adam_of_sharded_weights_is_fused(of_ranks: dict[int, dict[str, Any]]) -> None:
+    assert of_ranks[2]["fsdp2_fused"]
 
 
 @pytest.mark.parametrize("size", [2, 4])

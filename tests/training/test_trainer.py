@@ -64,6 +64,39 @@ def test_a_stop_request_and_a_second_launch_leave_the_same_weights(shared_storag
     assert final_state(folder) == final_state(whole)
 
 
+def test_results_that_are_read_a_step_later_are_the_same(shared_storage: Path, dataset: Dataset) -> None:
+    """As on a GPU: the history, its unfinished row in a checkpoint, evaluations and the end do not lag."""
+    evaluated = {"n_generated": 16, "n_heldout": 0, "points": [0.5, 1.0], "solver": {"name": "ddim", "steps": 1}}
+    train = {"checkpoint": {"every_images": 7 * BATCH}}
+    seen = []
+    for ahead in (0, 1, 3):
+        e = short(shared_storage, f"ahead{ahead}", train=train, eval=evaluated)
+        outcome, folder = launch(e, dataset, steps_ahead=ahead)
+        assert (outcome.reason, outcome.images_seen) == ("finished", 30 * BATCH)
+        kept = ("images_seen", "loss", "grad_norm", "lr", "loss_logsnr_q1")
+        rows = [[row[key] for key in kept] for row in read_history(folder)]
+        stored = [ck.read_state(checkpoint) for checkpoint in ck.list_checkpoints(folder)]
+        states = [(s["images_seen"], s["loss_sum"], s["interval"]["loss"], s["interval"]["steps"]) for s in stored]
+        records = [(r.images_seen, r.value, r.train_loss) for r in read_records([folder])]
+        seen.append((rows, states, records, final_state(folder)))
+    assert len(seen[0][0]) == 3
+    assert len(seen[0][2]) == 2
+    assert seen[0] == seen[1] == seen[2]
+
+
+def test_a_stop_is_seen_one_step_later_and_continues_to_the_same_weights(
+    shared_storage: Path, dataset: Dataset
+) -> None:
+    _, whole = launch(short(shared_storage, "whole4"), dataset)
+    e = short(shared_storage, "parts4", train={"wall_seconds": 1e-9})
+    outcome, _ = launch(e, dataset, steps_ahead=1)
+    assert outcome.reason == "wall"
+    assert outcome.images_seen == outcome.checkpoint_images
+    outcome, folder = launch(short(shared_storage, "parts4"), dataset, steps_ahead=1)
+    assert outcome.reason == "finished"
+    assert final_state(folder) == final_state(whole)
+
+
 def test_a_run_with_a_larger_budget_continues(shared_storage: Path, dataset: Dataset) -> None:
     launch(short(shared_storage, "raised", train={"images": 12 * BATCH}), dataset)
     outcome, folder = launch(short(shared_storage, "raised"), dataset)

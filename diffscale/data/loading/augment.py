@@ -29,9 +29,14 @@ SYM6 = tuple(pywt.Wavelet("sym6").dec_lo)  # 12 taps
 AROUND = len(SYM6) // 4  # pixels around the image that shrinking needs
 
 
-def flip_images(x: Tensor, seed: int, positions: Tensor, dim: int = 3) -> Tensor:
-    """Mirror images left to right, each with probability 1/2. x: (B, ...) with four axes; dim: the axis of columns."""
-    return torch.where(_mirrored(seed, positions)[:, None, None, None], x.flip(dim), x)
+def mirror_images(x: Tensor, mirrored: Tensor, dim: int = 3) -> Tensor:
+    """Mirror some images left to right. x: (B, ...) with four axes; mirrored: bool (B,); dim: the axis of columns."""
+    return torch.where(mirrored[:, None, None, None], x.flip(dim), x)
+
+
+def is_mirrored(seed: int, positions: Tensor) -> Tensor:
+    """Return which images to mirror, bool (B,), each with probability 1/2."""
+    return uniform(seed, Stream.FLIP, positions) < 0.5
 
 
 def augment_images(x: Tensor, seed: int, positions: Tensor, p: float, *, flip: bool = True) -> tuple[Tensor, Tensor]:
@@ -80,7 +85,7 @@ def draw(seed: int, positions: Tensor, p: float, flip: bool) -> Drawn:
     z = normal(seed, at_step(Stream.AUGMENT, 1), positions, (4,)).double().unbind(1)
     invert, scale, rotate, stretch, move = ((u[i] < p).double() for i in range(5))
     return Drawn(
-        mirrored=_mirrored(seed, positions).double() if flip else torch.zeros_like(u[0]),
+        mirrored=is_mirrored(seed, positions).double() if flip else torch.zeros_like(u[0]),
         inverted=invert * (u[5] < 0.5),
         scale=scale * z[0],
         angle=rotate * (2 * u[6] - 1) * math.pi,
@@ -103,10 +108,6 @@ def transform(x: Tensor, drawn: Drawn) -> Tensor:
         chosen = torch.nonzero(moved & (margin == m)).flatten()
         x = x.index_copy(0, chosen, _resample(x[chosen], linear[chosen], shift[chosen], m))
     return x
-
-
-def _mirrored(seed: int, positions: Tensor) -> Tensor:
-    return uniform(seed, Stream.FLIP, positions) < 0.5
 
 
 def _inverse_map(drawn: Drawn, side: int) -> tuple[Tensor, Tensor]:

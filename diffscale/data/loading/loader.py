@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from diffscale.core.errors import UserError
 from diffscale.data.format.checksums import BackgroundCheck
 from diffscale.data.format.dataset import Dataset
 from diffscale.data.format.errors import ShardError
-from diffscale.data.loading.augment import augment_images, flip_images
+from diffscale.data.loading.augment import augment_images, is_mirrored, mirror_images
 from diffscale.data.loading.batch_queue import BatchQueue
 from diffscale.data.loading.order import first_use, positions_to_indices
 from diffscale.data.loading.prefetch import ShardPrefetcher, check_cache
@@ -30,9 +30,11 @@ from diffscale.kernels.runtime import single_threaded
 
 ORDER_CHUNK = 8192  # positions whose rows are computed at once
 MOST_GROUPED = 16
+POSITIONS, LABELS, MIRRORED = "_positions", "_labels", "_mirrored"  # names of the loader's own numbers
 GROUP_BYTES = 4 << 20  # of small batches that are passed on together: waking a thread costs as much as one
 
 Stored = tuple[NDArray[np.int64], Tensor, Tensor]
+Numbers = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,14 @@ class Batch:
     labels: int64 (B,), zeros for data without classes
     positions: int64 (B,), images since the start of the run
     augment_label: float32 (B, 9), the applied augmentation, or None if it is off
+    numbers: (B,) each, what `numbers` of the loader returned for the positions; empty without it
     """
 
     images: Tensor
     labels: Tensor
     positions: Tensor
     augment_label: Tensor | None = None
+    numbers: Numbers = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -81,6 +85,8 @@ class Loader:
     window: blocks in a window; None is the dataset's own
     channels_last: images (B, C, H, W) in the memory order in which they are stored, as convolutions on a GPU take them
     raw: leave the images as stored
+    numbers: returns further tensors, one row for each of the positions int64 (n,); called on the CPU, in the
+        background and for many batches at once, because a GPU needs as long for one batch as for all of them
     prefetch: batches, or groups of small batches, prepared ahead
     verify: compare the shards' checksums in the background, once per node
     """
@@ -102,6 +108,7 @@ class Loader:
         window: int | None = None,
         channels_last: bool = False,
         raw: bool = False,
+        numbers: Callable[[Tensor], Numbers] | None = None,
         prefetch: int = 3,
         verify: bool = True,
     ) -> None:
@@ -121,6 +128,7 @@ class Loader:
         self.first, self.last, self.device = first, last, torch.device(device)
         self.flip, self.augment, self.raw, self.prefetch = flip, augment, raw, prefetch
         self.channels_last = channels_last
+        self.numbers = numbers
         self.form: dict[str, Any] = {
             "order": order,
             "block_rows": block_rows or dataset.block_rows,
@@ -186,10 +194,10 @@ class Loader:
             single_threaded()
             stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
             with torch.cuda.stream(stream):
-                for stored in self._stored(stream is not None):
+                for stored, drawn in zip(self._stored(stream is not None), self._drawn(), strict=False):
                     if batches.closed:
                         return
-                    made.append(self._make(stored, stream))
+                    made.append(self._make(stored, drawn, stream))
                     if len(made) == self._group_size:
                         batches.put(made)
                         made = []
@@ -246,33 +254,50 @@ class Loader:
             if ahead is not None:
                 ahead.close()
 
-    def _make(self, found: Stored, stream: torch.cuda.Stream | None) -> Batch:
+    def _drawn(self) -> Iterator[dict[str, Tensor]]:
+        """Yield the numbers of the positions of each batch, drawn for many batches at once; without an end."""
+        share = torch.arange(self.first, self.last)
+        steps = max(1, ORDER_CHUNK // max(1, len(share)))
+        base = self.start
+        while True:
+            positions = (torch.arange(steps)[:, None] * self.global_batch + (base + share)).flatten()
+            drawn = dict(self.numbers(positions)) if self.numbers else {}
+            if self.flip and not self.augment:
+                drawn[MIRRORED] = is_mirrored(self.seed, positions)
+            for i in range(steps):
+                yield {name: values[i * len(share) : (i + 1) * len(share)] for name, values in drawn.items()}
+            base += steps * self.global_batch
+
+    def _make(self, found: Stored, drawn: dict[str, Tensor], stream: torch.cuda.Stream | None) -> Batch:
         positions, stored, labels = torch.from_numpy(found[0]), found[1], found[2]
-        if stream is not None:  # a copy from pageable memory would wait for the device
-            labels, positions = labels.pin_memory(), positions.pin_memory()
         images = stored.to(self.device, non_blocking=True)
-        positions = positions.to(self.device, non_blocking=True)
-        labels = labels.to(self.device, non_blocking=True)
-        batch = Batch(images, labels, positions) if self.raw else self._transform(images, labels, positions)
+        small = {POSITIONS: positions, LABELS: labels} | {name: x[: len(positions)] for name, x in drawn.items()}
+        if stream is not None:  # a copy from pageable memory would wait for the device
+            small = {name: x.pin_memory() for name, x in small.items()}
+        small = {name: x.to(self.device, non_blocking=True) for name, x in small.items()}
+        batch = self._transform(images, small.pop(LABELS), small.pop(POSITIONS), small)
         if stream is not None:
             stream.synchronize()  # blocks this thread, not the training thread
         return batch
 
-    def _transform(self, images: Tensor, labels: Tensor, positions: Tensor) -> Batch:
+    def _transform(self, images: Tensor, labels: Tensor, positions: Tensor, numbers: dict[str, Tensor]) -> Batch:
+        mirrored = numbers.pop(MIRRORED, None)
+        if self.raw:
+            return Batch(images, labels, positions, numbers=numbers)
         if self.dataset.is_latent:
-            return Batch(images.float(), labels, positions)
-        if self.flip and not self.augment:  # before the conversion: one byte per value
-            images = flip_images(images, self.seed, positions, dim=2)
+            return Batch(images.float(), labels, positions, numbers=numbers)
+        if mirrored is not None:  # before the conversion: one byte per value
+            images = mirror_images(images, mirrored, dim=2)
         x = images.permute(0, 3, 1, 2)
         x = (x if self.channels_last else x.contiguous()).float().mul_(1 / 127.5).sub_(1)
         if not self.augment:
-            return Batch(x, labels, positions)
+            return Batch(x, labels, positions, numbers=numbers)
         x, label = augment_images(x, self.seed, positions, self.augment, flip=self.flip)
-        return Batch(x, labels, positions, label)
+        return Batch(x, labels, positions, label, numbers)
 
     def _use_on_current_stream(self, batch: Batch) -> None:
         """Record that the current stream uses these tensors, which were allocated on the loader's stream."""
         stream = torch.cuda.current_stream(self.device)
-        for tensor in (batch.images, batch.labels, batch.positions, batch.augment_label):
+        for tensor in (batch.images, batch.labels, batch.positions, batch.augment_label, *batch.numbers.values()):
             if tensor is not None:
                 tensor.record_stream(stream)

@@ -108,7 +108,7 @@ def flatten_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> tup
             put(f"{names[id(p)]}/{key}", value)
     for i, group in enumerate(optimizer.param_groups):
         for key, value in group.items():
-            if isinstance(value, Tensor) or key == "step":  # the other values are settings
+            if (isinstance(value, Tensor) and key != "lr") or key == "step":  # the other values are settings
                 put(f"{_GROUP}/{i}/{key}", value)
     return tensors, numbers
 
