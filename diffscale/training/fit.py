@@ -37,14 +37,13 @@ def fitted(
     if memory is None:
         return _with(experiment, None) if train.micro_batch == "auto" else experiment
     share = -(-train.global_batch // world.size)
-    largest = largest_micro_batch(experiment, dataset, memory)
     if train.micro_batch != "auto":
         if not train.compile and needed_bytes(experiment, dataset, overhead=1.0) > memory:
-            raise _does_not_fit(experiment, dataset, largest, memory)
+            raise _does_not_fit(experiment, dataset, memory)
         return experiment
-    most = min(world.gather(min(largest, _stored(run_folder), share)))
+    most = min(world.gather(min(largest_micro_batch(experiment, dataset, memory), _stored(run_folder), share)))
     if most < 1:
-        raise _does_not_fit(experiment, dataset, largest, memory)
+        raise _does_not_fit(experiment, dataset, memory)
     passes = -(-share // most)
     return _with(experiment, -(-share // passes))
 
@@ -63,7 +62,7 @@ def after_out_of_memory(requested: Experiment, used: Experiment, dataset: Datase
         log.warning("out of memory with train.micro_batch=%s: the next attempt takes %d", used.train.micro_batch, most)
         return
     memory = torch.cuda.get_device_properties().total_memory if torch.cuda.is_available() else 0
-    raise _does_not_fit(used, dataset, largest_micro_batch(used, dataset, memory), memory)
+    raise _does_not_fit(used, dataset, memory)
 
 
 def _stored(run_folder: str) -> int:
@@ -75,8 +74,8 @@ def _with(experiment: Experiment, micro_batch: int | None) -> Experiment:
     return experiment.model_copy(update={"train": experiment.train.model_copy(update={"micro_batch": micro_batch})})
 
 
-def _does_not_fit(experiment: Experiment, dataset: Dataset, largest: int, memory: int) -> UserError:
-    needed = needed_bytes(experiment, dataset)
+def _does_not_fit(experiment: Experiment, dataset: Dataset, memory: int) -> UserError:
+    needed, largest = needed_bytes(experiment, dataset), largest_micro_batch(experiment, dataset, memory)
     helps = "train.activation_checkpointing=true, train.parallel=fsdp2 on several GPUs, or a smaller model"
     return UserError(
         setting="train.micro_batch",
