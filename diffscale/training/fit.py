@@ -17,6 +17,8 @@ from diffscale.training.parallel import World
 
 log = logging.getLogger(__name__)
 
+# The estimate is counted on a CPU, which keeps scores of attention that a GPU's kernels do not: too high, by a third.
+CERTAIN = 1.5
 FILE = "micro_batch.json"  # in the run's folder: the most images per pass, after a pass did not fit
 
 
@@ -26,8 +28,8 @@ def fitted(
     """Return the experiment with a number for `train.micro_batch: auto`: passes of one size that fit every GPU.
 
     On a CPU "auto" is the whole share of a worker. All ranks call this and get the same number. Raises UserError if a
-    pass cannot fit: the tensors that it must keep for its backward pass exceed the memory of the GPU. A compiled
-    network keeps fewer tensors, so for it the estimate decides nothing but "auto".
+    pass cannot fit: what it keeps for its backward pass is far more than the memory of the GPU. Between, and for a
+    compiled network, which keeps less, there is a warning.
 
     memory: bytes of this rank's device; None asks the device
     """
@@ -38,8 +40,15 @@ def fitted(
         return _with(experiment, None) if train.micro_batch == "auto" else experiment
     share = -(-train.global_batch // world.size)
     if train.micro_batch != "auto":
-        if not train.compile and needed_bytes(experiment, dataset, overhead=1.0) > memory:
+        needed = needed_bytes(experiment, dataset, overhead=1.0)
+        if needed > CERTAIN * memory and not train.compile:
             raise _does_not_fit(experiment, dataset, memory)
+        if needed > memory and world.rank == 0:
+            log.warning(
+                "a worker may need %s of the %s of its GPU: a smaller train.micro_batch, or auto, needs less",
+                gigabytes(needed),
+                gigabytes(memory),
+            )
         return experiment
     most = min(world.gather(min(largest_micro_batch(experiment, dataset, memory), _stored(run_folder), share)))
     if most < 1:
