@@ -94,15 +94,16 @@ class OurStep:
 
     learner: Learner
     batch: StaticBatch
+    numbers: dict[str, Tensor]  # of each sample, which a run's loader draws
     flops: float  # of one step
 
     def ahead(self) -> None:
         """Launch a step without waiting for it."""
-        self.learner.launch(self.batch)
+        self.learner.launch(self.batch, numbers=self.numbers)
 
     def waiting(self) -> None:
         """Make a step and wait for its loss."""
-        self.learner.step(self.batch)
+        self.learner.step(self.batch, numbers=self.numbers)
 
     def weights(self) -> Tensor:
         return torch.cat([p.detach().flatten().cpu() for p in self.learner.model.parameters()])
@@ -156,7 +157,7 @@ def our_step(
         data.num_classes,
     )
     static = StaticBatch(numerics.order(images), labels, torch.arange(batch, device=DEVICE))
-    return OurStep(learner, static, cost.flops_per_image * batch)
+    return OurStep(learner, static, learner.draw_numbers(static.positions), cost.flops_per_image * batch)
 
 
 def _experiment(preset: str, side: int, settings: dict[str, Any], batch: int, graph: bool) -> Experiment:
