@@ -30,6 +30,7 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 H200_PEAK = 989e12  # FLOP/s of dense bf16 products, NVIDIA's data sheet of the H200 and H100 SXM
 OUT, ROWS = "OUT", "gpu.jsonl"
+WARM_UP = 5  # calls: a step is recorded as a graph at its fourth
 
 
 def emit(**row: Any) -> None:
@@ -45,11 +46,14 @@ def emit(**row: Any) -> None:
 
 
 def seconds_of(call: Callable[[], Any], budget: float = 1.5) -> float:
-    """Return the median seconds of a call, after two; the device is waited for after each group of calls."""
+    """Return the median seconds of a call, after some; the device is waited for after each group of calls."""
     budget = budget if ON_GPU else 0.01
-    call(), call(), synchronize(DEVICE)
+    for _ in range(WARM_UP if ON_GPU else 1):
+        call()
+    synchronize(DEVICE)
     started = time.perf_counter()
-    call(), synchronize(DEVICE)
+    call()
+    synchronize(DEVICE)
     group = max(1, int(budget / 5 / max(time.perf_counter() - started, 1e-5)))
     taken: list[float] = []
     end = time.perf_counter() + 2 * budget
@@ -136,11 +140,9 @@ def our_step(
     experiment = _experiment(preset, data.resolution, settings, batch, graph)
     torch.manual_seed(0)
     model: nn.Module = build_model(experiment, data).to(DEVICE)  # type: ignore[arg-type]
-    precision = "bf16" if ON_GPU else "fp32"
-    last = (
-        choose_numerics(model, "cuda", experiment.train, True).channels_last if channels_last is None else channels_last
-    )
-    numerics = Numerics(precision, last, compiled, exact=exact)
+    rule = choose_numerics(model, "cuda", experiment.train, bf16=True)
+    last = rule.channels_last if channels_last is None else channels_last
+    numerics = Numerics("bf16" if ON_GPU else "fp32", last, compiled, exact=exact)
     if accelerated:
         numerics.prepare(model)
     else:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -247,7 +248,7 @@ def features() -> None:
             allow_tf32(precision == "tf32")
             low = precision == "bf16"
             with torch.inference_mode(), torch.autocast(DEVICE.type, torch.bfloat16, enabled=low):
-                seconds = seconds_of(lambda x=x: network(x))
+                seconds = seconds_of(partial(network, x))
             emit(cell="features", batch=batch, precision=precision, images_per_s=round(batch / seconds, 1))
 
 

@@ -52,7 +52,8 @@ def diffusers_example(network: nn.Module, images: Tensor, *, low: bool = True) -
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
     rate = get_scheduler("cosine", optimizer=optimizer, num_warmup_steps=500, num_training_steps=100_000)
     average = EMAModel(network.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
-    noising, device = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear"), images.device
+    noising: Any = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
+    device = images.device
 
     def step() -> None:
         noise = torch.randn(images.shape, device=device)

@@ -105,7 +105,7 @@ def fused_neighbourhood_attention(
     """
     from torch.nn.attention.flex_attention import flex_attention  # import cost
 
-    attend = flex or (flex_attention if torch.compiler.is_compiling() else _compiled_flex())
+    attend: Callable[..., Any] = flex or (flex_attention if torch.compiler.is_compiling() else _compiled_flex())
     out = attend(*(t.flatten(2, 3) for t in (q, k, v)), block_mask=near, scale=1.0)
     return out.unflatten(2, q.shape[2:4])
 
