@@ -1,8 +1,8 @@
 """Everything that needs one GPU, in at most nine minutes: `python -m benchmarks.throughput.gpu`.
 
 Cells run one after the other, the most wanted first, each in a process of its own with a limit: one that hangs or
-fails costs its own limit alone, and none begins after the deadline. Every row is on disk as soon as it is measured, in
-gpu.jsonl of the folder $OUT (the working directory without it). `--dry-run` makes each cell at toy sizes on the CPU.
+fails costs its own limit alone, and none begins after the deadline. Every row is written at once to gpu.jsonl of the
+folder $OUT (the working directory without it). `--dry-run` makes each cell at toy sizes on the CPU.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ from benchmarks.throughput.gpu_peers import diffusers_example, dit_loop, edm_loo
 from diffscale.core.device import synchronize
 from diffscale.diffusion import SOLVERS, CapturedDenoiser, Guidance, create_diffusion
 from diffscale.evaluation import ModelSource, Sampling
+from diffscale.evaluation.networks.fold_batch_norm import fold_batch_norms
+from diffscale.evaluation.networks.inception import SIZE, Inception
 from diffscale.kernels.runtime import allow_tf32, configure_process
 from diffscale.models import PRESETS, create_model
 
@@ -237,9 +239,6 @@ def sampling(name: str, batch: int, steps: int) -> None:
 
 def features() -> None:
     """Inception's images per second in three precisions, with random weights."""
-    from diffscale.evaluation.networks.fold_batch_norm import fold_batch_norms
-    from diffscale.evaluation.networks.inception import SIZE, Inception
-
     network = fold_batch_norms(Inception().eval().requires_grad_(False), torch.zeros(1, 3, SIZE, SIZE))
     network.to(DEVICE).to(memory_format=torch.channels_last)
     for batch in (128, 512) if ON_GPU else (2,):
