@@ -103,7 +103,10 @@ def fused_neighbourhood_attention(
     near: from `near_pixels`
     flex: FlexAttention; by default it is compiled, which is what fuses it
     """
-    out = (flex or _compiled_flex())(*(t.flatten(2, 3) for t in (q, k, v)), block_mask=near, scale=1.0)
+    from torch.nn.attention.flex_attention import flex_attention  # import cost
+
+    attend: Callable[..., Any] = flex or (flex_attention if torch.compiler.is_compiling() else _compiled_flex())
+    out = attend(*(t.flatten(2, 3) for t in (q, k, v)), block_mask=near, scale=1.0)
     return out.unflatten(2, q.shape[2:4])
 
 

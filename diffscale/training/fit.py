@@ -17,6 +17,8 @@ from diffscale.training.parallel import World
 
 log = logging.getLogger(__name__)
 
+# The estimate is counted on a CPU, which keeps scores of attention that a GPU's kernels do not: too high, by a third.
+CERTAIN = 1.5
 FILE = "micro_batch.json"  # in the run's folder: the most images per pass, after a pass did not fit
 
 
@@ -26,8 +28,8 @@ def fitted(
     """Return the experiment with a number for `train.micro_batch: auto`: passes of one size that fit every GPU.
 
     On a CPU "auto" is the whole share of a worker. All ranks call this and get the same number. Raises UserError if a
-    pass cannot fit: the tensors that it must keep for its backward pass exceed the memory of the GPU. A compiled
-    network keeps fewer tensors, so for it the estimate decides nothing but "auto".
+    pass cannot fit: what it keeps for its backward pass is far more than the memory of the GPU. Between, and for a
+    compiled network, which keeps less, there is a warning.
 
     memory: bytes of this rank's device; None asks the device
     """
@@ -37,14 +39,20 @@ def fitted(
     if memory is None:
         return _with(experiment, None) if train.micro_batch == "auto" else experiment
     share = -(-train.global_batch // world.size)
-    largest = largest_micro_batch(experiment, dataset, memory)
     if train.micro_batch != "auto":
-        if not train.compile and needed_bytes(experiment, dataset, overhead=1.0) > memory:
-            raise _does_not_fit(experiment, dataset, largest, memory)
+        needed = needed_bytes(experiment, dataset, overhead=1.0)
+        if needed > CERTAIN * memory and not train.compile:
+            raise _does_not_fit(experiment, dataset, memory)
+        if needed > memory and world.rank == 0:
+            log.warning(
+                "a worker may need %s of the %s of its GPU: a smaller train.micro_batch, or auto, needs less",
+                gigabytes(needed),
+                gigabytes(memory),
+            )
         return experiment
-    most = min(world.gather(min(largest, _stored(run_folder), share)))
+    most = min(world.gather(min(largest_micro_batch(experiment, dataset, memory), _stored(run_folder), share)))
     if most < 1:
-        raise _does_not_fit(experiment, dataset, largest, memory)
+        raise _does_not_fit(experiment, dataset, memory)
     passes = -(-share // most)
     return _with(experiment, -(-share // passes))
 
@@ -63,7 +71,7 @@ def after_out_of_memory(requested: Experiment, used: Experiment, dataset: Datase
         log.warning("out of memory with train.micro_batch=%s: the next attempt takes %d", used.train.micro_batch, most)
         return
     memory = torch.cuda.get_device_properties().total_memory if torch.cuda.is_available() else 0
-    raise _does_not_fit(used, dataset, largest_micro_batch(used, dataset, memory), memory)
+    raise _does_not_fit(used, dataset, memory)
 
 
 def _stored(run_folder: str) -> int:
@@ -75,8 +83,8 @@ def _with(experiment: Experiment, micro_batch: int | None) -> Experiment:
     return experiment.model_copy(update={"train": experiment.train.model_copy(update={"micro_batch": micro_batch})})
 
 
-def _does_not_fit(experiment: Experiment, dataset: Dataset, largest: int, memory: int) -> UserError:
-    needed = needed_bytes(experiment, dataset)
+def _does_not_fit(experiment: Experiment, dataset: Dataset, memory: int) -> UserError:
+    needed, largest = needed_bytes(experiment, dataset), largest_micro_batch(experiment, dataset, memory)
     helps = "train.activation_checkpointing=true, train.parallel=fsdp2 on several GPUs, or a smaller model"
     return UserError(
         setting="train.micro_batch",

@@ -127,6 +127,8 @@ class Learner:
         self.scale = LossScale(world.device) if fp16 else None
         self._statistics = torch.zeros(STATISTICS, dtype=torch.float64, device=world.device)
         self._passes = passes(experiment.train.global_batch, world.size, experiment.train.pass_images)
+        # A pass of another size would be compiled and recorded again; otherwise it computes less.
+        self._equal_passes = numerics.compile or world.device.type == "cuda"
         self._first = world.share(experiment.train.global_batch)[0]
         self._capture = Capture(recorder or recorder_for(experiment, world))
 
@@ -166,6 +168,8 @@ class Learner:
                 self.model.project_weights()  # type: ignore[operator]
             for i, (first, last, weight) in enumerate(self._micro_batches(len(batch.positions))):
                 part = {k: v[first:last].to(self.world.device, non_blocking=True) for k, v in inputs.items()}
+                if self._equal_passes and 0 < last - first < self._size(len(batch.positions)):
+                    part, weight = filled_up(part, self._size(len(batch.positions)), weight), 1.0
                 seed = _generator_seed(train.seed, self.images_seen + self._first + first)
                 seed_dropout(self.world.device, seed)
                 self._capture.call(self._pass, weight, i == 0, i == self._passes - 1, **part)
@@ -186,10 +190,14 @@ class Learner:
         A worker with a smaller share makes its last passes over one sample of weight zero, so that all workers make the
         same number of passes.
         """
-        size = self.experiment.train.pass_images or max(count, 1)
+        size = self._size(count)
         for i in range(self._passes):
             first, last = min(i * size, count), min((i + 1) * size, count)
             yield (first, last, 1.0) if first < last else (0, 1, 0.0)
+
+    def _size(self, count: int) -> int:
+        """Return the samples of a pass over a share of `count`."""
+        return self.experiment.train.pass_images or max(count, 1)
 
     def _pass(
         self,
@@ -206,8 +214,9 @@ class Learner:
 
         weight: by which each sample counts
         first, last: whether this is the first, or the last, pass of the step
-        more: the numbers of `draw_numbers`, and further tensors for the model as `extra_NAME`
+        more: the numbers of `draw_numbers`, further tensors for the model as `extra_NAME`, and `weights` (`filled_up`)
         """
+        weights = more.pop("weights", None)
         if first:
             self.gradients.begin()
             self._statistics.zero_()
@@ -224,15 +233,18 @@ class Learner:
                 terms = training_loss(
                     self.diffusion, self.model, images, u=u, noise=noise, label=label, self_cond_keep=keep, **extra
                 )
-            (terms.loss.sum() * share).backward()
+            ((terms.loss if weights is None else terms.loss * weights).sum() * share).backward()
             self.gradients.collect()
         with torch.no_grad():
             values = terms.loss.detach().double()
             values = values * weight if weight != 1 else values
+            each = torch.full_like(values, weight)
+            if weights is not None:
+                values, each = values * weights, each * weights
             self._statistics[LOSS_SUM].add_(values.sum())
             losses, counts = self._statistics[BY_QUARTILE].view(2, QUARTILES)
             losses.index_add_(0, numbers["quartile"], values)
-            counts.index_add_(0, numbers["quartile"], torch.full_like(values, weight))
+            counts.index_add_(0, numbers["quartile"], each)
 
     @torch.no_grad()
     def _finish(self, sent: Tensor) -> None:
@@ -311,6 +323,18 @@ class Learner:
         self.images_seen = int(scalars["images_seen"])
         if self.scale and scalars.get("loss_scale"):
             self.scale = LossScale(self.world.device, **scalars["loss_scale"])
+
+
+def filled_up(part: Mapping[str, Tensor], size: int, weight: float) -> dict[str, Tensor]:
+    """Repeat the last sample until a pass has `size` of them, and add `weights` (size,): 0 for those that were added.
+
+    part: tensors with one row per sample, (n, ...) with 1 ≤ n ≤ size
+    weight: of the samples that are there
+    """
+    n, device = len(part["positions"]), part["positions"].device
+    place = torch.arange(size, device=device)
+    rows = place.clamp(max=n - 1)
+    return {name: tensor[rows] for name, tensor in part.items()} | {"weights": (place < n) * weight}
 
 
 def to_device(numbers: list[float], device: torch.device) -> Tensor:

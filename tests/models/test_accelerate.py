@@ -9,8 +9,16 @@ import torch
 
 from diffscale.kernels.winograd import BFLOAT16, FLOAT32
 from diffscale.models import create_model
-from diffscale.models.accelerate import WinogradConv2d, accelerate, winograd_layers
-from diffscale.training.numerics import Numerics
+from diffscale.models.accelerate import (
+    FusedGridTables,
+    FusedHDiTBlock,
+    WinogradConv2d,
+    accelerate,
+    winograd_layers,
+)
+from diffscale.models.hdit import Grid, GridTables, HDiTBlock
+from diffscale.models.neighbourhood_attention import near_pixels
+from diffscale.training.numerics import Numerics, compile_blocks
 
 needs_kernels = pytest.mark.skipif(not FLOAT32.available, reason="no C++ compiler on this machine")
 needs_bfloat16 = pytest.mark.skipif(not BFLOAT16.available, reason="no compiler, or no products of bfloat16 here")
@@ -134,6 +142,31 @@ def test_a_class_that_sharding_made_of_a_block_stays_underneath():
 
 
 @needs_kernels
+class OnAnyDevice(FusedGridTables):
+    """The masks that a GPU gets, on the CPU."""
+
+    def forward(self, height: int, width: int) -> Grid:
+        grid = GridTables.forward(self, height, width)
+        return grid if self.kernel is None else grid._replace(around=near_pixels(height, width, self.kernel))
+
+
+def test_hdit_compiles_whole_with_the_attention_that_a_gpu_gets():
+    """FlexAttention is compiled as a part of the block; without gradients it exists on a CPU too."""
+    fused = create_model("hdit-tiny").eval()
+    with torch.no_grad():
+        for parameter in fused.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    plain = copy.deepcopy(fused)
+    for module in fused.modules():
+        kind = {GridTables: OnAnyDevice, HDiTBlock: FusedHDiTBlock}.get(type(module))
+        module.__class__ = kind or type(module)
+    torch._dynamo.reset()
+    compile_blocks(fused, "eager")
+    x, logsnr = torch.randn(2, 3, 32, 32), torch.zeros(2)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x, logsnr)[0], plain(x, logsnr)[0], rtol=1e-4, atol=1e-5)
+
+
 def test_compiled_it_is_one_graph_and_gives_the_same():
     model = accelerate(network(), winograd=True)
     expected, exact = results(model)

@@ -8,8 +8,8 @@ import pytest
 
 from diffscale.core.errors import UserError
 from diffscale.data import Dataset
-from diffscale.preflight.memory import OVERHEAD, largest_micro_batch, needed_bytes
-from diffscale.training.fit import after_out_of_memory, fitted
+from diffscale.preflight.memory import largest_micro_batch, needed_bytes
+from diffscale.training.fit import CERTAIN, after_out_of_memory, fitted
 from diffscale.training.parallel import World
 
 from .small import BATCH, experiment
@@ -39,15 +39,18 @@ def test_auto_makes_passes_of_one_size_and_leaves_the_run_its_identity(tmp_path:
         auto.train.pass_images  # noqa: B018 (the property raises)
 
 
-def test_what_cannot_fit_is_told_with_the_estimate_and_the_most_that_would(tmp_path: Path, dataset: Dataset):
-    asked = experiment(tmp_path, train={"micro_batch": 8, "compile": False})
-    memory = int(needed_bytes(asked, dataset, overhead=1.0)) - 1
-    assert memory * OVERHEAD > needed_bytes(experiment(tmp_path, train={"micro_batch": 4}), dataset)
+def test_what_cannot_fit_is_told_with_the_estimate_and_the_most_that_would(
+    tmp_path: Path, dataset: Dataset, caplog: pytest.LogCaptureFixture
+):
+    asked = experiment(tmp_path, train={"global_batch": 8192, "micro_batch": 8192, "compile": False})
+    memory = int(needed_bytes(asked, dataset, overhead=1.0) / CERTAIN) - 1
     with pytest.raises(UserError, match=r"train\.micro_batch") as refused:
         fitted(asked, dataset, World(), str(tmp_path), memory)
     largest = largest_micro_batch(asked, dataset, memory)
+    assert 1000 < largest < 8192
     assert f"at most about {largest} images" in refused.value.text()
-    assert fitted(asked, dataset, World(), str(tmp_path), memory + 1) == asked
+    assert fitted(asked, dataset, World(), str(tmp_path), memory + 2) == asked
+    assert "a worker may need" in caplog.text
     with pytest.raises(UserError, match="a network that fits this GPU"):
         fitted(experiment(tmp_path, train={"micro_batch": "auto"}), dataset, World(), str(tmp_path), 1000)
 
