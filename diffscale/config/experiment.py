@@ -36,6 +36,15 @@ else:
     Prediction = Literal[tuple(PREDICTIONS)]
 
 
+# Settings younger than run_id, with the value that changes nothing: it is left out, so that older runs keep theirs.
+_ADDED: tuple[tuple[str, str, Any], ...] = (
+    ("model", "resample_padding", "both"),
+    ("diffusion", "discrete", False),
+    ("diffusion", "variance", "fixed"),
+    ("diffusion", "vlb_weight", 0.001),
+)
+
+
 class HasClasses(Protocol):
     """A dataset, as far as the number of its classes goes."""
 
@@ -70,9 +79,16 @@ class DiffusionSettings(Section):
     weighting: Weighting = Field(choice("min_snr"), description="weight of the loss over logsnr")
     input_scale: float = Field(1.0, gt=0, description="Chen's b: images are multiplied by it")
     input_range: Literal["-1,1", "0,1"] = Field("-1,1", description="range of the images given to the network")
-    input_std: Literal["auto", "unit", "data", "none"] = Field("auto", description="what the noisy input is divided by")
+    input_std: Literal["auto", "unit", "data", "image", "none"] = Field(
+        "auto", description="what the noisy input is divided by"
+    )
     sigma_data: float = Field(0.5, gt=0, description="standard deviation of the data, for EDM's preconditioning")
     multiscale_loss: bool = Field(False, description="simple diffusion's loss over average-pooled errors (512 and up)")
+    discrete: bool = Field(False, description="train on the schedule's own steps: ddpm_linear, iddpm_cosine")
+    variance: Literal["fixed", "learned_range"] = Field(
+        "fixed", description="learned_range: a network with twice the channels learns it (iDDPM); needs discrete"
+    )
+    vlb_weight: float = Field(0.001, ge=0, description="of the variational bound in the loss, if variance is learned")
     stratified: bool = Field(True, description="spread the noise levels evenly over the global batch")
     label_drop: float = Field(0.1, ge=0, le=1, description="share of labels left out, for classifier-free guidance")
     self_condition: float = Field(0.9, ge=0, le=1, description="share of samples with carried state (RIN)")
@@ -97,6 +113,9 @@ class OptimSettings(Section):
 class EmaSettings(Section):
     halflife_images: int | None = Field(None, gt=0, description="constant half-life in images")
     halflife_fraction: float | None = Field(0.05, gt=0, lt=1, description="half-life as a share of the images seen")
+    ramp: float | None = Field(
+        0.05, gt=0, le=1, description="share of the images seen that halflife_images is limited to; null: no limit"
+    )
     power: tuple[float, ...] = Field((), description="EDM2's relative widths to track for post-hoc EMA: 0.05, 0.10")
 
 
@@ -240,7 +259,13 @@ class Experiment(Section):
             train["exact"] = False
         if self.optim.schedule == "cosine" or self.optim.decay_images:
             train["images"] = s["train"]["images"]
-        return {"data": data, "model": s["model"], "diffusion": s["diffusion"], "optim": s["optim"], "train": train}
+        tree = {"data": data, "model": s["model"], "diffusion": s["diffusion"], "optim": s["optim"], "train": train}
+        for section, key, before in _ADDED:
+            if tree[section].get(key) == before:
+                tree[section].pop(key)
+        if train["ema"]["ramp"] == EmaSettings().ramp:
+            train["ema"].pop("ramp")
+        return tree
 
     def run_id(self, content_hash: str) -> str:
         """Return 16 hex digits: the same for the same weights, whatever the workers, storage, evaluation or budget.

@@ -113,7 +113,7 @@ def prepare(experiment: Experiment) -> tuple[Dataset, Cost]:
     from diffscale.config.factory import (  # import cost
         build_diffusion,
         build_model,
-        build_solver,
+        check_sampling,
         open_training_data,
     )
     from diffscale.evaluation import parse_metric  # import cost
@@ -129,8 +129,7 @@ def prepare(experiment: Experiment) -> tuple[Dataset, Cost]:
             expected=f"at most {batch}, one worker per image in the global batch",
         )
     dataset = open_training_data(experiment)
-    build_diffusion(experiment, dataset)
-    build_solver(experiment)
+    check_sampling(experiment, build_diffusion(experiment, dataset))
     _refuse_unsupported(experiment)
     check_name(experiment.optim.name)
     for metric in experiment.eval.metrics:
