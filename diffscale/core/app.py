@@ -22,7 +22,7 @@ COMMANDS = {
     "quickstart": "Run the whole product on this machine, from images to the report, in a few minutes.",
     "data": "Build, inspect or verify an Arrow dataset of images.",
     "settings": "List every setting with its type, default and description.",
-    "models": "Print the table of preset networks and what they cost.",
+    "models": "Print the preset networks and the recipes, and what they cost.",
     "train": "Train one run, or resume it.",
     "tune": "Run a sweep of runs, or resume it.",
     "sample": "Generate images from a run or a checkpoint.",

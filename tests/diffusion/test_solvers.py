@@ -48,6 +48,7 @@ def error_on_a_gaussian(solver, steps: int) -> float:
         ("euler", {}, 1),
         ("ddim", {}, 1),
         ("heun", {}, 2),
+        ("heun_flow", {}, 2),
         ("dpmpp_2m", {}, 2),
         ("unipc", {"order": 1}, 2),  # the corrector adds one order (Zhao et al. 2023, theorem 3.1)
         ("unipc", {"order": 2}, 3),
