@@ -24,6 +24,7 @@ COMMANDS = {
     "settings": "List every setting with its type, default and description.",
     "models": "Print the preset networks and the recipes, and what they cost.",
     "train": "Train one run, or resume it.",
+    "import": "Make a run of published weights.",
     "tune": "Run a sweep of runs, or resume it.",
     "sample": "Generate images from a run or a checkpoint.",
     "evaluate": "Evaluate a run, a checkpoint or a folder of images.",
