@@ -54,12 +54,12 @@ def read_source(path: Path, parts: tuple[str, ...]) -> Source:
     except OSError as error:
         raise _unreadable(path, error.strerror or one_line(error)) from None
     try:
-        if head[:4] == ZIP:
+        if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
+            container, tensors = "safetensors", _read_safetensors(path)
+        elif head[:4] == ZIP:
             container, tensors = "torch", _of_part(_read_torch(path), parts)
         elif head[:1] == PICKLE:
             container, tensors = "pickle", read_pickle(path)
-        elif len(head) > 8 and head[8:9] == b"{":
-            container, tensors = "safetensors", _read_safetensors(path)
         else:
             raise _unreadable(path, "it is neither safetensors nor a file of torch.save nor a pickle")
     except RefusedPickle as error:
