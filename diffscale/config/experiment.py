@@ -6,6 +6,7 @@ the keyword parameters of the classes that they build (diffscale/config/unions.p
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -15,7 +16,7 @@ from diffscale.core.hashing import identify
 from diffscale.core.storage import check_absolute, default_storage, join
 from diffscale.diffusion import INTERPOLANTS, PREDICTIONS, SCHEDULES, SOLVERS, WEIGHTINGS
 from diffscale.models import MODELS
-from diffscale.records.schema import Endpoint
+from diffscale.records.schema import ADDED_LATER, Endpoint
 
 GIVEN_BY_DATA = {"resolution", "channels", "num_classes"}
 
@@ -34,15 +35,6 @@ else:
     Solver = union_of("solver", SOLVERS)
     Interpolant = Literal[tuple(INTERPOLANTS)]
     Prediction = Literal[tuple(PREDICTIONS)]
-
-
-# Settings younger than run_id, with the value that changes nothing: it is left out, so that older runs keep theirs.
-_ADDED: tuple[tuple[str, str, Any], ...] = (
-    ("model", "resample_padding", "both"),
-    ("diffusion", "discrete", False),
-    ("diffusion", "variance", "fixed"),
-    ("diffusion", "vlb_weight", 0.001),
-)
 
 
 class HasClasses(Protocol):
@@ -158,6 +150,9 @@ class TrainSettings(Section):
     parallel: Literal["ddp", "fsdp2"] = "ddp"
     max_failures: int = Field(8, ge=-1, description="restarts after a lost worker; -1: no limit")
     nonfinite_limit: int = Field(10, ge=1, description="skipped steps in a row after which the run stops")
+    init_from: str | None = Field(None, description="run or checkpoint at whose weights to begin (fine-tuning)")
+    init_skip: tuple[str, ...] = Field((), description="patterns of weights that begin at random instead")
+    init_weights: str | None = Field(None, description="hash of the weights of init_from; filled in")
     ema: EmaSettings = EmaSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     log_every_images: int | None = Field(None, gt=0, description="null: every 50 steps")
@@ -260,11 +255,13 @@ class Experiment(Section):
         if self.optim.schedule == "cosine" or self.optim.decay_images:
             train["images"] = s["train"]["images"]
         tree = {"data": data, "model": s["model"], "diffusion": s["diffusion"], "optim": s["optim"], "train": train}
-        for section, key, before in _ADDED:
-            if tree[section].get(key) == before:
-                tree[section].pop(key)
-        if train["ema"]["ramp"] == EmaSettings().ramp:
-            train["ema"].pop("ramp")
+        if self.train.init_weights is not None:
+            train |= {"init_weights": s["train"]["init_weights"], "init_skip": s["train"]["init_skip"]}
+        for dotted, before in ADDED_LATER.items():
+            *sections, key = dotted.split(".")
+            part = reduce(lambda part, section: part.get(section, {}), sections, tree)
+            if key in part and part[key] == before:
+                part.pop(key)
         return tree
 
     def run_id(self, content_hash: str) -> str:

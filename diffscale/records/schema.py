@@ -146,6 +146,8 @@ RECIPE_FIELDS = (
     "train.precision",
     "train.winograd",
     "train.ema",
+    "train.init_weights",
+    "train.init_skip",
     "peer",
 )
 """Settings, or sections of settings, that make a recipe: runs of one recipe differ by seed, length and place alone.
@@ -153,6 +155,19 @@ RECIPE_FIELDS = (
 `peer` is what a benchmark set for another project's trainer.
 `Experiment.run_id` hashes these and what else changes the weights of one run: the seed, and how torch computes.
 """
+
+
+ADDED_LATER: dict[str, Any] = {
+    "model.resample_padding": "both",
+    "diffusion.discrete": False,
+    "diffusion.variance": "fixed",
+    "diffusion.vlb_weight": 0.001,
+    "train.ema.ramp": 0.05,
+    "train.init_weights": None,
+    "train.init_skip": [],
+}
+"""Settings younger than `run_id`, with the value at which they change nothing: it is left out of the identities of runs
+and recipes, so that older runs and records keep theirs."""
 
 
 def is_recipe_setting(key: str) -> bool:

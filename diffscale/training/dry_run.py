@@ -7,6 +7,7 @@ from diffscale.config.experiment import Experiment
 from diffscale.core.device import money
 from diffscale.preflight.memory import needed_bytes
 from diffscale.training.checkpoint.layout import save_settings
+from diffscale.training.initial_weights import with_initial_weights
 from diffscale.training.numerics import settled
 from diffscale.training.plan import make_plan
 from diffscale.training.run import prepare
@@ -18,7 +19,7 @@ def describe(experiment: Experiment, preset_or_file: str | None = None) -> str:
     preset_or_file: where the settings come from; its recipe is described if it is one
     """
     dataset, cost = prepare(experiment)
-    experiment = settled(experiment, dataset)
+    experiment = with_initial_weights(settled(experiment, dataset), dataset)
     train, plan = experiment.train, make_plan(experiment, cost.flops_per_image)
     memory = needed_bytes(experiment, dataset)
     lines = [

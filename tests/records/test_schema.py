@@ -12,7 +12,7 @@ from diffscale import records
 from diffscale.config.load import load_experiment
 from diffscale.evaluation.metrics.registry import INCEPTION_NAMES, KINDS
 from diffscale.records.__main__ import README
-from diffscale.records.schema import Record, columns_table, higher_is_better, is_recipe_setting
+from diffscale.records.schema import ADDED_LATER, Record, columns_table, higher_is_better, is_recipe_setting
 from diffscale.report.stats.frontier import is_on_frontier
 from diffscale.sweep.ledger import Ledger
 from diffscale.sweep.settings import Sweep
@@ -98,7 +98,7 @@ def test_a_frontier_rises_for_metrics_of_which_more_is_better() -> None:
 def test_recipe_settings_are_those_that_run_id_hashes_less_seed_length_and_numerics() -> None:
     experiment = load_experiment("quickstart-unet", ["train.images=100"])
     free = {"train.seed", "train.images", "train.compile", "train.channels_last", "train.activation_checkpointing"}
-    extra = {"data.decoder", "train.winograd"}
+    extra = {"data.decoder", "train.winograd", *ADDED_LATER}
     hashed = set(_flat(experiment.weights_settings()))
     recipe = {key for key in experiment.dotted() if is_recipe_setting(key)}
     assert hashed - free == recipe - extra

@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 
 from diffscale.core.hashing import identify
-from diffscale.records.schema import GROUP, Record, is_recipe_setting
+from diffscale.records.schema import ADDED_LATER, GROUP, Record, is_recipe_setting
 from diffscale.records.store import to_frame
 
 FACET = [*GROUP, "endpoint"]
@@ -60,7 +60,9 @@ def metric_name(metric: str) -> str:
 
 def recipe_settings(settings: Mapping[str, object], endpoint: str) -> dict[str, object]:
     """Return the dotted settings that make a recipe: those that change the weights, except seed and length."""
-    kept = {k: v for k, v in settings.items() if is_recipe_setting(k)}
+    kept = {
+        k: v for k, v in settings.items() if is_recipe_setting(k) and not (k in ADDED_LATER and v == ADDED_LATER[k])
+    }
     return {k: v for k, v in kept.items() if not (endpoint == "decayed" and _LENGTH.fullmatch(k))}
 
 
