@@ -42,7 +42,7 @@ def read_source(path: Path, parts: tuple[str, ...]) -> Source:
 
     Raises UserError for a file that is missing, damaged, of no known container, or that asks for code.
 
-    parts: names under which a torch file may hold the weights beside others, the preferred first; it is taken itself
+    parts: names under which a torch file may hold the weights among others, the preferred first; it is taken itself
         if it has none of them
     """
     config: dict[str, Any] = {}

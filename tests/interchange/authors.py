@@ -73,7 +73,7 @@ NVIDIA = {
 
 
 class Persistent:
-    """An object that is pickled as NVIDIA's code does: its state beside the source of its class."""
+    """An object that is pickled as NVIDIA's code does: its state with the source of its class."""
 
     def __init__(self, state: dict[str, Any]) -> None:
         self.state = state

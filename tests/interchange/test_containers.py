@@ -61,13 +61,13 @@ def test_nvidias_pickle_gives_its_tensors_without_its_source_code(tmp_path: Path
     assert all(torch.equal(source.tensors[name], tensors[name]) for name in tensors)
 
 
-@pytest.mark.parametrize("where", ["beside", "inside", "as state"])
+@pytest.mark.parametrize("where", ["next to it", "inside", "as state"])
 def test_a_pickle_that_would_run_something_is_refused(tmp_path: Path, monkeypatch, where: str):
     attack, target = Attack(tmp_path / "made"), tmp_path / "edm.pkl"
     network = module_tree(TENSORS)
     if where == "inside":
         network.state["_modules"]["bad"] = attack
-    content: Any = {"ema": network, "loss_fn": attack} if where == "beside" else {"ema": network}
+    content: Any = {"ema": network, "loss_fn": attack} if where == "next to it" else {"ema": network}
     if where == "as state":
         content = {"ema": attack}
     nvidia_file(target, monkeypatch, content)
