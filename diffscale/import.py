@@ -22,7 +22,7 @@ app = command_app()
 def main(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="weights, or a folder with weights and config.json")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="dotted settings")] = None,
-    family: Annotated[str, typer.Option(help="edm, edm2, adm, iddpm, torchcfm, dit, jit or hdit")] = "",
+    family: Annotated[str, typer.Option(help="edm, edm2, adm, iddpm, torchcfm, dit, jit, hdit or diffusers")] = "",
     recipe: Annotated[str, typer.Option(help="whose settings the run has; default: the one that the weights fit")] = "",
     out: Annotated[str, typer.Option(help="folder of the run; default: one under storage")] = "",
 ) -> None:

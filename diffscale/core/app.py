@@ -25,6 +25,7 @@ COMMANDS = {
     "models": "Print the preset networks and the recipes, and what they cost.",
     "train": "Train one run, or resume it.",
     "import": "Make a run of published weights.",
+    "export": "Write a network for others to load, with a model card.",
     "tune": "Run a sweep of runs, or resume it.",
     "sample": "Generate images from a run or a checkpoint.",
     "evaluate": "Evaluate a run, a checkpoint or a folder of images.",

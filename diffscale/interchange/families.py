@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from diffscale.core.errors import UserError
 from diffscale.core.text import nearest
-from diffscale.interchange import dit, edm, edm2, guided_diffusion, hdit, jit
+from diffscale.interchange import diffusers_unet, dit, edm, edm2, guided_diffusion, hdit, jit
 from diffscale.interchange.renaming import RowOrder, Weights
 
 
@@ -41,6 +41,7 @@ class Family:
     num_classes: Callable[[dict[str, Tensor]], int]
     parts: tuple[str, ...] = ()  # of a torch file that hold the weights, the preferred first
     given: tuple[str, ...] = ()  # weights that a file may lack
+    settings: Callable[[dict[str, Any]], dict[str, Any]] | None = None  # of a run, from config.json, which it needs
 
 
 def _guided(tensors: dict[str, Tensor], model: nn.Module, variant: str) -> Weights:
@@ -71,6 +72,10 @@ def _edm2_latents(size: str) -> Candidate:
         "diffusion.schedule.p_std=1.0",
     )
     return Candidate("edm2-imagenet64-s", changes, channels=4)
+
+
+def _diffusers(tensors: dict[str, Tensor], model: nn.Module, variant: str) -> Weights:
+    return diffusers_unet.convert(tensors, model, swap_time=variant == "swap")
 
 
 _NON_COMMERCIAL = Licence("CC BY-NC-SA 4.0 (NVIDIA)", may_be_passed_on=False)
@@ -160,6 +165,14 @@ FAMILIES = {
             hdit.convert,
             hdit.num_classes,
             parts=("model_ema", "model"),
+        ),
+        Family(
+            "diffusers",
+            Licence("as the model's page says", may_be_passed_on=False),
+            (Candidate("ddpm-cifar10"),),
+            _diffusers,
+            diffusers_unet.num_classes,
+            settings=diffusers_unet.run_settings,
         ),
     )
 }

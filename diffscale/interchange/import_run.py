@@ -101,10 +101,11 @@ def _fitting(known: Family, source: Source, given: dict[str, Any], recipe: str |
         candidates = candidates[:1]
     failures: list[tuple[int, Candidate, str]] = []
     for candidate in candidates:
-        tree = _settings(candidate, source, given, classes)
+        tree = _settings(known, candidate, source, given, classes)
         with torch.device("meta"):
             model = _network(tree, candidate, classes)
-        weights = known.convert(source.tensors, model, candidate.variant)
+        variant = "swap" if source.config.get("flip_sin_to_cos") is False else candidate.variant
+        weights = known.convert(source.tensors, model, variant)
         try:
             state_dict_for(model, weights, known.given)
         except UnfitError as error:
@@ -124,11 +125,15 @@ def _fitting(known: Family, source: Source, given: dict[str, Any], recipe: str |
     )
 
 
-def _settings(candidate: Candidate, source: Source, given: dict[str, Any], classes: int) -> dict[str, Any]:
+def _settings(
+    known: Family, candidate: Candidate, source: Source, given: dict[str, Any], classes: int
+) -> dict[str, Any]:
     """Return the settings of a candidate's run: the published weights are averages already, so eval.ema is none."""
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", source.path.stem).strip("-._")[:60] or "weights"
     own = {"name": f"imported-{stem}", "data": {"class_conditional": classes > 0}, "eval": {"ema": "none"}}
     tree = merge(merge(load_tree(candidate.recipe), parse_overrides(candidate.changes)), own)
+    if known.settings is not None:
+        tree = merge(tree, known.settings(source.config))
     return merge(tree, given)
 
 
