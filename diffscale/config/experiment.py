@@ -189,6 +189,7 @@ class EvalSettings(Section):
     solver: Solver = Field(choice("dpmpp_2m", steps=20), description="sampler")
     guidance_scale: float = Field(1.0, ge=0, description="classifier-free guidance; 1 is none")
     guidance_interval: tuple[float, float] | None = Field(None, description="logsnr between which to guide")
+    guidance_channels: int | None = Field(None, ge=1, description="the first channels alone are guided; null: all")
     ema: str = Field("halflife", description="weights to sample from: none, halflife, or a power width such as 0.05")
     seed: int = Field(0, ge=0, description="seed of the samples")
     batch: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(

@@ -133,14 +133,22 @@ class Guidance:
     scale: float = 1.0
     interval: tuple[float, float] | None = None  # (lowest, highest) logsnr; None is everywhere
     model: nn.Module | None = None  # autoguidance
+    channels: int | None = None  # the first ones, which are guided alone (DiT's code: 3 of 4 latents); None guides all
 
     def __post_init__(self) -> None:
         if self.interval is not None and not self.interval[0] < self.interval[1]:
             raise ValueError(f"guidance interval = {self.interval}: (lowest, highest) logsnr")
+        if self.channels is not None and self.channels < 1:
+            raise ValueError(f"guidance channels = {self.channels}: at least 1")
 
     def active(self, logsnr: float) -> bool:
         inside = self.interval is None or self.interval[0] <= logsnr <= self.interval[1]
         return self.scale != 1 and inside
+
+    def mix(self, guide: Tensor, x: Tensor) -> Tensor:
+        """x̂ (B, C, H, W) from the estimates of the guide and of the model."""
+        mixed = torch.lerp(guide, x, self.scale)
+        return mixed if self.channels is None else torch.cat([mixed[:, : self.channels], x[:, self.channels :]], dim=1)
 
 
 class GuidedDenoiser:
@@ -188,7 +196,7 @@ class GuidedDenoiser:
         other, self.guide_state, _ = self.estimate(
             self.diffusion, guide, z, levels, label, self.guide_state, **self.extra
         )
-        return torch.lerp(other, x, self.guidance.scale)
+        return self.guidance.mix(other, x)
 
     def _in_one_pass(self, z: Tensor) -> bool:
         wanted = z.device.type == "cuda" if self.together is None else self.together
@@ -207,4 +215,4 @@ class GuidedDenoiser:
         if state is not None:
             self.state, self.guide_state = state.chunk(2)
         x, other = both.chunk(2)
-        return torch.lerp(other, x, self.guidance.scale)
+        return self.guidance.mix(other, x)

@@ -65,12 +65,14 @@ class Sampling:
             "labels": self.labels,
             "precision": self.precision,
         }
+        if self.guidance.channels is not None:  # younger than records
+            settings["guidance_channels"] = self.guidance.channels
         return json.dumps(settings, sort_keys=True, separators=(",", ":"))
 
 
 def sampling_of_settings(settings: EvalSettings, solver: SolverSettings, n: int, precision: str = "fp32") -> Sampling:
     """Return the sampler of `eval` settings: solver's name, seed, batch (at most n) and guidance."""
-    guidance = Guidance(settings.guidance_scale, settings.guidance_interval)
+    guidance = Guidance(settings.guidance_scale, settings.guidance_interval, channels=settings.guidance_channels)
     batch = max(min(given_batch(settings), n), 1)
     return Sampling(solver, settings.solver.name, settings.seed, batch, guidance, precision=precision)
 

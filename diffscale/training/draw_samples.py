@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from diffscale.config.factory import build_solver
 from diffscale.core import image_grids, storage
-from diffscale.diffusion import Evaluation, Guidance
+from diffscale.diffusion import Evaluation
 from diffscale.distributed.connect import connect
 from diffscale.evaluation import ModelSource, Sampling
 from diffscale.evaluation.distribute import chunk_ranges, devices, kept_images, run_on_ray
@@ -68,7 +68,7 @@ def sampling_of(trained: TrainedModel, options: DrawOptions) -> Sampling:
     if options.guide:
         guide = settings_of_run(options.guide)
         weaker = load_trained(options.guide, guide.eval.ema, guide).model
-        guidance = Guidance(guidance.scale, guidance.interval, weaker)
+        guidance = replace(guidance, model=weaker)
     precision = options.precision or sampling_precision(trained.numerics)
     return replace(sampling, guidance=guidance, labels=options.labels, precision=precision)
 

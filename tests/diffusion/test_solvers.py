@@ -309,6 +309,17 @@ def test_guidance_extrapolates_from_the_guide_to_the_model():
     torch.testing.assert_close(first[0][1], guide[0][1] + 3 * (model[0][1] - guide[0][1]), rtol=1e-4, atol=1e-4)
 
 
+def test_guidance_of_the_first_channels_leaves_the_others_to_the_label():
+    """DiT's code guides three of four latent channels (models.py, forward_with_cfg)."""
+    _, first = guided(Guidance(3.0, channels=2))
+    _, everywhere = guided(Guidance(3.0))
+    _, plain = guided(None)
+    assert torch.equal(first[0][1][:, :2], everywhere[0][1][:, :2])
+    assert torch.equal(first[0][1][:, 2:], plain[0][1][:, 2:])
+    with pytest.raises(ValueError, match="channels"):
+        Guidance(3.0, channels=0)
+
+
 def test_guidance_on_an_interval_leaves_the_rest_alone_and_does_not_pay_for_it():
     guidance = Guidance(3.0, interval=(-3.0, 2.0))
     _, estimates = guided(guidance)
