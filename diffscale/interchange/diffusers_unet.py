@@ -105,7 +105,8 @@ def to_config(model: UNet, settings: Mapping[str, Any], resolution: int, channel
 
 def to_state(model: UNet) -> dict[str, Tensor]:
     """Return the model's weights under the names of UNet2DModel."""
-    state, found = model.state_dict(), {}
+    state = model.state_dict()
+    found: dict[str, Tensor] = {}
     for ours, theirs, kind in _places(model):
         if kind == "attention":
             for part in ("weight", "bias"):

@@ -55,7 +55,7 @@ def noise_condition(logsnr: Tensor, kind: NoiseInput) -> Tensor:
         return torch.sigmoid(logsnr / 2)
     if kind == "flow_1000":
         return 1000 * torch.sigmoid(-logsnr / 2)
-    raise ValueError(f"noise_input = {kind!r}: expected one of {', '.join(NoiseInput.__args__)}")  # type: ignore[attr-defined]
+    raise ValueError(f"noise_input = {kind!r}: expected one of {', '.join(NoiseInput.__args__)}")
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:

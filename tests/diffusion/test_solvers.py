@@ -367,7 +367,7 @@ def test_samples_do_not_depend_on_the_batch_they_are_in():
         ("ddim", {"grid": "cosine"}, "solver grid = 'cosine'"),
         ("ddim", {"clip": "yes"}, "solver clip = 'yes'"),
         ("ddim", {"sigma_min": 90.0}, "sigma_min = 90.0"),
-        ("ddpm", {"variance": "learned"}, "variance = 'learned'"),
+        ("ddpm", {"variance": "unknown"}, "variance = 'unknown'"),
         ("unipc", {"order": 4}, "order = 4"),
         ("dpmpp_2m_sde", {"eta": -1.0}, "eta = -1.0"),
     ],
