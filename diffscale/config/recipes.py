@@ -6,6 +6,9 @@ assumed utilisation of one H200 and a stated, assumed price of an hour.
 
 from __future__ import annotations
 
+import re
+from fnmatch import fnmatch
+
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from diffscale.config.experiment import Experiment
@@ -109,8 +112,6 @@ def describe(preset_or_file: str, experiment: Experiment, flops: float | None) -
 
 def recipes_table(pattern: str = "*") -> str:
     """Return the recipes whose name matches a shell pattern as a Markdown table."""
-    from fnmatch import fnmatch  # import cost
-
     lines = [
         "| recipe | paper | data | images | FLOPs | H200 hours | USD | published FID |",
         "| --- | --- | --- | ---: | ---: | ---: | ---: | --- |",
@@ -120,7 +121,7 @@ def recipes_table(pattern: str = "*") -> str:
             continue
         images = load_tree(name)["train"]["images"]
         fid = "; ".join(f"{f.value:g}, {f.sampler}" for f in recipe.fid) or "none"
-        paper = recipe.paper.split(",")[0]
+        paper = re.sub(r"(\d{4}).*", r"\1", recipe.paper)
         lines.append(
             f"| `{name}` | {paper} | {recipe.data} | {images:,} | {recipe.flops:.3g} | {recipe.h200.hours:,g} "
             f"| {recipe.h200.usd:,g} | {fid} |"

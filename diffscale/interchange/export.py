@@ -207,7 +207,7 @@ def _scheduler(experiment: Experiment, settings: dict[str, Any]) -> dict[str, An
                 reason="diffusers' DDPMScheduler gives the network the number of the step, and has no other process",
                 fix="--to safetensors",
             )
-    linear = {name: schedule[name] for name in ("beta_start", "beta_end") if name in schedule}
+    linear: dict[str, Any] = {name: schedule[name] for name in ("beta_start", "beta_end") if name in schedule}
     return linear | {
         "_class_name": "DDPMScheduler",
         "num_train_timesteps": schedule["steps"],

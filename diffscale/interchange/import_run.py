@@ -95,8 +95,8 @@ def _fitting(known: Family, source: Source, given: dict[str, Any], recipe: str |
     """Return the first candidate that the weights fit. Raises UserError with what did not fit the nearest one."""
     candidates = known.candidates
     if recipe is not None:
-        own = next((c for c in candidates if c.recipe == recipe), candidates[0])
-        candidates = (own._replace(recipe=recipe, changes=()),)
+        like = next((c for c in candidates if c.recipe == recipe), candidates[0])
+        candidates = (like._replace(recipe=recipe, changes=()),)
     elif "model" in given:
         candidates = candidates[:1]
     failures: list[tuple[int, Candidate, str]] = []

@@ -93,7 +93,7 @@ def _front_matter(experiment: Experiment, columns: dict[str, Any], records: list
             "metrics": [{"type": record.metric, "value": record.value} for record in records],
         }
     ]
-    content = {
+    content: dict[str, Any] = {
         "license": "other",
         "license_name": licence or "see-below",
         "library_name": "diffusers" if to == "diffusers" else "diffscale",
@@ -101,7 +101,7 @@ def _front_matter(experiment: Experiment, columns: dict[str, Any], records: list
         "tags": ["diffusion", "diffscale", str(columns["model"])],
     }
     if records:
-        content["model-index"] = [{"name": experiment.name, "results": results}]  # type: ignore[assignment]
+        content["model-index"] = [{"name": experiment.name, "results": results}]
     return f"---\n{yaml.safe_dump(content, sort_keys=False, allow_unicode=True)}---\n"
 
 

@@ -40,6 +40,6 @@ def describe(experiment: Experiment, preset_or_file: str | None = None) -> str:
         price = money(plan.device_seconds, train.price_per_device_hour)
         lines.append(f"# budget       {plan.device_seconds:,.0f} device-seconds" + (f" = {price:.2f}" if price else ""))
     if preset_or_file is not None:
-        total = None if plan.end is None else plan.end * cost.flops_per_image
-        lines += [f"# {line}" for line in recipes.describe(preset_or_file, experiment, total)]
+        flops = None if plan.end is None else plan.end * cost.flops_per_image
+        lines += [f"# {line}" for line in recipes.describe(preset_or_file, experiment, flops)]
     return "\n".join(lines)
