@@ -72,7 +72,7 @@ class CapturedDenoiser:
     """`denoise_with_share` on a GPU as CUDA graphs, one for each network and shape of its inputs.
 
     A sampler calls one network with one shape many times, and for a small network the launches take longer than the
-    work. Without a GPU, with further keyword arguments, or where a graph cannot be recorded, it is that function itself.
+    work. Without a GPU, with further keyword arguments, or where a graph cannot be recorded, it calls the function.
     """
 
     def __init__(self, record: Record | None = None) -> None:

@@ -56,9 +56,9 @@ def sample(
     """Images (B, C, H, W) float32 in [−1, 1] from unit normal noise of that shape; beyond that range if clip is none.
 
     label (B,) int64 or None; noise_fn(step) gives unit normal noise (B, C, H, W) to solvers that add some
-    (`keyed_noise`); estimate: `denoise_with_share`, or a `CapturedDenoiser` that outlives the call; extra: further keyword
-    arguments of the model. The path depends on the estimates x̂ alone, so it is the same for every prediction and
-    interpolant of one denoiser.
+    (`keyed_noise`); estimate: `denoise_with_share`, or a `CapturedDenoiser` that outlives the call; extra: further
+    keyword arguments of the model. The path depends on the estimates x̂ alone, so it is the same for every prediction
+    and interpolant of one denoiser.
 
     Raises ValueError for a stochastic solver without noise_fn, and as `check_sampler` does.
     """
