@@ -32,7 +32,7 @@ def main(
     if dry_run:
         from diffscale.training.dry_run import describe  # import cost
 
-        print(describe(experiment))
+        print(describe(experiment, preset))
         return
     if replay:
         from diffscale.training.replay import replay as replay_run  # import cost

@@ -26,7 +26,7 @@ RANKS = [
     {"evaluation"},
     {"preflight"},
     {"training"},
-    {"sweep", "preference"},
+    {"sweep", "preference", "interchange"},
     {"commands"},
     {"benchmarks"},
 ]

@@ -91,11 +91,20 @@ class DiffusionSettings(Section):
     weighting: Weighting = Field(choice("min_snr"), description="weight of the loss over logsnr")
     input_scale: float = Field(1.0, ge=1e-3, le=1e3, description="Chen's b: images are multiplied by it")
     input_range: Literal["-1,1", "0,1"] = Field("-1,1", description="range of the images given to the network")
-    input_std: Literal["auto", "unit", "data", "none"] = Field("auto", description="what the noisy input is divided by")
+    input_std: Literal["auto", "unit", "data", "image", "none"] = Field(
+        "auto", description="what the noisy input is divided by"
+    )
     sigma_data: float = Field(
         0.5, ge=1e-3, le=1e3, description="standard deviation of the data, for EDM's preconditioning"
     )
     multiscale_loss: bool = Field(False, description="simple diffusion's loss over average-pooled errors (512 and up)")
+    discrete: bool = Field(False, description="train on the schedule's own steps: ddpm_linear, iddpm_cosine")
+    variance: Literal["fixed", "learned_range"] = Field(
+        "fixed", description="learned_range: a network with twice the channels learns it (iDDPM); needs discrete"
+    )
+    vlb_weight: float = Field(
+        0.001, ge=0, le=1e6, description="weight of the variational bound in the loss, if variance is learned"
+    )
     stratified: bool = Field(True, description="spread the noise levels evenly over the global batch")
     label_drop: float = Field(0.1, ge=0, le=1, description="share of labels left out, for classifier-free guidance")
     self_condition: float = Field(
@@ -131,6 +140,9 @@ class OptimSettings(Section):
 class EmaSettings(Section):
     halflife_images: Images | None = Field(None, description="constant half-life in images")
     halflife_fraction: float | None = Field(0.05, gt=0, lt=1, description="half-life as a share of the images seen")
+    ramp: float | None = Field(
+        0.05, gt=0, le=1, description="share of the images seen that halflife_images is limited to; null: no limit"
+    )
     power: tuple[RelativeWidth, ...] = Field(
         (), description="EDM2's relative widths to track for post-hoc EMA: 0.05, 0.10"
     )
@@ -189,6 +201,11 @@ class TrainSettings(Section):
     parallel: Literal["ddp", "fsdp2"] = Field("ddp", description="every worker has all weights, or a part of them")
     max_failures: int = Field(8, ge=-1, le=10**6, description="restarts after a lost worker; -1: no limit")
     nonfinite_limit: int = Field(10, ge=1, le=10**6, description="skipped steps in a row after which the run stops")
+    init_from: str | None = Field(
+        None, min_length=1, description="run or checkpoint at whose weights to begin (fine-tuning)"
+    )
+    init_skip: tuple[str, ...] = Field((), description="patterns of weights that begin at random instead")
+    init_weights: str | None = Field(None, description="hash of the weights of init_from; filled in")
     ema: EmaSettings = EmaSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     log_every_images: Images | None = Field(
@@ -247,6 +264,9 @@ class EvalSettings(Section):
     guidance_scale: float = Field(1.0, ge=0, le=1e3, description="classifier-free guidance; 1 is none")
     guidance_interval: tuple[Level, Level] | None = Field(
         None, description="lowest and highest logsnr at which to guide; null: everywhere"
+    )
+    guidance_channels: int | None = Field(
+        None, ge=1, le=65_536, description="the first channels alone are guided; null: all"
     )
     guidance_state: Literal["shared", "own"] = Field(
         "shared", description="latents from which a pass without labels starts (RIN): the labelled pass's, or its own"
@@ -369,8 +389,10 @@ class Experiment(Section):
             train["exact"] = False
         if self.optim.schedule == "cosine" or self.optim.decay_images:
             train["images"] = s["train"]["images"]
-        model, optim = (_as_identified(name, s[name]) for name in ("model", "optim"))
-        return {"data": data, "model": model, "diffusion": s["diffusion"], "optim": optim, "train": train}
+        if self.train.init_weights is not None:
+            train |= {"init_weights": s["train"]["init_weights"], "init_skip": s["train"]["init_skip"]}
+        tree = {"data": data, "model": s["model"], "diffusion": s["diffusion"], "optim": s["optim"], "train": train}
+        return _as_identified(tree)
 
     def run_id(self, content_hash: str) -> str:
         """Return 16 hex digits: the same for the same weights, whatever the workers, storage, evaluation or budget.
@@ -388,9 +410,13 @@ class Experiment(Section):
         return _flatten(self.model_dump(mode="json"))
 
 
-def _as_identified(name: str, section: dict[str, Any]) -> dict[str, Any]:
-    """Leave out of a section the settings that came later and are at the default that changes nothing."""
-    return {key: value for key, value in section.items() if not is_as_before(f"{name}.{key}", value)}
+def _as_identified(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Leave out the settings that came later and are at the default that changes nothing."""
+    return {
+        key: _as_identified(value, f"{prefix}{key}.") if isinstance(value, dict) else value
+        for key, value in tree.items()
+        if not is_as_before(f"{prefix}{key}", value)
+    }
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -8,7 +8,7 @@ from torch import nn
 
 from diffscale.core.errors import SettingError, UserError
 from diffscale.data import Choices, ShardCache, open_dataset, resolve
-from diffscale.diffusion import SOLVERS, Diffusion, create_diffusion
+from diffscale.diffusion import SOLVERS, Diffusion, check_sampler, create_diffusion
 from diffscale.models import create_model
 from diffscale.models.layers import Backbone
 
@@ -32,11 +32,11 @@ def data_place(experiment: Experiment, resolution: int) -> str:
 
 
 def build_model(experiment: Experiment, dataset: Dataset) -> nn.Module:
-    """Build the backbone for this data. Raises UserError if it does not accept the resolution or a setting."""
-    own = getattr(experiment.model, "out_channels", 0)
-    if own not in (0, dataset.channels):
-        expected = f"0 or {dataset.channels}, the channels of the images"
-        raise UserError(setting="model.out_channels", value=own, expected=expected)
+    """Build the backbone for this data.
+
+    Raises UserError if it does not accept the resolution or a setting, or if its channels do not fit the data.
+    """
+    _check_channels(experiment, dataset)
     try:
         return model_for(experiment, dataset.resolution, dataset.channels, experiment.num_classes(dataset))
     except ValueError as error:
@@ -57,6 +57,34 @@ def model_for(experiment: Experiment, resolution: int, channels: int, num_classe
     return model
 
 
+def _check_channels(experiment: Experiment, dataset: Dataset) -> None:
+    """Raise UserError for a network whose input or output training could not use."""
+    model, learned = experiment.model, experiment.diffusion.variance == "learned_range"
+    if image_channels := getattr(model, "image_channels", 0):
+        raise UserError(
+            setting="model.image_channels",
+            value=image_channels,
+            expected="0",
+            reason="a network that is conditioned on an image, an upsampler, has no data to train on",
+        )
+    out, needed = getattr(model, "out_channels", 0) or dataset.channels, dataset.channels * (2 if learned else 1)
+    if out == needed and (not learned or hasattr(model, "out_channels")):
+        return
+    if learned:
+        fix = f"model.out_channels={needed} (unet and dit have it), or diffusion.variance=fixed"
+    else:
+        fix = "model.out_channels=0"
+        if out == 2 * dataset.channels:
+            fix += ", or for a learned variance diffusion.variance=learned_range diffusion.discrete=true"
+    raise UserError(
+        setting="model.out_channels",
+        value=getattr(model, "out_channels", 0),
+        expected=f"{needed} for images of {dataset.channels} channels" + (" and a learned variance" if learned else ""),
+        reason=f"the network gives {out} channels",
+        fix=fix,
+    )
+
+
 def build_diffusion(experiment: Experiment, dataset: Dataset) -> Diffusion:
     """Build schedule, interpolant, prediction and weighting. Raises UserError for a singular combination."""
     d = experiment.diffusion
@@ -71,6 +99,9 @@ def build_diffusion(experiment: Experiment, dataset: Dataset) -> Diffusion:
             input_range=d.input_range,
             input_std=d.input_std,
             multiscale_loss=d.multiscale_loss,
+            discrete=d.discrete,
+            variance=d.variance,
+            vlb_weight=d.vlb_weight,
             resolution=dataset.resolution,
         )
     except ValueError as error:
@@ -84,6 +115,14 @@ def build_solver(experiment: Experiment) -> Any:
         return SOLVERS[settings.name](**settings.arguments())
     except ValueError as error:
         raise _refused("eval.solver", settings.name, error) from None
+
+
+def check_sampling(experiment: Experiment, diffusion: Diffusion) -> None:
+    """Raise UserError for a sampler that `eval.solver` describes and this process cannot have."""
+    try:
+        check_sampler(diffusion, build_solver(experiment))
+    except ValueError as error:
+        raise _refused("eval.solver", experiment.eval.solver.name, error) from None
 
 
 def _refused(section: str, value: str, error: ValueError) -> UserError:

@@ -34,6 +34,8 @@ _BOUNDS = {
 if TYPE_CHECKING:
     from diffscale.config.experiment import Experiment
 
+MISSING = "???"
+"""What stands for a value that a preset leaves to the user."""
 BUILTIN = "builtin:"
 """What the names of datasets in the package begin with."""
 
@@ -46,6 +48,16 @@ def preset_names(kind: str = "presets") -> list[str]:
 
 def load_tree(preset_or_file: str, kind: str = "presets") -> dict[str, Any]:
     """Return the settings of a preset or a YAML file, merged over the settings of its `base`."""
+    tree = read_tree(preset_or_file, kind)
+    if kind != "presets":
+        return tree
+    base, _ = tree.pop("base", None), tree.pop("recipe", None)
+    # The preset of a model becomes its settings here, so that an override meets its name and its fields.
+    return _expand_model_preset(merge(load_tree(str(base)), tree) if base is not None else tree)
+
+
+def read_tree(preset_or_file: str, kind: str = "presets") -> dict[str, Any]:
+    """Return what a preset or a YAML file itself says, with `base` and `recipe`."""
     if preset_or_file.endswith((".yaml", ".yml")) or "/" in preset_or_file:
         path = Path(preset_or_file).expanduser()
         if not path.is_file():
@@ -60,10 +72,7 @@ def load_tree(preset_or_file: str, kind: str = "presets") -> dict[str, Any]:
     else:
         expected = nearest(preset_or_file, preset_names(kind)) + "; or a YAML file"
         raise UserError(setting="PRESET_OR_FILE", value=preset_or_file, expected=expected)
-    tree = parse_yaml(text, preset_or_file)
-    base = tree.pop("base", None) if kind == "presets" else None
-    # The preset of a model becomes its settings here, so that an override meets its name and its fields.
-    return _expand_model_preset(merge(load_tree(str(base)), tree) if base is not None else tree)
+    return parse_yaml(text, preset_or_file)
 
 
 def parse_yaml(text: str, source: str) -> dict[str, Any]:
@@ -128,7 +137,11 @@ def validate(tree: dict[str, Any]) -> Experiment:
     """
     from diffscale.config.experiment import Experiment  # import cost
 
-    tree = _resolve_paths(_expand_model_preset(tree))
+    tree = _expand_model_preset(tree)
+    if isinstance(data := tree.get("data"), dict) and data.get("path") == MISSING:
+        expected = "the folder of a dataset, which this preset leaves to you: data.path=FOLDER"
+        raise UserError(setting="data.path", value=MISSING, expected=expected, fix="diffscale data build makes one")
+    tree = _resolve_paths(tree)
     try:
         return Experiment.model_validate(tree)
     except ValidationError as error:

@@ -37,7 +37,9 @@ def build_command(
         list[int] | None, typer.Option(help="side in pixels; repeat it for several in one pass")
     ] = None,
     kind: Annotated[str, typer.Option(help="auto, folder, zip, tar, table, array or cifar10")] = "auto",
-    crop: Annotated[str, typer.Option(help="center, or none (images that are not square are rejected)")] = "center",
+    crop: Annotated[
+        str, typer.Option(help="center; adm, as ImageNet is prepared for ADM; or none, which rejects images not square")
+    ] = "center",
     filter: Annotated[str, typer.Option(help="lanczos or box, both antialiased")] = "lanczos",
     background: Annotated[str, typer.Option(help="colour under transparent pixels: R,G,B")] = "255,255,255",
     channels: Annotated[int, typer.Option(help="3, or 1 for grey")] = 3,
@@ -87,7 +89,7 @@ def build_command(
     colour = tuple(int(c) for c in background.split(",") if c.strip().isdigit())
     choices: tuple[tuple[str, object, tuple[object, ...]], ...] = (
         ("--kind", kind, get_args(Kind)),
-        ("--crop", crop, ("center", "none")),
+        ("--crop", crop, ("center", "adm", "none")),
         ("--filter", filter, ("lanczos", "box")),
         ("--channels", channels, (1, 3)),
         ("--layout", layout, ("auto", "pixels", "encoded")),

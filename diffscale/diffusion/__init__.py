@@ -11,7 +11,7 @@ from diffscale.diffusion.interpolants import INTERPOLANTS
 from diffscale.diffusion.loss import LossTerms, multiscale_error, training_loss
 from diffscale.diffusion.predictions import PREDICTIONS, convert, from_x0_eps, to_x0_eps
 from diffscale.diffusion.process import SCHEDULES, Diffusion, create_diffusion, loss_concentration
-from diffscale.diffusion.sampling import SOLVERS, Evaluation, guided_nfe, keyed_noise, sample
+from diffscale.diffusion.sampling import SOLVERS, Evaluation, check_sampler, guided_nfe, keyed_noise, sample
 from diffscale.diffusion.schedules import LOGSNR_LIMIT, Schedule, slope
 from diffscale.diffusion.weightings import WEIGHTINGS
 
@@ -30,6 +30,7 @@ __all__ = [
     "Schedule",
     "add_noise",
     "alpha_bars",
+    "check_sampler",
     "convert",
     "cosine_betas",
     "create_diffusion",

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffscale.diffusion.interpolants import per_image
-from diffscale.diffusion.predictions import from_x0_eps
+from diffscale.diffusion.learned_variance import DiscreteSchedule, bound_terms
+from diffscale.diffusion.predictions import from_x0_eps, to_x0
 from diffscale.diffusion.process import Diffusion
 
 MULTISCALE_SMALLEST = 32
@@ -19,7 +20,7 @@ MULTISCALE_SMALLEST = 32
 class LossTerms(NamedTuple):
     """(B,) float32 each. Only `loss` carries a gradient."""
 
-    loss: Tensor  # weighted, with the learned uncertainty's own term where there is one
+    loss: Tensor  # weighted, with the terms of a learned uncertainty or variance where there is one
     logsnr: Tensor
     mse_eps: Tensor  # mean squared error of the noise
     mse_x0: Tensor  # mean squared error of the clean image, in units of images in [−1, 1]
@@ -43,9 +44,10 @@ def training_loss(
     A model that carries state (RIN) makes one more pass without gradient on the same z to get it, and
     self_cond_keep (B,) bool says for which samples it is passed on (None: for all).
     """
-    logsnr = diffusion.schedule.logsnr(u.float())
+    t = diffusion.training_time(u)
+    logsnr = diffusion.schedule.logsnr(t).float()
     alpha, sigma = diffusion.alpha_sigma(logsnr)
-    log_weight, log_gain = diffusion.log_loss_weight(u.float(), logsnr, alpha, sigma)
+    log_weight, log_gain = diffusion.log_loss_weight(t.float(), logsnr, alpha, sigma)
 
     x = diffusion.scale_images(x0.float())
     alpha_b, sigma_b = per_image(alpha, x), per_image(sigma, x)
@@ -62,7 +64,8 @@ def training_loss(
             state = torch.where(per_image(self_cond_keep, state), state, torch.zeros_like(state))
     out, _ = model(x_in, logsnr, label, state, **extra)
 
-    difference = out.float() - target
+    out, share = diffusion.split_output(out.float())
+    difference = out - target
     mse = difference.square().flatten(1).mean(1)
     error = multiscale_error(difference) if diffusion.multiscale_loss else mse
     if diffusion.weighting.learned:
@@ -70,8 +73,25 @@ def training_loss(
         loss = (log_weight - uncertainty).exp() * error + uncertainty
     else:
         loss = log_weight.exp() * error
+    if share is not None:
+        estimate = to_x0(diffusion.prediction, z, out.detach(), alpha_b, sigma_b, diffusion.scaled_sigma_data)
+        loss = loss + _bound(diffusion, u, share, x0.float(), diffusion.unscale_images(estimate))
     mse_x = log_gain.exp() * mse.detach()
     return LossTerms(loss, logsnr, logsnr.exp() * mse_x, mse_x / diffusion.image_gain**2)
+
+
+def _bound(diffusion: Diffusion, u: Tensor, share: Tensor, image: Tensor, estimate: Tensor) -> Tensor:
+    """Return vlb_weight times the bound over all steps, estimated from each image's own step, (B,)."""
+    schedule = cast(DiscreteSchedule, diffusion.schedule)
+    terms = bound_terms(
+        schedule,
+        diffusion.training_step(u),
+        share,
+        image=image,
+        estimate=estimate,
+        image_gain=diffusion.image_gain,
+    )
+    return diffusion.vlb_weight * schedule.steps * terms
 
 
 def _uncertainty(model: nn.Module, logsnr: Tensor) -> Tensor:

@@ -39,8 +39,9 @@ SCHEDULES: dict[str, type] = {
     "flow_logit_normal": FlowLogitNormal,
 }
 
-InputStd = Literal["auto", "unit", "data", "none"]
+InputStd = Literal["auto", "unit", "data", "image", "none"]
 InputRange = Literal["-1,1", "0,1"]
+Variance = Literal["fixed", "learned_range"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,9 @@ class Diffusion:
     input_range: InputRange = "-1,1"
     input_std: InputStd = "auto"
     multiscale_loss: bool = False
+    discrete: bool = False  # noise levels are those of the schedule's own steps
+    variance: Variance = "fixed"  # learned_range: the network's second half of channels (diffusion/learned_variance.py)
+    vlb_weight: float = 0.001  # of the variational bound in the loss, with a learned variance
 
     @property
     def image_gain(self) -> float:
@@ -85,6 +89,31 @@ class Diffusion:
         """The range of x."""
         return self.image_offset - self.image_gain, self.image_offset + self.image_gain
 
+    @property
+    def learns_variance(self) -> bool:
+        return self.variance == "learned_range"
+
+    def training_step(self, u: Tensor) -> Tensor:
+        """Number of the schedule's step that uniform u (B,) in [0, 1) draws: (B,) int64. For discrete processes."""
+        steps = self.schedule.steps  # type: ignore[attr-defined]
+        return (u.double() * steps).long().clamp(max=steps - 1)
+
+    def training_time(self, u: Tensor) -> Tensor:
+        """The schedule's t that uniform u (B,) in [0, 1) draws: u itself, or that of the schedule's own steps."""
+        if not self.discrete:
+            return u.float()
+        return self.training_step(u).double() / (self.schedule.steps - 1)  # type: ignore[attr-defined]
+
+    def split_output(self, out: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The network's output as (prediction, share of ln β in the learned variance or None).
+
+        The share is (v + 1)/2 of the channels v, so v in [−1, 1] is the range (Dhariwal and Nichol 2021's code).
+        """
+        if not self.learns_variance:
+            return out, None
+        prediction, v = out.chunk(2, dim=1)
+        return prediction, (v.float() + 1) / 2
+
     def alpha_sigma(self, logsnr: Tensor) -> tuple[Tensor, Tensor]:
         return INTERPOLANTS[self.interpolant](logsnr)
 
@@ -93,6 +122,7 @@ class Diffusion:
 
         unit: √(alpha²·b² + sigma²), the standard deviation of z for unit-variance data (Chen 2023), b = image_gain.
         data: the same with the data's own sigma_data·b, which times 1/alpha is EDM's c_in; always so for F.
+        image: b, so that the network sees the images' own scale and noise of 1/b (JiT's noise scale).
         auto: data for F; none for vp and linear at b = 1, as published models have it; unit elsewhere.
         """
         kind = self.input_std
@@ -101,6 +131,8 @@ class Diffusion:
             kind = "data" if self.prediction == "F" else "none" if plain else "unit"
         if kind == "none":
             return None
+        if kind == "image":
+            return torch.full_like(sigma, self.image_gain)
         std = self.scaled_sigma_data if kind == "data" else self.image_gain
         return (sigma.square() + (alpha * std).square()).sqrt()
 
@@ -124,6 +156,9 @@ def create_diffusion(
     input_range: InputRange = "-1,1",
     input_std: InputStd = "auto",
     multiscale_loss: bool = False,
+    discrete: bool = False,
+    variance: Variance = "fixed",
+    vlb_weight: float = 0.001,
     resolution: int | None = None,
 ) -> Diffusion:
     """The process of these settings, checked.
@@ -131,6 +166,9 @@ def create_diffusion(
     schedule, weighting: an object, or {"name": one of SCHEDULES / WEIGHTINGS, **its parameters}.
     input_scale: Chen's b > 0, images are multiplied by it. It moves logsnr by 2 ln b, as a shift of the schedule does:
     never use both for the same purpose. sigma_data: standard deviation of images in [−1, 1].
+    discrete: training draws the schedule's own steps (ddpm_linear, iddpm_cosine) instead of levels between them.
+    variance: learned_range reads twice the channels, and adds vlb_weight times the bound over all steps, in bits for
+    each value, to the loss (L_hybrid, Nichol and Dhariwal 2021). It needs `discrete`.
     resolution: side of the images, for schedules that are shifted by it.
 
     Raises ValueError for an unknown name, a value out of range, and a combination in which a few noise levels would
@@ -140,7 +178,8 @@ def create_diffusion(
         ("interpolant", interpolant, INTERPOLANTS),
         ("prediction", prediction, PREDICTIONS),
         ("input_range", input_range, ("-1,1", "0,1")),
-        ("input_std", input_std, ("auto", "unit", "data", "none")),
+        ("input_std", input_std, ("auto", "unit", "data", "image", "none")),
+        ("variance", variance, ("fixed", "learned_range")),
     ):
         if value not in valid:
             raise ValueError(f"{setting} = {value!r}: valid are {', '.join(valid)}")
@@ -149,6 +188,10 @@ def create_diffusion(
             raise ValueError(f"{setting} = {number}: above 0")
     if prediction == "F" and input_std not in ("auto", "data"):
         raise ValueError(f"input_std = {input_std!r}: prediction F brings its own c_in; valid are auto, data")
+    if not (math.isfinite(vlb_weight) and vlb_weight >= 0):
+        raise ValueError(f"vlb_weight = {vlb_weight}: 0 or more")
+    if variance == "learned_range" and not discrete:
+        raise ValueError("variance = learned_range: the bound is over the schedule's own steps: set discrete = true")
     diffusion = Diffusion(
         schedule=_create("schedule", SCHEDULES, schedule, resolution),
         interpolant=interpolant,
@@ -159,8 +202,14 @@ def create_diffusion(
         input_range=input_range,
         input_std=input_std,
         multiscale_loss=multiscale_loss,
+        discrete=discrete,
+        variance=variance,
+        vlb_weight=vlb_weight,
     )
     _refuse_overflow(diffusion)
+    if discrete and not hasattr(diffusion.schedule, "steps"):
+        names = ", ".join(name for name, kind in SCHEDULES.items() if "steps" in inspect.signature(kind).parameters)
+        raise ValueError(f"discrete = true: this schedule has no numbered steps; {names} have them")
     _refuse_singular(diffusion)
     return diffusion
 

@@ -10,18 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from diffscale.core.keyed_random import Stream, at_step, normal
-from diffscale.diffusion.denoiser import Estimate, Guidance, GuidedDenoiser
-from diffscale.diffusion.denoiser import denoise as denoise_eagerly
+from diffscale.diffusion.denoiser import Estimate, Guidance, GuidedDenoiser, denoise_with_share
 from diffscale.diffusion.multistep import DPMpp2M, DPMpp2MSDE, UniPC
 from diffscale.diffusion.process import Diffusion
 from diffscale.diffusion.solver_settings import SolverSettings
-from diffscale.diffusion.solvers import DDIM, DDPM, Euler, Heun
+from diffscale.diffusion.solvers import DDIM, DDPM, Euler, Heun, HeunFlow
 
 SOLVERS: dict[str, type[SolverSettings]] = {
     "ddpm": DDPM,
     "ddim": DDIM,
     "euler": Euler,
     "heun": Heun,
+    "heun_flow": HeunFlow,
     "dpmpp_2m": DPMpp2M,
     "dpmpp_2m_sde": DPMpp2MSDE,
     "unipc": UniPC,
@@ -50,22 +50,21 @@ def sample(
     guidance: Guidance | None = None,
     noise_fn: Callable[[int], Tensor] | None = None,
     callback: Callable[[Evaluation], None] | None = None,
-    estimate: Estimate = denoise_eagerly,
+    estimate: Estimate = denoise_with_share,
     **extra: Any,
 ) -> Tensor:
     """Images (B, C, H, W) float32 in [−1, 1] from unit normal noise of that shape; beyond that range if clip is none.
 
     label (B,) int64 or None; noise_fn(step) gives unit normal noise (B, C, H, W) to solvers that add some
-    (`keyed_noise`); estimate: `denoise`, or a `CapturedDenoiser` that outlives the call; extra: further keyword
-    arguments of the model. The path depends on the estimates x̂ alone, so it is the same for every prediction and
-    interpolant of one denoiser.
+    (`keyed_noise`); estimate: `denoise_with_share`, or a `CapturedDenoiser` that outlives the call; extra: further
+    keyword arguments of the model. The path depends on the estimates x̂ alone, so it is the same for every prediction
+    and interpolant of one denoiser.
 
-    Raises ValueError for a stochastic solver without noise_fn, and for an eps network from a level at which x̂ is lost
-    to rounding.
+    Raises ValueError for a stochastic solver without noise_fn, and as `check_sampler` does.
     """
     if solver.needs_noise and noise_fn is None:
         raise ValueError(f"solver {type(solver).__name__} adds noise: give noise_fn, such as keyed_noise(...)")
-    levels = refuse_lost_estimates(diffusion, solver)
+    levels = check_sampler(diffusion, solver)
     guided = GuidedDenoiser(diffusion, model, label, guidance or Guidance(), extra, estimate)
     low, high = diffusion.clip_bounds()
     index = 0
@@ -81,13 +80,26 @@ def sample(
         return x
 
     sigmas = [math.exp(-level / 2) for level in levels] + [0.0]
-    y = solver.solve(denoise, noise.float() * sigmas[0], sigmas, noise_fn or _no_noise)
+    start, step_noise = noise.float() * sigmas[0], noise_fn or _no_noise
+    if isinstance(solver, DDPM):
+        y = solver.solve(denoise, start, sigmas, step_noise, lambda: guided.share)
+    else:
+        y = solver.solve(denoise, start, sigmas, step_noise)
     return diffusion.unscale_images(y)
 
 
-def refuse_lost_estimates(diffusion: Diffusion, solver: SolverSettings) -> list[float]:
-    """The solver's noise levels as logsnr. Raises ValueError for an eps network from a level at which x̂ is lost."""
+def check_sampler(diffusion: Diffusion, solver: SolverSettings) -> list[float]:
+    """Return the sampler's noise levels as logsnr.
+
+    Raises ValueError for a grid that the schedule does not have, a learned variance that the network does not give, and
+    for an eps network from a level at which x̂ is lost to rounding.
+    """
     levels = solver.logsnr_grid(diffusion.schedule)
+    if isinstance(solver, DDPM) and solver.variance == "learned" and not diffusion.learns_variance:
+        raise ValueError(
+            "solver variance = learned: the process has none; small, large and mix, or a network trained with "
+            "diffusion.variance = learned_range"
+        )
     if diffusion.prediction == "eps" and solver.clip == "none" and levels[0] < SMALLEST_LOGSNR_FOR_EPS:
         raise ValueError(
             f"solver clip = 'none': prediction eps at logsnr {levels[0]:.1f} gives x0 with errors multiplied by "

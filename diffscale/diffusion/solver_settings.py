@@ -18,7 +18,7 @@ Denoiser = Callable[[Tensor, float], Tensor]
 StepNoise = Callable[[int], Tensor]
 """Step index → unit normal noise of y's shape."""
 
-Grid = Literal["uniform_t", "uniform_logsnr", "karras", "flow", "offset_cosine"]
+Grid = Literal["uniform_t", "uniform_logsnr", "karras", "flow", "offset_cosine", "respaced"]
 Clip = Literal["static", "dynamic", "none"]
 
 
@@ -29,7 +29,8 @@ class SolverSettings:
     Grids, n = steps levels and then the clean image:
     uniform_t: t = 1, 1 − 1/n, …, 1/n on the training schedule. uniform_logsnr: evenly spaced logsnr.
     karras: evenly spaced sigma^(1/rho) (Karras et al. 2022, eq. 5). flow: evenly spaced sigma/(alpha + sigma).
-    offset_cosine: uniform t on the offset cosine (RIN).
+    offset_cosine: uniform t on the offset cosine (RIN). respaced: n of the schedule's own steps, evenly spaced from the
+    first to the last (Nichol and Dhariwal 2021).
     """
 
     steps: Steps = 50  # noise levels
@@ -46,7 +47,7 @@ class SolverSettings:
             ("rho", "above 0", self.rho > 0),
             ("sigma_min", "above 0 and below sigma_max", 0 < self.sigma_min < self.sigma_max),
             ("dynamic_percentile", "above 0 and at most 1", 0 < self.dynamic_percentile <= 1),
-            ("grid", "uniform_t, uniform_logsnr, karras, flow, offset_cosine", self.grid in Grid.__args__),  # type: ignore[attr-defined]
+            ("grid", "uniform_t, uniform_logsnr, karras, flow, offset_cosine, respaced", self.grid in Grid.__args__),  # type: ignore[attr-defined]
             ("clip", "static, dynamic, none", self.clip in Clip.__args__),  # type: ignore[attr-defined]
         ):
             if not holds:
@@ -71,6 +72,8 @@ class SolverSettings:
         n = self.steps
         if self.grid == "uniform_t":
             return schedule.logsnr(_down_to_nth(1.0, 0.0, n)).tolist()
+        if self.grid == "respaced":
+            return schedule.logsnr(_respaced(schedule, n)).tolist()
         if self.grid == "flow":
             amounts = _down_to_nth(_sigmoid(-most / 2), _sigmoid(-least / 2), n)
             return (-2 * torch.logit(amounts)).clamp(min=most).tolist()
@@ -100,6 +103,15 @@ class SolverSettings:
 def _down_to_nth(most: float, least: float, n: int) -> Tensor:
     """n points from `most` evenly down to most/n, the step before 0, or to `least` if that is more."""
     return torch.linspace(most, max(most / n, least), n, dtype=torch.float64)
+
+
+def _respaced(schedule: Schedule, n: int) -> Tensor:
+    """t of n of the schedule's steps, the last one first. Raises ValueError for a schedule that has not as many."""
+    steps = getattr(schedule, "steps", 0)
+    if n > steps:
+        raise ValueError(f"solver grid = respaced, steps = {n}: the training schedule has {steps} numbered steps")
+    index = torch.linspace(steps - 1, 0, n, dtype=torch.float64).round()
+    return index / (steps - 1)
 
 
 def _sigmoid(value: float) -> float:

@@ -76,6 +76,8 @@ class Sampling:
             "precision": self.precision,
             **({"guidance_state": self.guidance.state} if guided else {}),
         }
+        if self.guidance.channels is not None:  # younger than records
+            settings["guidance_channels"] = self.guidance.channels
         return json.dumps(settings, sort_keys=True, separators=(",", ":"))
 
 
@@ -96,7 +98,8 @@ def sampling_of_settings(
     carries_state: whether the network takes over latents, so that `eval.guidance_state` has an effect
     """
     state = settings.guidance_state if carries_state else None
-    guidance = Guidance(settings.guidance_scale, settings.guidance_interval, state=state)
+    channels = settings.guidance_channels
+    guidance = Guidance(settings.guidance_scale, settings.guidance_interval, state=state, channels=channels)
     batch = max(min(given_batch(settings), n), 1)
     return Sampling(solver, settings.solver.name, settings.seed, batch, guidance, precision=precision)
 

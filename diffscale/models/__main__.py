@@ -1,4 +1,4 @@
-"""The table of preset networks and what they cost: `python -m diffscale.models --write README.md`."""
+"""The tables of preset networks and recipes, and what they cost: `python -m diffscale.models --write README.md`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from diffscale.config.recipes import recipes_table
 from diffscale.core.app import command_app, run_app
 from diffscale.core.text import with_generated
 from diffscale.models import PRESETS, create_model
@@ -40,13 +41,16 @@ def main(
     pattern: Annotated[str, typer.Argument(help="shell pattern of preset names")] = "*",
     write: Annotated[Path | None, typer.Option(help="file whose table between the markers is replaced")] = None,
 ) -> None:
-    """Print the table of presets, or write it into a file ("GFLOPs" in papers are mostly our GMAC)."""
-    rows = table(pattern)
+    """Print the tables of networks and recipes, or write them into a file ("GFLOPs" in papers are mostly our GMAC)."""
+    rows, recipes = table(pattern), recipes_table(pattern)
     if write is None:
-        typer.echo(rows)
+        typer.echo(f"{rows}\n\n{recipes}")
         return
     try:
-        write.write_text(with_generated(write.read_text(encoding="utf-8"), "models", rows), encoding="utf-8")
+        text = with_generated(write.read_text(encoding="utf-8"), "models", rows)
+        if "<!-- recipes:begin -->" in text:
+            text = with_generated(text, "recipes", recipes)
+        write.write_text(text, encoding="utf-8")
     except (OSError, ValueError) as error:
         typer.echo(f"--write = {write}: {error}", err=True)
         raise typer.Exit(2) from None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 from diffscale.core.errors import SettingError
 from diffscale.kernels.attention import attend
+from diffscale.models.step_numbers import cosine_betas, linear_betas, step_number
 
-NoiseInput = Literal["edm", "ddpm", "angle", "gamma"]
+NoiseInput = Literal["edm", "ddpm", "angle", "gamma", "ddpm_index", "adm_index", "iddpm_index", "flow", "flow_1000"]
 
 _BETA_MIN, _BETA_MAX = 0.1, 20.0  # DDPM's 1e-4 → 0.02 over 1000 steps, in continuous time
 
@@ -30,6 +31,10 @@ def noise_condition(logsnr: Tensor, kind: NoiseInput) -> Tensor:
     edm: ln(σ)/4 with σ = e^(−λ/2) (Karras et al. 2022, table 1). ddpm: 1000·t of the linear-β process, inverted in
     closed form from ln ᾱ(t) = −½(β_max−β_min)t² − β_min·t (Song et al. 2021, eq. 33). angle: 1000·t of the cosine
     process, t = (2/π)·atan(e^(−λ/2)). gamma: 1000·sigmoid(λ), the signal fraction (Chen 2023, RIN).
+    ddpm_index: number of the step, 0 to 999, of linear β (Ho et al. 2020, DiT, ADM from 128 pixels). adm_index: of 1000
+    steps of cosine β. iddpm_index: of 4000 steps of cosine β, times 1000/4000 (Nichol and Dhariwal 2021). Between steps
+    they are interpolated. flow: time of the linear interpolant in [0, 1], 1 being the image (torchcfm). flow_1000:
+    1000·(1 − that), diffusers' time of flow matching.
     """
     logsnr = logsnr.float()
     if kind == "edm":
@@ -41,7 +46,17 @@ def noise_condition(logsnr: Tensor, kind: NoiseInput) -> Tensor:
         return 1000 * (2 / math.pi) * torch.atan(torch.exp(-logsnr / 2))
     if kind == "gamma":
         return 1000 * torch.sigmoid(logsnr)
-    raise SettingError("noise_input", kind, "one of edm, ddpm, angle, gamma")
+    if kind == "ddpm_index":
+        return step_number(logsnr, linear_betas(1000, logsnr.device))
+    if kind == "adm_index":
+        return step_number(logsnr, cosine_betas(1000, logsnr.device))
+    if kind == "iddpm_index":
+        return step_number(logsnr, cosine_betas(4000, logsnr.device)) * (1000 / 4000)
+    if kind == "flow":
+        return torch.sigmoid(logsnr / 2)
+    if kind == "flow_1000":
+        return 1000 * torch.sigmoid(-logsnr / 2)
+    raise SettingError("noise_input", kind, f"one of {', '.join(get_args(NoiseInput))}")
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:

@@ -105,14 +105,19 @@ class UNetBlock(nn.Module):
 
 
 class ConvResample(nn.Module):
-    """DDPM's change of resolution: a strided convolution down, nearest neighbours and a convolution up."""
+    """DDPM's change of resolution: a strided convolution down, nearest neighbours and a convolution up.
 
-    def __init__(self, channels: int, mode: Literal["down", "up"]) -> None:
+    padding: zeros on both sides of the way down, or at its end alone, as TensorFlow's SAME pads an even side
+    """
+
+    def __init__(self, channels: int, mode: Literal["down", "up"], padding: Literal["both", "end"] = "both") -> None:
         super().__init__()
-        self.up = mode == "up"
-        self.conv = nn.Conv2d(channels, channels, 3, stride=1 if self.up else 2, padding=1)
+        self.up, self.pads_end = mode == "up", mode == "down" and padding == "end"
+        self.conv = nn.Conv2d(channels, channels, 3, stride=1 if self.up else 2, padding=0 if self.pads_end else 1)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        if self.pads_end:
+            x = F.pad(x, (0, 1, 0, 1))
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest") if self.up else x)
 
 
@@ -186,6 +191,7 @@ class UNet(Backbone):
         dropout: DropRate = 0.0,  # dropout before the second convolution of a block
         adaptive_scale: bool = True,  # the embedding scales and shifts after the norm; False: is added before it
         resample: Literal["block", "conv"] = "block",  # change of side: in a residual block, or DDPM's bare convolution
+        resample_padding: Literal["both", "end"] = "both",  # padding of DDPM's convolution down; Ho et al. 2020: end
         resample_filter: tuple[Tap, ...] = (1, 1),  # even number of taps; (1, 1): box; NCSN++ has (1, 3, 3, 1)
         resample_projection: bool = False,  # a 1 × 1 convolution in the shortcut of resampling blocks (Song)
         input_pyramid: Literal["none", "skip", "residual"] = "none",  # the image enters every encoder level
@@ -228,7 +234,11 @@ class UNet(Backbone):
             return (num_heads or max(out // channels_per_head, 1)) if attends else 0
 
         def resampler(c: int, mode: Literal["down", "up"]) -> nn.Module:
-            return UNetBlock(c, c, settings, resample=mode) if resample == "block" else ConvResample(c, mode)
+            return (
+                UNetBlock(c, c, settings, resample=mode)
+                if resample == "block"
+                else ConvResample(c, mode, resample_padding)
+            )
 
         if noise_embedding == "fourier":
             self.embed_noise: nn.Module = FourierEmbedding(noise_width)

@@ -163,6 +163,8 @@ RECIPE_FIELDS = (
     "train.precision",
     "train.winograd",
     "train.ema",
+    "train.init_weights",
+    "train.init_skip",
     "peer",
 )
 """Settings, or sections of settings, that make a recipe: runs of one recipe differ by seed, length and place alone.
@@ -183,6 +185,13 @@ ADDED_SETTINGS: dict[str, Any] = {
     "model.late_latents": 0,
     "optim.decay_on": "weights",
     "optim.trust_ratio": "decayed",
+    "model.resample_padding": "both",
+    "diffusion.discrete": False,
+    "diffusion.variance": "fixed",
+    "diffusion.vlb_weight": 0.001,
+    "train.ema.ramp": 0.05,
+    "train.init_weights": None,
+    "train.init_skip": [],
 }
 """Settings that came after runs had been identified without them, with the default that changes nothing.
 

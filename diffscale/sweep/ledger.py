@@ -28,6 +28,7 @@ from diffscale.records.store import read_records
 from diffscale.sweep.decisions import Decisions
 from diffscale.sweep.settings import Sweep
 from diffscale.sweep.space import Point, nest, overrides_of, point_id, satisfies
+from diffscale.training.initial_weights import with_initial_weights
 from diffscale.training.numerics import settled
 from diffscale.training.own_records import is_own
 
@@ -48,7 +49,10 @@ class Trial:
     def folders(self) -> tuple[str, ...]:
         """Folders of the runs, in the order of the experiments."""
         dataset = open_training_data(self.experiments[0])
-        return tuple(settled(e, dataset).run_folder(dataset.content_hash) for e in self.experiments)
+        return tuple(
+            with_initial_weights(settled(e, dataset), dataset).run_folder(dataset.content_hash)
+            for e in self.experiments
+        )
 
 
 class Ledger:

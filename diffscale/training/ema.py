@@ -16,7 +16,6 @@ from diffscale.training.flat import flat_like
 
 Values = np.ndarray | np.float64
 
-WARMUP_SHARE = 0.05  # a constant half-life grows with training until it is reached, as this share of the images seen
 HALFLIFE = "halflife"
 
 
@@ -110,12 +109,14 @@ def halflife_beta(settings: EmaSettings, images_seen: int, images: int) -> float
     """Return ½^(images / half-life).
 
     The half-life is a share of `images_seen`, and at most `halflife_images` if set: an early average is short enough
-    to forget the random initial weights, a later one has a constant half-life.
+    to forget the random initial weights, a later one has a constant half-life. Without `ramp` it is constant.
     """
-    share = settings.halflife_fraction or WARMUP_SHARE
-    halflife = share * images_seen
     if settings.halflife_images is not None:
-        halflife = min(halflife, settings.halflife_images)
+        share = settings.halflife_fraction or settings.ramp
+        limit = math.inf if share is None else share * images_seen
+        halflife = min(limit, settings.halflife_images)
+    else:
+        halflife = (settings.halflife_fraction or 0) * images_seen
     return 0.5 ** (images / halflife)
 
 

@@ -17,6 +17,7 @@ from diffscale.diffusion import training_loss
 from diffscale.training.checkpoint import layout as ck
 from diffscale.training.checkpoint import saver as saving
 from diffscale.training.fit import fitted
+from diffscale.training.initial_weights import start_from, with_initial_weights
 from diffscale.training.learner import Batch, Learner
 from diffscale.training.numerics import Numerics, settled
 from diffscale.training.parallel import World
@@ -31,7 +32,7 @@ def replay(experiment: Experiment) -> str:
     """
     _, cost = prepare(experiment)
     dataset = open_training_data(experiment)
-    experiment = settled(experiment, dataset)
+    experiment = with_initial_weights(settled(experiment, dataset), dataset)
     folder = experiment.run_folder(dataset.content_hash)
     uri = storage.join(folder, "nonfinite.json")
     if not storage.exists(uri):
@@ -50,6 +51,8 @@ def replay(experiment: Experiment) -> str:
     diffusion = build_diffusion(experiment, dataset)
     learner = Learner(model, diffusion, experiment, numerics=numerics, num_classes=classes, end=plan.end)
     checkpoint = ck.newest_good(folder, until=found["first"])
+    if checkpoint is None and experiment.train.init_from is not None:
+        start_from(learner, experiment.train.init_from, experiment.train.init_skip)
     if checkpoint is not None:
         saving.restore(learner, checkpoint)
     train, data = experiment.train, experiment.data

@@ -19,7 +19,7 @@ from diffscale.core.places import require_working_places, require_writable
 from diffscale.core.text import one_line
 from diffscale.data import Dataset, create_loader, resolve
 from diffscale.diffusion import Diffusion, Guidance, training_loss
-from diffscale.diffusion.sampling import guided_nfe, refuse_lost_estimates
+from diffscale.diffusion.sampling import check_sampler, guided_nfe
 from diffscale.distributed.connect import gpus
 from diffscale.evaluation.metrics.registry import check_counts, parse_metric
 from diffscale.evaluation.networks.resize import RESIZES
@@ -107,7 +107,7 @@ def refuse_unfit_sampler(experiment: Experiment, dataset: Dataset, diffusion: Di
         levels = solver.logsnr_grid(diffusion.schedule)
         rising = all(low < high for low, high in pairwise(levels)) and all(map(math.isfinite, levels))
         if rising:
-            refuse_lost_estimates(diffusion, solver)
+            check_sampler(diffusion, solver)
             guided_nfe(diffusion, solver, Guidance(settings.guidance_scale, settings.guidance_interval))
     except (ValueError, ArithmeticError) as error:
         reason = one_line(error)

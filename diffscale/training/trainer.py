@@ -32,6 +32,7 @@ from diffscale.training.checkpoint import layout as ck
 from diffscale.training.checkpoint import saver as saving
 from diffscale.training.control import REASONS, SIGNAL, StopRequests, Watchdog
 from diffscale.training.fit import after_out_of_memory, fitted
+from diffscale.training.initial_weights import start_from
 from diffscale.training.learner import Learner
 from diffscale.training.metrics_log import History, Interval, Listener, MetricsLog, make_trackers
 from diffscale.training.numerics import Numerics, settle_numerics
@@ -389,6 +390,9 @@ class Trainer:
             ck.invalidate_checkpoints_from(self.run_folder, ck.images_of(found) if found else -1)
         checkpoint = self.world.from_first(found)
         if checkpoint is None:
+            train = self.experiment.train
+            if train.init_from is not None:
+                start_from(self.learner, train.init_from, train.init_skip)
             return TrainState()
         stored = saving.restore(self.learner, checkpoint)
         state = TrainState.resumed(stored)

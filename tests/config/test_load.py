@@ -14,7 +14,7 @@ from diffscale.core.errors import UserError
 
 @pytest.mark.parametrize("name", [n for n in preset_names() if not n.endswith("-base")])
 def test_every_preset_is_valid(name: str) -> None:
-    assert load_experiment(name).name == name
+    assert load_experiment(name, ["data.path=builtin:emoji"]).name == name
 
 
 def test_dotted_overrides_reach_every_depth() -> None:

@@ -120,6 +120,22 @@ def test_a_crop_is_central_and_a_resize_antialiased():
     assert np.array_equal(lanczos, np.asarray(direct))
 
 
+@pytest.mark.parametrize("size", [(100, 61), (61, 100), (33, 40), (16, 31), (64, 64)])
+def test_adms_crop_halves_with_a_box_then_resizes_bicubically_then_cuts(size):
+    """center_crop_arr of openai/guided-diffusion, guided_diffusion/image_datasets.py, written as its formula says."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    got = to_array(fit(image, 16, Preparation(crop="adm")))
+    halvings = int(np.log2(min(size) / 16))
+    for _ in range(halvings):
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    short = min(image.size)
+    wanted = (round(image.width * 16 / short), round(image.height * 16 / short))
+    pixels = np.asarray(image.resize(wanted, Image.Resampling.BICUBIC))
+    top, left = (pixels.shape[0] - 16) // 2, (pixels.shape[1] - 16) // 2
+    assert np.array_equal(got, pixels[top : top + 16, left : left + 16])
+    assert Preparation(crop="adm").recorded()["filter"] == "box, bicubic"
+
+
 def test_an_image_that_fits_is_untouched():
     square = gradient(8, 8)
     assert np.array_equal(to_array(fit(Image.fromarray(square), 8, Preparation())), square)

@@ -38,3 +38,26 @@ def test_the_loss_and_the_denoiser_are_one_graph_with_every_backbone(name):
         arguments = (noise, diffusion.schedule.logsnr(u), label)
         got, _ = torch.compile(estimate, fullgraph=True, backend="eager")(*arguments)
         torch.testing.assert_close(got, estimate(*arguments)[0])
+
+
+def test_a_learned_variance_on_numbered_steps_is_one_graph_with_its_network():
+    torch.manual_seed(0)
+    settings = {"model_channels": 16, "channel_mult": (1,), "num_blocks": 1, "attn_resolutions": ()}
+    model = create_model("unet", resolution=8, out_channels=6, noise_input="ddpm_index", **settings)
+    diffusion = create_diffusion(
+        schedule={"name": "ddpm_linear"},
+        prediction="eps",
+        weighting={"name": "uniform_eps"},
+        discrete=True,
+        variance="learned_range",
+    )
+
+    def loss(x, u, noise):
+        return training_loss(diffusion, model, x, u=u, noise=noise).loss
+
+    positions = torch.arange(2)
+    x, noise = (normal(seed, Stream.NOISE, positions, (3, 8, 8)) for seed in (0, 1))
+    arguments = (x, torch.tensor([0.0, 0.7]), noise)
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="eager")(*arguments)
+    torch.testing.assert_close(compiled, loss(*arguments))

@@ -48,6 +48,7 @@ def error_on_a_gaussian(solver, steps: int) -> float:
         ("euler", {}, 1),
         ("ddim", {}, 1),
         ("heun", {}, 2),
+        ("heun_flow", {}, 2),
         ("dpmpp_2m", {}, 2),
         ("unipc", {"order": 1}, 2),  # the corrector adds one order (Zhao et al. 2023, theorem 3.1)
         ("unipc", {"order": 2}, 3),
@@ -352,6 +353,17 @@ def test_guidance_extrapolates_from_the_guide_to_the_model():
     torch.testing.assert_close(first[0][1], guide[0][1] + 3 * (model[0][1] - guide[0][1]), rtol=1e-4, atol=1e-4)
 
 
+def test_guidance_of_the_first_channels_leaves_the_others_to_the_label():
+    """DiT's code guides three of four latent channels (models.py, forward_with_cfg)."""
+    _, first = guided(Guidance(3.0, channels=2))
+    _, everywhere = guided(Guidance(3.0))
+    _, plain = guided(None)
+    assert torch.equal(first[0][1][:, :2], everywhere[0][1][:, :2])
+    assert torch.equal(first[0][1][:, 2:], plain[0][1][:, 2:])
+    with pytest.raises(ValueError, match="channels"):
+        Guidance(3.0, channels=0)
+
+
 def test_guidance_on_an_interval_leaves_the_rest_alone_and_does_not_pay_for_it():
     guidance = Guidance(3.0, interval=(-3.0, 2.0))
     _, estimates = guided(guidance)
@@ -399,7 +411,7 @@ def test_samples_do_not_depend_on_the_batch_they_are_in():
         ("ddim", {"grid": "cosine"}, "solver grid = 'cosine'"),
         ("ddim", {"clip": "yes"}, "solver clip = 'yes'"),
         ("ddim", {"sigma_min": 90.0}, "sigma_min = 90.0"),
-        ("ddpm", {"variance": "learned"}, "variance = 'learned'"),
+        ("ddpm", {"variance": "unknown"}, "variance = 'unknown'"),
         ("unipc", {"order": 4}, "order = 4"),
         ("dpmpp_2m_sde", {"eta": -1.0}, "eta = -1.0"),
     ],

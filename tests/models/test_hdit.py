@@ -16,7 +16,7 @@ from diffscale.models.neighbourhood_attention import (
 )
 
 # Made by building crowsonkb/k-diffusion's ImageTransformerDenoiserModelV2; arXiv 2401.11605 has 557 M for the last.
-PARAMETERS = {"hdit-flowers256": 22_361_274, "hdit-imagenet128": 101_088_797, "hdit-imagenet256": 557_416_266}
+PARAMETERS = {"hdit-flowers256": 22_361_274, "hdit-imagenet128": 117_003_037, "hdit-imagenet256": 557_416_266}
 EXPECTED = ([0.05199, -0.08261, 0.10624], [0.0014, 0.00178, -0.0048])
 
 

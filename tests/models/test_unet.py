@@ -259,3 +259,37 @@ def test_it_traces_into_one_graph_and_gives_the_same(name):
     assert torch.allclose(compiled, expected, rtol=1e-4, atol=1e-5)
     compiled.square().mean().backward()
     assert all(p.grad is not None for n, p in model.named_parameters() if "uncertainty" not in n)
+
+
+@pytest.mark.parametrize(
+    ("kind", "steps", "scale", "cosine"),
+    [("ddpm_index", 1000, 1.0, False), ("adm_index", 1000, 1.0, True), ("iddpm_index", 4000, 0.25, True)],
+)
+def test_the_steps_of_a_discrete_schedule_have_their_numbers(kind, steps, scale, cosine):
+    """From the schedules of diffscale.diffusion: numbers of Ho et al. 2020 and Nichol and Dhariwal 2021."""
+    from diffscale.diffusion.beta_schedules import DDPMLinear, IDDPMCosine
+
+    schedule = (IDDPMCosine if cosine else DDPMLinear)(steps=steps)
+    index = torch.arange(steps)
+    logsnr = schedule.logsnr(index.double() / (steps - 1)).float()
+    torch.testing.assert_close(noise_condition(logsnr, kind), index.float() * scale, rtol=0, atol=0)
+    between = schedule.logsnr(torch.tensor([10.5]).double() / (steps - 1)).float()
+    torch.testing.assert_close(noise_condition(between, kind), torch.tensor([10.5 * scale]), rtol=0, atol=1e-3)
+    assert noise_condition(torch.empty(2, device="meta"), kind).shape == (2,)
+
+
+def test_the_flows_time_is_the_share_of_the_image():
+    logsnr = torch.tensor([-2 * math.log(3), 0.0])  # sigma/alpha = 3 and 1
+    torch.testing.assert_close(noise_condition(logsnr, "flow"), torch.tensor([0.25, 0.5]))
+    torch.testing.assert_close(noise_condition(logsnr, "flow_1000"), torch.tensor([750.0, 500.0]))
+
+
+def test_ddpms_convolution_down_can_pad_at_the_end_alone():
+    """TensorFlow's SAME padding of stride 2: none before an even side, one after it."""
+    from diffscale.models.unet import ConvResample
+
+    torch.manual_seed(0)
+    layer, x = ConvResample(4, "down", "end"), torch.randn(2, 4, 6, 6)
+    windows = F.pad(x, (0, 1, 0, 1)).unfold(2, 3, 2).unfold(3, 3, 2)  # (2, 4, 3, 3, 3, 3)
+    expected = torch.einsum("bchwij,ocij->bohw", windows, layer.conv.weight) + layer.conv.bias[:, None, None]
+    torch.testing.assert_close(layer(x, x), expected)

@@ -39,6 +39,8 @@ def test_the_halflife_is_where_half_is_forgotten() -> None:
     settings = EmaSettings(halflife_images=100, halflife_fraction=None)
     assert halflife_beta(settings, images_seen=10**6, images=100) == pytest.approx(0.5)
     assert halflife_beta(settings, images_seen=200, images=10) == pytest.approx(0.5)  # warm-up: 5 % of images seen
+    constant = EmaSettings(halflife_images=100, halflife_fraction=None, ramp=None)
+    assert halflife_beta(constant, images_seen=100, images=100) == pytest.approx(0.5)
 
 
 def test_the_average_is_the_closed_form_of_a_power_function() -> None:

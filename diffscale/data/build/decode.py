@@ -54,7 +54,9 @@ class ImageError(Exception):
 class Preparation:
     """The choices that turn an image into (resolution, resolution, channels) uint8."""
 
-    crop: Literal["center", "none"] = "center"  # center cuts the longer side; none refuses images that are not square
+    # center cuts the longer side, then resizes; adm resizes as `adm_fit` does, then cuts; none refuses images that are
+    # not square
+    crop: Literal["center", "adm", "none"] = "center"
     filter: Literal["lanczos", "box"] = "lanczos"  # both antialiased
     background: tuple[int, int, int] = (255, 255, 255)  # colour under transparent pixels
     channels: Literal[1, 3] = 3  # 3 is RGB, 1 is luminance (ITU-R 601)
@@ -63,7 +65,8 @@ class Preparation:
 
     def recorded(self) -> dict[str, Any]:
         """Return the choices as the manifest notes them."""
-        return {**asdict(self), "background": list(self.background), "reducing_gap": None, "exif": "applied"}
+        used = {"filter": "box, bicubic"} if self.crop == "adm" else {}
+        return {**asdict(self), **used, "background": list(self.background), "reducing_gap": None, "exif": "applied"}
 
     @classmethod
     def of(cls, recorded: Mapping[str, Any], channels: int) -> Preparation:
@@ -227,12 +230,28 @@ def fit(image: Image.Image, resolution: int, preparation: Preparation) -> Image.
         raise ImageError(f"it is {width} x {height} and crop is none")
     if side < resolution and not preparation.upsample:
         raise ImageError(f"it is {width} x {height}, smaller than {resolution}")
+    if preparation.crop == "adm":
+        return adm_fit(image, resolution)
     left, top = (width - side) // 2, (height - side) // 2
     if width != height:  # before resizing: the filter must not see pixels outside the square
         image = image.crop((left, top, left + side, top + side))
     if side == resolution:
         return image
     return image.resize((resolution, resolution), FILTERS[preparation.filter], reducing_gap=None)
+
+
+def adm_fit(image: Image.Image, resolution: int) -> Image.Image:
+    """Halve with a box filter while both sides stay at or above the resolution, resize bicubically, cut the middle.
+
+    The preparation of ImageNet in iDDPM, ADM, DiT, EDM2 and JiT (Dhariwal and Nichol 2021, center_crop_arr).
+    """
+    while min(image.size) >= 2 * resolution:
+        image = image.resize((image.size[0] // 2, image.size[1] // 2), Image.Resampling.BOX)
+    scale = resolution / min(image.size)
+    size = round(image.size[0] * scale), round(image.size[1] * scale)
+    image = image.resize(size, Image.Resampling.BICUBIC)
+    left, top = (size[0] - resolution) // 2, (size[1] - resolution) // 2
+    return image.crop((left, top, left + resolution, top + resolution))
 
 
 def to_array(image: Image.Image) -> NDArray[np.uint8]:

@@ -168,7 +168,15 @@ TRANSFORMERS: dict[str, Preset] = {
         "mapping_width": 128,
         "mapping_depth": 1,
     },
-    "hdit-imagenet128": _HDIT | {"resolution": 128, "num_classes": 1000, "widths": (384, 768), "depths": (2, 11)},
+    "hdit-imagenet128": _HDIT
+    | {
+        "resolution": 128,
+        "num_classes": 1000,
+        "widths": (384, 768),
+        "depths": (2, 11),
+        "mapping_width": 768,
+        "mapping_depth": 1,
+    },
     "hdit-flowers256": _HDIT | {"resolution": 256, "widths": (128, 256, 512), "depths": (2, 2, 4)},
     "hdit-imagenet256": _HDIT
     | {"resolution": 256, "num_classes": 1000, "widths": (384, 768, 1536), "depths": (2, 2, 16)},

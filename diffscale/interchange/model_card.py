@@ -1,0 +1,139 @@
+"""The card of a model, written from its records: data, recipe, cost, metrics with interval and protocol, licence."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import yaml
+
+from diffscale.config.experiment import Experiment
+from diffscale.core import storage
+from diffscale.records.schema import Record
+from diffscale.records.store import read_records
+
+UNSTATED = "not stated; ask whoever trained the model before you use it"
+NOT_PASSED_ON = (
+    "The weights were converted from published ones whose licence does not allow everyone to pass them on. "
+    "Keep this folder to yourself unless that licence permits what you do."
+)
+
+
+def model_card(
+    experiment: Experiment,
+    columns: dict[str, Any],
+    *,
+    run_folder: str,
+    ema: str,
+    to: str,
+    imported: dict[str, Any] | None,
+    licence: str = "",
+) -> str:
+    """Return README.md of an exported model, with the front matter that the Hub reads.
+
+    columns: the record's columns that training determines
+    run_folder: its records of this checkpoint and average are listed
+    to: the form of the export
+    imported: what `imported_from` returns
+    licence: of the weights; empty takes that of an import, or says that none is stated
+    """
+    records = _records(run_folder, columns["images_seen"], ema)
+    terms = licence or (imported["licence"] if imported else UNSTATED)
+    settings = experiment.dotted()
+    lines = [
+        _front_matter(experiment, columns, records, to, licence),
+        f"# {experiment.name}",
+        "",
+        f"{columns['model']}, {columns['parameters']:,} parameters, images of {columns['train_resolution']} pixels,",
+        f"{_origin(imported)}",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| data | {columns['dataset']} (content {columns['dataset_hash']}) |",
+        f"| process | {columns['schedule']}, {columns['interpolant']}, prediction {columns['prediction']}, "
+        f"weighting {columns['weighting']} |",
+        f"| training | {columns['images_seen']:,} images in batches of {columns['global_batch']:,}, "
+        f"{columns['train_flops']:.3g} FLOPs, precision {columns['precision']} |",
+        f"| weights | {ema} |",
+        f"| run | {columns['run_id']}, commit {columns['commit']} |",
+        f"| licence | {terms} |",
+        "",
+        *([NOT_PASSED_ON, ""] if imported and not imported["may_be_passed_on"] else []),
+        "## Metrics",
+        "",
+        *(_metrics(records) or ["None was measured."]),
+        "",
+        "## How it was made",
+        "",
+        *_command(imported),
+        "",
+        "<details><summary>Settings</summary>",
+        "",
+        "```json",
+        json.dumps({k: v for k, v in settings.items() if k not in ("storage", "data.path", "data.cache")}, indent=1),
+        "```",
+        "",
+        "</details>",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _records(run_folder: str, images_seen: int, ema: str) -> list[Record]:
+    if not storage.exists(storage.join(run_folder, "records")):
+        return []
+    return [r for r in read_records([run_folder]) if r.images_seen == images_seen and r.ema == ema]
+
+
+def _front_matter(experiment: Experiment, columns: dict[str, Any], records: list[Record], to: str, licence: str) -> str:
+    results = [
+        {
+            "task": {"type": "image-generation"},
+            "dataset": {"name": str(columns["dataset"]), "type": str(columns["dataset"])},
+            "metrics": [{"type": record.metric, "value": record.value} for record in records],
+        }
+    ]
+    content: dict[str, Any] = {
+        "license": "other",
+        "license_name": licence or "see-below",
+        "library_name": "diffusers" if to == "diffusers" else "diffscale",
+        "pipeline_tag": "unconditional-image-generation",
+        "tags": ["diffusion", "diffscale", str(columns["model"])],
+    }
+    if records:
+        content["model-index"] = [{"name": experiment.name, "results": results}]
+    return f"---\n{yaml.safe_dump(content, sort_keys=False, allow_unicode=True)}---\n"
+
+
+def _origin(imported: dict[str, Any] | None) -> str:
+    if imported is None:
+        return "trained with diffscale."
+    return (
+        f"imported by diffscale from {imported['file']} (SHA-256 {imported['sha256']}), family {imported['family']}, "
+        f"with the settings of the recipe {imported['recipe']}."
+    )
+
+
+def _metrics(records: list[Record]) -> list[str]:
+    if not records:
+        return []
+    rows = ["| metric | value | 95 % interval | n | reference images | pixels | sampler | evaluations |"]
+    rows.append("|---|---:|---|---:|---:|---:|---|---:|")
+    for r in records:
+        known = r.value_low is not None and r.value_high is not None
+        interval = f"{r.value_low:.4g} to {r.value_high:.4g}" if known else ""
+        rows.append(
+            f"| {r.metric} | {r.value:.5g} | {interval} | {r.n_generated:,} | {r.n_reference:,} | {r.eval_resolution} "
+            f"| {r.solver}, guidance {r.guidance_scale:g} | {r.nfe} |"
+        )
+    return rows
+
+
+def _command(imported: dict[str, Any] | None) -> list[str]:
+    if imported is not None:
+        return [f"    diffscale import {imported['file']} --family {imported['family']} data.path=DATASET"]
+    return [
+        "    diffscale train experiment.yaml data.path=DATASET",
+        "",
+        "experiment.yaml is the settings below as YAML.",
+    ]
