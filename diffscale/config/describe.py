@@ -119,7 +119,8 @@ def _range(metadata: typing.Iterable[Any]) -> str:
     """Return the bounds of a number as they are read after its type: ", 1 to 1000"."""
     low = next((f"at least {m.ge:g}" for m in metadata if isinstance(m, annotated_types.Ge)), "")
     low = low or next((f"above {m.gt:g}" for m in metadata if isinstance(m, annotated_types.Gt)), "")
-    high = next((f"at most {m.le:g}" for m in metadata if isinstance(m, annotated_types.Le) and m.le < TECHNICAL), "")
+    ends = (float(m.le) for m in metadata if isinstance(m, annotated_types.Le))  # type: ignore[arg-type]
+    high = next((f"at most {end:g}" for end in ends if end < TECHNICAL), "")
     high = high or next((f"below {m.lt:g}" for m in metadata if isinstance(m, annotated_types.Lt)), "")
     if low.startswith("at least") and high.startswith("at most"):
         return f", {low.removeprefix('at least ')} to {high.removeprefix('at most ')}"

@@ -195,8 +195,8 @@ def explain(error: ValidationError, schema: Any, tree: dict[str, Any]) -> UserEr
         return UserError(setting=dotted, value=None, expected="a value; it has no default")
     if isinstance(context.get("error"), UserError):
         return context["error"]
-    known = _BOUNDS.get(kind)
-    message = known.format(**context) if known else first["msg"].removeprefix("Value error, ")
+    bound = _BOUNDS.get(kind)
+    message = bound.format(**context) if bound else first["msg"].removeprefix("Value error, ")
     value = first["input"] if dotted else tree.get("name", "")
     return UserError(setting=dotted or "(top level)", value=value, expected=message)
 

@@ -153,7 +153,7 @@ class HeunFlow(SolverSettings):
     """
 
     grid: Grid = "flow"
-    smallest_amount: float = 0.0  # smallest a divided by; JiT has 0.05
+    smallest_amount: Share = 0.0  # smallest a divided by; JiT has 0.05
 
     @property
     def nfe(self) -> int:

@@ -26,8 +26,8 @@ from diffscale.models import create_model
 from diffscale.models.cost import count_cost
 from diffscale.training.checkpoint import layout as ck
 from diffscale.training.checkpoint.tensors import write_group
-from diffscale.training.checkpoint_evaluation import record_columns
 from diffscale.training.parallel import World
+from diffscale.training.record_columns import record_columns
 
 FILE = "imported.json"
 """What a run's folder says about the weights that it was made of."""

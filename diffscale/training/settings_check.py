@@ -117,7 +117,7 @@ def refuse_unfit_sampler(experiment: Experiment, dataset: Dataset, diffusion: Di
             setting="eval.solver",
             value=named,
             expected="noise levels that fall strictly within those of diffusion.schedule",
-            reason=f"{settings.solver.steps} steps give logsnr from {min(levels):.4g} to {max(levels):.4g}",
+            reason=f"{solver.steps} steps give logsnr from {min(levels):.4g} to {max(levels):.4g}",
             fix="fewer steps, or sigma_min and sigma_max within the schedule",
         )
 

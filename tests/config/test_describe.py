@@ -61,7 +61,7 @@ def test_command_and_schema() -> None:
         command = [sys.executable, "-m", "diffscale", "settings", *arguments]
         return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
-    assert "optim.lr: float = 0.0002" in run("optim").stdout
+    assert "optim.lr: float, above 0 = 0.0002" in run("optim").stdout
     schema = json.loads(run("--json-schema").stdout)
     jsonschema.validate(load_experiment("quickstart-unet").model_dump(mode="json"), schema)
     wrong = run("trian")

@@ -68,7 +68,6 @@ PINNED = {
     "quickstart-unet diffusion.weighting=p2": "afa78bf3bc3492b3",
     "quickstart-unet diffusion.weighting=edm": "ae8a04dbb31feb58",
     "quickstart-unet diffusion.weighting=sigmoid": "2e6b56eefeabb7ae",
-    "quickstart-unet diffusion.weighting=learned_uncertainty": "759b8e78d5ecc146",
 }
 """Identities computed before settings had ranges: a run keeps its folder."""
 

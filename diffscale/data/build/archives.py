@@ -68,7 +68,7 @@ def tar_tree(uri: str, local: str) -> Tree:
 def _tar_members(file: Any) -> Iterator[Entry]:
     with tarfile.open(fileobj=file, mode="r:") as archive:
         for member in archive:
-            archive.members = []  # else it keeps every header
+            archive.members = []  # type: ignore[attr-defined]  # else it keeps every header
             name = member.name.removeprefix("./")
             if member.isdir():
                 continue

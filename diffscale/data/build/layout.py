@@ -37,7 +37,7 @@ class Layout:
     split: int | None = None
     label: int | None = None
     fixed: dict[int, str] = field(default_factory=dict)
-    names: dict[str, str] | None = None
+    names: Mapping[str, str] | None = None
 
     def role(self, folder: str) -> str | None:
         return split_of(folder) if self.names is None else self.names.get(folder)
@@ -113,7 +113,7 @@ def find_layout(counts: Counts, uri: str, reading: Reading, labelled: bool = Fal
     return Layout(found.split, None, found.fixed, found.names) if labelled else found
 
 
-def _by_pattern(counts: Counts, uri: str, pattern: str, names: dict[str, str] | None) -> Layout:
+def _by_pattern(counts: Counts, uri: str, pattern: str, names: Mapping[str, str] | None) -> Layout:
     words = pattern.strip("/").split("/")
     places = {word: [i for i, w in enumerate(words) if w == word] for word in ("split", "class")}
     if not all(words) or any(len(levels) > 1 for levels in places.values()):
@@ -145,7 +145,7 @@ def _by_pattern(counts: Counts, uri: str, pattern: str, names: dict[str, str] | 
     return layout
 
 
-def _by_names(counts: Counts, uri: str, names: dict[str, str]) -> Layout:
+def _by_names(counts: Counts, uri: str, names: Mapping[str, str]) -> Layout:
     """Return the layout in which these folders are splits, wherever they are."""
     deepest = max(map(len, counts), default=0)
     for level in range(deepest):

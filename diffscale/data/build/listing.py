@@ -22,7 +22,7 @@ from diffscale.data.build.tree import class_names
 MOST_CLASSES = 24  # named in the plan
 MOST_EXAMPLES = 3  # of files that are left out, for each reason
 
-Counts = Counter[tuple[str | None, str | None]]
+Counts = Counter[tuple[str | None, Any]]
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def _warnings(listing: Listing) -> list[str]:
     warnings = []
     if plan.split and not plan.split_train and any(split == "heldout" for split, _ in counts):
         warnings.append(f"--split {plan.split:g} is not used: the source has its own held-out images")
-    if labels and (absent := sorted(labels - trained)):  # type: ignore[type-var]
+    if labels and (absent := sorted(labels - trained)):
         warnings.append(f"classes without images for training: {', '.join(map(str, absent[:MOST_CLASSES]))}")
     folded: dict[str, list[str]] = {}
     for name in listing.classes:

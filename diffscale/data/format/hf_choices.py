@@ -73,5 +73,10 @@ class Choices:
         """Read the output of `to_text`."""
         given = dict(parse_qsl(text, keep_blank_values=True))
         channels = int(given["channels"]) if "channels" in given else None
-        names = (given.get(name) for name in ("config", "image_column", "label_column", "split_names"))
-        return Choices(*names, channels=channels)
+        return Choices(
+            given.get("config"),
+            given.get("image_column"),
+            given.get("label_column"),
+            given.get("split_names"),
+            channels=channels,
+        )
