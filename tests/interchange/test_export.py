@@ -25,8 +25,8 @@ from diffscale.models.cost import count_cost
 from diffscale.records.schema import Record
 from diffscale.training.checkpoint import layout as ck
 from diffscale.training.checkpoint.tensors import write_group
-from diffscale.training.checkpoint_evaluation import record_columns
 from diffscale.training.parallel import World
+from diffscale.training.record_columns import record_columns
 
 SMALL = {"model_channels": 128, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4], "dropout": 0}
 PROCESSES: dict[str, dict[str, Any]] = {
