@@ -12,9 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from diffscale.core.errors import UserError
 from diffscale.data import open_dataset
+from diffscale.data.__main__ import app
 from diffscale.data.build.build import BuildOptions, build, examine
 from diffscale.data.build.items import BuildSource, Reading
 from diffscale.data.build.sources import open_source
@@ -298,6 +300,16 @@ def test_the_plan_says_what_was_found_and_nothing_is_written(tmp_path):
     assert "1: .txt is not an extension of images (notes.txt)" in text
     assert "classes without images for training: owl" in text
     assert sorted(os.listdir(tmp_path)) == ["tree"]
+
+
+def test_a_dry_run_of_the_command_prints_the_plan_alone(tmp_path):
+    source = make_folder(tmp_path / "source")
+    arguments = ["build", str(source), str(tmp_path / "out"), "--resolution", "16", "--dry-run"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0
+    assert result.stdout.startswith("source ")
+    assert "classes     3: ant 8, bee 8, cat 8" in result.stdout
+    assert os.listdir(tmp_path) == ["source"]
 
 
 def test_the_plan_shows_no_control_characters_of_a_name(tmp_path):
