@@ -20,6 +20,7 @@ from diffscale.data.__main__ import app
 from diffscale.data.build.build import BuildOptions, build, examine
 from diffscale.data.build.items import BuildSource, Reading
 from diffscale.data.build.sources import open_source
+from tests.support import tables
 from tests.support.datasets import png
 from tests.support.sources import (
     IMAGES,
@@ -51,10 +52,14 @@ def rejected(out: Path) -> dict[str, str]:
         return {row["image"]: row["reason"] for row in csv.DictReader(file)}
 
 
-@pytest.mark.parametrize("kind", SPLIT_SOURCES)
+CORPUS = {**SPLIT_SOURCES, **tables.SPLIT_SOURCES}
+
+
+@pytest.mark.parametrize("kind", CORPUS)
 def test_every_container_gives_the_same_images_splits_and_classes(tmp_path, kind):
-    source = SPLIT_SOURCES[kind](tmp_path)
-    labels = str(tmp_path / "labels.csv") if kind == "csv" else None
+    (tmp_path / "source").mkdir()
+    source = CORPUS[kind](tmp_path / "source")
+    labels = str(tmp_path / "source" / "labels.csv") if kind == "csv" else None
     build(options(source, tmp_path / "out", labels=labels), show=False)
     dataset = open_dataset(str(tmp_path / "out"))
     found = {}
