@@ -77,6 +77,20 @@ def test_the_committed_table_of_recipes_is_current():
     assert part.removeprefix("<!-- recipes:begin -->").strip() == recipes_table()
 
 
+def test_rins_recipes_have_the_authors_start_and_lamb():
+    """google-research/pix2seq: `exclude_from_weight_decay` of the configurations; no clipping in `build_optimizer`."""
+    for name, decay_on in (("rin-cifar10", "matrices"), ("rin-imagenet64", "all")):
+        experiment = load_experiment(name, [PATH])
+        optim = experiment.optim
+        assert (optim.name, optim.decay_on, optim.trust_ratio, optim.clip_grad_norm) == (
+            "lamb",
+            decay_on,
+            "always",
+            None,
+        )
+        assert experiment.model.start == "authors"
+
+
 def test_a_wrong_section_is_named(tmp_path: Path):
     file = tmp_path / "own.yaml"
     file.write_text("base: edm-cifar10\nrecipe: {paper: mine}\n")
