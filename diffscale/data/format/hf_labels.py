@@ -154,7 +154,9 @@ def classes_of(counts: Sequence[Counter[Value]], names: tuple[str, ...] | None, 
         raise LabelError(f"some files hold numbers ({numbers[0]}), others text ({texts[0]!r})")
     largest = max(map(abs, numbers), default=0)
     if largest >= MOST_CLASSES and not chosen:
-        raise LabelError(f"{largest} looks like an id, not like the number of a class")
+        raise LabelError(
+            f"{largest} looks like an id, not like a class; to take it for one, choose the column yourself"
+        )
     for split in counts:
         if split[NO_LABEL] and len(split.keys() - {NO_LABEL, None}):
             raise LabelError(f"{split[NO_LABEL]:,} rows have the label -1, the hub's sign for none; others have one")

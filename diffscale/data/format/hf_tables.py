@@ -217,12 +217,13 @@ def _count(files: list[TableFile], label: str, choices: Choices) -> dict[str, Co
 
 
 def _no_classes(label: str, uri: str, error: LabelError, choices: Choices) -> UserError:
+    spelled = choices.option("label_column") + (" " if choices.command else "=")
     return UserError(
         setting=choices.option("label_column"),
         value=label,
         expected="a column of classes",
         reason=f"{uri.rsplit('/', 1)[-1]}: {error}",
-        fix=f"choose another column, or {NONE} for images without classes",
+        fix=f"choose another column, or {spelled}{NONE} for images without classes",
     )
 
 
