@@ -40,6 +40,10 @@ def opened(place: Path, **choices) -> Dataset:
     return open_dataset(resolve(str(place), 16, "/unused", Choices(**choices)))
 
 
+def images_table(rows) -> pa.Table:
+    return pa.table({"image": images(rows)})
+
+
 def built(place: Path, out: Path, **choices) -> Dataset:
     build(BuildOptions(str(place), str(out), (16,), workers=0, **choices), show=False)
     return open_dataset(str(out))
@@ -246,6 +250,16 @@ def test_splits_of_other_names_are_left_out(tmp_path):
     (tmp_path / "train-00000-of-00001.parquet").rename(tmp_path / "other-00000-of-00001.parquet")
     with pytest.raises(UserError, match="extra, other"):
         opened(tmp_path)
+
+
+def test_a_saved_split_of_another_name_is_no_configuration(tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    rows = {"train": TRAIN, "test": HELD, "unsupervised": SIX}
+    DatasetDict({name: Dataset(images_table(part)) for name, part in rows.items()}).save_to_disk(tmp_path / "saved")
+    for dataset in (opened(tmp_path / "saved"), built(tmp_path / "saved", tmp_path / "out")):
+        assert content(dataset) == truth(TRAIN, [""])
+        assert content(dataset.heldout) == truth(HELD, [""])
 
 
 def test_a_share_of_a_table_without_held_out_images_can_be_held_out(tmp_path):

@@ -23,7 +23,7 @@ from diffscale.data.format.split_names import WORDS, read_split_names
 
 SUFFIXES = (".arrow", ".parquet")
 WORD = re.compile(rf"(?:(?<=[^a-z])|^)({'|'.join(sorted(WORDS, key=len, reverse=True))})(?=$|[^a-z])")
-NUMBERED = re.compile(r"^(.+?)[-_.]\d{5}-of-\d{5}$")  # the name of a split in the hub's file names
+NUMBERED = re.compile(r"^(.+?)[-_.]\d{5}-of-\d{5}(-[0-9a-f]+)?$")  # the name of a split in the hub's file names
 SIDE_FILES = ("cache-", "tmp")  # written by `Dataset.map`
 README_BYTES = 1 << 20
 
@@ -62,7 +62,9 @@ def find_files(uri: str, choices: Choices) -> tuple[list[TableFile], list[tuple[
     root = "" if uri.endswith(SUFFIXES) else uri.rstrip("/") + "/"
     inside = {path: path.removeprefix(root) if root else path.rsplit("/", 1)[-1] for path in paths}
     files = list(_declared(uri, inside)) if root else []
-    files = files or [TableFile(path, _config_of(name), split_name(name)) for path, name in inside.items()]
+    if not files:
+        saved = _saved(uri, inside)
+        files = [_place(path, name, saved) for path, name in inside.items()]
     used = {file.uri for file in files}
     left_out = [(path, "no configuration in README.md names it") for path in paths if path not in used]
     chosen = _of_config(files, choices)
@@ -131,6 +133,19 @@ def split_name(name: str) -> str:
         return words[-1]
     numbered = NUMBERED.match(name.lower().rsplit("/", 1)[-1].rsplit(".", 1)[0])
     return numbered[1] if numbered else ""
+
+
+def _saved(uri: str, inside: dict[str, str]) -> set[str]:
+    """Return the folders that `DatasetDict.save_to_disk` wrote, in which each folder is a split."""
+    folders = {name.rpartition("/")[0].rpartition("/")[0] for name in inside.values() if name.count("/")}
+    return {f for f in folders if storage.exists(storage.join(uri, *filter(None, (f, "dataset_dict.json"))))}
+
+
+def _place(path: str, name: str, saved: set[str]) -> TableFile:
+    above, _, folder = name.rpartition("/")[0].rpartition("/")
+    if folder and above in saved:
+        return TableFile(path, _config_of(f"{above}/"), folder.lower())
+    return TableFile(path, _config_of(name), split_name(name))
 
 
 def _config_of(name: str) -> str:
