@@ -117,7 +117,7 @@ def test_every_command_that_reads_names_a_file_in_place_of_a_folder(file: Path) 
     refused("report", str(file), "--out", str(file.parent / "report"), place=file)
     refused("sample", str(file), place=file)
     refused("ema", str(file), "--std", "0.1", place=file)
-    refused("evaluate", str(file), place=file)
+    refused("evaluate", str(file), "--reference", str(file), place=file)
     refused("train", *TINY, f"data.path={file}", f"storage={file.parent}", place=file)
 
 

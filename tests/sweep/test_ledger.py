@@ -128,5 +128,5 @@ def test_a_sweep_with_an_average_that_no_trial_tracks_is_refused_before_it_start
 
 
 def test_a_sweep_without_metrics_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="there is none"):
+    with pytest.raises(UserError, match=r"eval\.metrics = \[\]"):
         Ledger(load_sweep(str(write_sweep(tmp_path, **NONE)), ["eval.metrics=[]"]))
