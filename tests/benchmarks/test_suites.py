@@ -15,6 +15,7 @@ from benchmarks.suites.suite import RESULTS, load_suite, suite_names
 from diffscale.core.errors import UserError
 from diffscale.records.store import read_records, write_record
 from diffscale.training.plan import whole_batches
+from tests.support.datasets import pictures, write_dataset
 
 PEER_PACKAGES = ("diffusers", "denoising_diffusion_pytorch")
 
@@ -60,9 +61,10 @@ def test_the_cifar10_suite_evaluates_as_many_samples_as_decided() -> None:
     assert suite.on_gpu().ends["n_generated"] == 50_000
 
 
-def test_units_are_chosen_by_name_for_several_machines_or_a_short_time() -> None:
+def test_units_are_chosen_by_name_for_several_machines_or_a_short_time(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "datasets" / "cifar10", pictures(20, 32), classes=10)  # the suite's own takes a download
     suite = load_suite("cifar10").on_gpu().model_copy(update={"peers": []})  # whose packages are an optional extra
-    experiments = suite.experiments(gpu=True)
+    experiments = suite.experiments(gpu=True, extra={"storage": str(tmp_path)})
 
     def names(only: str) -> list[str]:
         return [unit.name for unit in units_of(suite, experiments, ["0"] * len(experiments), pattern(only))]

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffscale.diffusion import SOLVERS, CapturedDenoiser, Guidance, create_diffusion, denoise, keyed_noise, sample
-from diffscale.diffusion.denoiser import GuidedDenoiser
+from diffscale.diffusion import SOLVERS, CapturedDenoiser, Guidance, create_diffusion, keyed_noise, sample
+from diffscale.diffusion.denoiser import Denoised, GuidedDenoiser, denoise_with_share
 from diffscale.kernels.cuda_graph import Outputs, Run
 from diffscale.models import create_model
 
@@ -84,9 +84,9 @@ def test_guidance_in_one_pass_is_that_of_two(name, interval, state):
     model, label = network(name), torch.tensor([0, 1, 2, 3])
     passes: list[int] = []
 
-    def counted(*arguments: object, **extra: object) -> tuple[Tensor, Tensor | None]:
+    def counted(*arguments: object, **extra: object) -> Denoised:
         passes.append(len(arguments[2]))  # type: ignore[arg-type]
-        return denoise(*arguments, **extra)  # type: ignore[arg-type]
+        return denoise_with_share(*arguments, **extra)  # type: ignore[arg-type]
 
     guidance = Guidance(2.0, interval, state=state)
     guided = [GuidedDenoiser(DIFFUSION, model, label, guidance, {}, counted, t) for t in (False, True)]

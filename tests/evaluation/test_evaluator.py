@@ -34,6 +34,8 @@ def settings(**changes) -> SimpleNamespace:
         "solver": SimpleNamespace(name="ddim"),
         "guidance_scale": 1.0,
         "guidance_interval": None,
+        "guidance_channels": None,
+        "guidance_state": "shared",
         "seed": 0,
         "batch": 8,
         "grid_images": 9,

@@ -190,13 +190,11 @@ def _declared(uri: str, inside: dict[str, str]) -> Iterator[TableFile]:
                     yield from (TableFile(path, str(name), split) for path, n in inside.items() if match.fullmatch(n))
 
 
-class _NoAliases(yaml.SafeLoader):
-    """A few aliases of aliases stand for more entries than fit into memory."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("an alias")
-        return super().compose_node(parent, index)
+def _parse(text: str) -> Any:
+    """Return what YAML says. Aliases are refused: a few of them stand for more entries than fit into memory."""
+    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+        raise yaml.YAMLError("an alias")
+    return yaml.safe_load(text)
 
 
 def _configs(uri: str) -> list[dict[str, Any]]:
@@ -204,7 +202,7 @@ def _configs(uri: str) -> list[dict[str, Any]]:
         fs, path = storage.filesystem(storage.join(uri, "README.md"))
         with fs.open_input_stream(path) as file:
             text = file.read(README_BYTES).decode(errors="replace")
-        found = yaml.load(text.split("---", 2)[1], _NoAliases) if text.startswith("---") else None
+        found = _parse(text.split("---", 2)[1]) if text.startswith("---") else None
     except (OSError, IndexError, ValueError, RecursionError, yaml.YAMLError):
         return []
     configs = found.get("configs") if isinstance(found, dict) else None
