@@ -131,7 +131,7 @@ def write_result(study: Study, found: Result) -> list[Record]:
         table: pd.DataFrame = getattr(found, name)
         storage.write_bytes(storage.join(study.folder, f"{name}.csv"), table.to_csv(index=False).encode())
     records = []
-    for row in found.contenders.to_dict("records"):
+    for row in found.contenders.to_dict("records") if found.contenders["votes"].any() else []:
         contender = study.contenders[study.names.index(str(row["contender"]))]
         record = _record(study, found, contender, row) if contender.run else None
         if record is not None:
