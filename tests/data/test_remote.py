@@ -283,6 +283,10 @@ def test_a_dataset_is_built_from_and_into_an_object_store(bucket, tmp_path, kind
     pixels, labels = dataset.gather(np.arange(12))
     found = {x.tobytes(): int(y) for x, y in zip(pixels.numpy(), labels, strict=True)}
     assert found == {image.tobytes(): i % 2 for i, image in enumerate(images)}
+    assert dataset.class_counts == (6, 6)
+    if kind == "parquet":
+        direct = open_dataset(resolve(source, 16, "/unused"))
+        assert (direct.class_names, direct.class_counts) == (["a", "b"], (6, 6))
 
 
 def _read_all(remote: str, folder: str) -> bool:
