@@ -257,13 +257,26 @@ def check_comparable(sweep: Sweep, trials: list[Trial]) -> None:
             )
 
 
+GROUPING = (
+    "n_generated",
+    "n_reference",
+    "resize",
+    "solver",
+    "guidance_scale",
+    "guidance_interval",
+    "guidance_state",
+    "guidance_channels",
+)
+"""Settings of `eval` that decide the comparability group of a value."""
+
+
 def _groups(trials: list[Trial]) -> dict[str, list[str]]:
     """Return what decides the comparability group of each trial's values, by the setting that decides it."""
     groups: dict[str, list[str]] = {}
     contents: dict[tuple[str, int], str] = {}
     for experiment in (trial.experiments[0] for trial in trials):
         settings = experiment.eval
-        for key in ("n_generated", "n_reference", "resize", "solver", "guidance_scale", "guidance_interval"):
+        for key in GROUPING:
             groups.setdefault(f"eval.{key}", []).append(str(getattr(settings, key)))
         place = experiment.data.path, settings.eval_resolution or experiment.data.resolution
         if place not in contents:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from diffscale.config.experiment import Experiment
-from diffscale.config.factory import build_model, build_solver
+from diffscale.config.factory import build_model
 from diffscale.core import storage
 from diffscale.core.cache import file_lock
 from diffscale.core.hashing import identify
@@ -34,6 +34,7 @@ from diffscale.training.checkpoint.state import gather_full, sharded_like
 from diffscale.training.ema import Weights, ema_name
 from diffscale.training.learner import Learner
 from diffscale.training.numerics import Numerics
+from diffscale.training.own_records import own_sampling
 from diffscale.training.parallel import World
 from diffscale.training.record_columns import make_record, with_evaluation_settings
 from diffscale.training.validation_loss import validation_loss
@@ -137,9 +138,7 @@ class CheckpointEvaluator:
     def sampling(self, precision: str = "", labels: str = "train") -> Sampling:
         """Sampler of the settings. precision: fp32 or bf16; empty for the precision of the run's numerics."""
         precision = precision or sampling_precision(self.numerics.precision)
-        sampling = self.evaluator.sampling(
-            build_solver(self.experiment), precision=precision, carries_state=self.experiment.carries_state
-        )
+        sampling = own_sampling(self.experiment, precision)
         return replace(sampling, labels=labels, batch=self._sample_batch(sampling))
 
     def _sample_batch(self, sampling: Sampling) -> int:

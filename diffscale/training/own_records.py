@@ -13,7 +13,7 @@ from diffscale.config.experiment import Experiment
 from diffscale.config.factory import build_solver
 from diffscale.core import storage
 from diffscale.evaluation.metrics.registry import recorded_name
-from diffscale.evaluation.sampling import sampling_of_settings, sampling_precision
+from diffscale.evaluation.sampling import Sampling, sampling_of_settings, sampling_precision
 from diffscale.records.schema import Record
 from diffscale.records.store import read_record
 from diffscale.training.checkpoint import layout as ck
@@ -29,14 +29,20 @@ def first_metric(experiment: Experiment) -> str:
     return recorded_name(metrics[0], experiment.eval.resize) if metrics else ""
 
 
+def own_sampling(experiment: Experiment, precision: str) -> Sampling:
+    """Return the sampler of a run's own evaluations."""
+    settings, solver = experiment.eval, build_solver(experiment)
+    return sampling_of_settings(
+        settings, solver, settings.n_generated, precision, carries_state=experiment.carries_state
+    )
+
+
 def is_own(record: Record, experiment: Experiment) -> bool:
     """Return whether a record is of the evaluation that the run's settings describe, in every column of its group.
 
     Metrics that a later evaluation added under the same settings count as well.
     """
-    settings = experiment.eval
-    precision = sampling_precision(record.precision)
-    sampling = sampling_of_settings(settings, build_solver(experiment), settings.n_generated, precision)
+    settings, sampling = experiment.eval, own_sampling(experiment, sampling_precision(record.precision))
     return (
         record.n_generated == settings.n_generated
         and record.ema == ema_name(settings.ema)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from diffscale.config.experiment import Experiment
-from diffscale.config.factory import build_solver
-from diffscale.evaluation.sampling import sampling_of_settings
 from diffscale.records.schema import Record
 from diffscale.training.ema import ema_name
-from diffscale.training.own_records import first_metric
+from diffscale.training.own_records import first_metric, own_sampling
 from tests.records.test_store import make
 
 
 def own_record(experiment: Experiment, value: float, **changes: object) -> Record:
     """Return the first metric's record of a run's own evaluation. changes: columns of another evaluation."""
     settings = experiment.eval
-    sampling = sampling_of_settings(settings, build_solver(experiment), settings.n_generated)
+    sampling = own_sampling(experiment, "fp32")
     columns = {
         "run_name": experiment.name,
         "precision": "fp32",

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from diffscale.config.factory import build_diffusion, build_model, open_training_data
+from diffscale.config.load import load_experiment
 from diffscale.data import Dataset
 from diffscale.models.cost import Cost
 from diffscale.records.schema import Record
@@ -200,3 +201,11 @@ def test_a_checkpoint_whose_average_lacks_a_parameter_is_damaged(run: str, tmp_p
     with pytest.raises(CheckpointDamaged, match=name):
         ck.load_weights(model, checkpoint, "halflife")
     ck.load_weights(model, checkpoint, "none")
+
+
+def test_a_guided_network_that_carries_state_has_own_records_too(tmp_path: Path) -> None:
+    """Its sampler has a setting that others lack; the evaluation and the search for its records take one sampler."""
+    e = load_experiment("quickstart-rin", ["eval.guidance_scale=2.0", f"storage={tmp_path}"])
+    record = own_record(e, 5.0)
+    assert "guidance_state" in record.sampler
+    assert is_own(record, e)
