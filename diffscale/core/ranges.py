@@ -18,9 +18,9 @@ Size = Annotated[int, Ge(1), Le(65_536)]
 """Width, side or number of parts."""
 SizeOrZero = Annotated[int, Ge(0), Le(65_536)]
 """A size of which 0 has a meaning of its own."""
-Depth = Annotated[int, Ge(1), Le(1_000)]
+Depth = Annotated[int, Ge(1), Le(256)]
 """Number of layers or steps, one after the other."""
-DepthOrZero = Annotated[int, Ge(0), Le(1_000)]
+DepthOrZero = Annotated[int, Ge(0), Le(256)]
 Steps = Annotated[int, Ge(1), Le(10_000)]
 """Number of noise levels."""
 DiscreteSteps = Annotated[int, Ge(2), Le(100_000)]

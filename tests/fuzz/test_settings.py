@@ -30,13 +30,14 @@ from diffscale.config.unions import Choice
 from diffscale.core.errors import UserError
 from diffscale.diffusion import Guidance, keyed_noise, sample
 from diffscale.training.parallel import World
-from diffscale.training.run import prepare
+from diffscale.training.run import count
+from diffscale.training.settings_check import check_settings
 from diffscale.training.trainer import Trainer
 
 SECONDS = float(os.environ.get("DIFFSCALE_FUZZ_SECONDS", "20"))
 FIRST_SEED = int(os.environ.get("DIFFSCALE_FUZZ_SEED", "0"))
 BATCH = 4
-MOST_MACS, MOST_PARAMETERS, MOST_STEPS = 3e7, 2e6, 60
+MOST_MACS, MOST_PARAMETERS, MOST_LAYERS, MOST_STEPS = 3e7, 2e6, 400, 60
 
 TINY: dict[str, dict[str, Any]] = {
     "unet": {"model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [4]},
@@ -198,10 +199,15 @@ def refused_or_trained(changes: dict[str, Any], place: Path) -> str:
     """Return what became of the settings; raise what the training raised."""
     try:
         experiment = validate(merge(BASE | {"storage": str(place)}, changes))
-        dataset, cost = prepare(experiment)
+        dataset = check_settings(experiment)
     except UserError:
         return "refused"
     train = experiment.train
+    with torch.device("meta"):
+        layers = sum(1 for _ in build_model(experiment, dataset).modules())
+    if layers > MOST_LAYERS:
+        return "too large to try"
+    cost = count(experiment, dataset)
     if cost.forward_macs > MOST_MACS or cost.parameters > MOST_PARAMETERS or train.global_batch > 64:
         return "too large to try"
     ends = {"images": 3 * train.global_batch, "flops": None, "device_seconds": None}
