@@ -17,7 +17,6 @@ from rich.console import Console
 
 from diffscale.core import storage
 from diffscale.core.app import command_app, run_app
-from diffscale.core.errors import UserError
 from diffscale.core.places import require_writable
 
 app = command_app()
@@ -48,11 +47,9 @@ def main(
     out: Annotated[str, typer.Option(help="also write the rows to this JSON file")] = "",
 ) -> None:
     """Evaluate a run, a checkpoint or a folder of images."""
-    from diffscale.evaluation.folder import evaluate_folder, refuse_sampling  # import cost
     from diffscale.evaluation.networks.weights import weights_from  # import cost
     from diffscale.evaluation.table import rows_table, warnings_of  # import cost
-    from diffscale.training.evaluate_runs import EvaluateOptions, evaluate_run, short_settings  # import cost
-    from diffscale.training.load import is_run  # import cost
+    from diffscale.training.evaluate_runs import EvaluateOptions, evaluate_target  # import cost
 
     for option, folder in (("--keep", keep), ("--out", out and os.path.dirname(storage.resolve(out, "--out")))):
         if folder:
@@ -60,47 +57,22 @@ def main(
     console = Console()
     print_picture = partial(console.print, "picture:", soft_wrap=True)
     target = storage.resolve(target, "TARGET", written=False)
+    options = EvaluateOptions(
+        checkpoint=checkpoint,
+        averages=tuple(ema or ()),
+        solvers=tuple(solver or ()),
+        labels=labels,
+        precision=precision,
+        reference=reference,
+        per_class=per_class,
+        memorised=memorised,
+        resolution=resolution,
+        keep=keep,
+        keep_format=keep_format,
+        workers=workers,
+    )
     with weights_from(weights):
-        if is_run(target):
-            if resolution:
-                raise UserError(
-                    setting="--resolution",
-                    value=resolution,
-                    expected="images on disk",
-                    reason="a run's samples are compared at eval.eval_resolution",
-                )
-            settings = [*(overrides or []), *short_settings(metrics, n, resize)]
-            options = EvaluateOptions(
-                checkpoint=checkpoint,
-                averages=tuple(ema or ()),
-                solvers=tuple(solver or ()),
-                labels=labels,
-                precision=precision,
-                reference=reference,
-                per_class=per_class,
-                memorised=memorised,
-                keep=keep,
-                keep_format=keep_format,
-                workers=workers,
-            )
-            records = evaluate_run(target, settings, options, console.status, print_picture)
-            rows = [json.loads(record.model_dump_json()) for record in records]
-        else:
-            usual = {"checkpoint": checkpoint.removeprefix("last"), "labels": labels.removeprefix("train")}
-            refuse_sampling(OVERRIDE=overrides, n=n, ema=ema, solver=solver, keep=keep, precision=precision, **usual)
-            names = (metrics or "fid").split(",")
-            rows = evaluate_folder(
-                target,
-                reference,
-                names,
-                resize,
-                workers,
-                per_class,
-                memorised,
-                resolution or None,
-                console.status,
-                print_picture,
-            )
+        rows = evaluate_target(target, overrides or [], metrics, n, resize, options, console.status, print_picture)
     console.print(rows_table(rows))
     for warning in warnings_of(rows):
         console.print(f"[yellow]note:[/] {warning}", soft_wrap=True)

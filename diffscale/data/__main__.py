@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 import typer
@@ -104,8 +103,8 @@ def build_command(
         )
     preparation = Preparation(crop, filter, colour, channels, upsample, max_pixels)  # type: ignore[arg-type]
     options = BuildOptions(
-        source=_absolute(source),
-        target=_absolute(target),
+        source=storage.resolve(source, "SOURCE", written=False),
+        target=storage.resolve(target, "DATASET"),
         resolutions=tuple(resolution or ()),
         kind=kind,  # type: ignore[arg-type]
         preparation=preparation,
@@ -114,7 +113,7 @@ def build_command(
         split=split,
         split_seed=split_seed,
         shuffle=shuffle,
-        labels=labels and _absolute(labels),
+        labels=labels and storage.resolve(labels, "--labels", written=False),
         image_column=image_column,
         label_column=label_column,
         config=config,
@@ -140,7 +139,7 @@ def inspect_command(
     split: Annotated[Literal["train", "heldout"], typer.Option()] = "train",
 ) -> None:
     """Print the content of a dataset at all its resolutions, and write a grid of some of its images."""
-    folder = _absolute(dataset)
+    folder = storage.resolve(dataset, "DATASET", written=False)
     several = [] if storage.exists(storage.join(folder, FILE)) else available_resolutions(folder)
     for side in several:
         _describe(storage.join(folder, str(side)))
@@ -155,7 +154,7 @@ def inspect_command(
 @app.command("verify")
 def verify_command(dataset: Folder) -> None:
     """Check every checksum and decode every image. The exit code is 1 if something is damaged."""
-    problems = verify_dataset(_absolute(dataset))
+    problems = verify_dataset(storage.resolve(dataset, "DATASET", written=False))
     for problem in problems:
         console.print(problem, markup=False, highlight=False)
     if problems:
@@ -193,10 +192,6 @@ def _describe(folder: str) -> None:
 
 def _numbers(values: list[float]) -> str:
     return " ".join(f"{v:.2f}" for v in values)
-
-
-def _absolute(path: str) -> str:
-    return path if storage.is_remote(path) else str(Path(path.removeprefix("file://")).expanduser().absolute())
 
 
 if __name__ == "__main__":

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from diffscale.core.cache import cache_dir
+from diffscale.core.errors import UserError
 from diffscale.core.hashing import identify
 from diffscale.core.places import require_writable
 from diffscale.distributed.connect import connect
 from diffscale.evaluation import Sampling
 from diffscale.evaluation.distribute import devices
+from diffscale.evaluation.folder import evaluate_folder, refuse_sampling
 from diffscale.evaluation.sample_writer import SampleWriter
 from diffscale.records.schema import Record
 from diffscale.training.checkpoint_evaluation import CheckpointEvaluator
-from diffscale.training.load import TrainedModel, list_targets, load_trained, samples_source, settings_of_run
+from diffscale.training.load import TrainedModel, is_run, list_targets, load_trained, samples_source, settings_of_run
 from diffscale.training.parallel import World
 from diffscale.training.settings_check import refuse_unfit_sampler
 
@@ -35,9 +39,56 @@ class EvaluateOptions:
     reference: str = ""  # an .npz of statistics in place of the training images
     per_class: bool = False  # each metric for each class too
     memorised: int = 0  # samples in the picture of those nearest to training images
+    resolution: int = 0  # side in pixels to which images of a folder are resized; 0: what the reference decides
     keep: str = ""  # folder in which to keep the images
     keep_format: str = "png"  # or arrow
     workers: int = 0  # Ray actors; 0: one for each GPU, or else CPU, of the cluster
+
+
+def evaluate_target(
+    target: str,
+    overrides: Sequence[str],
+    metrics: str,
+    n: int,
+    resize: str,
+    options: EvaluateOptions,
+    show: Callable[[str], AbstractContextManager] = nullcontext,
+    on_picture: Callable[[str], None] = lambda uri: None,
+) -> list[dict[str, Any]]:
+    """Evaluate a run, a checkpoint or images on disk, and return the rows by column name.
+
+    metrics, n, resize: short for overrides of a run; "", 0 and "default" change nothing
+
+    Raises UserError for an option that would have no effect on such a target. See evaluate_run and evaluate_folder.
+    """
+    if is_run(target):
+        if options.resolution:
+            reason = "a run's samples are compared at eval.eval_resolution"
+            raise UserError(setting="--resolution", value=options.resolution, expected="images on disk", reason=reason)
+        records = evaluate_run(target, [*overrides, *short_settings(metrics, n, resize)], options, show, on_picture)
+        return [json.loads(record.model_dump_json()) for record in records]
+    refuse_sampling(
+        OVERRIDE=list(overrides),
+        n=n,
+        ema=list(options.averages),
+        solver=list(options.solvers),
+        keep=options.keep,
+        precision=options.precision,
+        checkpoint=options.checkpoint.removeprefix("last"),
+        labels=options.labels.removeprefix("train"),
+    )
+    return evaluate_folder(
+        target,
+        options.reference,
+        (metrics or "fid").split(","),
+        resize,
+        options.workers,
+        options.per_class,
+        options.memorised,
+        options.resolution or None,
+        show,
+        on_picture,
+    )
 
 
 def evaluate_run(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from diffscale.records.store import write_record
-from diffscale.runs import best_value, list_runs
+from diffscale.training.run_list import best_value, list_runs
 from tests.records.test_store import make
 
 
