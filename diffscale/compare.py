@@ -24,6 +24,7 @@ def main(
     question: Annotated[str, typer.Option(help="real: which looks more real; label: which fits its label")] = "real",
     layout: Annotated[str, typer.Option(help="pair of images, or grid: two grids of 16")] = "pair",
     n: Annotated[int, typer.Option(help="images of each contender")] = 64,
+    resolution: Annotated[int, typer.Option(help="side in pixels to which images of a folder are cropped")] = 0,
     real: Annotated[str, typer.Option(help="dataset or folder whose images take part too")] = "",
     goal: Annotated[int, typer.Option(help="answers that each rater is asked for")] = 60,
     place: Annotated[str, typer.Option("--storage", help="where votes are kept; default: the storage of runs")] = "",
@@ -49,8 +50,12 @@ def main(
     found = []
     for target in targets:
         console.print(f"images of {target}", soft_wrap=True, highlight=False)
-        found.append(contender(storage.resolve(target, "RUN|FOLDER", written=False), n))
-    truth = real_images(storage.resolve(real, "--real", written=False), n, found[0].labels) if real else None
+        found.append(contender(storage.resolve(target, "RUN|FOLDER", written=False), n, resolution or None))
+    truth = (
+        real_images(storage.resolve(real, "--real", written=False), n, found[0].labels, resolution or None)
+        if real
+        else None
+    )
     root = storage.resolve(place) if place else storage.default_storage()
     study = Study(found, truth, question=question, layout=layout, place=root)
     study.write()

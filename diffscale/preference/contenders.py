@@ -16,21 +16,24 @@ from diffscale.training.draw_samples import DrawOptions, draw_samples, sampling_
 from diffscale.training.load import is_run, list_targets, load_trained, settings_of_run
 
 
-def contender(target: str, n: int) -> Contender:
+def contender(target: str, n: int, resolution: int | None = None) -> Contender:
     """Return the first n samples of a run or checkpoint, or the first n images of a folder, .npz or dataset.
 
     Image i of every run comes from seed i and class i modulo the number of classes.
+
+    resolution: side in pixels to which images on disk are cropped and resized; None: they are square and of one size
     """
-    return _of_run(target, n) if is_run(target) else _of_images(target, n)
+    return _of_run(target, n) if is_run(target) else _of_images(target, n, resolution)
 
 
-def real_images(place: str, n: int, labels: tuple[str, ...], seed: int = 0) -> Contender:
+def real_images(place: str, n: int, labels: tuple[str, ...], resolution: int | None = None, seed: int = 0) -> Contender:
     """Return n images of a dataset or folder in a random order; of a dataset with classes, of the labels' classes.
 
     labels: class of each position; empty without classes
+    resolution: side in pixels to which images on disk are cropped and resized; None: they are square and of one size
     """
     with unpacked() as work:
-        return _real_images(open_images(place, work), place, n, labels, seed)
+        return _real_images(open_images(place, work, resolution=resolution), place, n, labels, seed)
 
 
 def _real_images(images: Images, place: str, n: int, labels: tuple[str, ...], seed: int) -> Contender:
@@ -68,9 +71,9 @@ def _of_run(target: str, n: int) -> Contender:
     return Contender(trained.label, images, labels, origin, trained.run_folder)
 
 
-def _of_images(place: str, n: int) -> Contender:
+def _of_images(place: str, n: int, resolution: int | None) -> Contender:
     with unpacked() as work:
-        images = open_images(place, work)
+        images = open_images(place, work, resolution=resolution)
         return _contender(Path(place.rstrip("/")).name, images, np.arange(min(n, images.n)), place)
 
 
