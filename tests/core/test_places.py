@@ -13,7 +13,7 @@ import pytest
 
 from diffscale.core.errors import UserError
 from diffscale.core.places import explain, require_writable
-from tests.support.commands import run_command
+from tests.support.commands import ray_runs, run_command
 
 TINY = (
     "quickstart-unet",
@@ -47,12 +47,13 @@ def read_only(tmp_path: Path) -> Iterator[Path]:
 
 
 def refused(name: str, *arguments: str, place: Path | str) -> str:
+    before = ray_runs()
     ended = run_command(name, *arguments)
     assert ended.code == 2, ended
     assert "Traceback" not in ended.err
     assert str(place) in ended.err
     assert len(ended.err.splitlines()) < 24
-    assert "ray" not in sys.modules or not sys.modules["ray"].is_initialized()
+    assert ray_runs() == before
     return ended.err
 
 

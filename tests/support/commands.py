@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import sys
 from typing import NamedTuple
 
 from diffscale.core.app import load_command, run_app
@@ -26,3 +27,8 @@ def run_command(name: str, *arguments: str) -> Ended:
         except SystemExit as end:
             code = int(end.code or 0)
     return Ended(code, out.getvalue(), err.getvalue())
+
+
+def ray_runs() -> bool:
+    """Whether this process has Ray: other tests may have started it, a refused command must not."""
+    return "ray" in sys.modules and sys.modules["ray"].is_initialized()

@@ -10,7 +10,7 @@ from diffscale.config.load import load_experiment
 from diffscale.core.errors import UserError
 from diffscale.data import Dataset
 from diffscale.training.settings_check import check_settings
-from tests.support.commands import run_command
+from tests.support.commands import ray_runs, run_command
 
 REFUSED_ALONE = [
     ("train.workers=0", "train.workers"),
@@ -102,14 +102,13 @@ def test_settings_that_do_not_fit_data_or_network_are_refused(
 
 @pytest.mark.parametrize("command", [("--dry-run",), ()])
 def test_the_command_exits_with_2_before_ray_starts(command: tuple[str, ...], shared_storage: Path) -> None:
-    import sys
-
+    before = ray_runs()
     for override in ("train.workers=[4,2]", "model.num_heads=7"):
         ended = run_command("train", "quickstart-unet", f"storage={shared_storage}", override, *command)
         assert ended.code == 2
         assert ended.err.startswith(f"error: {override.partition('=')[0]}")
         assert "Traceback" not in ended.err
-    assert "ray" not in sys.modules or not sys.modules["ray"].is_initialized()
+    assert ray_runs() == before
 
 
 def test_a_sweep_refuses_a_trial_that_cannot_train_by_its_values(shared_storage: Path) -> None:
