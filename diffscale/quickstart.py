@@ -7,7 +7,6 @@ the report tabulates distance against compute. Run it again to continue an inter
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from pathlib import Path
 from typing import Annotated, Literal
@@ -38,7 +37,7 @@ def main(
 
     from diffscale.config.factory import open_training_data  # import cost
     from diffscale.distributed.connect import connect  # import cost
-    from diffscale.report import write_report  # import cost
+    from diffscale.report.write import copy_pictures, write_report  # import cost
     from diffscale.sweep.ledger import Ledger  # import cost
     from diffscale.sweep.run import load_sweep  # import cost
     from diffscale.sweep.run import run as run_sweep  # import cost
@@ -79,19 +78,6 @@ def main(
     for path in [report / "index.html", report / "fid_vs_compute.csv", *pictures]:
         console.print(f"  {path}", soft_wrap=True, highlight=False)
     raise typer.Exit(int(bool(result.failed)))
-
-
-def copy_pictures(folders: list[str], out: Path) -> list[Path]:
-    """Copy the main plot and the newest sample grid of each run to the top of the report's folder; return the files."""
-    plot = out / "fid_vs_compute.png"
-    shutil.copyfile(out / "plots" / plot.name, plot)
-    pictures = [plot]
-    for folder in map(Path, folders):
-        grids = sorted((folder / "samples").glob("*.png"))
-        if grids:
-            pictures.append(out / f"samples-{folder.name}.png")
-            shutil.copyfile(grids[-1], pictures[-1])
-    return pictures
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -92,3 +93,16 @@ def _described(table: pd.DataFrame, facets: pd.DataFrame) -> pd.DataFrame:
 
 def _front(table: pd.DataFrame, first: list[str]) -> pd.DataFrame:
     return table[first + [c for c in table.columns if c not in first]]
+
+
+def copy_pictures(folders: list[str], out: Path) -> list[Path]:
+    """Copy the main plot and the newest sample grid of each run to the top of the report's folder; return the files."""
+    plot = out / "fid_vs_compute.png"
+    shutil.copyfile(out / "plots" / plot.name, plot)
+    pictures = [plot]
+    for folder in map(Path, folders):
+        grids = sorted((folder / "samples").glob("*.png"))
+        if grids:
+            pictures.append(out / f"samples-{folder.name}.png")
+            shutil.copyfile(grids[-1], pictures[-1])
+    return pictures
