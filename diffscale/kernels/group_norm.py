@@ -89,8 +89,9 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def _gradients(ctx: Any, dy: Tensor, backward: Callable[..., tuple[Tensor, ...]]) -> tuple[Tensor | None, ...]:
-    dy = dy.to(ctx.saved_tensors[0].dtype).contiguous(memory_format=torch.channels_last)
-    return *backward(dy, *ctx.saved_tensors, ctx.groups, ctx.silu), None, None, None
+    saved = ctx.saved_tensors  # read once: activation checkpointing refuses a second reading
+    dy = dy.to(saved[0].dtype).contiguous(memory_format=torch.channels_last)
+    return *backward(dy, *saved, ctx.groups, ctx.silu), None, None, None
 
 
 class _NormAct(torch.autograd.Function):

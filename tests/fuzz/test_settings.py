@@ -87,6 +87,7 @@ FIXED: list[dict[str, Any]] = [
     {"diffusion": {"schedule": {"name": "sigmoid_gamma", "tau": 1e-3}}},
     {"diffusion": {"multiscale_loss": True}, "data": {"resolution": 48}},
     {"diffusion": {"weighting": "learned_uncertainty"}},
+    {"train": {"activation_checkpointing": True}},
 ]
 
 

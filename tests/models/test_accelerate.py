@@ -75,6 +75,16 @@ def test_plain_and_accelerated_agree(which, winograd, tolerance):
 
 
 @needs_kernels
+@pytest.mark.parametrize("which", NETWORKS)
+def test_activation_checkpointing_changes_nothing(which):
+    """Checkpointing lets a kernel's backward pass read what it saved only once."""
+    plain, checkpointed = (accelerate(network(which), winograd=True) for _ in range(2))
+    checkpointed.set_activation_checkpointing(True)
+    for ours, expected in zip(results(checkpointed), results(plain), strict=True):
+        assert torch.equal(ours, expected)
+
+
+@needs_kernels
 @pytest.mark.parametrize("winograd", [False, pytest.param(True, marks=needs_bfloat16)])
 @pytest.mark.parametrize("which", NETWORKS)
 def test_in_bf16_it_is_about_as_exact_as_the_plain_network(which, winograd):
