@@ -48,7 +48,7 @@ def checkpoints(storage: Path) -> list[str]:
 @pytest.mark.gate
 @pytest.mark.timeout(1200)
 def test_a_job_is_stopped_with_a_checkpoint_and_submitting_it_again_finishes_it(local_cluster, tmp_path):
-    images = BATCH * 200
+    images = BATCH * 800  # training lasts longer than a stop takes to reach the workers
     command = [
         sys.executable,
         "-m",
