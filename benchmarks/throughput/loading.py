@@ -373,6 +373,7 @@ def measure_shuffle(work: str) -> list[dict[str, Any]]:
     forms: list[dict[str, Any]] = [{"order": "rows"}]
     forms += [{"order": "blocks", "block_rows": block, "window": window} for window in (1, 2, 4, 16, 64)]
     forms += [{"order": "blocks", "block_rows": 64, "window": 512}]
+    forms += [{"order": "lanes", "block_rows": block, "window": 1, "lanes": lanes} for lanes in (64, 1024)]
     for stored, form in itertools.product(("sorted", "shuffled"), forms):
         index = positions_to_indices(np.arange(n), n, 0, **form)
         labels = (index if stored == "sorted" else storing[index]) * classes // n
@@ -383,7 +384,8 @@ def measure_shuffle(work: str) -> list[dict[str, Any]]:
                 "order": form["order"],
                 "block_rows": form.get("block_rows", 1),
                 "window": form.get("window", n),
-                "share_near": round(form.get("block_rows", 1) * form.get("window", n) / n, 4),
+                "lanes": form.get("lanes", 1),
+                "share_near": round(_rows_near(form, n) / n, 4),
                 "classes_per_batch": round(np.mean(found), 1),
                 "fewest": min(found),
                 "classes_per_batch_uniform": round(expected, 1),
@@ -392,6 +394,11 @@ def measure_shuffle(work: str) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _rows_near(form: dict[str, Any], n: int) -> int:
+    """Rows from which an order draws at a time."""
+    return min(n, form.get("block_rows", 1) * form.get("window", n) * form.get("lanes", 1))
 
 
 def main(parts: Annotated[list[str] | None, typer.Argument(help=", ".join(PARTS))] = None) -> None:

@@ -69,7 +69,11 @@ class DataSettings(Section):
     class_conditional: bool = Field(True, description="give the model the labels")
     flip: bool = Field(True, description="mirror half of the images")
     augment: float = Field(0.0, ge=0, le=1, description="probability of EDM's non-leaking augmentations")
-    order: Literal["rows", "blocks"] = Field("rows", description="permute rows, or blocks and rows within a window")
+    order: Literal["rows", "blocks", "lanes"] = Field(
+        "rows",
+        description="permute rows, blocks and rows within a window, or so in lanes, of which a worker has its own",
+    )
+    lanes: int = Field(1024, ge=1, le=65_536, description="lanes of order=lanes; the number of workers divides it")
     loader: Literal["arrow", "ray_data"] = Field("arrow", description="memory map, or streaming through Ray Data")
     cache: str | None = Field(None, min_length=1, description="folder on each node for shards of a remote dataset")
     cache_gigabytes: float = Field(100.0, gt=0, le=1e9, description="the most that the cache may hold, in GB")
@@ -317,6 +321,7 @@ class Experiment(Section):
             raise UserError(setting="train.micro_batch", value=train.micro_batch, expected=batch)
         if train.max_workers > train.global_batch:
             raise UserError(setting="train.workers", value=train.workers, expected=f"{batch}: one for each worker")
+        self._refuse_workers_without_lanes()
         resolution = evaluation.eval_resolution
         if resolution is not None and resolution < self.data.resolution:
             raise UserError(
@@ -335,6 +340,14 @@ class Experiment(Section):
         self._refuse_network_without_input()
         check_absolute(self.storage)
         return self
+
+    def _refuse_workers_without_lanes(self) -> None:
+        """Raise UserError for a possible number of workers that does not divide the lanes of the order."""
+        from diffscale.data.loading.lanes import check_workers  # import cost
+
+        if self.data.order == "lanes":
+            for workers in range(self.train.min_workers, self.train.max_workers + 1):
+                check_workers(self.train.global_batch, workers, self.data.lanes)
 
     def _refuse_network_without_input(self) -> None:
         """Raise UserError for a network that lacks an input or an output which another setting needs."""
@@ -381,6 +394,8 @@ class Experiment(Section):
         """Return the settings that change the weights: with the data's content they determine `run_id`."""
         s = self.model_dump(mode="json")
         data = {k: s["data"][k] for k in ("resolution", "class_conditional", "flip", "augment", "order")}
+        if self.data.order == "lanes":
+            data["lanes"] = s["data"]["lanes"]
         keys = ("seed", "global_batch", "precision", "compile", "channels_last", "activation_checkpointing", "ema")
         train = {k: s["train"][k] for k in keys}
         if self.train.winograd is True:

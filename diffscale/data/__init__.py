@@ -5,7 +5,7 @@ from diffscale.data.format.dataset import Dataset
 from diffscale.data.format.errors import ShardError
 from diffscale.data.format.hf_choices import Choices
 from diffscale.data.format.open import open_dataset, resolve
-from diffscale.data.loading import create_loader, even_share
+from diffscale.data.loading import create_loader, even_share, share_of_batch
 from diffscale.data.loading.loader import Batch, Loader
 from diffscale.data.loading.order import positions_to_indices
 
@@ -21,4 +21,5 @@ __all__ = [
     "open_dataset",
     "positions_to_indices",
     "resolve",
+    "share_of_batch",
 ]

@@ -155,6 +155,7 @@ RECIPE_FIELDS = (
     "data.flip",
     "data.augment",
     "data.order",
+    "data.lanes",
     "data.decoder",
     "model",
     "diffusion",
@@ -175,6 +176,7 @@ RECIPE_FIELDS = (
 
 
 ADDED_SETTINGS: dict[str, Any] = {
+    "data.lanes": 1024,
     "model.start": "small_time",
     "model.zero_writes": False,
     "model.write_heads": 0,

@@ -25,11 +25,16 @@ FIRST_BUCKET_BYTES = 1 << 20  # so that the sum over workers begins early in the
 
 @dataclass(frozen=True)
 class World:
-    """This worker's rank among all workers. A single worker needs no process group."""
+    """This worker's rank among all workers. A single worker needs no process group.
+
+    node_rank, node_size: its rank among the workers of its node, and their number
+    """
 
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    node_rank: int = 0
+    node_size: int = 1
 
     def share(self, global_batch: int) -> tuple[int, int]:
         """Return the first and last (exclusive) place of this worker's share of each global batch."""

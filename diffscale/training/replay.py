@@ -66,6 +66,7 @@ def replay(experiment: Experiment) -> str:
         flip=data.flip,
         augment=data.augment,
         order=data.order,
+        lanes=data.lanes,
     ) as loader:
         for batch in loader:
             extra = {} if batch.augment_label is None else {"augment_label": batch.augment_label}

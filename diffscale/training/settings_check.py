@@ -17,7 +17,7 @@ from diffscale.config.factory import build_diffusion, build_model, build_solver,
 from diffscale.core.errors import UserError
 from diffscale.core.places import require_working_places, require_writable
 from diffscale.core.text import one_line
-from diffscale.data import Dataset, create_loader, resolve
+from diffscale.data import Dataset, create_loader, resolve, share_of_batch
 from diffscale.diffusion import Diffusion, Guidance, training_loss
 from diffscale.diffusion.sampling import check_sampler, guided_nfe
 from diffscale.distributed.connect import gpus
@@ -91,6 +91,8 @@ def _refuse_unfit_loader(experiment: Experiment, dataset: Dataset) -> None:
         flip=data.flip,
         augment=data.augment,
         order=data.order,
+        lanes=data.lanes,
+        shard=share_of_batch(data.order, train.global_batch, 0, train.min_workers, data.lanes),
         verify=False,
     )
 

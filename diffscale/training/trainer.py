@@ -21,7 +21,7 @@ from diffscale.config.experiment import Experiment
 from diffscale.config.factory import build_diffusion, build_model, open_training_data
 from diffscale.core import storage
 from diffscale.core.device import EnergyMeter
-from diffscale.data import Dataset, Loader, ShardError, create_loader
+from diffscale.data import Dataset, Loader, ShardError, create_loader, share_of_batch
 from diffscale.diffusion import Diffusion
 from diffscale.distributed.messages import PHASE
 from diffscale.evaluation.distribute import Stopped
@@ -90,6 +90,8 @@ class Trainer:
         self.watchdog = Watchdog(run_folder, world.rank)
         self.plan = make_plan(experiment, cost.flops_per_image)
         self.dataset = open_training_data(experiment)
+        if world.rank == 0:
+            _propose_lanes(experiment, self.dataset, world)
         diffusion = build_diffusion(experiment, self.dataset)
         self.meter = EnergyMeter(world.device)
         self.numerics, bit_identical = self._numerics()
@@ -191,11 +193,13 @@ class Trainer:
             seed=train.seed,
             global_batch=train.global_batch,
             start=self.learner.images_seen,
-            shard=self.world.share(train.global_batch),
+            shard=share_of_batch(data.order, train.global_batch, self.world.rank, self.world.size, data.lanes),
             device=self.world.device,
             flip=data.flip,
             augment=data.augment,
             order=data.order,
+            lanes=data.lanes,
+            node_workers=self.world.node_size,
             channels_last=self.numerics.channels_last,
             numbers=self.learner.draw_numbers,
         )
@@ -434,6 +438,19 @@ def _build_learner(
     if sharded:
         model = shard(model, world, numerics.precision)
     return Learner(model, diffusion, experiment, world, numerics, _num_classes(experiment, dataset), end)
+
+
+def _propose_lanes(experiment: Experiment, dataset: Dataset, world: World) -> None:
+    """Log that every node will fetch all of a remote dataset, where another order would spare it.
+
+    The order is not chosen here: it is part of the run's identity.
+    """
+    if dataset.cache is not None and world.node_size < world.size and experiment.data.order != "lanes":
+        log.warning(
+            "with data.order=%s every node fetches all of %s; with data.order=lanes a node fetches its share",
+            experiment.data.order,
+            dataset.path,
+        )
 
 
 def _num_classes(experiment: Experiment, dataset: Dataset) -> int:

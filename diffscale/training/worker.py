@@ -72,4 +72,10 @@ def _ray_world(gpu: bool) -> World:
     import ray.train  # import cost
 
     context = ray.train.get_context()
-    return World(context.get_world_rank(), context.get_world_size(), device_of(gpu))
+    return World(
+        context.get_world_rank(),
+        context.get_world_size(),
+        device_of(gpu),
+        context.get_local_rank(),
+        context.get_local_world_size(),
+    )

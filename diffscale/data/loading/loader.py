@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from diffscale.data.format.dataset import Dataset
 from diffscale.data.format.errors import ShardError
 from diffscale.data.loading.augment import augment_images, is_mirrored, mirror_images
 from diffscale.data.loading.batch_queue import BatchQueue
-from diffscale.data.loading.order import first_use, positions_to_indices
+from diffscale.data.loading.order import Order, first_use, positions_to_indices
 from diffscale.data.loading.prefetch import ShardPrefetcher, check_cache
 from diffscale.kernels.runtime import single_threaded
 
@@ -74,15 +74,18 @@ class Loader:
     global_batch: images of a step over all workers
     start: images seen so far, any number; the same start gives the same batches on any number of workers
     stop: end before this position; the last batch holds the positions below it; None never ends
-    shard: (first, last) places of this worker in the global batch, 0 <= first <= last <= global_batch; shares may be
-        uneven or empty (`even_share` gives the usual ones); None is the whole batch
+    shard: places of this worker in the global batch: a range, or (first, last) with 0 <= first <= last <= global_batch;
+        shares may be uneven or empty (`even_share` and `lane_share` give the usual ones); None is the whole batch
     device: of the batches
     flip: mirror each image with probability 1/2, keyed by (seed, position)
     augment: probability of each of EDM's non-leaking augmentations, keyed by (seed, position), 0 is off; the
         mirroring is then one of them, and batches have an `augment_label`
-    order: `rows` permutes all rows, `blocks` permutes blocks and then the rows in a window of blocks (loading/order.py)
+    order: `rows` permutes all rows, `blocks` permutes blocks and then the rows in a window of blocks, `lanes` does so
+        in each lane (loading/order.py)
     block_rows: rows of a block; None is the dataset's own
     window: blocks in a window; None is the dataset's own
+    lanes: number of lanes of `order=lanes`
+    node_workers: workers of this node, which share its cache
     channels_last: images (B, C, H, W) in the memory order in which they are stored, as convolutions on a GPU take them
     raw: leave the images as stored
     numbers: returns further tensors, one row for each of the positions int64 (n,); called on the CPU, in the
@@ -99,23 +102,25 @@ class Loader:
         global_batch: int,
         start: int = 0,
         stop: int | None = None,
-        shard: tuple[int, int] | None = None,
+        shard: range | tuple[int, int] | None = None,
         device: str | torch.device = "cpu",
         flip: bool = False,
         augment: float = 0.0,
-        order: Literal["rows", "blocks"] = "rows",
+        order: Order = "rows",
         block_rows: int | None = None,
         window: int | None = None,
+        lanes: int = 1024,
+        node_workers: int = 1,
         channels_last: bool = False,
         raw: bool = False,
         numbers: Callable[[Tensor], Numbers] | None = None,
         prefetch: int = 3,
         verify: bool = True,
     ) -> None:
-        first, last = shard if shard is not None else (0, global_batch)
+        share = shard if isinstance(shard, range) else range(*(shard or (0, global_batch)))
         if global_batch < 1 or start < 0 or prefetch < 1:
             raise ValueError(f"global_batch = {global_batch}, start = {start}, prefetch = {prefetch}: at least 1, 0, 1")
-        if not 0 <= first <= last <= global_batch:
+        if not 0 <= share.start <= share.stop <= global_batch or share.step < 1:
             raise ValueError(f"shard = {shard}: 0 <= first <= last <= global_batch = {global_batch}")
         if dataset.is_latent and (flip or augment):
             raise UserError(
@@ -125,7 +130,7 @@ class Loader:
                 fix="data.flip=false data.augment=0",
             )
         self.dataset, self.seed, self.global_batch, self.start, self.stop = dataset, seed, global_batch, start, stop
-        self.first, self.last, self.device = first, last, torch.device(device)
+        self.share, self.device = np.arange(share.start, share.stop, share.step), torch.device(device)
         self.flip, self.augment, self.raw, self.prefetch = flip, augment, raw, prefetch
         self.channels_last = channels_last
         self.numbers = numbers
@@ -133,9 +138,10 @@ class Loader:
             "order": order,
             "block_rows": block_rows or dataset.block_rows,
             "window": window or dataset.window,
+            "lanes": lanes,
         }
         self.checks = BackgroundCheck(dataset) if verify else None
-        check_cache(dataset, self.form)
+        check_cache(dataset, self.form, node_workers * len(self.share) / global_batch)
         self._threads: list[tuple[threading.Thread, BatchQueue[Batch]]] = []
 
     def __enter__(self) -> Loader:
@@ -211,15 +217,14 @@ class Loader:
         """Yield positions and rows of this worker's share of some batches, both (batches, share).
 
         The order is evaluated for many batches at once."""
-        share = np.arange(self.first, self.last, dtype=np.int64)
         most = 2 * self.dataset.n // self.global_batch  # each epoch has its own permutation to set up
-        steps = max(1, min(ORDER_CHUNK // max(1, len(share)), most))
+        steps = max(1, min(ORDER_CHUNK // max(1, len(self.share)), most))
         base = self.start
         while self.stop is None or base < self.stop:
             starts = base + np.arange(steps, dtype=np.int64) * self.global_batch
             if self.stop is not None:
                 starts = starts[starts < self.stop]
-            positions = starts[:, None] + share
+            positions = starts[:, None] + self.share
             indices = positions_to_indices(positions, self.dataset.n, self.seed, **self.form)
             for first in range(0, len(starts), self._group_size):
                 group = slice(first, first + self._group_size)
@@ -232,13 +237,14 @@ class Loader:
         if self.dataset.manifest.layout == "encoded":  # decoding takes much longer than a wake-up
             return 1
         image = math.prod(self.dataset.image_shape) * np.dtype(self.dataset.dtype).itemsize
-        return min(MOST_GROUPED, max(1, GROUP_BYTES // max(1, image * (self.last - self.first))))
+        return min(MOST_GROUPED, max(1, GROUP_BYTES // max(1, image * len(self.share))))
 
     def _stored(self, pinned: bool) -> Iterator[Stored]:
         """Yield positions, stored images and labels of each batch; `pinned` puts the images in pinned memory."""
         dtype = getattr(torch, self.dataset.dtype)
         remote = self.dataset.cache is not None
-        ahead = ShardPrefetcher(self.dataset, self.seed, self.start, self.form) if remote else None
+        own = (self.seed, self.start, self.share, self.global_batch)
+        ahead = ShardPrefetcher(self.dataset, *own, self.form) if remote and len(self.share) else None
         try:
             for positions, indices in self._plan():
                 if ahead is not None and positions.size:
@@ -256,7 +262,7 @@ class Loader:
 
     def _drawn(self) -> Iterator[dict[str, Tensor]]:
         """Yield the numbers of the positions of each batch, drawn for many batches at once; without an end."""
-        share = torch.arange(self.first, self.last)
+        share = torch.from_numpy(self.share)
         steps = max(1, ORDER_CHUNK // max(1, len(share)))
         base = self.start
         while True:

@@ -9,6 +9,10 @@ same row on every machine and worker and after every restart.
 then the rows inside a window of blocks, so that only `window` blocks are needed at once. Each batch then comes from
 `window` blocks: many are needed to shuffle rows that are sorted by class, a few are enough after a build with
 `--shuffle`.
+
+`lanes`, for many nodes, cuts the rows into contiguous lanes that take turns (loading/lanes.py). Each lane has its own
+permutation, of blocks and then of the rows in a window of them, so a worker that takes whole lanes reads its share of
+the data alone. A batch draws from as many parts of the data as it has images, up to the number of lanes.
 """
 
 from __future__ import annotations
@@ -21,10 +25,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffscale.core.hashing import GOLDEN, MASK, splitmix64
+from diffscale.data.loading.lanes import lane_starts, parts_of_lanes
 from diffscale.kernels import rows
 
 Int64 = NDArray[np.int64]
 UInt64 = NDArray[np.uint64]
+Order = Literal["rows", "blocks", "lanes"]
 
 ROUNDS = 10
 MOST_ROWS = 1 << 60
@@ -35,18 +41,20 @@ def positions_to_indices(
     n: int,
     seed: int,
     *,
-    order: Literal["rows", "blocks"] = "rows",
+    order: Order = "rows",
     block_rows: int = 1024,
     window: int = 64,
+    lanes: int = 1024,
 ) -> Int64:
     """Return the dataset's row for each position of the run.
 
     positions: int64 >= 0, any shape; images since the start of the run
     n: rows of the dataset, 1 to 2^60
     seed: key of the order
-    order: `rows` or `blocks`
-    block_rows: rows of a block, for `blocks`
-    window: blocks in a window, for `blocks`
+    order: `rows`, `blocks` or `lanes`
+    block_rows: rows of a block, for `blocks` and `lanes`
+    window: blocks in a window, for `blocks`; in the windows of all lanes together, at least one in each, for `lanes`
+    lanes: number of lanes, for `lanes`
 
     Returns int64 rows in [0, n) of the same shape. Each epoch, n positions from a multiple of n, has every row once.
     """
@@ -65,8 +73,10 @@ def positions_to_indices(
         chosen = slice(None) if single else epochs == epoch
         if order == "rows":
             out[chosen] = permutation(n, seed, epoch).forward(places[chosen])
+        elif order == "blocks":
+            out[chosen] = _blocked(places[chosen], 0, n, block_rows, window, seed, epoch)
         else:
-            out[chosen] = _blocked(places[chosen], n, seed, epoch, block_rows, window)
+            out[chosen] = _laned(flat[chosen], n, lanes, block_rows, lane_window(window, lanes), seed, epoch)
     return out.reshape(positions.shape)
 
 
@@ -154,24 +164,52 @@ def _round_keys(key: tuple[int, ...]) -> list[int]:
     return [splitmix64(state + (i + 1) * GOLDEN & MASK) for i in range(ROUNDS)]
 
 
-BLOCKS, ROWS = 1, 2  # keys of the two levels
+BLOCKS, ROWS, LANE = 1, 2, 3  # keys of the levels
 
 
-def _blocked(places: Int64, n: int, seed: int, epoch: int, block_rows: int, window: int) -> Int64:
-    """Return the rows at `places` of one epoch: blocks are permuted, then the rows in each `window` of them."""
+def lane_window(window: int, lanes: int) -> int:
+    """Return the blocks in a window of one lane, if the windows of all lanes together have `window`."""
+    return max(1, window // lanes)
+
+
+def _laned(positions: Int64, n: int, lanes: int, block_rows: int, window: int, seed: int, epoch: int) -> Int64:
+    """Return the rows at `positions`, all of one epoch: each lane is blocked on its own."""
+    if lanes < 1:
+        raise ValueError(f"lanes = {lanes}: at least 1")
+    begin = epoch * n
+    lane = positions % lanes
+    turn = (positions - begin) // lanes  # lanes that come before in the epoch's order have had one turn more
+    starts, parts = lane_starts(n, lanes, epoch), parts_of_lanes(lanes)
+    out = np.empty_like(positions)
+    by_lane = np.argsort(lane, kind="stable")
+    present, firsts = np.unique(lane[by_lane], return_index=True)
+    for one, chosen in zip(present.tolist(), np.split(by_lane, firsts[1:]), strict=True):
+        first, last = int(starts[parts[one]]), int(starts[parts[one] + 1])
+        out[chosen] = _blocked(turn[chosen], first, last, block_rows, window, seed, epoch, LANE, one)
+    return out
+
+
+def _blocked(places: Int64, first: int, last: int, block_rows: int, window: int, *key: int) -> Int64:
+    """Return the rows of [first, last) at `places`: blocks are permuted, then the rows in each `window` of them.
+
+    Blocks begin at multiples of `block_rows`, so the first and the last may be short.
+    """
     if block_rows < 1 or window < 1:
         raise ValueError(f"block_rows = {block_rows}, window = {window}: both are at least 1")
-    blocks = -(-n // block_rows)
-    short = n - (blocks - 1) * block_rows  # rows of the last block
-    order = permutation(blocks, seed, epoch, BLOCKS)
-    short_slot = int(order.inverse(np.array([blocks - 1]))[0])
+    base = first // block_rows
+    blocks = -(-last // block_rows) - base
+    order = permutation(blocks, *key, BLOCKS)
+    before, after = first - base * block_rows, (base + blocks) * block_rows - last  # rows that the end blocks lack
+    ends = order.inverse(np.array([0, blocks - 1])).tolist()
+    short = sorted((slot, lacks) for slot, lacks in zip(ends, (before, after), strict=True) if lacks)
 
-    def start_of(slot: int) -> int:  # first place of a slot: one slot is shorter than the others
-        return slot * block_rows - (block_rows - short if slot > short_slot else 0)
+    def start_of(slot: int) -> int:  # first place of a slot
+        return slot * block_rows - sum(lacks for other, lacks in short if slot > other)
 
-    def slot_of(place: Int64) -> Int64:
-        full = np.where(place >= short_slot * block_rows + short, place + block_rows - short, place)
-        return full // block_rows
+    def as_if_full(place: Int64) -> Int64:  # the place if no block were short
+        for slot, lacks in short:
+            place = np.where(place >= (slot + 1) * block_rows - lacks, place + lacks, place)
+        return place
 
     count = -(-blocks // window)
     least, larger = divmod(blocks, count)  # the first `larger` windows have one slot more
@@ -180,15 +218,16 @@ def _blocked(places: Int64, n: int, seed: int, epoch: int, block_rows: int, wind
         return w * least + min(w, larger)
 
     out = np.empty_like(places)
-    slots = slot_of(places)
+    slots = as_if_full(places) // block_rows
     windows = np.where(slots < larger * (least + 1), slots // (least + 1), (slots - larger) // least)
     for w in np.unique(windows).tolist():
         chosen = windows == w
         low, high = start_of(first_slot(w)), start_of(first_slot(w + 1))
-        shuffled = low + permutation(high - low, seed, epoch, ROWS, w).forward(places[chosen] - low)
-        slot = slot_of(shuffled)
-        within = shuffled - slot * block_rows + np.where(slot > short_slot, block_rows - short, 0)
-        out[chosen] = order.forward(slot) * block_rows + within
+        shuffled = as_if_full(low + permutation(high - low, *key, ROWS, w).forward(places[chosen] - low))
+        slot = shuffled // block_rows
+        block = order.forward(slot)
+        within = shuffled - slot * block_rows + np.where(block == 0, before, 0)
+        out[chosen] = (base + block) * block_rows + within
     return out
 
 

@@ -40,7 +40,7 @@ class RayDataLoader(Loader):
         context = DataContext.get_current()
         context.execution_options.preserve_order = True  # set before the pipeline is built
         context.enable_progress_bars = False
-        share = self.last - self.first
+        share = len(self.share)
         reference = ray.put(self.dataset)
         base = self.start
         while share and (self.stop is None or base < self.stop):
@@ -58,11 +58,11 @@ class RayDataLoader(Loader):
 
     def _fetch(self, reference: Any, base: int):
         """Return the function that a task runs for one step: it gathers the rows of this worker's share."""
-        first, last, stop, batch, seed, form = self.first, self.last, self.stop, self.global_batch, self.seed, self.form
+        share, stop, batch, seed, form = self.share, self.stop, self.global_batch, self.seed, self.form
 
         def fetch(step: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             dataset = _opened(reference)
-            positions = base + int(step["id"][0]) * batch + np.arange(first, last, dtype=np.int64)
+            positions = base + int(step["id"][0]) * batch + share
             if stop is not None:
                 positions = positions[positions < stop]
             indices = positions_to_indices(positions, dataset.n, seed, **form)
