@@ -22,8 +22,8 @@ app = command_app()
 
 BACKBONES = ("unet", "uvit", "rin")
 WORKERS = 2
-SCALE = {"smallest": 0.1, "default": 1.0}
-SAMPLES = {"smallest": 64, "default": 256}
+SCALE = {"smallest": 0.03, "default": 1.0}
+SAMPLES = {"smallest": 64, "default": 128}
 
 
 @app.command()
@@ -54,7 +54,7 @@ def main(
 
     step(1, "Arrow shards from the images in the package")
     experiments = []
-    for preset in (f"quickstart-{backbone}" for backbone in BACKBONES):
+    for preset in (f"few-emoji-{backbone}" for backbone in BACKBONES):
         flops = (load_experiment(preset).train.flops or 0.0) * SCALE[size]
         settings = [*shared, f"train.flops={flops}", f"train.workers={WORKERS}"]
         experiments.append(load_experiment(preset, settings))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-BACKBONES = ("quickstart-unet", "quickstart-uvit", "quickstart-rin")
+BACKBONES = ("few-emoji-unet", "few-emoji-uvit", "few-emoji-rin")
 
 
 @pytest.mark.slow

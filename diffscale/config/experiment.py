@@ -63,7 +63,9 @@ class Section(BaseModel):
 
 class DataSettings(Section):
     path: str = Field(
-        "builtin:emoji", min_length=1, description="dataset folder or its URI; builtin:emoji is in the package"
+        "builtin:emoji",
+        min_length=1,
+        description="dataset folder or its URI; builtin:emoji and builtin:few-emoji are in the package",
     )
     resolution: int = Field(32, ge=4, le=16_384, description="side in pixels at which to train")
     class_conditional: bool = Field(True, description="give the model the labels")

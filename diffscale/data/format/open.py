@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from diffscale.core import storage
 from diffscale.core.errors import UserError
-from diffscale.data.build.builtin import EMOJI, emoji_dataset
+from diffscale.data.build.builtin import BUILTIN, builtin_dataset
 from diffscale.data.format import hf_tables
 from diffscale.data.format.cache import ShardCache
 from diffscale.data.format.dataset import Dataset, available_resolutions
@@ -16,9 +16,9 @@ from diffscale.data.format.manifest import FILE, SplitName, read_manifest
 def resolve(path: str, resolution: int | None, storage_uri: str, choices: Choices = NO_CHOICES) -> str:
     """Return the place that `open_dataset` takes. Raises UserError that names the valid values.
 
-    path: the setting `data.path`: `builtin:emoji` (built under STORAGE/datasets on first use, at 4 to 64 pixels), a
-        folder built at one or several resolutions, or a Hugging Face dataset (a folder of Arrow or Parquet files,
-        read unchanged)
+    path: the setting `data.path`: `builtin:emoji` or `builtin:few-emoji` (built under STORAGE/datasets on first use, at
+        4 to 64 pixels), a folder built at one or several resolutions, or a Hugging Face dataset (a folder of Arrow or
+        Parquet files, read unchanged)
     resolution: the setting `data.resolution`, in pixels; None takes the dataset's own, or its largest
     storage_uri: the setting `storage`
     choices: the settings `data.config`, `data.image_column`, `data.label_column` and `data.channels`, which only a
@@ -26,9 +26,9 @@ def resolve(path: str, resolution: int | None, storage_uri: str, choices: Choice
     """
     if path.startswith("builtin:"):
         _refuse(choices, path)
-        if path != EMOJI:
-            raise UserError(setting="data.path", value=path, expected=f"{EMOJI}, a folder or a URI")
-        return emoji_dataset(resolution, storage.check_absolute(storage_uri))
+        if path not in BUILTIN:
+            raise UserError(setting="data.path", value=path, expected=f"{', '.join(BUILTIN)}, a folder or a URI")
+        return builtin_dataset(path, resolution, storage.check_absolute(storage_uri))
     path = storage.check_absolute(path, "data.path")
     if storage.exists(storage.join(path, FILE)):
         _refuse(choices, path)
