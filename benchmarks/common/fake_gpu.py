@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from diffscale.core.cache import cache_dir
 from diffscale.core.hashing import sha256_of
@@ -150,6 +151,7 @@ class Launches(TorchDispatchMode):
     counts: launches by (phase, operation)
     casts: copies to another dtype, by phase
     reads: host reads by place, "training/learner.py:182"
+    flops: of matrix products, convolutions and attention, by the dtype of their first input
     """
 
     def __init__(self, phases: dict[str, str], default: str = "forward") -> None:
@@ -163,6 +165,7 @@ class Launches(TorchDispatchMode):
         self.counts: Counter[tuple[str, str]] = Counter()
         self.casts: Counter[str] = Counter()
         self.reads: Counter[str] = Counter()
+        self.flops: Counter[torch.dtype] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.partition("::")[2]
@@ -184,6 +187,8 @@ class Launches(TorchDispatchMode):
         ):
             return out
         self._count(name, args, kwargs or {}, out)
+        if func._overloadpacket in flop_registry:
+            self.flops[args[0].dtype] += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
         return out
 
     def _count(self, name: str, args: Any, kwargs: Any, out: Any) -> None:
@@ -204,6 +209,16 @@ class Launches(TorchDispatchMode):
     def total(self, phase: str | None = None) -> int:
         """Return the launches of a phase, or of all."""
         return sum(count for (where, _), count in self.counts.items() if phase in (None, where))
+
+    def attention(self) -> dict[str, int]:
+        """Return the calls of each kernel of attention in forward passes; "unfused" are products and a softmax."""
+        calls: Counter[str] = Counter()
+        for (phase, name), n in self.counts.items():
+            if phase != "backward" and name.startswith("_scaled_dot_product"):
+                calls[name.split("_")[4]] += n
+            elif phase != "backward" and name in ("_softmax", "_safe_softmax"):
+                calls["unfused"] += n
+        return dict(calls)
 
     def _phase(self) -> str:
         frame: Any = sys._getframe(2)

@@ -3,7 +3,8 @@
     python -m benchmarks.throughput.count_launches unet-tiny dit-tiny            # a line for each
     python -m benchmarks.throughput.count_launches dit-xl-2 --batch 32 --top 10  # and the commonest operations
 
-One eager step of the learner in bf16 with AdamW, clipping and one average, on a fake H200 (benchmarks/common/fake_gpu).
+One eager step of the learner in bf16 with AdamW, clipping and one average, on a fake H200 (benchmarks/common/fake_gpu),
+with the share of its FLOPs in float32, the kernels of its attention, and what is left once it is captured.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Annotated, Any
 
 import torch
@@ -23,6 +26,7 @@ from diffscale.config.experiment import Experiment
 from diffscale.config.factory import build_diffusion, build_model
 from diffscale.config.load import validate
 from diffscale.models import PRESETS
+from diffscale.training.capture import WARM_UP
 from diffscale.training.learner import Learner
 from diffscale.training.numerics import Numerics, is_spatial_convolution
 from diffscale.training.parallel import World
@@ -57,7 +61,7 @@ def experiment_of(preset: str, batch: int) -> Experiment:
 
 
 def count(preset: str, batch: int = 256) -> dict[str, Any]:
-    """Count the third step of a learner. Only in a process of `fake_gpu.environment`."""
+    """Count a learner's third step, and its fifth, which is recorded. Only in a process of `fake_gpu.environment`."""
     experiment, published = experiment_of(preset, batch), PRESETS[preset]
     side, channels = published["resolution"], published.get("channels", 3)
     data: Any = Images(side, channels, published.get("num_classes", 0))
@@ -66,19 +70,26 @@ def count(preset: str, batch: int = 256) -> dict[str, Any]:
     with torch.device("meta"):
         model = build_model(experiment, data)
     convolves = any(is_spatial_convolution(module) for module in model.modules())
+    torch.cuda.init()
     with fake_gpu.fake_tensors() as mode:
         numerics = Numerics("bf16", channels_last=convolves)
         fake_gpu.to_fake(model, mode, channels_last=convolves)
         world = World(device=fake_gpu.DEVICE)
-        learner = Learner(model, diffusion, experiment, world, numerics, classes, None)
+        graphs = _Graphs()
+        learner = Learner(model, diffusion, experiment, world, numerics, classes, None, recorder=graphs)
         images = torch.zeros(batch, channels, side, side, device=fake_gpu.DEVICE)
         whole = torch.zeros(batch, dtype=torch.int64, device=fake_gpu.DEVICE)
         inputs = _Batch(images, whole, whole)
         numbers = learner.draw_numbers(whole)  # by the loader
         with fake_gpu.Launches({}):
-            for _ in range(2):  # the optimizer makes its state, and the step looks where it computes in bf16
+            for _ in range(WARM_UP - 1):  # the optimizer makes its state, and the step looks where it computes in bf16
                 learner.step(inputs, numbers=numbers)
         with fake_gpu.Launches(PHASES) as launches:
+            learner.step(inputs, numbers=numbers)
+        with fake_gpu.Launches({}):
+            learner.step(inputs, numbers=numbers)  # is recorded
+        before = graphs.launched
+        with fake_gpu.Launches({}) as captured:
             learner.step(inputs, numbers=numbers)
     commonest = sorted(launches.counts.items(), key=lambda item: -item[1])
     return {
@@ -90,8 +101,27 @@ def count(preset: str, batch: int = 256) -> dict[str, Any]:
         "casts": sum(launches.casts.values()),
         "host_reads": sum(launches.reads.values()),
         "reads": dict(launches.reads),
+        "float32_share": round(launches.flops[torch.float32] / max(sum(launches.flops.values()), 1), 5),
+        "attention": launches.attention(),
+        "graphs": graphs.launched - before,
+        "beside_graphs": {name: n for (_, name), n in captured.counts.items()},
         "commonest": {f"{phase} {name}": n for (phase, name), n in commonest},
     }
+
+
+class _Graphs:
+    """Counts launches of graphs in the place of `CudaGraphs`; without data there is nothing to compute."""
+
+    launched = 0
+
+    def stream(self) -> Any:
+        return nullcontext()
+
+    def record(self, function: Callable[[], None]) -> Callable[[], None]:
+        return self._launch
+
+    def _launch(self) -> None:
+        self.launched += 1
 
 
 class _Batch:

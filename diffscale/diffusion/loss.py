@@ -18,12 +18,21 @@ MULTISCALE_SMALLEST = 32
 
 
 class LossTerms(NamedTuple):
-    """(B,) float32 each. Only `loss` carries a gradient."""
+    """(B,) float32 each. Only `loss` carries a gradient; training needs no more, errors come on demand."""
 
     loss: Tensor  # weighted, with the terms of a learned uncertainty or variance where there is one
     logsnr: Tensor
-    mse_eps: Tensor  # mean squared error of the noise
-    mse_x0: Tensor  # mean squared error of the clean image, in units of images in [−1, 1]
+    mse: Tensor  # mean squared error of the network's output
+    log_gain: Tensor  # ln ‖Δx‖²/‖Δout‖²
+    image_gain: float
+
+    def mse_x0(self) -> Tensor:
+        """Return the mean squared error of the clean image, in units of images in [−1, 1]."""
+        return self.log_gain.exp() * self.mse / self.image_gain**2
+
+    def mse_eps(self) -> Tensor:
+        """Return the mean squared error of the noise."""
+        return self.logsnr.exp() * (self.log_gain.exp() * self.mse)
 
 
 def training_loss(
@@ -76,8 +85,7 @@ def training_loss(
     if share is not None:
         estimate = to_x0(diffusion.prediction, z, out.detach(), alpha_b, sigma_b, diffusion.scaled_sigma_data)
         loss = loss + _bound(diffusion, u, share, x0.float(), diffusion.unscale_images(estimate))
-    mse_x = log_gain.exp() * mse.detach()
-    return LossTerms(loss, logsnr, logsnr.exp() * mse_x, mse_x / diffusion.image_gain**2)
+    return LossTerms(loss, logsnr, mse.detach(), log_gain, diffusion.image_gain)
 
 
 def _bound(diffusion: Diffusion, u: Tensor, share: Tensor, image: Tensor, estimate: Tensor) -> Tensor:

@@ -6,22 +6,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+HEAD_MULTIPLE = 8  # of the width of a head: a GPU's fused kernels pad others, in copies
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q·kᵀ/√d)·v. q (B, heads, N, d), k and v (B, heads, M, d) → (B, heads, N, d).
+
+def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None) -> Tensor:
+    """softmax(q·kᵀ·scale)·v, with 1/√d by default. q (B, heads, N, d), k and v (B, heads, M, d) → (B, heads, N, d).
 
     Torch's fused kernel, except on a CPU in bfloat16 with N·M ≤ 512²: two matrix products are 1.5 to 5 times faster
     there (EPYC 9004, one thread, forward and backward: 9.9 → 1.8 ms for 16 × 4 heads × 64 tokens × 32, 90 → 42 ms for
     8 × 12 × 256 × 64), and their scores need little memory.
     """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-2] * k.shape[-2] <= 512**2:
-        batch, scale = q.shape[:2], q.shape[-1] ** -0.5
+        batch, scale = q.shape[:2], q.shape[-1] ** -0.5 if scale is None else scale
         q, k, v = (t.flatten(0, 1) for t in (q, k, v))  # one copy each; bmm would make several
         weights = torch.bmm(q * scale, k.transpose(1, 2)).softmax(-1)
         return torch.bmm(weights.to(v.dtype), v).unflatten(0, batch)
     if q.device.type != "cpu":
         q, k, v = (with_contiguous_heads(t) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
 def with_contiguous_heads(x: Tensor) -> Tensor:

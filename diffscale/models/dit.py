@@ -15,9 +15,9 @@ from diffscale.core.ranges import Depth, DropRate, Factor, Size, SizeOrZero
 from diffscale.models.layers import (
     Backbone,
     NoiseInput,
-    multi_head_attention,
     noise_condition,
     pad_to_multiple,
+    self_attention,
     to_tokens,
     without_autocast,
 )
@@ -28,6 +28,7 @@ from diffscale.models.transformer_layers import (
     head_width,
     hidden_width,
     modulate,
+    modulations,
     patch_side,
     resize_positions,
     sincos_positions,
@@ -51,10 +52,9 @@ class DiTBlock(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         """x (B, N, D), condition (B, D), already through SiLU → (B, N, D)."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).chunk(6, dim=-1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulations(self.modulation(condition), 6)
         h = modulate(F.layer_norm(x, x.shape[-1:], eps=1e-6), shift1, scale1)
-        q, k, v = self.qkv(h).chunk(3, dim=-1)
-        x = x + gate1[:, None] * self.out(multi_head_attention(q, k, v, self.heads))
+        x = x + gate1[:, None] * self.out(self_attention(self.qkv(h), self.heads))
         h = modulate(F.layer_norm(x, x.shape[-1:], eps=1e-6), shift2, scale2)
         return x + gate2[:, None] * self.mlp(h)
 
@@ -119,7 +119,7 @@ class DiT(Backbone):
         x = to_tokens(patches) + self.grid_positions(*grid)
         for block in self.blocks:
             x = self.run_block(block, x, condition)
-        shift, scale = self.modulation(condition).chunk(2, dim=-1)
+        shift, scale = modulations(self.modulation(condition), 2)
         x = self.head(modulate(F.layer_norm(x, x.shape[-1:], eps=1e-6), shift, scale))
         return unpatchify(x, *grid, self.patch)[:, :, :height, :width].to(x_in.dtype), None
 

@@ -21,6 +21,7 @@ from diffscale.models.transformer_layers import (
     head_width,
     hidden_width,
     modulate,
+    modulations,
     patch_side,
     rms_normalise,
     rotary_angles,
@@ -50,7 +51,7 @@ class JiTBlock(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x (B, N, D), condition (B, D), already through SiLU, cos and sin (N, D/heads/2) → (B, N, D)."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).chunk(6, dim=-1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulations(self.modulation(condition), 6)
         h = modulate(rms_normalise(x, self.gain1), shift1, scale1)
         q, k, v = self.qkv(h).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q = rotate(rms_normalise(q, self.q_gain), cos, sin)
@@ -162,7 +163,7 @@ class JiT(Backbone):
                 x = torch.cat([context, x], dim=1)
                 turns = behind_context
             x = self.run_block(block, x, condition, turns[0], turns[1])
-        shift, scale = self.modulation(condition).chunk(2, dim=-1)
+        shift, scale = modulations(self.modulation(condition), 2)
         patches_only = x[:, -grid[0] * grid[1] :]
         x = modulate(rms_normalise(patches_only, self.out_gain), shift, scale)
         return unpatchify(self.head(x), *grid, self.patch)[:, :, :height, :width].to(x_in.dtype), None

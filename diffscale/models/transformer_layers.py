@@ -96,6 +96,14 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
+def modulations(vectors: Tensor, count: int) -> tuple[Tensor, ...]:
+    """Cut what a condition gives, (B, count·D), into the `count` shifts, scales and gates of a block, each (B, D).
+
+    On a GPU they are float32, as the norms that they change: one cast for all, instead of one for each gradient.
+    """
+    return (vectors.float() if vectors.device.type == "cuda" else vectors).chunk(count, dim=-1)
+
+
 class ScalarMLP(nn.Module):
     """Sinusoid of a scalar, Linear, SiLU, Linear. (B,) → (B, dim). Weights start as N(0, 0.02²), biases at zero."""
 

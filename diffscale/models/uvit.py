@@ -33,6 +33,7 @@ from diffscale.models.transformer_layers import (
     head_width,
     hidden_width,
     modulate,
+    modulations,
     resize_positions,
     rms_normalise,
     truncated_normal_,
@@ -82,7 +83,7 @@ class TransformerBlock(nn.Module):
         self.mlp = Mlp(width, hidden_width(width, mlp_ratio), act_layer=GELUTanh, drop=dropout)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        shift1, scale1, shift2, scale2 = self.modulation(embedding).chunk(4, dim=-1)
+        shift1, scale1, shift2, scale2 = modulations(self.modulation(embedding), 4)
         h = modulate(F.layer_norm(x, x.shape[-1:], eps=1e-6), shift1, scale1)
         q, k, v = self.qkv(h).chunk(3, dim=-1)
         q = rms_normalise(q.unflatten(-1, (self.heads, -1)), self.q_gain).flatten(2)
@@ -246,8 +247,9 @@ class UViT(Backbone):
         return x[:, :, :height, :width].to(x_in.dtype), None
 
     def blocks_for_fsdp(self) -> list[nn.Module]:
-        convolutional = [block for m in self.modules() if isinstance(m, Level) for block in [*m.down, *m.up]]
-        return [*convolutional, *self.blocks]
+        levels = [level for level in self.levels if isinstance(level, Level)]
+        down = [block for level in levels for block in level.down]
+        return [*down, *self.blocks, *(block for level in reversed(levels) for block in level.up)]
 
     def no_weight_decay(self) -> set[str]:
         return {"positions"} | ({"embed_label.weight"} if self.embed_label is not None else set())

@@ -33,7 +33,8 @@ def test_the_loss_of_one_denoiser_is_the_same_for_every_prediction_and_interpola
     for prediction in PREDICTIONS:
         for interpolant in INTERPOLANTS:
             diffusion, net = gaussian(0.3, prediction=prediction, interpolant=interpolant, **settings)
-            losses.append(training_loss(diffusion, net, X, u=U, noise=NOISE))
+            terms = training_loss(diffusion, net, X, u=U, noise=NOISE)
+            losses.append((terms.loss, terms.logsnr, terms.mse_eps(), terms.mse_x0()))
     for terms in losses[1:]:
         for got, expected in zip(terms, losses[0], strict=True):
             torch.testing.assert_close(got, expected, rtol=3e-3, atol=1e-6)
@@ -48,9 +49,11 @@ def test_errors_are_those_of_the_noise_and_of_the_image():
     estimate, _ = denoise(diffusion, net, z, terms.logsnr)
     mse_x0 = (diffusion.unscale_images(estimate) - X).square().flatten(1).mean(1)
     mse_eps = ((z - alpha * estimate) / sigma - NOISE).square().flatten(1).mean(1)
-    torch.testing.assert_close(terms.mse_x0, mse_x0, rtol=1e-3, atol=1e-6)
-    torch.testing.assert_close(terms.mse_eps, mse_eps, rtol=1e-3, atol=1e-6)
-    torch.testing.assert_close(terms.loss, terms.mse_eps * (5 / terms.logsnr.exp()).clamp(max=1), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(terms.mse_x0(), mse_x0, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(terms.mse_eps(), mse_eps, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(
+        terms.loss, terms.mse_eps() * (5 / terms.logsnr.exp()).clamp(max=1), rtol=1e-4, atol=1e-7
+    )
 
 
 def test_input_scale_moves_logsnr_by_exactly_2_ln_b():

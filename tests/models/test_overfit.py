@@ -45,5 +45,5 @@ def test_64_images_are_memorised(name):
         terms.loss.mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        history.append(terms.mse_x0.mean().item())
+        history.append(terms.mse_x0().mean().item())
     assert sum(history[-10:]) / 10 < 0.25 * sum(history[:3]) / 3, (history[:3], history[-10:])
