@@ -32,6 +32,7 @@ from diffscale.core import storage
 from diffscale.core.app import command_app, run_app
 from diffscale.core.cache import cache_dir, file_lock
 from diffscale.core.errors import UserError
+from diffscale.core.progress import working
 from diffscale.records.schema import Record
 from diffscale.records.store import RECORDS_FILE, read_records, write_records_file
 from diffscale.training.numerics import settled
@@ -120,18 +121,25 @@ def run_suite(
         return
     if all(done[unit.name] for unit in units[share]):  # several machines may have added records
         tabulate(suite, out)
-    for unit in units[share]:
-        if unit.done(committed(out)):
-            continue
-        console.rule(unit.name, align="left")
-        try:
-            finished = unit.go()
-        finally:
-            keep_records(unit.run_folder, out)
-        if not finished:
-            console.print("stopped; the same command resumes")
-            raise typer.Exit(STOPPED)
-        tabulate(suite, out)
+    todo = [unit for unit in units[share] if not done[unit.name]]
+    with working(suite.name, len(units[share]), "runs", len(units[share]) - len(todo)) as work:
+        for unit in todo:
+            if not unit.done(committed(out)):
+                console.rule(unit.name, align="left")
+                _go(unit, out, console)
+                tabulate(suite, out)
+            work.advance()
+
+
+def _go(unit: Unit, out: Path, console: Console) -> None:
+    """Do a unit and keep its records. Raises typer.Exit if it was stopped."""
+    try:
+        finished = unit.go()
+    finally:
+        keep_records(unit.run_folder, out)
+    if not finished:
+        console.print("stopped; the same command resumes")
+        raise typer.Exit(STOPPED)
 
 
 def units_of(suite: Suite, experiments: list[Experiment], hashes: list[str], wanted: re.Pattern[str]) -> list[Unit]:

@@ -72,7 +72,7 @@ def main(
         workers=workers,
     )
     with weights_from(weights):
-        rows = evaluate_target(target, overrides or [], metrics, n, resize, options, console.status, print_picture)
+        rows = evaluate_target(target, overrides or [], metrics, n, resize, options, print_picture)
     console.print(rows_table(rows))
     for warning in warnings_of(rows):
         console.print(f"[yellow]note:[/] {warning}", soft_wrap=True)

@@ -16,6 +16,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from diffscale import __version__
 from diffscale.core.errors import EXIT_USER_ERROR, UserError
+from diffscale.core.progress import console_display, shown_by
 from diffscale.core.text import nearest
 
 COMMANDS = {
@@ -98,13 +99,14 @@ def main() -> None:
 
 
 def run_app(application: Callable[[], Any]) -> None:
-    """Run a typer application.
+    """Run a typer application and show the progress of its work.
 
     A UserError, an unreachable object store, and a place that cannot be written or is no folder are printed without a
     traceback; the exit code is then 2.
     """
     try:
-        application()
+        with shown_by(console_display()):
+            application()
     except UserError as error:
         sys.exit(_show(error))
     except OSError as error:

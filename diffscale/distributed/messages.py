@@ -18,7 +18,7 @@ PREFIX = "diffscale/"
 # Topics from the command to the workers
 STOP = "stop"  # {}: save a checkpoint and stop
 # Topics from rank 0 to the command
-PHASE = "phase"  # {"phase": loading, training, evaluating or saving}
+PHASE = "phase"  # {"phase": loading, training, evaluating or saving; "work": what is done of it, for a person}
 PROGRESS = "progress"  # {"images_seen", "end", "loss", "images_per_second", "mfu"}
 EVALUATED = "evaluated"  # {"images_seen", METRIC: value, ...} of the last evaluation
 OUTCOME = "outcome"  # how the launch ended

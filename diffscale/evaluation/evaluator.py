@@ -20,6 +20,7 @@ from diffscale.config.factory import data_place
 from diffscale.core import image_grids
 from diffscale.core.errors import UserError
 from diffscale.core.hashing import file_sha256, identify
+from diffscale.core.progress import working
 from diffscale.data import open_dataset
 from diffscale.diffusion import Diffusion
 from diffscale.diffusion.solver_settings import SolverSettings
@@ -284,30 +285,35 @@ class Evaluator:
             have = self.gather(have)[0]
         todo = chunk_ranges(source.n, source.batch, have)
         keep = self.settings.grid_images if self.keep_images is None else source.n
-        for first, columns in self._compute(source, self._featurise, todo, keep):
-            if self.keep_images is not None:
-                self.keep_images(first, columns)
-                if first >= self.settings.grid_images:
-                    columns = {name: values for name, values in columns.items() if name != IMAGES}
-            write_chunk(place, first, columns)
+        title = "samples" if isinstance(source, ModelSource) else "features"
+        with working(title, source.n, done=source.n - sum(end - first for first, end in todo)) as work:
+            for first, columns in self._compute(source, self._featurise, todo, keep):
+                if self.keep_images is not None:
+                    self.keep_images(first, columns)
+                    if first >= self.settings.grid_images:
+                        columns = {name: values for name, values in columns.items() if name != IMAGES}
+                write_chunk(place, first, columns)
+                work.advance(len(columns[LABELS]))
 
     def measure(self, generated: FeatureStore, classes: bool = False) -> list[Measurement]:
         """Return every metric of the settings for stored features; rank 0 only. classes: per class too."""
         out: list[Measurement] = []
         copied: dict[str, float | None] = {}
-        for metric in self.metrics:
-            view = self.views[metric.network]
-            reference, heldout = self._references[view], self._heldout.get(view)
-            if metric.network not in copied:
-                copied[metric.network] = memorised(view, generated, reference, heldout)
-            rows = measure(metric, view, generated, reference, heldout)
-            native = self.native.get(metric.network)
-            if native is not None and metric.kind == "fd":
-                value = measure(metric, native, generated, self._references[native])[0].value
-                rows = [replace(rows[0], value_native=value)]
-            out += [replace(row, memorisation=copied[metric.network]) for row in rows]
-            if classes:
-                out += per_class(metric, view, generated, reference)
+        with working("metrics", len(self.metrics), "metrics") as work:
+            for metric in self.metrics:
+                view = self.views[metric.network]
+                reference, heldout = self._references[view], self._heldout.get(view)
+                if metric.network not in copied:
+                    copied[metric.network] = memorised(view, generated, reference, heldout)
+                rows = measure(metric, view, generated, reference, heldout)
+                native = self.native.get(metric.network)
+                if native is not None and metric.kind == "fd":
+                    value = measure(metric, native, generated, self._references[native])[0].value
+                    rows = [replace(rows[0], value_native=value)]
+                out += [replace(row, memorisation=copied[metric.network]) for row in rows]
+                if classes:
+                    out += per_class(metric, view, generated, reference)
+                work.advance()
         return out
 
     def _with_lossy_warning(self, row: Measurement, lossy: bool) -> Measurement:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -37,7 +36,6 @@ def evaluate_folder(
     classes: bool = False,
     nearest: int = 0,
     resolution: int | None = None,
-    show: Callable[[str], AbstractContextManager] = nullcontext,
     on_picture: Callable[[str], None] = lambda uri: None,
 ) -> list[dict[str, Any]]:
     """Return every metric of the images at `place` against those at `reference`, by column name.
@@ -52,7 +50,6 @@ def evaluate_folder(
     classes: each metric for each class too, of two Arrow datasets with the same classes.
     nearest: number of images in the picture of those nearest to reference images.
     resolution: side in pixels to which files are cropped and resized, where no dataset decides it.
-    show: context of each part of the work, called with its description.
     on_picture: called with the path of that picture.
     """
     if not reference:
@@ -66,8 +63,7 @@ def evaluate_folder(
     if resolution is not None and not SMALLEST <= resolution <= LARGEST:
         raise UserError(setting="--resolution", value=resolution, expected=f"{SMALLEST} to {LARGEST} pixels")
     with unpacked() as unpack:
-        with show(f"reading the images of {place}"):
-            images, theirs = _open_both(place, None if statistics else reference, unpack, resolution)
+        images, theirs = _open_both(place, None if statistics else reference, unpack, resolution)
         kinds = [parse_metric(name) for name in metrics]
         check_counts(kinds, images.n, None if statistics else theirs.n, ("FOLDER", "reference"))
         if classes:
@@ -77,7 +73,7 @@ def evaluate_folder(
         work = cache_dir() / "evaluations" / identity
         source = select_images(images, np.arange(images.n))
         alone = file_lock(cache_dir() / "locks" / identity, f"the same evaluation of {place}")
-        with alone, show(f"computing the features of {images.n:,} images"):
+        with alone:
             evaluation = evaluator.evaluate_source(source, folder=work, lossy=bool(images.lossy))
             if nearest:
                 picture = str(Path(f"{Path(place).stem}-nearest.png").resolve())

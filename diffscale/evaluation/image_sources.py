@@ -25,6 +25,7 @@ from diffscale.core import storage
 from diffscale.core.cache import cache_dir
 from diffscale.core.errors import UserError
 from diffscale.core.hashing import identify
+from diffscale.core.progress import working
 from diffscale.data import open_dataset
 from diffscale.data.build import decode, sources
 from diffscale.data.build.decode import ImageError, Preparation
@@ -234,15 +235,17 @@ def list_images(place: str, work: Path) -> Listing:
             fix="name the folder of one of them",
         )
     digest, sizes, lossy = hashlib.sha256(), Counter[tuple[int, int]](), False
-    for unit in units:
-        name, data = _read(unit)
-        try:
-            width, height, was_lossy, _ = decode.read_header(data)
-        except ImageError as error:
-            raise _unusable(f"{place}: {name}", error) from None
-        digest.update(f"{width} x {height}".encode() + hashlib.sha256(data).digest())
-        sizes[width, height] += 1
-        lossy |= was_lossy
+    with working(f"reading {place}", len(units)) as progress:
+        for unit in units:
+            name, data = _read(unit)
+            try:
+                width, height, was_lossy, _ = decode.read_header(data)
+            except ImageError as error:
+                raise _unusable(f"{place}: {name}", error) from None
+            digest.update(f"{width} x {height}".encode() + hashlib.sha256(data).digest())
+            sizes[width, height] += 1
+            lossy |= was_lossy
+            progress.advance()
     if found.refused:
         (name, reason), count = found.refused[0], len(found.refused)
         log.warning("%s: %d files are left out, as a build leaves them out: %s: %s ...", place, count, name, reason)

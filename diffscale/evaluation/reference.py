@@ -19,6 +19,7 @@ from diffscale.core import storage
 from diffscale.core.cache import cache_dir, file_lock
 from diffscale.core.errors import UserError
 from diffscale.core.hashing import identify
+from diffscale.core.progress import working
 from diffscale.evaluation.distribute import LABELS, Columns, Gather, View, chunk_ranges
 from diffscale.evaluation.feature_store import FeatureStore, chunks, ends, write_chunk
 from diffscale.evaluation.image_sources import Images, ImageSource, select_images
@@ -154,8 +155,12 @@ def get_reference(
             complete, have = gather((complete, have))[0]
         if not complete:
             source = select_images(images, rows)
-            for first, columns in compute(source, view, chunk_ranges(source.n, source.batch, have)):
-                write_chunk(folder, first, columns)
+            todo = chunk_ranges(source.n, source.batch, have)
+            done = source.n - sum(end - first for first, end in todo)
+            with working(f"reference of {view.network}", source.n, done=done) as work:
+                for first, columns in compute(source, view, todo):
+                    write_chunk(folder, first, columns)
+                    work.advance(len(columns[LABELS]))
             if rank == 0:
                 _finish(folder, view)
     return reference

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from diffscale.config.experiment import Experiment
 from diffscale.config.factory import build_solver
 from diffscale.core.errors import UserError
+from diffscale.core.progress import working
 from diffscale.interchange import diffusers_unet
 from diffscale.interchange.import_run import imported_from
 from diffscale.interchange.model_card import model_card
@@ -116,7 +117,8 @@ def export_run(target: str, out: Path, to: str, ema: str = "", checkpoint: str =
     uri = list_targets(target, checkpoint)[-1]
     experiment = settings_of_run(uri)
     average = ema or experiment.eval.ema
-    _, model, images, columns = ck.load_for_sampling(uri, average)
+    with working(f"reading {uri}", unit=""):
+        _, model, images, columns = ck.load_for_sampling(uri, average)
     shape = {name: int(ck.read_state(uri)["data"][name]) for name in ("resolution", "channels", "num_classes")}
     trained = Trained(experiment, model, shape, images, ck.ema_name(average), ck.run_of(uri))
     files = FORMS[to](trained)
@@ -124,7 +126,8 @@ def export_run(target: str, out: Path, to: str, ema: str = "", checkpoint: str =
     files["README.md"] = model_card(
         experiment, columns, run_folder=trained.run_folder, ema=trained.ema, to=to, imported=about, licence=licence
     )
-    _write(out, files)
+    with working(f"writing {out}", unit=""):
+        _write(out, files)
     return out
 
 

@@ -18,6 +18,7 @@ from diffscale.config.load import load_tree, merge, parse_overrides, validate
 from diffscale.core import storage
 from diffscale.core.errors import UserError
 from diffscale.core.hashing import digest_of
+from diffscale.core.progress import working
 from diffscale.data import Dataset
 from diffscale.interchange.containers import Source, read_source
 from diffscale.interchange.families import Candidate, Family, family_of
@@ -54,7 +55,8 @@ def import_run(
     out: folder of the run; None is one under `storage`
     """
     known = family_of(family)
-    source = read_source(file, known.parts)
+    with working(f"reading {file}", unit=""):
+        source = read_source(file, known.parts)
     classes = known.num_classes(source.tensors)
     choice = _fitting(known, source, parse_overrides(overrides), recipe, classes)
     experiment = validate(choice.tree)
@@ -81,7 +83,8 @@ def import_run(
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     shape = {"resolution": dataset.resolution, "channels": dataset.channels, "num_classes": classes}
-    _write(folder, experiment, state, images, columns | {"device": "imported"}, shape, about)
+    with working(f"writing {folder}", unit=""):
+        _write(folder, experiment, state, images, columns | {"device": "imported"}, shape, about)
     return folder
 
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
-from rich.progress import track
 
 from diffscale.config.load import explain, load_tree, merge, parse_overrides
 from diffscale.core.errors import UserError
+from diffscale.core.progress import working
 from diffscale.sweep.decisions import survivors
 from diffscale.sweep.ledger import Ledger, Trial, check_comparable
 from diffscale.sweep.ray_tune import run_suggested, run_trials
@@ -23,7 +23,6 @@ from diffscale.sweep.space import grid, label
 from diffscale.sweep.table import SweepTable, print_summary
 from diffscale.training.settings_check import check_settings
 
-MANY_TRIALS = 20
 SECTIONS = ("storage", "data", "model", "diffusion", "optim", "train", "eval")
 
 
@@ -70,15 +69,16 @@ def planned(ledger: Ledger) -> list[Trial]:
     trials = trials_of(ledger)
     check_comparable(ledger.sweep, trials)
     check_settings(ledger.common)
-    few = len(trials) < MANY_TRIALS
-    for trial in track(trials, "checking the settings of each trial", transient=True, disable=few):
-        if ledger.ended(trial.id) is None:
-            try:
-                check_settings(trial.experiments[0])
-            except UserError as error:
-                where = f"in the trial {label(trial.point)}"
-                error.reason = f"{error.reason}; {where}" if error.reason else where
-                raise
+    with working("checking settings", len(trials), "trials") as work:
+        for trial in trials:
+            if ledger.ended(trial.id) is None:
+                try:
+                    check_settings(trial.experiments[0])
+                except UserError as error:
+                    where = f"in the trial {label(trial.point)}"
+                    error.reason = f"{error.reason}; {where}" if error.reason else where
+                    raise
+            work.advance()
     return trials
 
 

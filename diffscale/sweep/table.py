@@ -7,6 +7,7 @@ import math
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,6 +16,7 @@ from rich.live import Live
 from rich.table import Table
 
 from diffscale.core import storage
+from diffscale.core.progress import Work, working
 from diffscale.records.schema import rank
 from diffscale.sweep.importance import importance
 from diffscale.sweep.space import edges, label, overrides_of
@@ -43,11 +45,16 @@ class SweepTable:
         self.console = Console()
         self.stop = threading.Event()
         self.seen: dict[str, str] = {}
+        self.stack = ExitStack()
+        self.work: Work | None = None  # where there is no table
 
     def __enter__(self) -> SweepTable:
         self.live = Live(self._render(), console=self.console, auto_refresh=False) if sys.stdout.isatty() else None
         if self.live:
             self.live.start()
+        else:
+            work = working(f"sweep {self.ledger.sweep.name}", len(self.trials), "trials", self._ended())
+            self.work = self.stack.enter_context(work)
         self.thread = threading.Thread(target=self._watch, daemon=True)
         self.thread.start()
         return self
@@ -56,6 +63,7 @@ class SweepTable:
         self.stop.set()
         self.thread.join()
         self._show()
+        self.stack.close()
         if self.live:
             self.live.stop()
 
@@ -72,6 +80,11 @@ class SweepTable:
             if line and self.seen.get(trial.id) != line:
                 self.seen[trial.id] = line
                 print(line, flush=True)
+        if self.work:
+            self.work.done = self._ended()
+
+    def _ended(self) -> int:
+        return sum(self.ledger.ended(trial.id) is not None for trial in self.trials)
 
     def _progress(self, trial: Trial) -> Progress:
         """Return the progress of the trial's most recently active run, from its history and records."""

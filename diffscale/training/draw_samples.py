@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 
 from diffscale.config.factory import build_solver
 from diffscale.core import image_grids, storage
+from diffscale.core.progress import working
 from diffscale.diffusion import Evaluation
 from diffscale.distributed.connect import connect
 from diffscale.evaluation import ModelSource, Sampling
-from diffscale.evaluation.distribute import chunk_ranges, devices, kept_images, run_on_ray
+from diffscale.evaluation.distribute import LABELS, chunk_ranges, devices, kept_images, run_on_ray
 from diffscale.evaluation.sample_writer import SampleWriter
 from diffscale.evaluation.sampling import sampling_of_settings, sampling_precision, to_uint8
 from diffscale.training.load import TrainedModel, load_trained, samples_source, settings_of_run
@@ -95,11 +96,13 @@ def _draw(trained: TrainedModel, sampling: Sampling, folder: Path, options: Draw
         gpu=device == "cuda",
         keep_below=n if keep else GRID,
     )
-    for first, columns in chunks:
-        if keep is not None:
-            keep(first, columns)
-        if first < GRID:
-            shown[first] = kept_images(columns, source.shape)
+    with working(f"samples of {trained.label}", n) as work:
+        for first, columns in chunks:
+            if keep is not None:
+                keep(first, columns)
+            if first < GRID:
+                shown[first] = kept_images(columns, source.shape)
+            work.advance(len(columns[LABELS]))
     if writer is not None:
         writer.close()
     images = np.concatenate([shown[first][0] for first in sorted(shown)])[:GRID]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from diffscale.core.cache import cache_dir
 from diffscale.core.errors import UserError
 from diffscale.core.hashing import identify
 from diffscale.core.places import require_writable
+from diffscale.core.progress import working
 from diffscale.distributed.connect import connect
 from diffscale.evaluation import Sampling
 from diffscale.evaluation.distribute import devices
@@ -52,7 +52,6 @@ def evaluate_target(
     n: int,
     resize: str,
     options: EvaluateOptions,
-    show: Callable[[str], AbstractContextManager] = nullcontext,
     on_picture: Callable[[str], None] = lambda uri: None,
 ) -> list[dict[str, Any]]:
     """Evaluate a run, a checkpoint or images on disk, and return the rows by column name.
@@ -65,7 +64,7 @@ def evaluate_target(
         if options.resolution:
             reason = "a run's samples are compared at eval.eval_resolution"
             raise UserError(setting="--resolution", value=options.resolution, expected="images on disk", reason=reason)
-        records = evaluate_run(target, [*overrides, *short_settings(metrics, n, resize)], options, show, on_picture)
+        records = evaluate_run(target, [*overrides, *short_settings(metrics, n, resize)], options, on_picture)
         return [json.loads(record.model_dump_json()) for record in records]
     refuse_sampling(
         OVERRIDE=list(overrides),
@@ -86,7 +85,6 @@ def evaluate_target(
         options.per_class,
         options.memorised,
         options.resolution or None,
-        show,
         on_picture,
     )
 
@@ -95,7 +93,6 @@ def evaluate_run(
     target: str,
     overrides: Iterable[str] = (),
     options: EvaluateOptions = EvaluateOptions(),
-    show: Callable[[str], AbstractContextManager] = nullcontext,
     on_picture: Callable[[str], None] = lambda uri: None,
 ) -> list[Record]:
     """Evaluate every checkpoint × average × solver requested and write the records into the run's folder.
@@ -104,18 +101,24 @@ def evaluate_run(
 
     target: a run's folder or a checkpoint.
     overrides: other `eval` settings, as on the command line.
-    show: context of each evaluation, called with its description.
     on_picture: called with the URI of each picture.
     """
     overrides = list(overrides)
     records: list[Record] = []
     require_writable(target, "RUN")
-    for uri in list_targets(target, options.checkpoint):
-        solvers: Sequence[str | None] = options.solvers or [None]
-        for solver in solvers:
+    todo = [
+        (uri, solver, average)
+        for uri in list_targets(target, options.checkpoint)
+        for solver in options.solvers or [None]
+        for average in options.averages or [""]
+    ]
+    with working("evaluating", len(todo), "sets of weights and samplers") as work:
+        for uri, solver, average in todo:
             experiment = settings_of_run(uri, overrides, solver)
-            for average in options.averages or [experiment.eval.ema]:
-                records += evaluate_trained(load_trained(uri, average, experiment), options, show, on_picture)
+            trained = load_trained(uri, average or experiment.eval.ema, experiment)
+            work.note = " ".join(filter(None, [trained.label, solver]))
+            records += evaluate_trained(trained, options, on_picture)
+            work.advance()
     return records
 
 
@@ -128,7 +131,6 @@ def short_settings(metrics: str, n: int, resize: str) -> list[str]:
 def evaluate_trained(
     trained: TrainedModel,
     options: EvaluateOptions = EvaluateOptions(),
-    show: Callable[[str], AbstractContextManager] = nullcontext,
     on_picture: Callable[[str], None] = lambda uri: None,
 ) -> list[Record]:
     """Evaluate one trained model over Ray actors and write its records; see evaluate_run."""
@@ -150,19 +152,18 @@ def evaluate_trained(
     sampling = evaluator.sampling(options.precision, options.labels)
     writer = _writer(trained, sampling, options) if options.keep else None
     evaluator.evaluator.keep_images = writer
-    with show(f"{trained.label}: {sampling.canonical()}"):
-        records = evaluator.evaluate(
-            trained.weights,
-            trained.columns,
-            run_folder=trained.run_folder,
-            evaluated_on="own workers",
-            sampling=sampling,
-            work=cache_dir() / "evaluations",
-            locks=cache_dir() / "locks",
-            grid_suffix=True,
-            nearest=options.memorised,
-            on_picture=on_picture,
-        )
+    records = evaluator.evaluate(
+        trained.weights,
+        trained.columns,
+        run_folder=trained.run_folder,
+        evaluated_on="own workers",
+        sampling=sampling,
+        work=cache_dir() / "evaluations",
+        locks=cache_dir() / "locks",
+        grid_suffix=True,
+        nearest=options.memorised,
+        on_picture=on_picture,
+    )
     if writer is not None:
         writer.close()
     return records

@@ -11,6 +11,7 @@ import torch
 from diffscale.core import storage
 from diffscale.core.errors import UserError
 from diffscale.core.places import require_writable
+from diffscale.core.progress import working
 from diffscale.records.schema import Record, rank
 from diffscale.training.checkpoint import layout as ck
 from diffscale.training.checkpoint.tensors import CheckpointDamaged, groups_in, read_group, write_group
@@ -56,13 +57,15 @@ def make(run: str, widths: list[float], images: int | None = None) -> tuple[str,
             fix="train with 'train.ema.power=[0.05,0.10]'",
         )
     files, residuals = ck.files_of(checkpoint), {}
-    for width in widths:
-        name = profile_name(width)
-        weights = reconstruct([(w, t) for w, t, _ in stored], (width, until))
-        residuals[width] = profile_error([(w, t) for w, t, _ in stored], (width, until), weights)
-        if not any(f.startswith(f"ema/{name}.") for f in files):
-            average = _combine(stored, weights)
-            files |= write_group(checkpoint, f"ema/{name}", average, {}, 0, 1)
+    with working("reconstructing", len(widths), "averages") as work:
+        for width in widths:
+            name = profile_name(width)
+            weights = reconstruct([(w, t) for w, t, _ in stored], (width, until))
+            residuals[width] = profile_error([(w, t) for w, t, _ in stored], (width, until), weights)
+            if not any(f.startswith(f"ema/{name}.") for f in files):
+                average = _combine(stored, weights)
+                files |= write_group(checkpoint, f"ema/{name}", average, {}, 0, 1)
+            work.advance()
     ck.complete(checkpoint, files)
     return checkpoint, residuals
 
@@ -80,11 +83,14 @@ def sweep(
     """
     firsts = []
     experiment = ck.read_experiment(checkpoint)
-    for width in widths:
-        trained = load_trained(checkpoint, profile_name(width), experiment)
-        first = evaluate_trained(trained, EvaluateOptions(workers=workers))[0]
-        on_record(first)
-        firsts.append(first)
+    with working("evaluating", len(widths), "averages") as work:
+        for width in widths:
+            work.note = profile_name(width)
+            trained = load_trained(checkpoint, work.note, experiment)
+            first = evaluate_trained(trained, EvaluateOptions(workers=workers))[0]
+            on_record(first)
+            firsts.append(first)
+            work.advance()
     return best_of(firsts)
 
 

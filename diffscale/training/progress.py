@@ -1,31 +1,57 @@
-"""Console progress of a run while its workers train: a bar on a terminal, plain lines elsewhere."""
+"""Progress of a run: its workers send it, the command that waits for them shows it."""
 
 from __future__ import annotations
 
 import threading
-import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from diffscale.core.progress import POLL_SECONDS, Work, working
 from diffscale.distributed.messages import EVALUATED, PHASE, PROGRESS, Messages
-
-POLL_SECONDS = 0.5
-LINE_SECONDS = 15.0
+from diffscale.training.metrics_log import Listener
 
 
-class Display:
-    """A thread that shows the messages of rank 0, within `with Display(...)`."""
+class PhaseDisplay:
+    """Sends the work of a training worker to the command, as a text next to the worker's phase."""
+
+    def __init__(self, listener: Listener, phase: str) -> None:
+        self.listener, self.phase = listener, phase
+
+    @contextmanager
+    def __call__(self, work: Work) -> Iterator[None]:
+        """Context in which the work is sent."""
+        ended = threading.Event()
+        thread = threading.Thread(target=self._send, args=(work, ended), daemon=True, name="progress")
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+            self.listener.put(PHASE, {"phase": self.phase})
+
+    def _send(self, work: Work, ended: threading.Event) -> None:
+        while not ended.wait(POLL_SECONDS):
+            self.listener.put(PHASE, {"phase": self.phase, "work": work.line()})
+
+
+class RunProgress:
+    """A thread that shows the messages of rank 0, within `with RunProgress(...)`."""
 
     def __init__(self, messages: Messages, name: str, show: bool = True) -> None:
+        """show: whether to show anything at all."""
         self.messages, self.name, self.show = messages, name, show
         self.console = Console(stderr=False)
+        self._stack = ExitStack()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="progress")
 
-    def __enter__(self) -> Display:
+    def __enter__(self) -> RunProgress:
         if self.show:
+            self.work = self._stack.enter_context(working(self.name))
             self._thread.start()
         return self
 
@@ -33,36 +59,23 @@ class Display:
         self._done.set()
         if self.show:
             self._thread.join()
+        self._stack.close()
 
     def _run(self) -> None:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[text]}"),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=self.console, disable=not self.console.is_terminal, transient=True) as bar:
-            task = bar.add_task(self.name, total=None, text="starting")
-            line, evaluated, printed = time.monotonic(), -1, ""
-            shown: dict[str, int] = {}
-            while not self._done.wait(POLL_SECONDS):
-                seen, phase = self.messages.get(PROGRESS), self.messages.get(PHASE)
-                text = describe(seen, phase)
-                bar.update(task, text=text, completed=(seen or {}).get("images_seen", 0), total=(seen or {}).get("end"))
-                evaluated = self._show_evaluation(evaluated)
-                self._show_notices(shown)
-                due = time.monotonic() - line >= LINE_SECONDS and text != printed
-                if due and not self.console.is_terminal:
-                    self.console.print(f"{self.name}: {text}", highlight=False, soft_wrap=True)
-                    line, printed = time.monotonic(), text
-            self._show_evaluation(evaluated)
+        evaluated, shown = -1, dict[str, int]()
+        while True:
+            ended = self._done.wait(POLL_SECONDS)
+            follow(self.work, self.messages.get(PROGRESS), self.messages.get(PHASE))
+            evaluated = self._show_evaluation(evaluated)
             self._show_notices(shown)
+            if ended:
+                return
 
     def _show_notices(self, shown: dict[str, int]) -> None:
         """Print new warnings. shown: number of warnings already shown, by writer."""
         for writer, texts in self.messages.notices().items():
             for text in texts[shown.get(writer, 0) :]:
-                self.console.print(f"{self.name}: warning: {text}", highlight=False, soft_wrap=True)
+                self._print(f"warning: {text}")
             shown[writer] = len(texts)
 
     def _show_evaluation(self, evaluated: int) -> int:
@@ -71,16 +84,22 @@ class Display:
         if found is None or found["images_seen"] == evaluated:
             return evaluated
         values = "  ".join(f"{k} {v:.4g}" for k, v in found.items() if k != "images_seen")
-        self.console.print(f"{self.name}: {found['images_seen']:,} images  {values}", highlight=False, soft_wrap=True)
+        self._print(f"{found['images_seen']:,} images  {values}")
         return int(found["images_seen"])
 
+    def _print(self, text: str) -> None:
+        self.console.print(f"{self.name}: {text}", highlight=False, markup=False, soft_wrap=True)
 
-def describe(seen: dict[str, Any] | None, phase: dict[str, Any] | None) -> str:
-    """Return one line with the phase, the images seen, the loss and the speed."""
-    name = (phase or {}).get("phase", "starting")
-    if seen is None:
-        return str(name)
-    end = f" / {seen['end']:,}" if seen["end"] else ""
-    loss = f"  loss {seen['loss']:.4f}" if seen["loss"] is not None else ""
-    use = f"  MFU {seen['mfu']:.0%}" if seen.get("mfu") else ""
-    return f"{name}  {seen['images_seen']:,}{end} images{loss}  {seen['images_per_second']:,.0f} images/s{use}"
+
+def follow(work: Work, seen: dict[str, Any] | None, phase: dict[str, Any] | None) -> None:
+    """Set the work to the last messages of a run's progress and phase."""
+    notes = [(phase or {}).get("phase", "starting"), (phase or {}).get("work")]
+    if seen is not None:
+        if not work.done:  # what earlier launches did is no part of this one's average
+            work.first = seen["images_seen"]
+        work.done, work.total, work.rate = seen["images_seen"], seen["end"], seen["images_per_second"]
+        if seen["loss"] is not None:
+            notes.append(f"loss {seen['loss']:.4f}")
+        if seen.get("mfu"):
+            notes.append(f"MFU {seen['mfu']:.0%}")
+    work.note = "  ".join(filter(None, notes))

@@ -212,7 +212,7 @@ def _launch(
 ) -> tuple[Outcome, list[int]]:
     """Run the workers to the end of the launch. Returns the outcome and the signals that arrived meanwhile."""
     from diffscale.distributed.messages import OUTCOME, STOP, Messages  # import cost
-    from diffscale.training.progress import Display  # import cost
+    from diffscale.training.progress import RunProgress  # import cost
 
     messages = Messages(spec.launch)
     stop = (lambda: messages.put(STOP, {})) if handle_signals else None
@@ -225,7 +225,7 @@ def _launch(
         return (messages.get(OUTCOME) or {}).get("reason") in ("signal", "wall")
 
     try:
-        with Display(messages, spec.experiment.name, show):
+        with RunProgress(messages, spec.experiment.name, show):
             if here:
                 _train_here(spec, config)
             else:

@@ -12,7 +12,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from diffscale.config.experiment import Experiment
 from diffscale.config.factory import build_diffusion, build_model, open_training_data
 from diffscale.core import storage
 from diffscale.core.device import EnergyMeter
+from diffscale.core.progress import shown_by
 from diffscale.data import Dataset, Loader, ShardError, create_loader, share_of_batch
 from diffscale.diffusion import Diffusion
 from diffscale.distributed.messages import PHASE
@@ -38,6 +39,7 @@ from diffscale.training.metrics_log import History, Interval, Listener, MetricsL
 from diffscale.training.numerics import Numerics, settle_numerics
 from diffscale.training.parallel import World, shard
 from diffscale.training.plan import make_plan
+from diffscale.training.progress import PhaseDisplay
 from diffscale.training.record_columns import record_columns
 from diffscale.training.run_evaluations import RunEvaluations
 from diffscale.training.spec import Outcome, Reason
@@ -326,7 +328,8 @@ class Trainer:
         """Exclude the enclosed block from training time and relax the watchdog."""
         if self.evaluations.evaluator is not None:
             self._phase("evaluating")
-        with self.watchdog.slow():
+        sent = shown_by(PhaseDisplay(self.messages, "evaluating")) if self.messages is not None else nullcontext()
+        with self.watchdog.slow(), sent if self.world.rank == 0 else nullcontext():
             yield
         self._mark = time.monotonic()
         self._phase("training")

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from diffscale.core.keyed_random import Stream, normal
+from diffscale.core.progress import working
 from diffscale.data import Dataset
 from diffscale.diffusion import Diffusion, training_loss
 from diffscale.training.numerics import Numerics
@@ -51,7 +52,7 @@ def validation_loss(
     n = min(held.n, VALIDATION_IMAGES)
     first, last = world.share(n)
     sums = torch.zeros(2, QUARTILES, dtype=torch.float64, device=world.device)
-    with _threads(threads):
+    with _threads(threads), working("validation loss", last - first) as work:
         for start in range(first, last, batch):
             positions = torch.arange(start, min(start + batch, last))
             stored, labels = held.gather(positions.numpy())
@@ -65,6 +66,7 @@ def validation_loss(
             quartile = QUARTILES - 1 - (u * QUARTILES).long().clamp(max=QUARTILES - 1)
             sums[0].index_add_(0, quartile, terms.loss.double())
             sums[1].index_add_(0, quartile, torch.ones_like(terms.loss, dtype=torch.float64))
+            work.advance(len(positions))
     total, count = world.sum(sums).cpu()
     return float(total.sum() / count.sum()), (total / count.clamp(min=1)).tolist()
 

@@ -95,7 +95,7 @@ def test_a_job_is_stopped_with_a_checkpoint_and_submitting_it_again_finishes_it(
     progress = [line for line in again.stdout.splitlines() if "images/s" in line]
     assert 1 <= len(progress) <= 100, "progress, but not a flood of it"
     assert local_cluster.token not in again.stdout
-    first = int(re.sub(r"\D", "", re.search(r"([\d,]+) / ", progress[0])[1]))
+    first = int(re.sub(r"\D", "", re.search(r"([\d,]+) of ", progress[0])[1]))
     assert first >= stopped_at, "it resumed"
 
     third = local_cluster.run(*command)

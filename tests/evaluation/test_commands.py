@@ -34,6 +34,7 @@ from diffscale.training.load import list_targets, settings_of_run
 from diffscale.training.numerics import Numerics
 from diffscale.training.parallel import World
 from diffscale.training.record_columns import record_columns
+from tests.support.commands import run_command
 
 from .conftest import pictures, write_dataset
 
@@ -150,6 +151,19 @@ def test_sample_keeps_images_and_compares_runs_at_the_same_seeds(ray_cluster, ru
     images, _ = dataset.gather(np.arange(12))
     first = np.asarray(Image.open(folder / "000000.png"))
     np.testing.assert_array_equal(images[0].numpy(), first)
+
+
+def test_sample_and_evaluate_say_how_many_images_are_done(ray_cluster, run, own_cache, tmp_path):
+    drawn = run_command("sample", str(run), "--n", "12", "--out", str(tmp_path / "drawn"), "--workers", "1")
+    assert "12 of 12 images in " in drawn.err
+    solvers = ("--solver", "ddim,steps=1", "--solver", "heun,steps=1")
+    evaluated = run_command("evaluate", str(run), *solvers, "eval.n_reference=63", "--workers", "1")
+    assert evaluated.err.count("samples: 20 of 20 images in ") == 2
+    assert "reference of efficientnet_lite0: 63 of 63 images in " in evaluated.err
+    assert "evaluating: 2 of 2 sets of weights and samplers in " in evaluated.err
+    (folder,) = (p for p in (tmp_path / "drawn").iterdir() if p.is_dir())
+    of_folder = run_command("evaluate", str(folder), "--reference", str(folder), "--metrics", FD)
+    assert "features: 12 of 12 images in " in of_folder.err
 
 
 def test_settings_that_were_fixed_in_training_are_refused(run):

@@ -27,11 +27,12 @@ from diffscale.core.cache import cache_dir, file_lock
 from diffscale.core.errors import UserError
 from diffscale.core.hashing import identify
 from diffscale.core.places import require_writable
+from diffscale.core.progress import working
 from diffscale.data.build.decode import Preparation
 from diffscale.data.build.finalize import merge_jobs, write_manifests
 from diffscale.data.build.fingerprint import check_finished, check_interrupted
 from diffscale.data.build.items import Kind, Reading
-from diffscale.data.build.listing import describe, list_source, progress
+from diffscale.data.build.listing import describe, list_source
 from diffscale.data.build.tasks import PART_BYTES, BuildPlan, do_unit, load_json, merge
 from diffscale.data.format.manifest import FILE, Layout, read_manifest
 from diffscale.distributed import connect as ray_session
@@ -86,7 +87,7 @@ def build(options: BuildOptions, show: bool = True, on_task: OnTask = _ignore) -
     """Build the dataset and return its folders, one for each resolution.
 
     options: what to build
-    show: show progress bars
+    show: print the plan of the build
     on_task: called with `units` or `shards` and the index of each task that ends
 
     Raises UserError for an invalid source or option, an unusable image with `strict`, a target that holds another
@@ -101,11 +102,10 @@ def build(options: BuildOptions, show: bool = True, on_task: OnTask = _ignore) -
         if _is_complete(folders, identity):
             check_finished(folders[0], source, options.reading(), show)
             return folders
-        plan = _prepare(options, wanted, identity, work, show)
-        units = sorted(int(f.stem) for f in (work / "units").glob("*.json"))
-        results = _do_units(work, plan, units, options, show, on_task)
+        plan, images = _prepare(options, wanted, identity, work, show)
+        results = _do_units(work, plan, images, options, on_task)
         built = dict(zip(map(str, plan.resolutions), folders, strict=True))
-        _finish(work, plan, identity, built, results, options, show, on_task)
+        _finish(work, plan, identity, built, results, options, on_task)
         shutil.rmtree(work)
     return folders
 
@@ -163,8 +163,12 @@ def _chosen(reading: Reading) -> dict[str, str]:
     return {name: value for name, value in choices.items() if value is not None}
 
 
-def _prepare(options: BuildOptions, plan: BuildPlan, identity: str, work: Path, show: bool) -> BuildPlan:
-    """List the source unless an interrupted build has done so. Return the plan, completed from the source.
+def _prepare(
+    options: BuildOptions, plan: BuildPlan, identity: str, work: Path, show: bool
+) -> tuple[BuildPlan, int | None]:
+    """List the source unless an interrupted build has done so.
+
+    Return the plan, completed from the source, and the number of images; None where an older version listed them.
 
     Raises UserError if the interrupted build had other options, or if the source has changed since.
     """
@@ -180,20 +184,20 @@ def _prepare(options: BuildOptions, plan: BuildPlan, identity: str, work: Path, 
         plan = BuildPlan.from_json((work / "plan.json").read_text())
         check_interrupted(work, plan, options.reading())
         _show(work, show)
-        return plan
+        return plan, state.get("images")
     shutil.rmtree(work, ignore_errors=True)
     for name in ("units", "parts", "done", "shards", "spool"):
         (work / name).mkdir(parents=True)
     try:
-        with progress(show) as bar:
-            listing = list_source(plan, options.reading(), work / "spool", bar, work)
+        listing = list_source(plan, options.reading(), work / "spool", work)
         (work / "plan.txt").write_text(describe(listing), "utf-8")
         _show(work, show)
     except UserError:
         shutil.rmtree(work, ignore_errors=True)
         raise
-    storage.write_bytes(str(work / "state.json"), json.dumps({"identity": identity}).encode())
-    return listing.plan
+    images = listing.counts.total()
+    storage.write_bytes(str(work / "state.json"), json.dumps({"identity": identity, "images": images}).encode())
+    return listing.plan, images
 
 
 def _show(work: Path, show: bool) -> None:
@@ -209,14 +213,15 @@ def examine(options: BuildOptions) -> str:
     plan = _plan(options, source, sides)
     if _is_complete(folders, identify(plan=plan.to_json())):
         check_finished(folders[0], source, options.reading(), False)
-    with tempfile.TemporaryDirectory(prefix="diffscale-") as spool, progress(True, stderr=True) as bar:
-        return describe(list_source(plan, options.reading(), Path(spool), bar))
+    with tempfile.TemporaryDirectory(prefix="diffscale-") as spool:
+        return describe(list_source(plan, options.reading(), Path(spool)))
 
 
 def _do_units(
-    work: Path, plan: BuildPlan, units: list[int], options: BuildOptions, show: bool, on_task: OnTask
+    work: Path, plan: BuildPlan, images: int | None, options: BuildOptions, on_task: OnTask
 ) -> list[dict[str, Any]]:
-    """Do the units that have no result yet; return the results of all units in order."""
+    """Do the units that have no result yet; return the results of all units in order. images: in all units."""
+    units = sorted(int(f.stem) for f in (work / "units").glob("*.json"))
     results = {index: load_json(work / "done" / f"{index:06d}.json") for index in units}
     found = {index: result for index, result in results.items() if result is not None}
     todo = [index for index in units if index not in found]
@@ -229,12 +234,14 @@ def _do_units(
         return do_unit(str(work), row["index"])
 
     memory = PART_BYTES * 5 + PIXEL * plan.preparation.max_pixels + GROUP * plan.group_bytes
-    done = len(units) - len(todo)
-    for index, result in _run(tasks, call, memory, options, "units", done, show):
-        found[index] = result
-        on_task("units", index)
-        if options.strict and result["rejected"]:
-            raise _unusable(*result["rejected"][0])
+    done = sum(result["seen"] for result in found.values())
+    with working("preparing", images, done=done) as progress:
+        for index, result in _run(tasks, call, memory, options):
+            found[index] = result
+            progress.advance(result["seen"])
+            on_task("units", index)
+            if options.strict and result["rejected"]:
+                raise _unusable(*result["rejected"][0])
     bad = [rejected for index in units for rejected in found[index]["rejected"]]
     if options.strict and bad:  # of a build that began without --strict
         raise _unusable(*bad[0])
@@ -256,9 +263,6 @@ def _run(
     work: Callable[[dict[str, Any]], dict[str, Any]],
     memory: int,
     options: BuildOptions,
-    title: str,
-    done: int,
-    show: bool,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Run the tasks with Ray Data, as many at once as memory allows; yield (index, result) as each one ends."""
     if not rows:
@@ -274,11 +278,8 @@ def _run(
             fix="allow more, or a smaller --max-pixels",
         )
     if options.workers == 0:
-        with progress(show) as bar:
-            task = bar.add_task(title, total=len(rows) + done, completed=done)
-            for row in rows:
-                yield row["index"], work(row)
-                bar.advance(task)
+        for row in rows:
+            yield row["index"], work(row)
         return
     ray_session.connect()
     import ray  # import cost; and Ray reads its settings when it is imported, so connect() comes first
@@ -289,7 +290,7 @@ def _run(
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # this bar replaces Ray Data's
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # the build shows its own progress
 
     def call(row: dict[str, Any]) -> dict[str, Any]:
         return {"index": row["index"], "result": json.dumps(work(row))}
@@ -297,11 +298,8 @@ def _run(
     data = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
         call, num_cpus=1, compute=TaskPoolStrategy(at_once)
     )
-    with progress(show) as bar:
-        task = bar.add_task(title, total=len(rows) + done, completed=done)
-        for row in data.iter_rows():
-            bar.advance(task)
-            yield row["index"], json.loads(row["result"])
+    for row in data.iter_rows():
+        yield row["index"], json.loads(row["result"])
 
 
 def _finish(
@@ -311,7 +309,6 @@ def _finish(
     folders: dict[str, str],
     results: list[dict[str, Any]],
     options: BuildOptions,
-    show: bool,
     on_task: OnTask,
 ) -> None:
     """Merge parts into shards and write the manifests."""
@@ -322,8 +319,10 @@ def _finish(
         return merge(str(work), row)
 
     memory = plan.shard_bytes * 2 + PART_BYTES
-    for index, _ in _run(todo, call, memory, options, "shards", len(jobs) - len(todo), show):
-        on_task("shards", index)
+    with working("writing", len(jobs), "shards", done=len(jobs) - len(todo)) as progress:
+        for index, _ in _run(todo, call, memory, options):
+            progress.advance()
+            on_task("shards", index)
     write_manifests(work, plan, identity, folders, results)
 
 

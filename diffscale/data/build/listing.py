@@ -8,10 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from diffscale.core.errors import UserError
+from diffscale.core.progress import working
 from diffscale.data.build.fingerprint import fingerprint
 from diffscale.data.build.items import BuildSource, Reading
 from diffscale.data.build.names import shown
@@ -41,25 +39,24 @@ class Listing:
     counts: Counts
 
 
-def list_source(plan: BuildPlan, reading: Reading, spool: Path, bar: Progress, work: Path | None = None) -> Listing:
+def list_source(plan: BuildPlan, reading: Reading, spool: Path, work: Path | None = None) -> Listing:
     """List a source. Raises UserError for one without images or with several readings.
 
     plan: the choices of a person
     spool: folder for unpacked archives
-    bar: shows how many images were found
     work: folder to write the listing to
     """
     source = open_source(plan.source, plan.unit_rows, spool, reading)
     plan = _fitted(plan, source)
     counts: Counts = Counter()
-    task = bar.add_task("listing", total=None)
-    for index, unit in enumerate(source.units):
-        if work is not None:
-            save_unit(work / "units" / f"{index:06d}.json", unit)
-        counts.update((unit.split, item.label) for item in unit.items)
-        if unit.rows:
-            counts[unit.split, None] += unit.rows[1] - unit.rows[0]
-        bar.update(task, completed=counts.total())
+    with working("listing") as listed:
+        for index, unit in enumerate(source.units):
+            if work is not None:
+                save_unit(work / "units" / f"{index:06d}.json", unit)
+            counts.update((unit.split, item.label) for item in unit.items)
+            if unit.rows:
+                counts[unit.split, None] += unit.rows[1] - unit.rows[0]
+            listed.done = counts.total()
     if not counts:
         raise UserError(
             setting="SOURCE",
@@ -183,14 +180,3 @@ def _warnings(listing: Listing) -> list[str]:
     if alike:
         warnings.append(f"classes that differ in upper and lower case alone: {', '.join(alike[:MOST_CLASSES])}")
     return warnings
-
-
-def progress(show: bool, stderr: bool = False) -> Progress:
-    """Return the progress bar of a build."""
-    columns: tuple[Any, ...] = (
-        TextColumn("{task.description:>8}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, disable=not show, console=Console(stderr=stderr))

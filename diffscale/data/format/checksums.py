@@ -14,6 +14,7 @@ import numpy as np
 from diffscale.core import storage
 from diffscale.core.cache import cache_dir, file_lock
 from diffscale.core.hashing import file_sha256
+from diffscale.core.progress import Work, working
 from diffscale.data.format.cache import ShardCache
 from diffscale.data.format.dataset import Dataset, available_resolutions
 from diffscale.data.format.errors import ShardError
@@ -98,14 +99,15 @@ def verify_dataset(folder: str) -> list[str]:
         return [problem for side in several for problem in verify_dataset(storage.join(folder, str(side)))]
     manifest = read_manifest(folder)
     problems: list[str] = []
-    for split in manifest.splits:
-        problems += _verify_split(folder, split)
+    with working(f"verifying {folder}", sum(split.rows for split in manifest.splits.values())) as work:
+        for name in manifest.splits:
+            problems += _verify_split(folder, name, work)
     known = {FILE, "rejected.csv"} | {s.file for split in manifest.splits.values() for s in split.shards}
     extra = {uri.split("/")[-1] for uri in storage.list_files(folder, ".arrow")} - known
     return problems + [f"{storage.join(folder, name)}: not in the manifest" for name in sorted(extra)]
 
 
-def _verify_split(folder: str, split: SplitName) -> Iterator[str]:
+def _verify_split(folder: str, split: SplitName, work: Work) -> Iterator[str]:
     manifest = read_manifest(folder)
     dataset = Dataset(folder, manifest, split, ShardCache() if storage.is_remote(folder) else None)
     for s, entry in enumerate(dataset.split.shards):
@@ -121,11 +123,14 @@ def _verify_split(folder: str, split: SplitName) -> Iterator[str]:
                 content.add(
                     memoryview(image.as_buffer()) if encoded else np.ascontiguousarray(image), shard.labels[row]
                 )
+                work.advance(0 if encoded else 1)
             if content.hex() != entry.content:
                 raise ShardError(path, "its rows do not have the content hash of the manifest")
             if encoded:
                 for first in range(start, start + entry.rows, DECODED_TOGETHER):
-                    dataset.gather(np.arange(first, min(first + DECODED_TOGETHER, start + entry.rows)))
+                    rows = np.arange(first, min(first + DECODED_TOGETHER, start + entry.rows))
+                    dataset.gather(rows)
+                    work.advance(len(rows))
         except ShardError as error:
             yield f"{error.shard}: {error.problem}"
         except OSError as error:

