@@ -33,9 +33,11 @@ def main(
     storage: Annotated[str | None, typer.Option(help="to check without a preset; default $DIFFSCALE_STORAGE")] = None,
 ) -> None:
     """Check a cluster, and whether a preset will run on it."""
+    from diffscale.training.numerics import settled  # import cost
+
     experiment = load_experiment(preset, overrides or []) if preset else None
     place = experiment.storage if experiment else places.resolve(storage or places.default_storage())
-    findings = examine(experiment, place, address)
+    findings = examine(experiment, place, settled, address)
     show(findings)
     raise typer.Exit(int(any(f.level == "failure" for f in findings)))
 

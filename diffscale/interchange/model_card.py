@@ -11,6 +11,7 @@ from diffscale.config.experiment import Experiment
 from diffscale.core import storage
 from diffscale.records.schema import Record
 from diffscale.records.store import read_records
+from diffscale.training.run_readme import metrics_table
 
 UNSTATED = "not stated; ask whoever trained the model before you use it"
 NOT_PASSED_ON = (
@@ -61,7 +62,7 @@ def model_card(
         *([NOT_PASSED_ON, ""] if imported and not imported["may_be_passed_on"] else []),
         "## Metrics",
         "",
-        *(_metrics(records) or ["None was measured."]),
+        *(metrics_table(records) or ["None was measured."]),
         "",
         "## How it was made",
         "",
@@ -112,21 +113,6 @@ def _origin(imported: dict[str, Any] | None) -> str:
         f"imported by diffscale from {imported['file']} (SHA-256 {imported['sha256']}), family {imported['family']}, "
         f"with the settings of the recipe {imported['recipe']}."
     )
-
-
-def _metrics(records: list[Record]) -> list[str]:
-    if not records:
-        return []
-    rows = ["| metric | value | 95 % interval | n | reference images | pixels | sampler | evaluations |"]
-    rows.append("|---|---:|---|---:|---:|---:|---|---:|")
-    for r in records:
-        known = r.value_low is not None and r.value_high is not None
-        interval = f"{r.value_low:.4g} to {r.value_high:.4g}" if known else ""
-        rows.append(
-            f"| {r.metric} | {r.value:.5g} | {interval} | {r.n_generated:,} | {r.n_reference:,} | {r.eval_resolution} "
-            f"| {r.solver}, guidance {r.guidance_scale:g} | {r.nfe} |"
-        )
-    return rows
 
 
 def _command(imported: dict[str, Any] | None) -> list[str]:

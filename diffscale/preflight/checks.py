@@ -8,9 +8,12 @@ import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from diffscale.preflight.node_facts import NodeFacts
+
+if TYPE_CHECKING:
+    from diffscale.preflight.memory import Estimate
 
 Level = Literal["ok", "warning", "failure"]
 
@@ -188,21 +191,24 @@ def metrics(nodes: Sequence[NodeFacts]) -> list[Finding]:
     return findings
 
 
-def memory(needed: int, nodes: Sequence[NodeFacts], gpu: bool) -> list[Finding]:
+def device_memory(nodes: Sequence[NodeFacts], gpu: bool) -> int | None:
+    """Return the bytes of the smallest GPU, or without `gpu` of the smallest node; None if there is none."""
+    return min([size for n in nodes for _, size in n.gpus] if gpu else [n.memory for n in nodes], default=None)
+
+
+def memory(needed: Estimate, nodes: Sequence[NodeFacts], gpu: bool) -> list[Finding]:
     """Compare the estimated peak of one worker with the smallest device.
 
-    needed: bytes.
     gpu: whether the workers run on GPUs; else the smallest node's RAM counts.
     """
-    sizes = [size for n in nodes for _, size in n.gpus] if gpu else [n.memory for n in nodes]
-    if not sizes:
+    device = device_memory(nodes, gpu)
+    if device is None:
         return []
-    device = min(sizes)
-    found = f"about {gigabytes(needed)} for each worker, {gigabytes(device)} on the smallest {'GPU' if gpu else 'node'}"
-    if needed > device:
+    found = f"{needed.text()}; {gigabytes(device)} on the smallest {'GPU' if gpu else 'node'}"
+    if needed.total > device:
         fix = "lower train.micro_batch, or train.activation_checkpointing=true, or train.parallel=fsdp2"
         return [Finding("memory", "failure", found, fix)]
-    if needed > MEMORY_WARNING * device:
+    if needed.total > MEMORY_WARNING * device:
         return [Finding("memory", "warning", found, "close to the limit: halve train.micro_batch")]
     return [Finding("memory", "ok", found)]
 

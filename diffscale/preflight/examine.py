@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -16,13 +17,17 @@ from diffscale.preflight.node_facts import NodeFacts, ProbeSpec
 
 if TYPE_CHECKING:
     from diffscale.config.experiment import Experiment
+    from diffscale.data import Dataset
+
+Settle = Callable[["Experiment", "Dataset"], "Experiment"]
 
 
-def examine(experiment: Experiment | None, storage: str, address: str | None = None) -> list[Finding]:
+def examine(experiment: Experiment | None, storage: str, settle: Settle, address: str | None = None) -> list[Finding]:
     """Return all findings in the order of the checks. Connects to Ray and leaves it connected.
 
     experiment: the run to prepare for; None checks the cluster alone.
     storage: absolute path or URI.
+    settle: returns an experiment with what training makes of each "auto" of its numerics
     address: address of the cluster; None for $RAY_ADDRESS, else a private Ray on this machine.
     """
     connect(address)
@@ -58,7 +63,12 @@ def examine(experiment: Experiment | None, storage: str, address: str | None = N
         findings += checks.dataset(nodes, data_path, content_hash)
     findings += checks.clocks(cluster.clock_offsets()) + checks.disks(nodes) + checks.metrics(nodes)
     if experiment is not None and data_path:
-        findings += checks.memory(_needed_bytes(experiment), nodes, on_gpu)
+        from diffscale.config.factory import open_training_data  # import cost
+        from diffscale.preflight.memory import estimate  # import cost
+
+        dataset = open_training_data(experiment)
+        device = checks.device_memory(nodes, on_gpu) if on_gpu else None
+        findings += checks.memory(estimate(settle(experiment, dataset), dataset, device=device), nodes, on_gpu)
     return findings
 
 
@@ -103,10 +113,3 @@ def _remove_probe(probe: str) -> None:
 def _wants_gpu(experiment: Experiment | None, nodes: list[NodeFacts]) -> bool:
     wanted = experiment.train.gpu if experiment else "auto"
     return any(n.gpus for n in nodes) if wanted == "auto" else bool(wanted)
-
-
-def _needed_bytes(experiment: Experiment) -> int:
-    from diffscale.config.factory import open_training_data  # import cost
-    from diffscale.preflight.memory import needed_bytes  # import cost
-
-    return needed_bytes(experiment, open_training_data(experiment))

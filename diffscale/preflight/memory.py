@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffscale.models.cost import make_fake
+from diffscale.preflight.checks import gigabytes
 
 if TYPE_CHECKING:
     from diffscale.config.experiment import Experiment
@@ -18,34 +20,55 @@ CONTEXT = 500e6  # bytes: CUDA context, cuDNN and communication buffers
 OVERHEAD = 1.15  # workspaces and fragmentation
 
 
-def needed_bytes(experiment: Experiment, dataset: Dataset, overhead: float = OVERHEAD) -> int:
-    """Return the estimated peak of one worker in bytes.
+@dataclass(frozen=True)
+class Estimate:
+    """Estimated peak of one worker in bytes, as `--dry-run` and `doctor` print it."""
 
-    It consists of weights, gradients, moments, averages, and the tensors kept for the backward pass. Where
-    `train.micro_batch` is auto, all of a worker's images are counted as one pass.
+    state: int  # weights, gradients, moments and averages
+    activations: int  # tensors kept for the backward pass
+    images: int  # in that pass
+    total: int  # with workspaces, fragmentation and what a device's libraries take
+
+    def text(self) -> str:
+        """Return the estimate and what it consists of."""
+        return (
+            f"about {gigabytes(self.total)} for each worker at its peak: {gigabytes(self.state)} of weights, "
+            f"gradients, moments and averages, {gigabytes(self.activations)} of activations in passes of "
+            f"{self.images:,} images, and overhead"
+        )
+
+
+def estimate(
+    experiment: Experiment, dataset: Dataset, overhead: float = OVERHEAD, device: float | None = None
+) -> Estimate:
+    """Estimate the peak of one worker.
 
     overhead: factor for workspaces and fragmentation; 1 for what no eager pass can do without
+    device: bytes of a GPU, to which `train.micro_batch=auto` fits its passes; without it, and where one image is too
+        much, all of a worker's images are one pass
     """
     train = experiment.train
     share = -(-train.global_batch // train.min_workers)
     wanted = None if train.micro_batch == "auto" else train.micro_batch
-    return _needed(experiment, dataset, min(wanted or share, share), overhead)
+    if train.micro_batch == "auto" and device is not None:
+        wanted = largest_micro_batch(experiment, dataset, device)
+    return _estimate(experiment, dataset, min(wanted or share, share), overhead)
 
 
 def largest_micro_batch(experiment: Experiment, dataset: Dataset, memory: float) -> int:
     """Return the most images of a pass whose estimated peak is at most `memory` bytes; 0 if one image is too much."""
-    two, four = (_needed(experiment, dataset, images, OVERHEAD) for images in (2, 4))
+    two, four = (_estimate(experiment, dataset, images, OVERHEAD).total for images in (2, 4))
     per_image = (four - two) / 2
     return max(int((memory - (two - 2 * per_image)) / per_image), 0)
 
 
-def _needed(experiment: Experiment, dataset: Dataset, images: int, overhead: float) -> int:
+def _estimate(experiment: Experiment, dataset: Dataset, images: int, overhead: float) -> Estimate:
     train = experiment.train
     parameters, activations = count(experiment, dataset, images)
     averages = int(bool(train.ema.halflife_images or train.ema.halflife_fraction)) + len(train.ema.power)
     copies = 4 + averages + bool(averages)  # weights, gradients, both moments; averages and the weights they take in
     state = 4.0 * parameters * copies / (train.min_workers if train.parallel == "fsdp2" else 1)
-    return int((state + activations) * overhead + CONTEXT)
+    return Estimate(int(state), activations, images, int((state + activations) * overhead + CONTEXT))
 
 
 def count(experiment: Experiment, dataset: Dataset, images: int) -> tuple[int, int]:

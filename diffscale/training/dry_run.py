@@ -5,7 +5,7 @@ from __future__ import annotations
 from diffscale.config import recipes
 from diffscale.config.experiment import Experiment
 from diffscale.core.device import money
-from diffscale.preflight.memory import needed_bytes
+from diffscale.preflight.memory import estimate
 from diffscale.training.checkpoint.layout import save_settings
 from diffscale.training.initial_weights import with_initial_weights
 from diffscale.training.numerics import settled
@@ -21,7 +21,6 @@ def describe(experiment: Experiment, preset_or_file: str | None = None) -> str:
     dataset, cost = prepare(experiment)
     experiment = with_initial_weights(settled(experiment, dataset), dataset)
     train, plan = experiment.train, make_plan(experiment, cost.flops_per_image)
-    memory = needed_bytes(experiment, dataset)
     lines = [
         save_settings(experiment).decode().rstrip(),
         "",
@@ -30,7 +29,7 @@ def describe(experiment: Experiment, preset_or_file: str | None = None) -> str:
         f"# parameters   {cost.parameters:,}",
         f"# forward      {cost.forward_macs / 1e9:.4g} GMAC = {2 * cost.forward_macs / 1e9:.4g} GFLOP per image",
         f"# training     {cost.flops_per_image / 1e9:.4g} GFLOP per image",
-        f"# memory       about {memory / 2**30:.3g} GiB per worker at its peak",
+        f"# memory       {estimate(experiment, dataset).text()}",
     ]
     if plan.end is not None:
         total = plan.end * cost.flops_per_image

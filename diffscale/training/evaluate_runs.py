@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from diffscale.core import storage
 from diffscale.core.cache import cache_dir
 from diffscale.core.errors import UserError
 from diffscale.core.hashing import identify
@@ -21,9 +22,11 @@ from diffscale.evaluation.distribute import devices
 from diffscale.evaluation.folder import evaluate_folder, refuse_sampling
 from diffscale.evaluation.sample_writer import SampleWriter
 from diffscale.records.schema import Record
+from diffscale.training.checkpoint import layout as ck
 from diffscale.training.checkpoint_evaluation import CheckpointEvaluator
 from diffscale.training.load import TrainedModel, is_run, list_targets, load_trained, samples_source, settings_of_run
 from diffscale.training.parallel import World
+from diffscale.training.run_readme import FILE, write_readme
 from diffscale.training.settings_check import refuse_unfit_sampler
 
 
@@ -119,6 +122,9 @@ def evaluate_run(
             work.note = " ".join(filter(None, [trained.label, solver]))
             records += evaluate_trained(trained, options, on_picture)
             work.advance()
+    run_folder = ck.run_of(target) or target
+    if storage.exists(storage.join(run_folder, FILE)):  # the run has finished: its best value may be another one now
+        write_readme(run_folder, ck.read_experiment(list_targets(run_folder)[-1]))
     return records
 
 

@@ -12,7 +12,7 @@ from diffscale.core import storage
 from diffscale.core.errors import UserError
 from diffscale.data import Dataset
 from diffscale.preflight.checks import gigabytes
-from diffscale.preflight.memory import largest_micro_batch, needed_bytes
+from diffscale.preflight.memory import estimate, largest_micro_batch
 from diffscale.training.parallel import World
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def fitted(
         return _with(experiment, None) if train.micro_batch == "auto" else experiment
     share = -(-train.global_batch // world.size)
     if train.micro_batch != "auto":
-        needed = needed_bytes(experiment, dataset, overhead=1.0)
+        needed = estimate(experiment, dataset, overhead=1.0).total
         if needed > CERTAIN * memory and not train.compile:
             raise _does_not_fit(experiment, dataset, memory)
         if needed > memory and world.rank == 0:
@@ -84,7 +84,7 @@ def _with(experiment: Experiment, micro_batch: int | None) -> Experiment:
 
 
 def _does_not_fit(experiment: Experiment, dataset: Dataset, memory: int) -> UserError:
-    needed, largest = needed_bytes(experiment, dataset), largest_micro_batch(experiment, dataset, memory)
+    needed, largest = estimate(experiment, dataset).total, largest_micro_batch(experiment, dataset, memory)
     helps = "train.activation_checkpointing=true, train.parallel=fsdp2 on several GPUs, or a smaller model"
     return UserError(
         setting="train.micro_batch",

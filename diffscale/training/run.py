@@ -85,6 +85,7 @@ def train(
     """
     from diffscale.training.initial_weights import with_initial_weights  # import cost
     from diffscale.training.numerics import settled, uses_gpu  # import cost
+    from diffscale.training.run_readme import write_readme  # import cost
     from diffscale.training.settings_check import check_settings  # import cost
 
     dataset = check_settings(experiment)
@@ -106,6 +107,8 @@ def train(
     outcome, signals = _launch(spec, should_stop, show, handle_signals, here)
     if outcome.reason == "finished" and evaluate_async:
         outcome = _check_evaluations(outcome, spec)
+    if outcome.reason == "finished":
+        write_readme(folder, experiment)
     if outcome.reason == "refused" and outcome.error is not None:
         raise UserError(**outcome.error)
     message = outcome.message if outcome.error is None else UserError(**outcome.error).text()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
 import pytest
+
+DRY_RUN = ("diffscale.train", "--dry-run")
 
 
 @pytest.mark.parametrize("storage_exists", [True, pytest.param(False, marks=pytest.mark.slow)])
@@ -26,3 +29,21 @@ def test_the_command_passes_on_this_machine_and_fails_where_it_cannot_write(tmp_
     token = tmp_path / ".ray" / "auth_token"
     if token.exists():
         assert token.read_text().strip() not in output
+
+
+@pytest.mark.slow
+def test_doctor_and_a_dry_run_print_one_estimate_of_memory(tmp_path):
+    """Activations are most of it, and micro-batches make it smaller."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    environment |= {"HOME": str(tmp_path), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    settings = ["quickstart-unet", f"storage={tmp_path}", "train.micro_batch=8"]
+
+    def printed(*command: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", *command], capture_output=True, text=True, env=environment, timeout=280, check=True
+        )
+        return " ".join(done.stdout.split())
+
+    (estimate,) = re.findall(r"# memory (about .*? of activations in passes of 8 images)", printed(*DRY_RUN, *settings))
+    shown = re.sub(r"\s+", "", printed("diffscale.doctor", *settings))
+    assert estimate.replace(" ", "") in shown

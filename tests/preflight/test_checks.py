@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from diffscale.preflight import checks
+from diffscale.preflight.memory import Estimate
 from diffscale.preflight.node_facts import NodeFacts
 
 VERSIONS = {"python": "3.11.9", "ray": "2.60.0", "torch": "2.15.0", "diffscale": "0.1.0"}
@@ -24,6 +25,10 @@ def node(name: str = "a", **changes) -> NodeFacts:
     return facts
 
 
+def needing(total: int) -> Estimate:
+    return Estimate(state=total // 2, activations=total // 2, images=8, total=total)
+
+
 def failures(findings) -> list[checks.Finding]:
     for finding in findings:
         assert finding.level == "ok" or finding.fix, f"no fix for: {finding.found}"
@@ -40,7 +45,7 @@ def test_a_healthy_cluster_has_no_failures():
         *checks.dataset(nodes, "s3://bucket/data", "1234567890abcdef"),
         *checks.clocks({"a": (0.01, 0.001), "b": (-0.02, 0.001)}),
         *checks.disks(nodes),
-        *checks.memory(1_000_000_000, nodes, gpu=False),
+        *checks.memory(needing(1_000_000_000), nodes, gpu=False),
     ]
     assert {f.level for f in findings} == {"ok"}
 
@@ -104,7 +109,7 @@ def test_full_disks_and_dockers_default_shared_memory_are_failures():
 def test_missing_metric_weights_and_a_preset_too_large_are_failures():
     assert failures(checks.metrics([node(metric_errors={"fid": "UserError: no weights"})]))
     assert not failures(checks.metrics([node(metric_errors={"fid": ""})]))
-    assert failures(checks.memory(40_000_000_000, [node(gpus=[("L4", 24_000_000_000)])], gpu=True))
-    assert [f.level for f in checks.memory(23_000_000_000, [node(gpus=[("L4", 24_000_000_000)])], gpu=True)] == [
-        "warning"
-    ]
+    assert failures(checks.memory(needing(40_000_000_000), [node(gpus=[("L4", 24_000_000_000)])], gpu=True))
+    assert [
+        f.level for f in checks.memory(needing(23_000_000_000), [node(gpus=[("L4", 24_000_000_000)])], gpu=True)
+    ] == ["warning"]

@@ -8,7 +8,7 @@ import pytest
 
 from diffscale.core.errors import UserError
 from diffscale.data import Dataset
-from diffscale.preflight.memory import largest_micro_batch, needed_bytes
+from diffscale.preflight.memory import estimate, largest_micro_batch
 from diffscale.training.fit import CERTAIN, after_out_of_memory, fitted
 from diffscale.training.parallel import World
 
@@ -19,7 +19,7 @@ def test_the_largest_pass_is_the_last_that_the_estimate_lets_in(tmp_path: Path, 
     """The estimate is a constant and a part that grows with the images of a pass."""
 
     def needed(images: int) -> int:
-        return needed_bytes(experiment(tmp_path, train={"micro_batch": images}), dataset)
+        return estimate(experiment(tmp_path, train={"micro_batch": images}), dataset).total
 
     e = experiment(tmp_path)
     assert largest_micro_batch(e, dataset, needed(3)) == 3
@@ -30,7 +30,7 @@ def test_the_largest_pass_is_the_last_that_the_estimate_lets_in(tmp_path: Path, 
 def test_auto_makes_passes_of_one_size_and_leaves_the_run_its_identity(tmp_path: Path, dataset: Dataset):
     """A last pass of another size would be compiled and captured again."""
     auto = experiment(tmp_path, train={"micro_batch": "auto"})
-    memory = needed_bytes(experiment(tmp_path, train={"micro_batch": BATCH - 1}), dataset)
+    memory = estimate(experiment(tmp_path, train={"micro_batch": BATCH - 1}), dataset).total
     found = fitted(auto, dataset, World(), str(tmp_path), memory)
     assert found.train.micro_batch == -(-BATCH // 2)
     assert found.run_id("d") == auto.run_id("d") == experiment(tmp_path).run_id("d")
@@ -43,7 +43,7 @@ def test_what_cannot_fit_is_told_with_the_estimate_and_the_most_that_would(
     tmp_path: Path, dataset: Dataset, caplog: pytest.LogCaptureFixture
 ):
     asked = experiment(tmp_path, train={"global_batch": 8192, "micro_batch": 8192, "compile": False})
-    memory = int(needed_bytes(asked, dataset, overhead=1.0) / CERTAIN) - 1
+    memory = int(estimate(asked, dataset, overhead=1.0).total / CERTAIN) - 1
     with pytest.raises(UserError, match=r"train\.micro_batch") as refused:
         fitted(asked, dataset, World(), str(tmp_path), memory)
     largest = largest_micro_batch(asked, dataset, memory)
