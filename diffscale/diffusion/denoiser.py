@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from diffscale.diffusion.interpolants import per_image
+from diffscale.diffusion.preconditioning import Preconditioning
 from diffscale.diffusion.predictions import to_x0
-from diffscale.diffusion.process import Diffusion
 from diffscale.kernels.cuda_graph import Record, Recorded
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ Estimate = Callable[..., Denoised]
 
 
 def denoise(
-    diffusion: Diffusion,
+    diffusion: Preconditioning,
     model: nn.Module,
     z: Tensor,
     logsnr: Tensor,
@@ -44,7 +44,7 @@ def denoise(
 
 
 def denoise_with_share(
-    diffusion: Diffusion,
+    diffusion: Preconditioning,
     model: nn.Module,
     z: Tensor,
     logsnr: Tensor,
@@ -83,7 +83,7 @@ class CapturedDenoiser:
 
     def __call__(
         self,
-        diffusion: Diffusion,
+        diffusion: Preconditioning,
         model: nn.Module,
         z: Tensor,
         logsnr: Tensor,
@@ -177,7 +177,7 @@ class GuidedDenoiser:
 
     def __init__(
         self,
-        diffusion: Diffusion,
+        diffusion: Preconditioning,
         model: nn.Module,
         label: Tensor | None,
         guidance: Guidance,

@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from diffscale.diffusion.beta_schedules import DDPMLinear, IDDPMCosine
 from diffscale.diffusion.distributions import EDMLogNormal, FlowLogitNormal, FlowUniform
 from diffscale.diffusion.interpolants import INTERPOLANTS
+from diffscale.diffusion.preconditioning import InputRange, InputStd, Preconditioning, Variance
 from diffscale.diffusion.predictions import PREDICTIONS, from_x0_eps, log_error_gain
 from diffscale.diffusion.schedules import (
     CosineGamma,
@@ -39,59 +40,19 @@ SCHEDULES: dict[str, type] = {
     "flow_logit_normal": FlowLogitNormal,
 }
 
-InputStd = Literal["auto", "unit", "data", "image", "none"]
-InputRange = Literal["-1,1", "0,1"]
-Variance = Literal["fixed", "learned_range"]
 
-
-@dataclass(frozen=True)
-class Diffusion:
-    """z = alpha(logsnr)·x + sigma(logsnr)·eps with x = image_gain·image + image_offset, image in [−1, 1].
+@dataclass(frozen=True, kw_only=True)
+class Diffusion(Preconditioning):
+    """A preconditioning with a schedule of noise levels and the weights that the loss gives them.
 
     Make it with `create_diffusion`, which refuses singular combinations.
     """
 
     schedule: Schedule
-    interpolant: str = "vp"
-    prediction: str = "v"
     weighting: Weighting = MinSNR()  # noqa: RUF009 (frozen)
-    input_scale: float = 1.0
-    sigma_data: float = 0.5
-    input_range: InputRange = "-1,1"
-    input_std: InputStd = "auto"
     multiscale_loss: bool = False
     discrete: bool = False  # noise levels are those of the schedule's own steps
-    variance: Variance = "fixed"  # learned_range: the network's second half of channels (diffusion/learned_variance.py)
     vlb_weight: float = 0.001  # of the variational bound in the loss, with a learned variance
-
-    @property
-    def image_gain(self) -> float:
-        return self.input_scale * (0.5 if self.input_range == "0,1" else 1.0)
-
-    @property
-    def image_offset(self) -> float:
-        return self.input_scale * 0.5 if self.input_range == "0,1" else 0.0
-
-    @property
-    def scaled_sigma_data(self) -> float:
-        """Standard deviation of x: what EDM's preconditioning and weighting use."""
-        return self.sigma_data * self.image_gain
-
-    def scale_images(self, images: Tensor) -> Tensor:
-        """Images in [−1, 1] to x, the clean images that noise is added to."""
-        return images * self.image_gain + self.image_offset
-
-    def unscale_images(self, x: Tensor) -> Tensor:
-        """x back to images in [−1, 1]."""
-        return (x - self.image_offset) / self.image_gain
-
-    def clip_bounds(self) -> tuple[float, float]:
-        """The range of x."""
-        return self.image_offset - self.image_gain, self.image_offset + self.image_gain
-
-    @property
-    def learns_variance(self) -> bool:
-        return self.variance == "learned_range"
 
     def training_step(self, u: Tensor) -> Tensor:
         """Number of the schedule's step that uniform u (B,) in [0, 1) draws: (B,) int64. For discrete processes."""
@@ -103,38 +64,6 @@ class Diffusion:
         if not self.discrete:
             return u.float()
         return self.training_step(u).double() / (self.schedule.steps - 1)  # type: ignore[attr-defined]
-
-    def split_output(self, out: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The network's output as (prediction, share of ln β in the learned variance or None).
-
-        The share is (v + 1)/2 of the channels v, so v in [−1, 1] is the range (Dhariwal and Nichol 2021's code).
-        """
-        if not self.learns_variance:
-            return out, None
-        prediction, v = out.chunk(2, dim=1)
-        return prediction, (v.float() + 1) / 2
-
-    def alpha_sigma(self, logsnr: Tensor) -> tuple[Tensor, Tensor]:
-        return INTERPOLANTS[self.interpolant](logsnr)
-
-    def input_norm(self, alpha: Tensor, sigma: Tensor) -> Tensor | None:
-        """What z is divided by before it enters the network; None is 1.
-
-        unit: √(alpha²·b² + sigma²), the standard deviation of z for unit-variance data (Chen 2023), b = image_gain.
-        data: the same with the data's own sigma_data·b, which times 1/alpha is EDM's c_in; always so for F.
-        image: b, so that the network sees the images' own scale and noise of 1/b (JiT's noise scale).
-        auto: data for F; none for vp and linear at b = 1, as published models have it; unit elsewhere.
-        """
-        kind = self.input_std
-        if kind == "auto":
-            plain = self.image_gain == 1 and self.interpolant != "ve"
-            kind = "data" if self.prediction == "F" else "none" if plain else "unit"
-        if kind == "none":
-            return None
-        if kind == "image":
-            return torch.full_like(sigma, self.image_gain)
-        std = self.scaled_sigma_data if kind == "data" else self.image_gain
-        return (sigma.square() + (alpha * std).square()).sqrt()
 
     def log_loss_weight(self, t: Tensor, logsnr: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """(ln weight on the squared error of the output, ln ‖Δx‖²/‖Δout‖²), both of t's shape, float32."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from diffscale.core.keyed_random import Stream, at_step, normal
 from diffscale.diffusion.denoiser import Estimate, Guidance, GuidedDenoiser, denoise_with_share
 from diffscale.diffusion.multistep import DPMpp2M, DPMpp2MSDE, UniPC
+from diffscale.diffusion.preconditioning import Preconditioning
 from diffscale.diffusion.process import Diffusion
 from diffscale.diffusion.solver_settings import SolverSettings
 from diffscale.diffusion.solvers import DDIM, DDPM, Euler, Heun, HeunFlow
@@ -66,6 +67,20 @@ def sample(
         raise ValueError(f"solver {type(solver).__name__} adds noise: give noise_fn, such as keyed_noise(...)")
     levels = check_sampler(diffusion, solver)
     guided = GuidedDenoiser(diffusion, model, label, guidance or Guidance(), extra, estimate)
+    return sample_at(levels, solver, guided, noise, noise_fn, callback)
+
+
+@torch.no_grad()
+def sample_at(
+    levels: list[float],
+    solver: SolverSettings,
+    guided: GuidedDenoiser,
+    noise: Tensor,
+    noise_fn: Callable[[int], Tensor] | None = None,
+    callback: Callable[[Evaluation], None] | None = None,
+) -> Tensor:
+    """`sample` at given noise levels: logsnr, increasing; the clean image that follows them is not in the list."""
+    diffusion = guided.diffusion
     low, high = diffusion.clip_bounds()
     index = 0
 
@@ -131,7 +146,7 @@ def guided_nfe(diffusion: Diffusion, solver: SolverSettings, guidance: Guidance 
     return sum(map(guidance.needs_model, seen)), sum(map(guidance.active, seen))
 
 
-def _alpha(diffusion: Diffusion, logsnr: float) -> float:
+def _alpha(diffusion: Preconditioning, logsnr: float) -> float:
     return diffusion.alpha_sigma(torch.tensor(logsnr, dtype=torch.float64))[0].item()
 
 

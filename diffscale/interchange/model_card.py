@@ -9,6 +9,7 @@ import yaml
 
 from diffscale.config.experiment import Experiment
 from diffscale.core import storage
+from diffscale.interchange.form import Form, Trained
 from diffscale.records.schema import Record
 from diffscale.records.store import read_records
 from diffscale.training.run_readme import metrics_table
@@ -21,11 +22,9 @@ NOT_PASSED_ON = (
 
 
 def model_card(
-    experiment: Experiment,
+    trained: Trained,
     columns: dict[str, Any],
-    *,
-    run_folder: str,
-    ema: str,
+    form: Form,
     to: str,
     imported: dict[str, Any] | None,
     licence: str = "",
@@ -33,12 +32,12 @@ def model_card(
     """Return README.md of an exported model, with the front matter that the Hub reads.
 
     columns: the record's columns that training determines
-    run_folder: its records of this checkpoint and average are listed
-    to: the form of the export
+    form, to: of the export and its name
     imported: what `imported_from` returns
     licence: of the weights; empty takes that of an import, or says that none is stated
     """
-    records = _records(run_folder, columns["images_seen"], ema)
+    experiment, ema = trained.experiment, trained.ema
+    records = _records(trained.run_folder, columns["images_seen"], ema)
     terms = licence or (imported["licence"] if imported else UNSTATED)
     settings = experiment.dotted()
     lines = [
@@ -60,6 +59,14 @@ def model_card(
         f"| licence | {terms} |",
         "",
         *([NOT_PASSED_ON, ""] if imported and not imported["may_be_passed_on"] else []),
+        "## How to draw images",
+        "",
+        form.about,
+        "",
+        "```python",
+        *form.usage,
+        "```",
+        "",
         "## Metrics",
         "",
         *(metrics_table(records) or ["None was measured."]),

@@ -1,0 +1,1 @@
+"""Code that exported folders hold. Nothing in diffscale imports it; it needs diffusers."""
