@@ -146,7 +146,7 @@ def units_of(suite: Suite, experiments: list[Experiment], hashes: list[str], wan
     """Return every run in order, the peers, and the evaluations at the runs' ends, filtered by the pattern."""
     runs = [_run_unit(e, h) for e, h in zip(experiments, hashes, strict=True)]
     peers = [
-        _peer_unit(PeerRun(suite.name, peer.name, width, experiments[0]), hashes[0])
+        _peer_unit(PeerRun(suite.name, peer.name, width, experiments[0], peer.flags), hashes[0])
         for peer in suite.peers
         for width in peer.widths
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,14 @@ from diffscale.core import storage
 from diffscale.core.hashing import identify
 from diffscale.data import Dataset, Loader
 from diffscale.evaluation import make_evaluator
+from diffscale.evaluation.sampling import given_batch
 from diffscale.records.schema import Record
 from diffscale.training.checkpoint_evaluation import evaluate_checkpoint
 from diffscale.training.ema import Weights
+from diffscale.training.numerics import Numerics
 from diffscale.training.parallel import World
 from diffscale.training.record_columns import record_columns
+from diffscale.training.validation_loss import validation_loss
 
 SAVE_SECONDS = 60.0
 
@@ -35,6 +38,7 @@ class PeerRun:
     peer: str
     width: int
     like: Experiment
+    flags: dict[str, int | float] = field(default_factory=dict)  # of the peer's script, other than its defaults
 
     @property
     def name(self) -> str:
@@ -55,6 +59,7 @@ class PeerRun:
             data=content_hash,
             version=version_of(self.peer),
             flip=self.like.data.flip,
+            **self.flags,
         )
 
     def run_folder(self, content_hash: str) -> str:
@@ -71,7 +76,7 @@ def run(peer: PeerRun) -> list[Record]:
     dataset = open_training_data(peer.like)
     folder = peer.run_folder(dataset.content_hash)
     torch.manual_seed(peer.like.train.seed)
-    recipe = RECIPES[peer.peer](peer.width, dataset.resolution, peer.flops, device_of(peer.like))
+    recipe = RECIPES[peer.peer](peer.width, dataset.resolution, peer.flops, device_of(peer.like), **peer.flags)
     images_seen, seconds = train(peer, recipe, dataset, Path(folder) / "peer.pt")
     return evaluate(peer, recipe, dataset, folder, images_seen, seconds)
 
@@ -113,25 +118,38 @@ def evaluate(
 ) -> list[Record]:
     """Evaluate the trained network as our runs are evaluated at their end."""
     evaluator = make_evaluator(peer.like, dataset, device=recipe.device)
+    model, world = recipe.averaged(), World(device=recipe.device)
+    val_loss, by_logsnr = validation_loss(
+        model,
+        dataset.heldout,
+        recipe.diffusion,
+        Numerics(),
+        world,
+        batch=given_batch(peer.like.eval),
+        threads=peer.like.train.cpus_per_worker,
+    )
+    columns = _columns(peer, recipe, dataset, world, images_seen, seconds)
     return evaluate_checkpoint(
         evaluator,
-        Weights(recipe.averaged(), "peer"),
+        Weights(model, "peer"),
         recipe.diffusion,
         evaluator.sampling(build_solver(peer.like), precision="fp32"),
-        _columns(peer, recipe, dataset, images_seen, seconds),
+        columns | {"val_loss": val_loss, "val_loss_by_logsnr": by_logsnr},
         run_folder=folder,
         evaluated_on="training workers",
         work=Path(folder),
     )
 
 
-def _columns(peer: PeerRun, recipe: Recipe, dataset: Dataset, images_seen: int, seconds: float) -> dict[str, Any]:
+def _columns(
+    peer: PeerRun, recipe: Recipe, dataset: Dataset, world: World, images_seen: int, seconds: float
+) -> dict[str, Any]:
     """Return the columns of a record that training determines: those of our runs, with the recipe's own values."""
     columns = record_columns(
         peer.like,
         dataset,
         recipe.cost,
-        World(device=recipe.device),
+        world,
         images_seen,
         seconds,
         energy_joules=None,
@@ -151,8 +169,6 @@ def _columns(peer: PeerRun, recipe: Recipe, dataset: Dataset, images_seen: int, 
         "input_scale": 1.0,
         "global_batch": recipe.batch,
         "endpoint": recipe.endpoint,
-        "val_loss": None,
-        "val_loss_by_logsnr": None,
         "settings": {f"peer.{k}": v for k, v in settings.items()},
     }
 

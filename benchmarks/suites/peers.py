@@ -47,6 +47,23 @@ class AtLogsnr(nn.Module):
         return self.pick(self.network(x_in, self.timestep(logsnr))), None
 
 
+class AtFlowTime(nn.Module):
+    """torchcfm's network, which takes the time of the flow and gives the velocity towards the image, as one of logsnr.
+
+    Its time is 1 at the image, so it is alpha of our linear interpolant, whose logsnr is 2 ln(time / (1 - time)); its
+    velocity is image minus noise, the negative of our u.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(
+        self, x_in: Tensor, logsnr: Tensor, label: Tensor | None = None, state: Tensor | None = None
+    ) -> tuple[Tensor, None]:
+        return -self.network(torch.sigmoid(logsnr / 2), x_in), None
+
+
 @dataclass
 class Recipe:
     """One peer ready to be trained.
@@ -192,13 +209,98 @@ def lucidrains_recipe(width: int, side: int, flops: float, device: torch.device)
     )
 
 
-RECIPES: dict[str, Callable[[int, int, float, torch.device], Recipe]] = {
+def torchcfm_network(width: int, side: int) -> nn.Module:
+    """Return the network of torchcfm's CIFAR-10 example, narrow: `width` channels at every level, one attention head.
+
+    At its published width a group of the normalisation has four channels. Its code fixes 32 groups whatever the width,
+    which would leave one channel in each, so the groups are set here.
+    """
+    from torchcfm.models.unet.unet import UNetModelWrapper
+
+    network = UNetModelWrapper(
+        dim=(3, side, side),
+        num_res_blocks=2,
+        num_channels=width,
+        channel_mult=[1, 1, 1, 1],
+        num_heads=4,
+        num_head_channels=width,
+        attention_resolutions="16",
+        dropout=0.1,
+    )
+    for module in network.modules():
+        if isinstance(module, nn.GroupNorm):
+            module.num_groups = min(32, module.num_channels // 4)
+    return network
+
+
+def torchcfm_cost(width: int, side: int) -> Cost:
+    return count_cost(lambda: AtFlowTime(torchcfm_network(width, side)), side, 3, 0)
+
+
+def torchcfm_recipe(
+    width: int,
+    side: int,
+    flops: float,
+    device: torch.device,
+    lr: float = 2e-4,
+    warmup: int = 5000,
+    batch_size: int = 128,
+    ema_decay: float = 0.9999,
+) -> Recipe:
+    """examples/images/cifar10/train_cifar10.py of torchcfm with --model icfm: the step is its loop's, line by line.
+
+    lr, warmup (steps), batch_size and ema_decay are flags of that script, with its defaults.
+    """
+    from torchcfm.conditional_flow_matching import ConditionalFlowMatcher
+
+    network = torchcfm_network(width, side).to(device)
+    average = torchcfm_network(width, side).to(device).eval().requires_grad_(False)
+    average.load_state_dict(network.state_dict())
+    optimizer = torch.optim.Adam(network.parameters(), lr=lr)
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_lambda=lambda step: min(step, warmup) / warmup)
+    matcher = ConditionalFlowMatcher(sigma=0.0)
+
+    def step(images: Tensor) -> float:
+        optimizer.zero_grad()
+        x1 = images.to(device)
+        t, xt, ut = matcher.sample_location_and_conditional_flow(torch.randn_like(x1), x1)
+        loss = torch.mean((network(t, xt) - ut) ** 2)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        rate.step()
+        with torch.no_grad():
+            for mine, theirs in zip(average.parameters(), network.parameters(), strict=True):
+                mine.copy_(mine * ema_decay + theirs * (1 - ema_decay))
+        return loss.item()
+
+    return Recipe(
+        device,
+        batch_size,
+        True,
+        step,
+        {"network": network, "average": average, "optimizer": optimizer, "rate": rate},
+        lambda: AtFlowTime(average),
+        create_diffusion(
+            schedule={"name": "flow_uniform"}, interpolant="linear", prediction="u", weighting={"name": "uniform_u"}
+        ),
+        "flow_uniform",
+        "constant",
+        torchcfm_cost(width, side),
+        {"width": width, "batch": batch_size, "lr": lr, "lr_schedule": "constant", "warmup_steps": warmup}
+        | {"ema_decay": ema_decay},
+    )
+
+
+RECIPES: dict[str, Callable[..., Recipe]] = {  # (width, side, flops, device, **flags of the peer's own script)
     "diffusers": diffusers_recipe,
     "denoising-diffusion-pytorch": lucidrains_recipe,
+    "torchcfm": torchcfm_recipe,
 }
 COSTS: dict[str, Callable[[int, int], Cost]] = {
     "diffusers": diffusers_cost,
     "denoising-diffusion-pytorch": lucidrains_cost,
+    "torchcfm": torchcfm_cost,
 }
 
 

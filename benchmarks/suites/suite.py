@@ -34,8 +34,9 @@ class Repeat(Part):
 class SuitePeer(Part):
     """Another project's network and training recipe, at the training FLOPs of the suite's first run."""
 
-    name: Literal["diffusers", "denoising-diffusion-pytorch"]
+    name: Literal["diffusers", "denoising-diffusion-pytorch", "torchcfm"]
     widths: list[int] = Field(min_length=1, description="the best of these stands for the peer")
+    flags: dict[str, int | float] = Field({}, description="flags of the peer's own script, other than its defaults")
 
 
 class OnGpu(Part):
