@@ -87,7 +87,9 @@ class DataSettings(Section):
         None, min_length=1, description="its column of classes; null: the only one, none: no classes"
     )
     channels: Literal[1, 3] | None = Field(None, description="3: its images as RGB, 1: as grey; null: grey if all are")
-    decoder: str | None = Field(None, description="decoder of a dataset of latents; without one FID is refused")
+    decoder: str | None = Field(
+        None, min_length=1, description="autoencoder that decodes samples of latents; null: the one that encoded them"
+    )
 
 
 class DiffusionSettings(Section):

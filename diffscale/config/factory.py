@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from diffscale.core.errors import SettingError, UserError
+from diffscale.core.text import one_line
 from diffscale.data import Choices, ShardCache, open_dataset, resolve
+from diffscale.data.autoencoder import Autoencoder, Decoder
 from diffscale.diffusion import SOLVERS, Diffusion, check_sampler, create_diffusion
 from diffscale.models import create_model
 from diffscale.models.layers import Backbone
@@ -29,6 +31,74 @@ def data_place(experiment: Experiment, resolution: int) -> str:
     data = experiment.data
     choices = Choices(data.config, data.image_column, data.label_column, channels=data.channels)
     return resolve(data.path, resolution, experiment.storage, choices)
+
+
+def trained_images(experiment: Experiment, dataset: Dataset) -> Dataset:
+    """Return the images of a dataset: itself, or the pixels that its latents were encoded from.
+
+    Raises UserError where these are not next to the latents, or are others.
+    """
+    if (encoding := dataset.encoding) is None:
+        return dataset
+    try:
+        images = open_dataset(data_place(experiment, encoding.image_resolution))
+    except UserError as error:
+        raise UserError(
+            setting="data.path",
+            value=experiment.data.path,
+            expected=f"a folder with both the latents and the images of {encoding.image_resolution} pixels",
+            reason=one_line(error.text(), 200),
+            fix="name the folder that data build --encode wrote, not the one of the latents inside it",
+        ) from None
+    if images.content_hash != encoding.images:
+        raise UserError(
+            setting="data.path",
+            value=images.path,
+            expected=f"the images that the latents were encoded from (hash {encoding.images})",
+            reason=f"these have the hash {images.content_hash}",
+        )
+    return images
+
+
+def open_decoder(experiment: Experiment, dataset: Dataset) -> Decoder | None:
+    """Return what decodes samples of latents: `data.decoder`, else the autoencoder that encoded the dataset.
+
+    None for pixels, and for latents that came as arrays. Raises UserError for an autoencoder that cannot be read, does
+    not fit the latents, or is another one than the dataset names.
+    """
+    given, encoding = experiment.data.decoder, dataset.encoding
+    if encoding is None:
+        if given is not None:
+            reason = "nothing says how these latents are normalised" if dataset.is_latent else "these are pixels"
+            raise UserError(
+                setting="data.decoder",
+                value=given,
+                expected="null for this dataset",
+                reason=reason,
+                fix="data build SOURCE DATASET --encode VAE makes a dataset of latents that samples can be decoded of",
+            )
+        return None
+    own = encoding.autoencoder + (f"@{encoding.revision}" if encoding.revision else "")
+    autoencoder = Autoencoder.open(given or own, "data.decoder")
+    made, needed = (autoencoder.latent_channels, autoencoder.factor), (dataset.channels, encoding.image_resolution)
+    if (made[0], made[1] * dataset.resolution) != needed:
+        raise UserError(
+            setting="data.decoder",
+            value=autoencoder.name,
+            expected=f"an autoencoder of {dataset.channels} channels that makes {needed[1]} pixels of "
+            f"{dataset.resolution} x {dataset.resolution} latents",
+            reason=f"this one has {made[0]} channels and makes {made[1] * dataset.resolution} pixels",
+        )
+    if given is None and autoencoder.digest != encoding.digest:
+        raise UserError(
+            setting="data.decoder",
+            value=autoencoder.name,
+            expected=f"the autoencoder that encoded the dataset (hash {encoding.digest})",
+            reason=f"what is there now has the hash {autoencoder.digest}",
+            fix="restore it, or name this one on purpose: data.decoder=FOLDER",
+        )
+    shape = (dataset.channels, dataset.resolution, dataset.resolution)
+    return Decoder(autoencoder, shape, tuple(encoding.shift), tuple(encoding.factors))
 
 
 def build_model(experiment: Experiment, dataset: Dataset) -> nn.Module:

@@ -6,6 +6,7 @@ import re
 import typing
 from collections.abc import Iterable
 from importlib import resources
+from os.path import exists
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -149,12 +150,14 @@ def validate(tree: dict[str, Any]) -> Experiment:
 
 
 def _resolve_paths(tree: dict[str, Any]) -> dict[str, Any]:
-    """Return the tree with absolute `storage` and `data.path`."""
+    """Return the tree with absolute `storage`, `data.path`, and `data.decoder` if it is a folder."""
     if isinstance(place := tree.get("storage"), str):
         tree = tree | {"storage": resolve(place)}
     data = tree.get("data")
     if isinstance(data, dict) and isinstance(path := data.get("path"), str) and not path.startswith(BUILTIN):
         tree = tree | {"data": data | {"path": resolve(path, "data.path")}}
+    if isinstance(data, dict) and isinstance(decoder := data.get("decoder"), str) and exists(decoder):
+        tree = tree | {"data": tree["data"] | {"decoder": resolve(decoder, "data.decoder")}}
     return tree
 
 

@@ -34,6 +34,7 @@ class Stream(IntEnum):
     SAMPLE_LABEL = 8
     VALIDATION = 9
     ORDER = 10
+    LATENT = 11
 
 
 def at_step(stream: int, step: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Annotated, Literal, get_args
 
 import typer
@@ -12,8 +13,11 @@ from rich.table import Table
 from diffscale.core import storage
 from diffscale.core.app import run_app
 from diffscale.core.errors import UserError
+from diffscale.data.autoencoder import Autoencoder
 from diffscale.data.build.build import BuildOptions, build, examine
 from diffscale.data.build.decode import Preparation
+from diffscale.data.build.encode import EncodeOptions
+from diffscale.data.build.encode import encode as encode_images
 from diffscale.data.build.items import Kind
 from diffscale.data.format.checksums import verify_dataset
 from diffscale.data.format.dataset import available_resolutions
@@ -80,6 +84,14 @@ def build_command(
     ] = None,
     strict: Annotated[bool, typer.Option(help="stop at the first image that cannot be used")] = False,
     shard_megabytes: Annotated[int, typer.Option(help="size of a shard")] = 256,
+    encode: Annotated[
+        str | None,
+        typer.Option(metavar="VAE", help="also store latents by this AutoencoderKL: a folder or owner/name[@revision]"),
+    ] = None,
+    latent_scale: Annotated[str, typer.Option(help="normalisation of latents: sd (0.18215), or edm2")] = "sd",
+    mirror: Annotated[
+        bool, typer.Option("--mirror", help="with --encode: also the latents of mirrored images, for data.flip")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="print what would be read, and what is left out and why; write nothing")
     ] = False,
@@ -93,6 +105,7 @@ def build_command(
         ("--channels", channels, (1, 3)),
         ("--layout", layout, ("auto", "pixels", "encoded")),
         ("--encoding", encoding, ("webp", "png")),
+        ("--latent-scale", latent_scale, ("sd", "edm2")),
     )
     for setting, value, valid in choices:
         if value not in valid:
@@ -124,10 +137,25 @@ def build_command(
         strict=strict,
         shard_bytes=shard_megabytes << 20,
     )
+    latents = None
+    if encode is not None:
+        place = storage.resolve(encode, "--encode", written=False) if os.path.exists(encode) else encode
+        latents = EncodeOptions(Autoencoder.open(place, "--encode"), latent_scale, mirror)  # type: ignore[arg-type]
+        side = latents.check(options.resolutions, channels)
+        options = replace(options, target=storage.join(options.target, str(options.resolutions[0])))
+    elif mirror or latent_scale != "sd":
+        given = "--mirror" if mirror else "--latent-scale"
+        raise UserError(setting=given, value=mirror or latent_scale, expected="to be given with --encode VAE")
     if dry_run:
         console.print(examine(options), markup=False, highlight=False, soft_wrap=True)
+        if latents is not None:
+            shape = f"{latents.autoencoder.latent_channels} x {side} x {side}"
+            console.print(f"latents     {shape} of each image, by {latents.autoencoder.name}", highlight=False)
         return
-    for folder in build(options):
+    built = build(options)
+    if latents is not None:
+        built.append(encode_images(built[0], storage.join(os.path.dirname(built[0]), str(side)), latents))
+    for folder in built:
         _describe(folder)
 
 
@@ -179,6 +207,10 @@ def _describe(folder: str) -> None:
         "classes", f"{len(names)}: {', '.join(names[:12])}{' ...' if len(names) > 12 else ''}" if names else "none"
     )
     table.add_row("source", str(manifest.source.get("path")))
+    if (made := manifest.encoding) is not None:
+        mirrored = ", also of mirrored images" if made.mirrored else ""
+        how = f"from {made.image_resolution} pixels, scaled as {made.scale}{mirrored}"
+        table.add_row("encoded", f"by {made.autoencoder} ({made.digest}) {how}")
     table.add_row("resize", ", ".join(f"{k} {v}" for k, v in manifest.resize.items()))
     lossy = f"{manifest.lossy_images:,} images were stored lossily, which limits FID" if manifest.lossy else "no"
     table.add_row("lossy", lossy)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from diffscale.config.factory import data_place
+from diffscale.config.factory import data_place, open_decoder, trained_images
 from diffscale.core import image_grids
 from diffscale.core.errors import UserError
 from diffscale.core.hashing import file_sha256, identify
@@ -68,6 +68,7 @@ from diffscale.evaluation.sampling import ModelSource, Sampling, sampling_of_set
 if TYPE_CHECKING:
     from diffscale.config.experiment import EvalSettings, Experiment
     from diffscale.data import Dataset
+    from diffscale.data.autoencoder import Decoder
 
 Ranges = Sequence[tuple[int, int]]
 FEW_CHUNKS = 16
@@ -91,7 +92,7 @@ class Evaluator:
     """
 
     settings: EvalSettings
-    dataset: Dataset  # what the model was trained on, at its resolution
+    dataset: Dataset  # images that the model was trained on, at its resolution; of latents those they stand for
     storage: str  # where references are kept: see references_folder
     heldout: Dataset | None = None  # the held-out split at the resolution of evaluation
     compared: Images | None = None  # the reference images; default: `dataset`, whose resolution must be evaluation's
@@ -100,6 +101,7 @@ class Evaluator:
     world: int = 1
     gather: Gather | None = None  # takes an object of each rank and returns all of them, a collective call
     actors: int = 0  # Ray actors that compute features; 0 computes in this process
+    decoder: Decoder | None = None  # of models of latents
     reference_file: Path | None = None  # published statistics (.npz) in place of the dataset's
     keep_images: Callable[[int, Columns], None] | None = None  # called with every chunk of samples, in any order
     per_class: bool = False  # each metric for each class too
@@ -115,9 +117,9 @@ class Evaluator:
             raise UserError(
                 setting="data.decoder",
                 value=None,
-                expected="pixels",
-                reason="this dataset holds latents, which have no FID",
-                fix="evaluate the validation loss alone (eval.metrics=[]), or train on pixels",
+                expected="pixels, or latents that data build --encode made",
+                reason="this dataset holds latents of which no decoder is known, and they have no FID",
+                fix="evaluate the validation loss alone (eval.metrics=[]), or build the dataset with --encode VAE",
             )
         self.reference_images: Images = self.dataset if self.compared is None else self.compared
         if self.compared is None and self.dataset.resolution != resolution:
@@ -235,7 +237,8 @@ class Evaluator:
 
     def samples(self, model: nn.Module, diffusion: Diffusion, sampling: Sampling) -> ModelSource:
         """Return `eval.n_generated` samples of the model, drawn where they are used."""
-        return ModelSource.of(model, diffusion, sampling, self.dataset, self.settings.n_generated, self.device)
+        n = self.settings.n_generated
+        return ModelSource.of(model, diffusion, sampling, self.dataset, n, self.device, self.decoder)
 
     def nearest_picture(self, source: ImageSource, folder: Path, count: int) -> bytes:
         """Return a PNG of the `count` images that are nearest to a reference image, each next to that image.
@@ -346,21 +349,27 @@ def make_evaluator(experiment: Experiment, dataset: Dataset, **options: Any) -> 
     Samples are compared with the training images at `eval.eval_resolution` and with the held-out split of that
     resolution. Raises UserError where a network's weights are missing or the settings do not fit the data.
 
-    dataset: the training images at the training resolution.
+    dataset: what the model was trained on, pixels or latents.
     options: further arguments of Evaluator, such as `device` and `actors`.
     """
     compared = reference_dataset(experiment, dataset)
     return Evaluator(
-        experiment.eval, dataset, experiment.storage, heldout=compared.heldout, compared=compared, **options
+        experiment.eval,
+        trained_images(experiment, dataset),
+        experiment.storage,
+        heldout=compared.heldout,
+        compared=compared,
+        decoder=open_decoder(experiment, dataset),
+        **options,
     )
 
 
 def reference_dataset(experiment: Experiment, dataset: Dataset) -> Dataset:
     """Return the training images at `eval.eval_resolution`, which samples are compared with.
 
-    Raises UserError if the dataset was not built at it; latents have no other resolution than their own.
+    Of latents these are the images that they were encoded from. Raises UserError if the dataset was not built at it.
     """
-    resolution = experiment.eval.eval_resolution
+    dataset, resolution = trained_images(experiment, dataset), experiment.eval.eval_resolution
     if resolution is None or resolution == dataset.resolution:
         return dataset
     found = open_dataset(data_place(experiment, resolution))

@@ -21,10 +21,12 @@ from diffscale.kernels.runtime import exact_float32
 if TYPE_CHECKING:
     from diffscale.config.experiment import EvalSettings
     from diffscale.data import Dataset
+    from diffscale.data.autoencoder import Decoder
 
 NO_GUIDANCE = Guidance()
 POLICIES = ("train", "uniform", "balanced", "none")
 USUAL_BATCH, LARGEST_BATCH = 64, 1024  # of `eval.batch: auto`: without a GPU, and on any
+DECODED_TOGETHER = 8  # latents: an autoencoder holds a hundred times the memory of its image
 SHARE_OF_MEMORY = 0.25  # of a GPU's, for the tensors of one pass: next to them are networks, moments and averages
 
 
@@ -172,10 +174,11 @@ class ModelSource:
     model: nn.Module
     diffusion: Diffusion
     sampling: Sampling
-    shape: tuple[int, int, int]  # (C,H,W) of an image
+    shape: tuple[int, int, int]  # (C,H,W) of what the model makes: an image or a latent
     n: int = 0
     class_counts: tuple[int, ...] = ()  # training images of each class; empty for an unconditional model
     device: str = "cpu"
+    decoder: Decoder | None = None  # of a model of latents
     denoiser: CapturedDenoiser = field(default_factory=CapturedDenoiser, repr=False)
 
     @classmethod
@@ -187,15 +190,27 @@ class ModelSource:
         dataset: Dataset,
         n: int,
         device: torch.device | str = "cpu",
+        decoder: Decoder | None = None,
     ) -> ModelSource:
-        """Return n samples of a model that was trained on a dataset.
+        """Return n samples of a model that was trained on a dataset, or on its latents if there is a decoder.
 
         Raises UserError for labels or guidance that the model cannot take, so that no record names what had no effect.
         """
-        shape = (dataset.channels, dataset.resolution, dataset.resolution)
+        shape = (dataset.channels, dataset.resolution, dataset.resolution) if decoder is None else decoder.shape
         counts = dataset.class_counts if getattr(model, "num_classes", 0) else ()
         check_sampling(sampling, counts)
-        return cls(model, diffusion, sampling, shape, n, counts, str(device))
+        return cls(model, diffusion, sampling, shape, n, counts, str(device), decoder)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C,H,W) of an image."""
+        return self.shape if self.decoder is None else self.decoder.image_shape
+
+    def decoded(self, x: Tensor) -> Tensor:
+        """Return images (B,C,H,W), about [−1,1], of what the model makes."""
+        if self.decoder is None:
+            return x
+        return torch.cat([self.decoder.decode(part) for part in x.split(DECODED_TOGETHER)])
 
     @property
     def batch(self) -> int:
@@ -215,18 +230,19 @@ class ModelSource:
         for start in range(first, last, self.batch):
             images, labels = self.draw(torch.arange(start, start + self.batch))
             keep = min(self.batch, last - start)
-            images, finite = images[:keep], images[:keep].isfinite().flatten(1).all(1)
+            images = self.decoded(images[:keep])
+            finite = images.isfinite().flatten(1).all(1)
             parts.append((to_uint8(images), labels[:keep].cpu(), finite))
         images, labels, finite = (torch.cat(part) for part in zip(*parts, strict=True))
         return images, labels, finite.cpu()
 
     def at(self, rows: np.ndarray) -> Tensor:
         """Return the samples with these indices: uint8 (B,C,H,W) on the CPU."""
-        return to_uint8(self.draw(torch.from_numpy(rows))[0]).cpu()
+        return to_uint8(self.decoded(self.draw(torch.from_numpy(rows))[0])).cpu()
 
     @torch.inference_mode()
     def draw(self, positions: Tensor, callback: Callable | None = None) -> tuple[Tensor, Tensor]:
-        """Return the samples at these positions: float (B,C,H,W) in [−1,1] on the device, and labels (B,)."""
+        """Return what the model makes at these positions: float (B,C,H,W), images in [−1,1], and labels (B,)."""
         s, device = self.sampling, torch.device(self.device)
         at = positions.to(device)
         noise = keyed_random.normal(s.seed, Stream.SAMPLE_NOISE, at, self.shape)

@@ -90,6 +90,9 @@ class Record(BaseModel):
     sampler: str = Field(description="all sampler settings, canonical JSON")
     sample_seed: int = Field(description="seed of the samples")
     sample_batch: int | None = Field(None, description="images generated at a time; it changes rounding alone")
+    decoder: str | None = Field(
+        None, description="autoencoder that decoded the samples of a model of latents, with 8 digits of its hash"
+    )
     sampling_flops: float = Field(description="FLOPs to generate one image")
     evaluated_on: Literal["training workers", "own workers"] = Field(description="which processes ran the evaluation")
     warning: str = Field("", description="caveats of this value")
@@ -233,12 +236,14 @@ def record_id(
     metric: str,
     eval_resolution: int,
     n_heldout: int | None = None,
+    decoder: str | None = None,
 ) -> str:
     """Return the identity of a row: what was evaluated and how, without the outcome.
 
     n_heldout: number of held-out images where `eval.n_heldout` limits it; None for all of them.
+    decoder: of a model of latents.
     """
-    limited = {} if n_heldout is None else {"n_heldout": n_heldout}
+    younger = {"n_heldout": n_heldout, "decoder": decoder}  # than the first records
     return identify(
         run_id=run_id,
         images_seen=images_seen,
@@ -249,5 +254,5 @@ def record_id(
         reference=reference,
         metric=metric,
         eval_resolution=eval_resolution,
-        **limited,
+        **{name: value for name, value in younger.items() if value is not None},
     )

@@ -96,7 +96,9 @@ def evaluate_checkpoint(
                 storage.write_bytes(uri, png)
                 on_picture(uri)
         columns = columns | {"evaluated_on": evaluated_on}
-        records = [make_record(columns, one, sampling, diffusion, ema) for one in evaluation.measurements]
+        records = [
+            make_record(columns, one, sampling, diffusion, ema, evaluator.decoder) for one in evaluation.measurements
+        ]
         for record in records:
             write_record(run_folder, record)
         if folder is not None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from diffscale.config.factory import build_solver
+from diffscale.config.factory import build_solver, open_decoder
 from diffscale.core import image_grids, storage
 from diffscale.core.progress import working
 from diffscale.diffusion import Evaluation
@@ -79,13 +79,13 @@ def sampling_of(trained: TrainedModel, options: DrawOptions) -> Sampling:
 def _draw(trained: TrainedModel, sampling: Sampling, folder: Path, options: DrawOptions) -> NDArray:
     n = options.n
     actors, device = devices(options.workers)
-    source = ModelSource.of(trained.model, trained.diffusion, sampling, trained.dataset, n, device)
+    source = _source(trained, sampling, n, device)
     names = trained.dataset.class_names
     keep: Callable[[int, dict[str, Any]], None] | None = None
     writer = None
     if options.keep_format != "grid":
         about = samples_source(trained, sampling) | ({"guide": options.guide} if options.guide else {})
-        writer = keep = SampleWriter(folder, options.keep_format, source.shape, names, about)
+        writer = keep = SampleWriter(folder, options.keep_format, source.image_shape, names, about)
     ranges = chunk_ranges(n, sampling.batch)
     shown: dict[int, tuple[NDArray, NDArray]] = {}
     chunks = run_on_ray(
@@ -101,7 +101,7 @@ def _draw(trained: TrainedModel, sampling: Sampling, folder: Path, options: Draw
             if keep is not None:
                 keep(first, columns)
             if first < GRID:
-                shown[first] = kept_images(columns, source.shape)
+                shown[first] = kept_images(columns, source.image_shape)
             work.advance(len(columns[LABELS]))
     if writer is not None:
         writer.close()
@@ -112,16 +112,21 @@ def _draw(trained: TrainedModel, sampling: Sampling, folder: Path, options: Draw
     return images
 
 
+def _source(trained: TrainedModel, sampling: Sampling, n: int, device: str = "cpu") -> ModelSource:
+    decoder = open_decoder(trained.experiment, trained.dataset)
+    return ModelSource.of(trained.model, trained.diffusion, sampling, trained.dataset, n, device, decoder)
+
+
 def strips(trained: TrainedModel, sampling: Sampling) -> bytes:
     """Return a PNG from noise to image, one row for each of the first `sampling.batch` samples, in ten steps at most.
 
     It shows the noisy image as the network sees it, divided by its own standard deviation.
     """
     frames: list[tuple[float, torch.Tensor]] = []
-    source = ModelSource.of(trained.model, trained.diffusion, sampling, trained.dataset, sampling.batch)
+    source = _source(trained, sampling, sampling.batch)
     final, _ = source.draw(torch.arange(sampling.batch), lambda seen: frames.append((seen.logsnr, _visible(seen))))
     chosen = np.unique(np.linspace(0, len(frames) - 1, STRIP_FRAMES).astype(int))
-    stack = [to_uint8(frames[i][1]) for i in chosen] + [to_uint8(final)]
+    stack = [to_uint8(source.decoded(x)) for x in [*(frames[i][1] for i in chosen), final]]
     captions = [f"logsnr {frames[i][0]:.1f}" for i in chosen] + ["image"]
     pixels = torch.stack(stack).permute(0, 1, 3, 4, 2).cpu().numpy()
     return image_grids.to_png(image_grids.strips(pixels, captions))

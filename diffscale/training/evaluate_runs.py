@@ -16,6 +16,7 @@ from diffscale.core.errors import UserError
 from diffscale.core.hashing import identify
 from diffscale.core.places import require_writable
 from diffscale.core.progress import working
+from diffscale.data import Dataset
 from diffscale.distributed.connect import connect
 from diffscale.evaluation import Sampling
 from diffscale.evaluation.distribute import devices
@@ -156,7 +157,7 @@ def evaluate_trained(
         reference_file=Path(options.reference).resolve() if options.reference else None,
     )
     sampling = evaluator.sampling(options.precision, options.labels)
-    writer = _writer(trained, sampling, options) if options.keep else None
+    writer = _writer(trained, evaluator.evaluator.dataset, sampling, options) if options.keep else None
     evaluator.evaluator.keep_images = writer
     records = evaluator.evaluate(
         trained.weights,
@@ -175,8 +176,7 @@ def evaluate_trained(
     return records
 
 
-def _writer(trained: TrainedModel, sampling: Sampling, options: EvaluateOptions) -> SampleWriter:
-    d = trained.dataset
+def _writer(trained: TrainedModel, d: Dataset, sampling: Sampling, options: EvaluateOptions) -> SampleWriter:
     source = samples_source(trained, sampling)
     name = f"{trained.images_seen:09d}-{trained.ema}-{sampling.solver_name}-{identify(**source)[:8]}"
     folder = Path(options.keep).resolve() / name

@@ -9,6 +9,7 @@ from diffscale.config.experiment import Experiment
 from diffscale.core.device import device_name, money
 from diffscale.core.provenance import source, versions
 from diffscale.data import Dataset
+from diffscale.data.autoencoder import Decoder
 from diffscale.diffusion import Diffusion
 from diffscale.evaluation import Measurement, Sampling
 from diffscale.models.cost import Cost
@@ -54,7 +55,7 @@ def record_columns(
         "dataset": path if ":" in path and "/" not in path else path.rstrip("/").rpartition("/")[2],
         "dataset_hash": dataset.content_hash,
         "dataset_lossy": dataset.lossy,
-        "train_resolution": dataset.resolution,
+        "train_resolution": dataset.image_resolution,
         "seed": train.seed,
         "global_batch": train.global_batch,
         "precision": precision,
@@ -91,9 +92,15 @@ def with_evaluation_settings(columns: dict[str, Any], experiment: Experiment, em
 
 
 def make_record(
-    columns: dict[str, Any], measurement: Measurement, sampling: Sampling, diffusion: Diffusion, ema: str
+    columns: dict[str, Any],
+    measurement: Measurement,
+    sampling: Sampling,
+    diffusion: Diffusion,
+    ema: str,
+    decoder: Decoder | None = None,
 ) -> Record:
     """Build one record from the columns that training, evaluation and sampling each determine."""
+    name = None if decoder is None else decoder.name
     fields = measurement.fields() | sampling.fields(diffusion)
     identity = record_id(
         run_id=columns["run_id"],
@@ -106,7 +113,8 @@ def make_record(
         metric=fields["metric"],
         eval_resolution=fields["eval_resolution"],
         n_heldout=columns["settings"].get(HELDOUT_SIZE),  # a peer of a benchmark has no settings of ours
+        decoder=name,
     )
     created = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
-    flops = fields["nfe"] * 2 * columns["forward_macs"]
-    return Record(record_id=identity, created=created, ema=ema, sampling_flops=flops, **columns, **fields)
+    flops = fields["nfe"] * 2 * columns["forward_macs"] + (0 if decoder is None else decoder.flops)
+    return Record(record_id=identity, created=created, ema=ema, sampling_flops=flops, decoder=name, **columns, **fields)

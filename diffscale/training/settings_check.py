@@ -13,7 +13,14 @@ from itertools import pairwise
 import torch
 
 from diffscale.config.experiment import Experiment
-from diffscale.config.factory import build_diffusion, build_model, build_solver, open_training_data
+from diffscale.config.factory import (
+    build_diffusion,
+    build_model,
+    build_solver,
+    open_decoder,
+    open_training_data,
+    trained_images,
+)
 from diffscale.core.errors import UserError
 from diffscale.core.places import require_working_places, require_writable
 from diffscale.core.text import one_line
@@ -105,6 +112,13 @@ def refuse_unfit_sampler(experiment: Experiment, dataset: Dataset, diffusion: Di
         raise UserError(
             setting="eval.guidance_scale", value=settings.guidance_scale, expected="1 for a dataset without classes"
         )
+    if dataset.is_latent and solver.clip != "none":
+        raise UserError(
+            setting="eval.solver.clip",
+            value=solver.clip,
+            expected="none for a dataset of latents",
+            reason="clipping limits the estimate to the range of pixels",
+        )
     try:
         levels = solver.logsnr_grid(diffusion.schedule)
         rising = all(low < high for low, high in pairwise(levels)) and all(map(math.isfinite, levels))
@@ -134,8 +148,11 @@ def _refuse_unfit_evaluation(experiment: Experiment, dataset: Dataset) -> None:
         check_sampling(sampling_of_settings(settings, build_solver(experiment), 1), classes)
     if settings.resize not in RESIZES:
         raise UserError(setting="eval.resize", value=settings.resize, expected=f"one of: {', '.join(RESIZES)}")
-    if settings.n_generated and settings.eval_resolution not in (None, dataset.resolution):
+    if settings.n_generated and settings.eval_resolution not in (None, dataset.image_resolution):
         resolve(experiment.data.path, settings.eval_resolution, experiment.storage)
+    if settings.n_generated:
+        trained_images(experiment, dataset)
+        open_decoder(experiment, dataset)
 
 
 def _try_on_meta(experiment: Experiment, dataset: Dataset, diffusion: Diffusion) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 from diffscale.core.keyed_random import Stream, normal
 from diffscale.core.progress import working
 from diffscale.data import Dataset
+from diffscale.data.loading.latents import draw_latents
 from diffscale.diffusion import Diffusion, training_loss
 from diffscale.training.numerics import Numerics
 from diffscale.training.parallel import World
@@ -56,7 +57,10 @@ def validation_loss(
         for start in range(first, last, batch):
             positions = torch.arange(start, min(start + batch, last))
             stored, labels = held.gather(positions.numpy())
-            images = stored.permute(0, 3, 1, 2).float() / 127.5 - 1 if not held.is_latent else stored.float()
+            if held.is_latent:
+                images = draw_latents(stored, held.encoding, 0, positions)
+            else:
+                images = stored.permute(0, 3, 1, 2).float() / 127.5 - 1
             place = positions.to(world.device)
             u = ((place * 0.6180339887498949) % 1).float().clamp(1e-4, 1 - 1e-4)  # spread evenly, whatever n is
             noise = normal(0, Stream.VALIDATION, place, tuple(images.shape[1:]))

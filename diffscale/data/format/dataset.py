@@ -19,7 +19,7 @@ from diffscale.core.errors import UserError
 from diffscale.data.build import decode
 from diffscale.data.format.cache import ShardCache
 from diffscale.data.format.errors import ShardError
-from diffscale.data.format.manifest import FILE, Manifest, Split, SplitName, read_manifest
+from diffscale.data.format.manifest import FILE, Encoding, Manifest, Split, SplitName, read_manifest
 from diffscale.data.format.shard import MappedShard, check_size, open_shard
 from diffscale.kernels import rows
 
@@ -34,6 +34,7 @@ class Dataset:
 
     n: rows
     resolution: side of an image in pixels, or of a latent
+    image_resolution: side in pixels of the images, also of those that latents stand for
     channels: channels of an image or latent
     num_classes: 0 for data without labels
     class_names: one name for each class
@@ -107,10 +108,19 @@ class Dataset:
         return self.manifest.layout == "latents"
 
     @property
+    def encoding(self) -> Encoding | None:
+        """How an autoencoder made the latents; None for pixels, and for latents that came as arrays."""
+        return self.manifest.encoding
+
+    @property
+    def image_resolution(self) -> int:
+        return self.resolution if self.encoding is None else self.encoding.image_resolution
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Shape of one row: (H, W, C) for pixels, (C, H, W) for latents."""
+        """Shape of one row: (H, W, C) for pixels; (C, H, W) for latents, of an encoding their means and deviations."""
         side = self.resolution
-        return (self.channels, side, side) if self.is_latent else (side, side, self.channels)
+        return (self.manifest.stored_channels, side, side) if self.is_latent else (side, side, self.channels)
 
     def gather(self, indices: NDArray[np.int64], out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return rows in the given order; a row may occur several times.

@@ -7,7 +7,8 @@
       rejected.csv               files of the source that were not used, and why
 
 `image` is fixed_shape_tensor uint8 (H, W, C) for small images (layout `pixels`), binary PNG, WebP or JPEG for large
-ones (`encoded`), or fixed_shape_tensor float16 / float32 (C, H, W) for latents (`latents`).
+ones (`encoded`), or fixed_shape_tensor float16 / float32 (C, H, W) for latents (`latents`): as the source had them, or
+mean and standard deviation of what an autoencoder encodes (`Encoding`).
 """
 
 from __future__ import annotations
@@ -56,6 +57,20 @@ class Split(Strict):
     shards: list[Shard]
 
 
+class Encoding(Strict):
+    """How an autoencoder made the latents. A row is (mean - shift) * factors and std * factors, one after the other."""
+
+    autoencoder: str = Field(description="folder or hub id of an AutoencoderKL of diffusers")
+    revision: str = Field(description="commit of the hub's repository, empty for a folder")
+    digest: str = Field(pattern=r"^[0-9a-f]{16}$", description="of its config and weights")
+    scale: str = Field(description="name of the normalisation: sd or edm2")
+    shift: list[float] = Field(description="of each channel")
+    factors: list[float] = Field(description="of each channel")
+    mirrored: bool = Field(description="a row also has mean and standard deviation of the mirrored image")
+    image_resolution: int = Field(gt=0, description="side of the encoded images in pixels")
+    images: str = Field(description="content hash of their training split")
+
+
 class Manifest(Strict):
     format: Literal["diffscale-images"] = "diffscale-images"
     version: Literal[1] = 1
@@ -71,7 +86,15 @@ class Manifest(Strict):
     resize: dict[str, Any] = Field(description="crop, filter, background and other choices that made the pixels")
     source: dict[str, Any] = Field(description="where the images came from")
     made_with: dict[str, str] = Field(description="versions of diffscale, pyarrow and pillow")
+    encoding: Encoding | None = Field(None, description="of latents that an autoencoder made")
     splits: dict[SplitName, Split]
+
+    @property
+    def stored_channels(self) -> int:
+        """Channels of a row: of an image, of a latent, or of the latent's mean and standard deviation."""
+        if self.encoding is None:
+            return self.channels
+        return self.channels * (4 if self.encoding.mirrored else 2)
 
 
 def read_manifest(folder: str) -> Manifest:
@@ -97,6 +120,13 @@ def read_manifest(folder: str) -> Manifest:
             raise ValueError("there is no training split")
         if manifest.content_hash != manifest.splits["train"].content_hash:
             raise ValueError("content_hash is not that of the training split")
+        if (encoding := manifest.encoding) is not None:
+            if manifest.layout != "latents":
+                raise ValueError(f"encoding belongs to latents, and the layout is {manifest.layout}")
+            if not len(encoding.shift) == len(encoding.factors) == manifest.channels or 0 in encoding.factors:
+                raise ValueError(
+                    f"encoding has no shift and factor other than 0 for each of {manifest.channels} channels"
+                )
     except (ValueError, ValidationError) as error:
         first = error.errors()[0] if isinstance(error, ValidationError) else None
         reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else str(error)

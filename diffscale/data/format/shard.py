@@ -109,7 +109,7 @@ def check_size(path: str, shard: Shard) -> None:
 
 def image_type(manifest: Manifest) -> pa.DataType:
     """Return the Arrow type of the `image` column."""
-    side, channels = manifest.resolution, manifest.channels
+    side, channels = manifest.resolution, manifest.stored_channels
     if manifest.layout == "encoded":
         return pa.large_binary()
     shape = [channels, side, side] if manifest.layout == "latents" else [side, side, channels]

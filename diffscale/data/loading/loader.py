@@ -24,6 +24,7 @@ from diffscale.data.format.dataset import Dataset
 from diffscale.data.format.errors import ShardError
 from diffscale.data.loading.augment import augment_images, is_mirrored, mirror_images
 from diffscale.data.loading.batch_queue import BatchQueue
+from diffscale.data.loading.latents import draw_latents
 from diffscale.data.loading.order import Order, first_use, positions_to_indices
 from diffscale.data.loading.prefetch import ShardPrefetcher, check_cache
 from diffscale.kernels.runtime import single_threaded
@@ -41,7 +42,7 @@ Numbers = Mapping[str, Tensor]
 class Batch:
     """One worker's share of a global batch, on the device.
 
-    images: float32 (B, C, H, W) in [-1, 1]; latents keep their values; with `raw`, as stored: uint8 (B, H, W, C)
+    images: float32 (B, C, H, W) in [-1, 1], or latents (loading/latents.py); with `raw`, as stored: uint8 (B, H, W, C)
     labels: int64 (B,), zeros for data without classes
     positions: int64 (B,), images since the start of the run
     augment_label: float32 (B, 9), the applied augmentation, or None if it is off
@@ -122,12 +123,13 @@ class Loader:
             raise ValueError(f"global_batch = {global_batch}, start = {start}, prefetch = {prefetch}: at least 1, 0, 1")
         if not 0 <= share.start <= share.stop <= global_batch or share.step < 1:
             raise ValueError(f"shard = {shard}: 0 <= first <= last <= global_batch = {global_batch}")
-        if dataset.is_latent and (flip or augment):
+        mirrors = dataset.encoding is not None and dataset.encoding.mirrored
+        if dataset.is_latent and (augment or (flip and not mirrors)):
             raise UserError(
-                setting="data.flip" if flip else "data.augment",
-                value=flip or augment,
+                setting="data.augment" if augment else "data.flip",
+                value=augment or flip,
                 expected="off for a dataset of latents: a mirrored latent is not the latent of the mirrored image",
-                fix="data.flip=false data.augment=0",
+                fix="data.flip=false data.augment=0; or data build --encode VAE --mirror, for data.flip",
             )
         self.dataset, self.seed, self.global_batch, self.start, self.stop = dataset, seed, global_batch, start, stop
         self.share, self.device = np.arange(share.start, share.stop, share.step), torch.device(device)
@@ -291,7 +293,8 @@ class Loader:
         if self.raw:
             return Batch(images, labels, positions, numbers=numbers)
         if self.dataset.is_latent:
-            return Batch(images.float(), labels, positions, numbers=numbers)
+            drawn = draw_latents(images, self.dataset.encoding, self.seed, positions, mirrored)
+            return Batch(drawn, labels, positions, numbers=numbers)
         if mirrored is not None:  # before the conversion: one byte per value
             images = mirror_images(images, mirrored, dim=2)
         x = images.permute(0, 3, 1, 2)
