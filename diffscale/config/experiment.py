@@ -55,6 +55,7 @@ Level = Annotated[float, Field(ge=-1000, le=1000)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 RelativeWidth = Annotated[float, Field(ge=0.001, le=0.2886)]  # of EDM2's averages: below √(1/12)
 Workers = Annotated[int, Field(ge=1, le=65_536)]
+Tag = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/ -]{0,62}$")]
 
 
 class Section(BaseModel):
@@ -172,6 +173,17 @@ class CheckpointSettings(Section):
     keep_points: bool = Field(True, description="keep the weights at every evaluation point")
 
 
+class TrackerSettings(Section):
+    project: str = Field(
+        "diffscale", min_length=1, max_length=128, description="project of W&B, and the experiment of MLflow"
+    )
+    group: str | None = Field(None, min_length=1, max_length=128, description="group of runs in W&B; a tag in MLflow")
+    tags: tuple[Tag, ...] = Field((), description="tags of the run in W&B and MLflow")
+    trajectories: int = Field(
+        4, ge=0, le=64, description="samples that trackers see on their way from noise to image at each evaluation"
+    )
+
+
 class TrainSettings(Section):
     seed: Seed = Field(0, description="seed of the weights, the order, the noise and the augmentations")
     global_batch: int = Field(64, ge=1, le=10**7, description="images per optimisation step over all workers")
@@ -220,8 +232,9 @@ class TrainSettings(Section):
         None, description="images between rows of the history; null: every 50 steps"
     )
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
-        ("tensorboard",), description="where the history goes besides the run's folder"
+        ("tensorboard",), description="where history, pictures and settings go besides the run's folder"
     )
+    tracker: TrackerSettings = TrackerSettings()
     price_per_device_hour: float | None = Field(
         None, ge=0, le=1e9, description="price in any currency; with it records have a cost"
     )

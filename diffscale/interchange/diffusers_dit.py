@@ -1,6 +1,6 @@
 """DiTTransformer2DModel of diffusers, which holds DiT's networks: its configuration and its names.
 
-Names are those of diffusers 0.35 to 0.42. One constant is not in the configuration; `exported/dit_transformer.py` sets it.
+Names are those of diffusers 0.35 to 0.42. One constant is no configuration: `exported/dit_transformer.py` sets it.
 """
 
 from __future__ import annotations

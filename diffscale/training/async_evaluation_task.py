@@ -15,9 +15,10 @@ from diffscale.kernels.runtime import configure_process
 from diffscale.training.checkpoint import layout as ck
 from diffscale.training.checkpoint_evaluation import CheckpointEvaluator
 from diffscale.training.load import load_trained
-from diffscale.training.metrics_log import make_trackers, summary
+from diffscale.training.metrics_log import summary
 from diffscale.training.own_records import evaluated_points
 from diffscale.training.parallel import World
+from diffscale.training.trackers import TrackedRun, kind_of, make_trackers
 
 CHECKPOINT_WAIT_SECONDS = 600.0
 
@@ -47,14 +48,21 @@ def _evaluate(channel: Messages, config: dict[str, Any], images_seen: int) -> di
         experiment, trained.dataset, trained.diffusion, World(device=device), trained.numerics
     )
     trained.model.to(device).requires_grad_(False)
-    values = summary(
-        evaluator.evaluate(trained.weights, trained.columns, run_folder=run_folder, evaluated_on="own workers")
+    train, pictures = experiment.train, list[str]()
+    records = evaluator.evaluate(
+        trained.weights,
+        trained.columns,
+        run_folder=run_folder,
+        evaluated_on="own workers",
+        trajectories=train.tracker.trajectories if train.trackers else 0,
+        on_picture=pictures.append,
     )
     run_id = experiment.run_id(trained.dataset.content_hash)
-    for tracker in make_trackers(
-        experiment.train.trackers, run_folder, experiment.name, run_id, experiment.dotted(), images_seen, "evaluation"
-    ):
+    values = summary(records)
+    for tracker in make_trackers(TrackedRun(experiment, run_folder, run_id, images_seen, "evaluation")):
         tracker.log(images_seen, values)
+        for uri in pictures:
+            tracker.picture(images_seen, kind_of(uri), storage.read_bytes(uri))
         tracker.close()
     channel.put(EVALUATED, {"images_seen": images_seen, **values})
     return values

@@ -26,6 +26,7 @@ from diffscale.data import Dataset
 from diffscale.diffusion import Diffusion
 from diffscale.evaluation import Evaluator, Sampling, make_evaluator
 from diffscale.evaluation.sampling import batch_that_fits, given_batch, sampling_precision
+from diffscale.evaluation.trajectories import trajectories as trajectories_picture
 from diffscale.models.cost import peak_bytes
 from diffscale.records.schema import Record
 from diffscale.records.store import write_record
@@ -53,6 +54,7 @@ def evaluate_checkpoint(
     locks: Path | None = None,
     grid_suffix: bool = False,
     nearest: int = 0,
+    trajectories: int = 0,
     on_picture: Callable[[str], None] = lambda uri: None,
 ) -> list[Record]:
     """Evaluate one set of weights and write its records and sample grid into the run's folder.
@@ -67,6 +69,7 @@ def evaluate_checkpoint(
     locks: folder of lock files, where another process may do the same evaluation in `work`: the second waits.
     grid_suffix: name the grid after its average and sampler too, for evaluations that are not the run's own.
     nearest: number of samples in a second picture that shows each next to the training image nearest to it.
+    trajectories: number of samples in a picture of their way from noise to image.
     on_picture: called with the URI of each picture.
     """
     images, ema = columns["images_seen"], weights.ema
@@ -87,12 +90,14 @@ def evaluate_checkpoint(
         if evaluator.rank:
             return []
         name = f"images-{images:09d}" + (f"-{ema}-{identity}" if grid_suffix else "")
-        pictures = {f"{name}.png": evaluation.grid_png}
+        pictures = {f"samples/{name}.png": evaluation.grid_png}
         if nearest and folder is not None:
-            pictures[f"{name}-nearest.png"] = evaluator.nearest_picture(samples, folder, nearest)
+            pictures[f"samples/{name}-nearest.png"] = evaluator.nearest_picture(samples, folder, nearest)
+        if trajectories:
+            pictures[f"trajectories/{name}.png"] = trajectories_picture(samples, trajectories)
         for file, png in pictures.items():
             if png is not None:
-                uri = storage.join(run_folder, "samples", file)
+                uri = storage.join(run_folder, file)
                 storage.write_bytes(uri, png)
                 on_picture(uri)
         columns = columns | {"evaluated_on": evaluated_on}

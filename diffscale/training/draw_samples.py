@@ -8,23 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from diffscale.config.factory import build_solver, open_decoder
 from diffscale.core import image_grids, storage
 from diffscale.core.progress import working
-from diffscale.diffusion import Evaluation
 from diffscale.distributed.connect import connect
 from diffscale.evaluation import ModelSource, Sampling
 from diffscale.evaluation.distribute import LABELS, chunk_ranges, devices, kept_images, run_on_ray
 from diffscale.evaluation.sample_writer import SampleWriter
-from diffscale.evaluation.sampling import sampling_of_settings, sampling_precision, to_uint8
+from diffscale.evaluation.sampling import sampling_of_settings, sampling_precision
+from diffscale.evaluation.trajectories import trajectories
 from diffscale.training.load import TrainedModel, load_trained, samples_source, settings_of_run
 from diffscale.training.settings_check import refuse_unfit_sampler
 
 GRID = 64
-STRIP_FRAMES = 10
 COMPARED = 12
 
 
@@ -52,8 +50,8 @@ def draw_samples(trained: TrainedModel, folder: Path, options: DrawOptions) -> N
     sampling = sampling_of(trained, options)
     first = _draw(trained, sampling, folder, options)
     if options.trajectory:
-        picture = strips(trained, replace(sampling, batch=options.trajectory))
-        storage.write_bytes(f"{folder}-trajectory.png", picture)
+        source = _source(trained, sampling, options.trajectory)
+        storage.write_bytes(f"{folder}-trajectory.png", trajectories(source, options.trajectory))
     return first
 
 
@@ -115,23 +113,3 @@ def _draw(trained: TrainedModel, sampling: Sampling, folder: Path, options: Draw
 def _source(trained: TrainedModel, sampling: Sampling, n: int, device: str = "cpu") -> ModelSource:
     decoder = open_decoder(trained.experiment, trained.dataset)
     return ModelSource.of(trained.model, trained.diffusion, sampling, trained.dataset, n, device, decoder)
-
-
-def strips(trained: TrainedModel, sampling: Sampling) -> bytes:
-    """Return a PNG from noise to image, one row for each of the first `sampling.batch` samples, in ten steps at most.
-
-    It shows the noisy image as the network sees it, divided by its own standard deviation.
-    """
-    frames: list[tuple[float, torch.Tensor]] = []
-    source = _source(trained, sampling, sampling.batch)
-    final, _ = source.draw(torch.arange(sampling.batch), lambda seen: frames.append((seen.logsnr, _visible(seen))))
-    chosen = np.unique(np.linspace(0, len(frames) - 1, STRIP_FRAMES).astype(int))
-    stack = [to_uint8(source.decoded(x)) for x in [*(frames[i][1] for i in chosen), final]]
-    captions = [f"logsnr {frames[i][0]:.1f}" for i in chosen] + ["image"]
-    pixels = torch.stack(stack).permute(0, 1, 3, 4, 2).cpu().numpy()
-    return image_grids.to_png(image_grids.strips(pixels, captions))
-
-
-def _visible(seen: Evaluation) -> torch.Tensor:
-    scale = seen.z.std(dim=(1, 2, 3), keepdim=True).clamp(min=1e-6)
-    return torch.where(scale > 1, seen.z / scale, seen.z).float()

@@ -1,4 +1,4 @@
-"""Training metrics on rank 0: the history metrics.jsonl, trackers, and the progress that the command shows."""
+"""Training metrics on rank 0: the history metrics.jsonl, and what trackers and the command get of it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import json
 import logging
 import math
 import resource
-import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,12 +15,11 @@ import torch
 
 from diffscale.core import storage
 from diffscale.core.device import matmul_rate, mfu, money
-from diffscale.core.errors import UserError
-from diffscale.core.text import nearest
 from diffscale.distributed.messages import EVALUATED, PROGRESS
 from diffscale.records.schema import Record
 from diffscale.training.parallel import World
 from diffscale.training.step import QUARTILES, Step
+from diffscale.training.trackers import Tracker, kind_of
 
 log = logging.getLogger(__name__)
 
@@ -81,114 +78,6 @@ def read_history(run_folder: str) -> list[dict[str, Any]]:
 
 def _joined(lines: list[str]) -> bytes:
     return "".join(line + "\n" for line in lines).encode()
-
-
-# ---- trackers
-
-
-class Tracker(Protocol):
-    """An experiment tracker that receives every row of the history."""
-
-    def log(self, images_seen: int, values: dict[str, float]) -> None: ...
-    def close(self) -> None: ...
-
-
-def make_trackers(
-    names: tuple[str, ...],
-    run_folder: str,
-    run_name: str,
-    run_id: str,
-    settings: dict[str, Any],
-    images_seen: int,
-    part: str = "",
-) -> list[Tracker]:
-    """Make the trackers of train.trackers. Raises UserError for an unknown one or a missing package.
-
-    names: tensorboard, wandb, mlflow
-    settings: the run's settings by dotted key
-    images_seen: position that the run resumes from
-    part: name of a second writer of the run, whose log is separate; empty for the run itself
-    """
-    if part:
-        run_name, run_id = f"{run_name} {part}", f"{run_id}-{part}"
-    makers: dict[str, Callable[..., Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}
-    trackers: list[Tracker] = []
-    for name in names:
-        if name not in makers:
-            raise UserError(setting="train.trackers", value=name, expected=nearest(name, makers))
-        try:
-            trackers.append(makers[name](run_folder, run_name, run_id, settings, images_seen, part))
-        except ImportError as error:
-            raise UserError(
-                setting="train.trackers",
-                value=name,
-                expected="an installed package",
-                reason=str(error),
-                fix=f"pip install {name}",
-            ) from None
-    return trackers
-
-
-class TensorBoard:
-    """Event files under RUN/tensorboard. For a remote store they are written locally and uploaded at the end."""
-
-    def __init__(
-        self, run_folder: str, run_name: str, run_id: str, settings: dict[str, Any], images_seen: int, part: str
-    ) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # import cost
-
-        place = storage.join(run_folder, "tensorboard", *([part] if part else []))
-        self.remote = place if storage.is_remote(place) else None
-        self.folder = Path(tempfile.mkdtemp(prefix="diffscale-tb-") if self.remote else place)
-        self.writer = SummaryWriter(str(self.folder), purge_step=images_seen + 1, flush_secs=30)
-
-    def log(self, images_seen: int, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, images_seen)
-
-    def close(self) -> None:
-        self.writer.close()
-        if self.remote:
-            for file in self.folder.iterdir():
-                storage.write_bytes(storage.join(self.remote, file.name), file.read_bytes())
-
-
-class WandB:
-    """A run of Weights & Biases, with the key from the environment."""
-
-    def __init__(
-        self, run_folder: str, run_name: str, run_id: str, settings: dict[str, Any], images_seen: int, part: str
-    ) -> None:
-        import wandb  # import cost
-
-        self.run = wandb.init(project="diffscale", name=run_name, id=run_id, resume="allow", config=settings)
-
-    def log(self, images_seen: int, values: dict[str, float]) -> None:
-        self.run.log({"images_seen": images_seen, **values})
-
-    def close(self) -> None:
-        self.run.finish()
-
-
-class MLflow:
-    """A run on the MLflow server of MLFLOW_TRACKING_URI."""
-
-    def __init__(
-        self, run_folder: str, run_name: str, run_id: str, settings: dict[str, Any], images_seen: int, part: str
-    ) -> None:
-        import mlflow  # import cost
-
-        self.mlflow = mlflow
-        mlflow.set_experiment("diffscale")
-        found = mlflow.search_runs(filter_string=f"tags.diffscale_run_id = '{run_id}'", output_format="list")
-        known = found[0].info.run_id if found else None
-        mlflow.start_run(run_id=known, run_name=None if known else run_name, tags={"diffscale_run_id": run_id})
-
-    def log(self, images_seen: int, values: dict[str, float]) -> None:
-        self.mlflow.log_metrics(values, step=images_seen)
-
-    def close(self) -> None:
-        self.mlflow.end_run()
 
 
 # ---- one launch's log
@@ -324,6 +213,11 @@ class MetricsLog:
         self.history.flush()
         if self.listener is not None:
             self.listener.put(EVALUATED, {"images_seen": images_seen, **values})
+
+    def picture(self, images_seen: int, uri: str) -> None:
+        """Send a picture of an evaluation to the trackers."""
+        for tracker in self.trackers:
+            tracker.picture(images_seen, kind_of(uri), storage.read_bytes(uri))
 
     def close(self) -> None:
         """Flush the history and close the trackers."""

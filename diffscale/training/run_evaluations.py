@@ -38,6 +38,7 @@ class RunEvaluations:
         values: dict[int, float],
         submit: Callable[[int], None] | None,
         on_records: Callable[[int, list[Record]], bool],
+        on_picture: Callable[[int, str], None],
         stop_requested: StopRequested,
     ) -> None:
         """Construct the evaluator, or check on rank 0 that the separate task will be able to.
@@ -47,10 +48,12 @@ class RunEvaluations:
         submit: has a separate task evaluate the checkpoint at this number of images, a collective call; None lets the
             training workers evaluate.
         on_records: called on rank 0 with images seen and the records of an evaluation; True ends the run.
+        on_picture: called on rank 0 with images seen and the URI of a picture of an evaluation.
         stop_requested: returns on rank 0 whether to stop.
         """
         self.experiment, self.run_folder, self.world = experiment, run_folder, world
         self.values, self.submit, self.on_records = values, submit, on_records
+        self.on_picture = on_picture
         if world.rank == 0 and values:  # an earlier launch may have evaluated under other settings
             own = evaluated_points(run_folder, experiment)
             values.update({images: own.get(images, math.nan) for images in values})
@@ -110,7 +113,15 @@ class RunEvaluations:
 
     def _by_workers(self, evaluator: CheckpointEvaluator, weights: Weights, columns: dict[str, Any]) -> bool:
         images, stop = columns["images_seen"], False
-        records = evaluator.evaluate(weights, columns, run_folder=self.run_folder, evaluated_on="training workers")
+        train = self.experiment.train
+        records = evaluator.evaluate(
+            weights,
+            columns,
+            run_folder=self.run_folder,
+            evaluated_on="training workers",
+            trajectories=train.tracker.trajectories if train.trackers else 0,
+            on_picture=lambda uri: self.on_picture(images, uri),
+        )
         if self.world.rank == 0:
             if records:
                 self.values[images] = records[0].value

@@ -35,7 +35,7 @@ from diffscale.training.control import REASONS, SIGNAL, StopRequests, Watchdog
 from diffscale.training.fit import after_out_of_memory, fitted
 from diffscale.training.initial_weights import start_from
 from diffscale.training.learner import Learner
-from diffscale.training.metrics_log import History, Interval, Listener, MetricsLog, make_trackers
+from diffscale.training.metrics_log import History, Interval, Listener, MetricsLog
 from diffscale.training.numerics import Numerics, settle_numerics
 from diffscale.training.parallel import World, shard
 from diffscale.training.plan import make_plan
@@ -44,6 +44,7 @@ from diffscale.training.record_columns import record_columns
 from diffscale.training.run_evaluations import RunEvaluations
 from diffscale.training.spec import Outcome, Reason
 from diffscale.training.step import Launched
+from diffscale.training.trackers import TrackedRun, make_trackers
 from diffscale.training.train_state import LastSave, TrainState
 
 log = logging.getLogger(__name__)
@@ -116,6 +117,7 @@ class Trainer:
             self.state.values,
             submit,
             self._on_records,
+            self._on_picture,
             self._between_chunks,
         )
         self.metrics = self._metrics_log() if world.rank == 0 else None
@@ -338,6 +340,10 @@ class Trainer:
         self.watchdog.touch()
         return bool(self.stops.reason)
 
+    def _on_picture(self, images: int, uri: str) -> None:
+        if self.metrics is not None:
+            self.metrics.picture(images, uri)
+
     def _on_records(self, images: int, records: list[Record]) -> bool:
         if self.metrics is not None:
             self.metrics.evaluated(images, records)
@@ -412,7 +418,7 @@ class Trainer:
         run_id = e.run_id(self.dataset.content_hash)
         return MetricsLog(
             History(self.run_folder, images),
-            make_trackers(e.train.trackers, self.run_folder, e.name, run_id, e.dotted(), images),
+            make_trackers(TrackedRun(e, self.run_folder, run_id, images)),
             self.messages,
             self.world,
             self.numerics.precision,

@@ -1,8 +1,7 @@
-"""The history and the trackers: each interval once, in the file and in the trackers."""
+"""The history: each interval once."""
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +11,9 @@ import yaml
 
 from benchmarks.reliability.killed_runs import VARYING
 from diffscale.core import storage
-from diffscale.core.errors import UserError
 from diffscale.data import Dataset
 from diffscale.training.checkpoint import layout as ck
-from diffscale.training.metrics_log import History, make_trackers, read_history
+from diffscale.training.metrics_log import History, read_history
 
 from .small import BATCH, environment, kill_all, settings, wait_for
 from .test_trainer import launch, short
@@ -80,22 +78,3 @@ def test_a_line_that_a_crash_cut_off_is_dropped(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"images_seen": 10}\n{"images_se')
     History(str(tmp_path), 20).append({"images_seen": 20})
     assert [row["images_seen"] for row in read_history(str(tmp_path))] == [10, 20]
-
-
-def test_tensorboard_has_the_history(shared_storage: Path, dataset: Dataset) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    _, folder = launch(short(shared_storage, "events", train={"trackers": ["tensorboard"]}), dataset)
-    events = EventAccumulator(f"{folder}/tensorboard")
-    events.Reload()
-    rows = read_history(folder)
-    assert [e.step for e in events.Scalars("loss")] == [10 * BATCH, 20 * BATCH, 30 * BATCH]
-    assert [e.value for e in events.Scalars("loss")] == pytest.approx([row["loss"] for row in rows])
-
-
-@pytest.mark.parametrize("name", ["wandb", "mlflow"])
-def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path, name: str) -> None:
-    if importlib.util.find_spec(name) is not None:
-        pytest.skip(f"{name} is installed")
-    with pytest.raises(UserError, match=f"pip install {name}"):
-        make_trackers((name,), str(tmp_path), "run", "0" * 16, {}, 0)
