@@ -63,7 +63,7 @@ def to_config(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def to_state(model: DiT) -> dict[str, Tensor]:
     """Return the model's weights under the names of DiTTransformer2DModel, which has the embeddings in every block."""
-    state, found = model.state_dict(), {}
+    state, found = model.state_dict(), dict[str, Tensor]()
     for part in ("weight", "bias"):
         found |= {f"{theirs}.{part}": state[f"{ours}.{part}"] for ours, theirs in _OUTSIDE.items()}
         for number in range(len(model.blocks)):
