@@ -12,19 +12,31 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+import pandas as pd
 import pytest
+
+from diffscale.quickstart import lessons
 
 BACKBONES = ("few-emoji-unet", "few-emoji-uvit", "few-emoji-rin")
 
 
+COMMAND = [sys.executable, "-m", "diffscale.quickstart", "--size", "smallest"]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the report's folder of a quickstart that ran in the folder above it."""
+    if file := os.environ.get("DIFFSCALE_QUICKSTART_CSV"):
+        return Path(file).parent
+    folder = tmp_path_factory.mktemp("quickstart")
+    subprocess.run(COMMAND, cwd=folder, check=True, timeout=800)
+    return folder / "report"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_report_of_the_quickstart_has_every_row(tmp_path: Path) -> None:
-    file = Path(os.environ.get("DIFFSCALE_QUICKSTART_CSV") or tmp_path / "report" / "fid_vs_compute.csv")
-    if not file.exists():
-        command = [sys.executable, "-m", "diffscale.quickstart", "--size", "smallest"]
-        subprocess.run(command, cwd=tmp_path, check=True, timeout=800)
-    with open(file, newline="") as opened:
+def test_the_report_of_the_quickstart_has_every_row(report: Path) -> None:
+    with open(report / "fid_vs_compute.csv", newline="") as opened:
         rows = list(csv.DictReader(opened))
     points = defaultdict(set)
     for row in rows:
@@ -32,3 +44,48 @@ def test_the_report_of_the_quickstart_has_every_row(tmp_path: Path) -> None:
     assert {name: len(points[name]) >= 3 for name in BACKBONES} == dict.fromkeys(BACKBONES, True)
     assert len({row["run_id"] for row in rows if row["run_name"] == "quickstart-sweep"}) == 4
     assert all(row["value"] for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_second_quickstart_trains_nothing_and_says_what_it_reused(report: Path) -> None:
+    before = (report / "fid_vs_compute.csv").read_bytes()
+    second = subprocess.run(COMMAND, cwd=report.parent, check=True, timeout=300, capture_output=True, text=True)
+    assert "reused every run, from quickstart/" in second.stdout
+    assert (report / "fid_vs_compute.csv").read_bytes() == before
+
+
+def evaluation(run: str, resolution: int, schedule: str, images: int, value: float) -> dict[str, object]:
+    return {
+        "run_id": f"{run} {resolution} {schedule}",
+        "run_name": run,
+        "model": run.rpartition("-")[2],
+        "schedule": schedule,
+        "train_resolution": resolution,
+        "images_seen": images,
+        "train_flops": 1e9 * images,
+        "metric": "fd_efficientnet_lite0",
+        "value": value,
+        "memorisation": 0.25,
+    }
+
+
+def test_the_lessons_compare_the_ends_of_the_backbones_and_both_ends_of_the_sweep() -> None:
+    rows = pd.DataFrame(
+        [
+            evaluation("few-emoji-unet", 16, "cosine", 400, 300.0),
+            evaluation("few-emoji-unet", 16, "cosine", 100, 900.0),
+            evaluation("few-emoji-uvit", 16, "cosine", 400, 200.0),
+            evaluation("quickstart-sweep", 8, "cosine", 100, 500.0),
+            evaluation("quickstart-sweep", 8, "cosine", 400, 450.0),
+            evaluation("quickstart-sweep", 16, "cosine", 100, 800.0),
+            evaluation("quickstart-sweep", 16, "cosine", 400, 350.0),
+            evaluation("quickstart-sweep", 16, "linear", 100, 810.0),
+            evaluation("quickstart-sweep", 16, "linear", 400, 360.0),
+        ]
+    )
+    backbones, sweep = lessons(rows)
+    assert "4.0e+11 FLOPs uvit 200, unet 300" in backbones
+    assert "25% of uvit's samples" in backbones
+    assert "8 pixels lead after 1.0e+11 FLOPs (500), 16 pixels after 4.0e+11 (350)" in sweep
+    assert "cosine 350, linear 360" in sweep

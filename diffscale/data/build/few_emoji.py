@@ -25,9 +25,9 @@ KINDS: dict[str, tuple[str, ...]] = {
         *("tomato", "tangerine", "lemon", "red apple", "green apple", "pear", "peach", "strawberry", "cherries"),
         *("watermelon", "banana", "pineapple", "grapes", "melon", "mango", "kiwi fruit", "avocado", "olive"),
     ),
-    "animals": (
-        *("bear", "polar bear", "panda", "koala", "rabbit face", "cat face", "dog face", "pig face", "mouse face"),
-        *("hamster", "frog", "fox", "wolf", "tiger face", "cow face", "monkey face", "lion", "raccoon"),
+    "clocks": (
+        *("one o’clock", "two o’clock", "three o’clock", "four o’clock", "five o’clock", "six o’clock"),
+        *("seven o’clock", "eight o’clock", "nine o’clock", "ten o’clock", "eleven o’clock", "twelve o’clock"),
     ),
     "flags": (
         *("flag France", "flag Italy", "flag Germany", "flag Belgium", "flag Ireland", "flag Romania", "flag Austria"),
