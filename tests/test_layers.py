@@ -27,6 +27,7 @@ RANKS = [
     {"preflight"},
     {"training"},
     {"sweep", "preference", "interchange"},
+    {"recommendation"},
     {"commands"},
     {"benchmarks"},
 ]

@@ -28,6 +28,7 @@ COMMANDS = {
     "import": "Make a run of published weights.",
     "export": "Write a network for others to load, with a model card.",
     "tune": "Run a sweep of runs, or resume it.",
+    "recommend": "Find the recipe for a dataset and a compute, with a promise that can be checked.",
     "sample": "Generate images from a run or a checkpoint.",
     "evaluate": "Evaluate a run, a checkpoint or a folder of images.",
     "ema": "Make weights with another EMA width after training.",

@@ -33,6 +33,8 @@ from diffscale.training.numerics import settled
 from diffscale.training.own_records import is_own
 
 End = Literal["finished", "stopped", "diverged", "refused"]
+VALIDATION_LOSS = "val_loss"
+"""The name of the validation loss as a metric of a sweep: each row of a record has it."""
 WITHOUT_VALUE = ("diverged", "refused")
 """Ends of trials that count as the worst value: they lost their weights, or their settings cannot train."""
 
@@ -71,9 +73,12 @@ class Ledger:
             value = self.common.dotted()[key]
             raise UserError(setting=key, value=value, expected="what the sweep compares its trials by")
         chosen = sweep.metric or metrics[0]
-        if chosen not in metrics:
-            raise UserError(setting="metric", value=chosen, expected="one of eval.metrics: " + ", ".join(metrics))
-        self.metric = recorded_name(chosen, resize)
+        if chosen not in (*metrics, VALIDATION_LOSS):
+            expected = f"{VALIDATION_LOSS}, or one of eval.metrics: {', '.join(metrics)}"
+            raise UserError(setting="metric", value=chosen, expected=expected)
+        by_loss = chosen == VALIDATION_LOSS
+        self.metric = VALIDATION_LOSS if by_loss else recorded_name(chosen, resize)
+        self.rows_metric = recorded_name(metrics[0], resize) if by_loss else self.metric  # whose rows have the value
         self.higher_is_better = higher_is_better(self.metric)
         what = sweep.model_dump(mode="json", exclude={"max_concurrent", "budget"})
         self.sweep_id = identify(base_settings=self.base, **what)
@@ -171,9 +176,15 @@ class Ledger:
         found = []
         for folder, experiment in zip(trial.folders, trial.experiments, strict=True):
             rows = read_records([folder]) if storage.exists(folder) else []
-            own = [r for r in rows if r.metric == self.metric and is_own(r, experiment)]
+            own = [r for r in rows if r.metric == self.rows_metric and is_own(r, experiment)]
             found.append(sorted(own, key=lambda r: r.train_flops))
         return found
+
+    def measured(self, row: Record) -> float:
+        """Return the compared metric of a row; nan for a validation loss that it does not have."""
+        if self.metric != VALIDATION_LOSS:
+            return row.value
+        return math.nan if row.val_loss is None else row.val_loss
 
     def value(self, trial: Trial, flops: float | None = None) -> float | None:
         """Return the metric (mean over the replicates) at a rung or at the end; None until every replicate has it.
@@ -187,7 +198,7 @@ class Ledger:
             reached = [r for r in rows if flops is None or r.train_flops >= flops * (1 - 1e-9)]
             if not reached:
                 return None
-            values.append(reached[-1 if flops is None else 0].value)
+            values.append(self.measured(reached[-1 if flops is None else 0]))
         return sum(values) / len(values) if values else None
 
     def spent(self, trials: list[Trial]) -> dict[str, float]:

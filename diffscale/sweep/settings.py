@@ -84,7 +84,9 @@ class Sweep(Part):
     variants: dict[str, dict[str, Any]] = Field({}, description="name to dotted keys set together; one more grid")
     constraints: list[str] = Field([], description="expressions over dotted keys that every trial must satisfy")
     replicates: int = Field(1, ge=1, le=10**4, description="training seeds of each point")
-    metric: str | None = Field(None, description="what is compared; null: the first of eval.metrics")
+    metric: str | None = Field(
+        None, description="what is compared: of eval.metrics, or val_loss; null: the first metric"
+    )
     search: Search = Search()
     scheduler: Scheduler = Scheduler()
     budget: Budgets = Budgets()

@@ -114,7 +114,7 @@ class SweepTable:
             return ""
         last, state = rows[-1], self._state(trial, self._progress(trial))
         return (
-            f"{state:>8}  {label(trial.point)}  {self.ledger.metric} {last.value:.2f} at "
+            f"{state:>8}  {label(trial.point)}  {self.ledger.metric} {shown(self.ledger.measured(last))} at "
             f"{last.train_flops:.3g} FLOPs ({last.images_seen:,} images)"
         )
 
@@ -130,7 +130,7 @@ class SweepTable:
                 label(trial.point),
                 self._state(trial, progress),
                 f"{reached}/{len(rungs)}" if rungs else "",
-                f"{rows[-1].value:.2f}" if rows else "",
+                shown(self.ledger.measured(rows[-1])) if rows else "",
                 f"{progress.flops:.3g}" if progress.flops else "",
                 self._eta(trial, progress),
             )
@@ -161,7 +161,7 @@ def print_summary(ledger: Ledger, trials: list[Trial], best: Trial | None, faile
         table.add_row(
             label(trial.point),
             end,
-            "" if value is None else f"{value:.2f}",
+            "" if value is None else shown(value),
             f"{rows[-1].train_flops:.3g}" if rows else "",
         )
     console.print(table)
@@ -181,6 +181,11 @@ def print_summary(ledger: Ledger, trials: list[Trial], best: Trial | None, faile
     for name, reason in failed.items():
         console.print(f"failed: {name}: {reason}", soft_wrap=True, markup=False)
     console.print(f"results: {ledger.folder}", soft_wrap=True)
+
+
+def shown(value: float) -> str:
+    """Return a metric's value with two decimals, or with four digits if it is small, as losses are."""
+    return f"{value:.2f}" if abs(value) >= 10 else f"{value:.4g}"
 
 
 def _sort_key(ledger: Ledger, trial: Trial) -> tuple[float, str]:

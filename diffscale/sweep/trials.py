@@ -93,14 +93,14 @@ class AshaRule:
         ledger = Ledger(self.sweep)
         rungs = self.sweep.scheduler.rungs_flops
         reached = [i for i, flops in enumerate(rungs[:-1]) if record.train_flops >= flops * (1 - 1e-9)]
-        if record.metric != ledger.metric or not reached:
+        if record.metric != ledger.rows_metric or not reached:
             return False
         rung = reached[-1]
         earlier = ledger.decisions.get(rung, self.trial_id)
         if earlier is None:
             trials = [t for t in map(ledger.trial, ledger.begun()) if t is not None]
-            values = {t.id: ledger.value(t, rungs[rung]) for t in trials} | {self.trial_id: record.value}
+            values = {t.id: ledger.value(t, rungs[rung]) for t in trials} | {self.trial_id: ledger.measured(record)}
             known = {name: value for name, value in values.items() if value is not None}
             keep = survivors(known, self.sweep.scheduler.reduction, ledger.higher_is_better)
-            earlier = ledger.decisions.put(rung, self.trial_id, self.trial_id in keep, record.value)
+            earlier = ledger.decisions.put(rung, self.trial_id, self.trial_id in keep, ledger.measured(record))
         return not earlier

@@ -20,6 +20,11 @@ from diffscale.training.parallel import World
 HELDOUT_SIZE = "eval.n_heldout"
 
 
+def dataset_name(path: str) -> str:
+    """Return the name under which a dataset is recorded: the last part of its path, or builtin:NAME."""
+    return path if ":" in path and "/" not in path else path.rstrip("/").rpartition("/")[2]
+
+
 def record_columns(
     experiment: Experiment,
     dataset: Dataset,
@@ -41,7 +46,6 @@ def record_columns(
     """
     d, train = experiment.diffusion, experiment.train
     commit, dirty = source()
-    path = experiment.data.path
     return {
         "run_id": experiment.run_id(dataset.content_hash),
         "run_name": experiment.name,
@@ -52,7 +56,7 @@ def record_columns(
         "prediction": d.prediction,
         "weighting": d.weighting.name,
         "input_scale": d.input_scale,
-        "dataset": path if ":" in path and "/" not in path else path.rstrip("/").rpartition("/")[2],
+        "dataset": dataset_name(experiment.data.path),
         "dataset_hash": dataset.content_hash,
         "dataset_lossy": dataset.lossy,
         "train_resolution": dataset.image_resolution,

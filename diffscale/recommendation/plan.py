@@ -1,0 +1,144 @@
+"""How the search divides its compute: the budgets, the sizes at the smallest one, and what does not fit, told early."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from diffscale.config.experiment import Experiment
+from diffscale.config.load import load_tree, merge, validate
+from diffscale.core.errors import UserError
+from diffscale.models.cost import Cost
+from diffscale.models.families import FAMILIES, RUNGS
+from diffscale.recommendation.request import Request
+from diffscale.sweep.ledger import VALIDATION_LOSS
+from diffscale.sweep.settings import Sweep
+from diffscale.sweep.space import nest
+from diffscale.training.run import count
+from diffscale.training.settings_check import check_settings
+
+FEWEST_STEPS = 50
+"""Optimisation steps of the middle size at the smallest budget, below which a loss says nothing."""
+LATER_SIZES = 3
+"""Sizes at every budget but the smallest."""
+PAPER_SIZE, PAPER_EXPONENT, PAPER_COMPUTE = 1.5e12, 0.568, 1.5e21
+"""FLOPs of an image that are best with a compute: a diffusion transformer of 1e9 parameters and 256 tokens at 1.5e21
+FLOPs, and the exponent of its size (Liang et al., arXiv 2410.08184). Where the search begins; it goes on from there."""
+
+
+CostOf = Callable[[str, int], Cost]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The budgets of the search and the sizes with which it begins.
+
+    budgets: FLOPs of one run at each
+    rungs: by backbone, the sizes at the smallest budget
+    most: FLOPs that the search uses at most
+    cost: of a backbone and rung
+    """
+
+    budgets: tuple[float, ...]
+    rungs: dict[str, tuple[int, ...]]
+    most: float
+    cost: CostOf
+
+
+def make_plan(request: Request) -> Plan:
+    """Return the plan. Raises UserError for settings that cannot train and for a budget that is too small."""
+    first = run_settings(request, request.backbones[0], 0)
+    dataset = check_settings(first)
+    if dataset.heldout is None:
+        raise UserError(
+            setting="DATASET",
+            value=first.data.path,
+            expected="a dataset with held-out images",
+            reason="sizes are compared by their validation loss",
+            fix="build it with python -m diffscale.data build ... --split 0.1",
+        )
+    batch = first.train.global_batch
+    if dataset.n < batch:
+        raise UserError(
+            setting="train.global_batch",
+            value=batch,
+            expected=f"at most {dataset.n}, the images of the dataset",
+            fix=f"train.global_batch={max(dataset.n // 4, 1)}",
+        )
+
+    @cache
+    def cost(backbone: str, rung: int) -> Cost:
+        return count(run_settings(request, backbone, rung), dataset)
+
+    units = _units(request)
+    smallest = request.share * request.flops / units
+    middle = request.sizes // 2
+    needed = max(FEWEST_STEPS * batch * cost(backbone, middle).flops_per_image for backbone in request.backbones)
+    if smallest < needed:
+        raise UserError(
+            setting="--flops",
+            value=request.flops,
+            expected=f"at least {needed * units / request.share:.3g}",
+            reason=f"its share for the search ({request.share:g}) gives {smallest:.3g} FLOPs to a run of the smallest "
+            f"budget; {FEWEST_STEPS} steps of the small networks take {needed:.3g}",
+            fix="more compute, a larger --share, fewer backbones, or a smaller train.global_batch",
+        )
+    rungs = {name: _around(_middle(name, smallest, cost), request.sizes) for name in request.backbones}
+    budgets = tuple(smallest * request.factor**k for k in range(request.budgets))
+    return Plan(budgets, rungs, request.share * request.flops, cost)
+
+
+def window(best: int) -> tuple[int, ...]:
+    """Return the sizes to try at a budget from the best size of the budget before: the best size grows with compute."""
+    return _around(best + 1, LATER_SIZES)
+
+
+def run_settings(request: Request, backbone: str, rung: int) -> Experiment:
+    """Return the settings of a run of a backbone and size, but for its budget and learning rate."""
+    sweep = stage(request, {backbone: {"model": FAMILIES[backbone](rung, resolution_of(request))}}, 1.0)
+    settings = sweep.overrides | sweep.variants[backbone] | {"name": request.name}
+    return validate(merge(load_tree(request.base), nest(settings)))
+
+
+def resolution_of(request: Request) -> int:
+    """Return the side in pixels of the training images."""
+    data = merge(load_tree(request.base), nest(request.overrides)).get("data", {})
+    return int(data.get("resolution", 32))
+
+
+def stage(request: Request, variants: dict[str, dict], flops: float, **settings: Any) -> Sweep:
+    """Return one stage of the search as a sweep, so that a run is shared by every stage that has it.
+
+    variants: name to the dotted keys of each run
+    flops: the budget of each run
+    settings: further ones of `Sweep`
+    """
+    return Sweep(
+        name=request.name,
+        base=request.base,
+        overrides={"eval.points": [1.0]} | request.overrides | {"train.flops": flops, "train.images": None},
+        variants=variants,
+        metric=VALIDATION_LOSS,
+        max_concurrent=request.max_concurrent,
+        **settings,
+    )
+
+
+def _units(request: Request) -> float:
+    """Return the cost of the search in runs of the smallest budget, if no stage shared a run with another."""
+    later = sum(LATER_SIZES * request.factor**k for k in range(1, request.budgets))
+    return len(request.backbones) * (len(request.learning_rates) + request.sizes * request.seeds + later)
+
+
+def _middle(backbone: str, compute: float, cost: CostOf) -> int:
+    """Return the first size of the ladder that is as expensive as the best one by the paper."""
+    best = PAPER_SIZE * (compute / PAPER_COMPUTE) ** PAPER_EXPONENT
+    return next((rung for rung in range(RUNGS) if cost(backbone, rung).flops_per_image >= best), RUNGS - 1)
+
+
+def _around(middle: int, number: int) -> tuple[int, ...]:
+    """Return `number` rungs around the middle, within the ladder."""
+    first = min(max(middle - number // 2, 0), RUNGS - number)
+    return tuple(range(first, first + number))

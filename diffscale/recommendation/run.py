@@ -1,0 +1,119 @@
+"""Runs a recommendation: the search, the recipe, and with `go` the recipe's training. What is done is not repeated."""
+
+from __future__ import annotations
+
+import math
+
+import yaml
+
+from diffscale.config.experiment import Experiment
+from diffscale.config.factory import open_training_data
+from diffscale.config.load import load_tree, merge, validate
+from diffscale.core import storage
+from diffscale.core.hashing import identify
+from diffscale.evaluation.metrics.registry import recorded_name
+from diffscale.models.families import FAMILIES
+from diffscale.recommendation.plan import Plan, resolution_of, run_settings
+from diffscale.recommendation.recipe import choose_recipe
+from diffscale.recommendation.request import Request
+from diffscale.recommendation.search import search
+from diffscale.records.recommendation import Outcome, Recipe, Recommendation, write_recommendation
+from diffscale.records.store import read_records
+from diffscale.sweep.space import nest
+from diffscale.training.numerics import settled
+from diffscale.training.own_records import is_own
+from diffscale.training.record_columns import dataset_name
+from diffscale.training.run import RunResult, train
+
+PRESET = "recipe.yaml"
+
+
+def folder_of(request: Request) -> str:
+    """Return the folder of a recommendation: the same for the same request, however many runs go on at a time."""
+    what = request.model_dump(mode="json", exclude={"max_concurrent"})
+    place = run_settings(request, request.backbones[0], 0).storage
+    identity = identify(base_settings=load_tree(request.base), **what)
+    return storage.join(storage.check_absolute(place), "recommendations", f"{request.name}-{identity}")
+
+
+def recommend(request: Request, plan: Plan, handle_signals: bool = False) -> Recommendation:
+    """Finish the search and write the recommendation and the recipe's preset into the folder of the request.
+
+    handle_signals: SIGTERM and SIGINT end the running trials at a checkpoint and raise Stopped (main thread only).
+    """
+    folder = folder_of(request)
+    text = yaml.safe_dump(request.model_dump(mode="json"), sort_keys=False)
+    storage.write_bytes(storage.join(folder, "request.yaml"), text.encode())
+    searched, spent = search(request, plan, handle_signals)
+    first = run_settings(request, request.backbones[0], 0)
+    dataset = open_training_data(first)
+    recipe = choose_recipe(searched, plan, request.flops - spent, dataset, first.train.price_per_device_hour)
+    found = Recommendation(
+        name=request.name,
+        dataset=dataset_name(first.data.path),
+        dataset_hash=dataset.content_hash,
+        resolution=dataset.resolution,
+        metric=recorded_name(first.eval.metrics[0], first.eval.resize),
+        flops=request.flops,
+        share=request.share,
+        search_flops=spent,
+        budgets=plan.budgets,
+        searched=tuple(searched),
+        recipe=recipe,
+    )
+    experiment = recipe_settings(request, found)
+    found = found.model_copy(update={"outcome": outcome_of(experiment)})
+    lines = [f"# Recommended for {found.dataset} at {request.flops:.3g} FLOPs; {recipe.flops:.3g} are left for it."]
+    lines += [f"# {line}" for line in (*recipe.why, *recipe.caveats)]
+    settings = experiment.model_dump(mode="json", exclude={"storage"})
+    preset = "\n".join(lines) + "\n" + yaml.safe_dump(settings, sort_keys=False)
+    storage.write_bytes(storage.join(folder, PRESET), preset.encode())
+    write_recommendation(folder, found)
+    return found
+
+
+def go(request: Request, found: Recommendation) -> tuple[Recommendation, RunResult]:
+    """Train the recipe with what the search left. Return the recommendation with its outcome, once it is finished."""
+    experiment = recipe_settings(request, found)
+    result = train(experiment, handle_signals=True)
+    if result.finished:
+        found = found.model_copy(update={"outcome": outcome_of(experiment)})
+        write_recommendation(folder_of(request), found)
+    return found, result
+
+
+def recipe_settings(request: Request, found: Recommendation) -> Experiment:
+    """Return the settings of the recipe's run. It continues the search's run of this network, if there is one."""
+    recipe: Recipe = found.recipe
+    part = next(p for p in found.searched if p.backbone == recipe.backbone)
+    settings = request.overrides | {
+        "name": request.name,
+        "model": FAMILIES[recipe.backbone](recipe.rung, resolution_of(request)),
+        "optim.lr": part.learning_rate,
+        "train.images": None,
+        "train.flops": recipe.flops,
+    }
+    return validate(merge(load_tree(request.base), nest(settings)))
+
+
+def outcome_of(experiment: Experiment) -> Outcome | None:
+    """Return what a run of the recipe gave at its end; None before."""
+    dataset = open_training_data(experiment)
+    folder = settled(experiment, dataset).run_folder(dataset.content_hash)
+    rows = read_records([folder]) if storage.exists(folder) else []
+    metric = recorded_name(experiment.eval.metrics[0], experiment.eval.resize)
+    flops = experiment.train.flops or math.inf
+    ends = [r for r in rows if r.metric == metric and r.train_flops >= flops * (1 - 1e-9) and is_own(r, experiment)]
+    if not ends:
+        return None
+    end = min(ends, key=lambda r: r.train_flops)
+    return Outcome(
+        run_id=end.run_id,
+        images=end.images_seen,
+        flops=end.train_flops,
+        device_seconds=end.device_seconds,
+        val_loss=math.nan if end.val_loss is None else end.val_loss,
+        distance=end.value,
+        distance_low=end.value_low,
+        distance_high=end.value_high,
+    )

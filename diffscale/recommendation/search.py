@@ -1,0 +1,164 @@
+"""The search: the pilot of the learning rate, then one iso-FLOP budget after the other, each a sweep.
+
+Every stage is a function of the records of the stages before it, so the same request continues after any interruption.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from rich.console import Console
+
+from diffscale.core.errors import UserError
+from diffscale.models.families import FAMILIES
+from diffscale.recommendation.plan import Plan, resolution_of, stage, window
+from diffscale.recommendation.request import Request
+from diffscale.records.recommendation import Point, Searched
+from diffscale.records.schema import Record
+from diffscale.sweep.decisions import survivors
+from diffscale.sweep.ledger import Ledger, Trial
+from diffscale.sweep.run import run
+from diffscale.sweep.settings import Sweep
+
+
+@dataclass
+class Found:
+    """What the search knows of one backbone so far."""
+
+    backbone: str
+    rungs: tuple[int, ...]
+    learning_rates: dict[str, float | None] = field(default_factory=dict)
+    learning_rate: float = math.nan
+    points: list[Point] = field(default_factory=list)
+    dropped_after: int | None = None
+
+    def best(self, budget: int) -> tuple[float, int]:
+        """Return the lowest validation loss at a budget, a mean over seeds, and its rung; (inf, ...) without any."""
+        by_rung: dict[int, list[float]] = {}
+        for point in self.points:
+            if point.budget == budget:
+                by_rung.setdefault(point.rung, []).append(point.val_loss)
+        means = [(sum(losses) / len(losses), rung) for rung, losses in by_rung.items()]
+        return min((m for m in means if math.isfinite(m[0])), default=(math.inf, self.rungs[len(self.rungs) // 2]))
+
+    def searched(self) -> Searched:
+        """Return it as a part of the recommendation."""
+        rates = [float(rate) for rate in self.learning_rates]
+        edge = "" if len(rates) < 2 else {min(rates): "low", max(rates): "high"}.get(self.learning_rate, "")
+        return Searched(
+            backbone=self.backbone,
+            learning_rates=self.learning_rates,
+            learning_rate=self.learning_rate,
+            at_edge=edge,
+            dropped_after=self.dropped_after,
+            points=tuple(self.points),
+        )
+
+
+def search(request: Request, plan: Plan, handle_signals: bool = False) -> tuple[list[Searched], float]:
+    """Run the unfinished part of the search. Return what it found and the FLOPs of all its runs.
+
+    handle_signals: SIGTERM and SIGINT end the running trials at a checkpoint and raise Stopped (main thread only).
+    """
+    console = Console()
+    spent: dict[str, float] = {}  # FLOPs by run
+    found = {name: Found(name, rungs) for name, rungs in plan.rungs.items()}
+    console.rule(f"learning rate at {plan.budgets[0]:.3g} FLOPs", align="left")
+    _pilot(request, plan, found, spent, handle_signals)
+    for number, flops in enumerate(plan.budgets):
+        alive = [f for f in found.values() if f.dropped_after is None]
+        console.rule(f"budget {number + 1} of {len(plan.budgets)}: {flops:.3g} FLOPs a run", align="left")
+        _budget(request, alive, number, flops, spent, handle_signals)
+        if number + 1 < len(plan.budgets):
+            losses = {f.backbone: f.best(number)[0] for f in alive}
+            keep = survivors(losses, max(min(len(losses) / request.keep, 2.0), 1.0))
+            for f in alive:
+                f.rungs = window(f.best(number)[1])
+                f.dropped_after = None if f.backbone in keep else number
+    return [f.searched() for f in found.values()], sum(spent.values())
+
+
+def _pilot(
+    request: Request, plan: Plan, found: dict[str, Found], spent: dict[str, float], handle_signals: bool
+) -> None:
+    """Choose the learning rate of each backbone, at the middle one of its sizes at the smallest budget."""
+    variants = {f.backbone: _network(request, f.backbone, f.rungs[len(f.rungs) // 2]) for f in found.values()}
+    rates = {"optim.lr": list(request.learning_rates)}
+    ledger, trials = _run(stage(request, variants, plan.budgets[0], space=rates), handle_signals)
+    for trial in trials:
+        loss = ledger.value(trial)
+        known = loss is not None and math.isfinite(loss)
+        found[trial.point["variant"]].learning_rates[f"{trial.point['optim.lr']:g}"] = loss if known else None
+        _add_spent(spent, ledger.records(trial))
+    for f in found.values():
+        losses = {float(rate): loss for rate, loss in f.learning_rates.items() if loss is not None}
+        if not losses:
+            raise UserError(
+                setting="learning_rates",
+                value=list(request.learning_rates),
+                expected=f"rates with one at which {f.backbone} does not diverge",
+            )
+        f.learning_rate = min(losses, key=lambda rate: losses[rate])
+
+
+def _budget(
+    request: Request, alive: list[Found], number: int, flops: float, spent: dict[str, float], handle_signals: bool
+) -> None:
+    """Train the sizes of each backbone to one budget, and add their ends to what is known."""
+    places = {f"{f.backbone}-{rung}": (f, rung) for f in alive for rung in f.rungs}
+    variants = {
+        name: _network(request, f.backbone, rung) | {"optim.lr": f.learning_rate} for name, (f, rung) in places.items()
+    }
+    seeds = request.seeds if number == 0 else 1
+    ledger, trials = _run(stage(request, variants, flops, replicates=seeds), handle_signals)
+    for trial in trials:
+        f, rung = places[trial.point["variant"]]
+        records = ledger.records(trial)
+        _add_spent(spent, records)
+        f.points += [_point(r, rung, number) for r in _ends(records, flops) if r.val_loss is not None]
+
+
+def _run(sweep: Sweep, handle_signals: bool) -> tuple[Ledger, list[Trial]]:
+    ledger = Ledger(sweep)
+    result = run(ledger, handle_signals)
+    if result.failed:
+        name, reason = next(iter(result.failed.items()))
+        raise RuntimeError(f"trial {name} failed: {reason}; the same command tries it again")
+    return ledger, result.trials
+
+
+def _network(request: Request, backbone: str, rung: int) -> dict:
+    return {"model": FAMILIES[backbone](rung, resolution_of(request))}
+
+
+def _ends(records: list[Record], flops: float) -> list[Record]:
+    """Return the first record of each run that has reached the budget."""
+    ends: dict[str, Record] = {}
+    for record in records:
+        if record.train_flops >= flops * (1 - 1e-9):
+            ends.setdefault(record.run_id, record)
+    return list(ends.values())
+
+
+def _add_spent(spent: dict[str, float], records: list[Record]) -> None:
+    for record in records:
+        spent[record.run_id] = max(spent.get(record.run_id, 0.0), record.train_flops)
+
+
+def _point(record: Record, rung: int, budget: int) -> Point:
+    assert record.val_loss is not None
+    return Point(
+        run_id=record.run_id,
+        run_name=record.run_name,
+        rung=rung,
+        seed=record.seed,
+        budget=budget,
+        parameters=record.parameters,
+        images=record.images_seen,
+        flops=record.train_flops,
+        flops_per_image=record.flops_per_image,
+        device_seconds=record.device_seconds,
+        val_loss=record.val_loss,
+        distance=record.value,
+    )

@@ -1,0 +1,46 @@
+"""What the command prints: the plan with its cost before, the recommendation and what came true after."""
+
+from __future__ import annotations
+
+from diffscale.recommendation.plan import Plan
+from diffscale.recommendation.request import Request
+from diffscale.records.recommendation import Prediction, Recommendation
+
+
+def describe_plan(request: Request, plan: Plan) -> str:
+    """Return the stages of the search and what they cost at most."""
+    lines = [
+        f"compute    {request.flops:.3g} FLOPs: at most {plan.most:.3g} ({request.share:.0%}) for the search",
+        f"pilot      {len(request.learning_rates)} learning rates x {len(request.backbones)} backbones at "
+        f"{plan.budgets[0]:.3g} FLOPs",
+    ]
+    for name, rungs in plan.rungs.items():
+        parameters = ", ".join(f"{plan.cost(name, rung).parameters:,}" for rung in rungs)
+        lines.append(f"{name:10} begins with networks of {parameters} parameters, {request.seeds} seeds each")
+    later = ", ".join(f"{flops:.3g}" for flops in plan.budgets[1:])
+    lines.append(f"then       3 sizes of each at {later} FLOPs, around the best one so far")
+    return "\n".join(lines)
+
+
+def describe_recommendation(found: Recommendation, folder: str) -> str:
+    """Return the recipe, its predictions and, where it was trained, what came true."""
+    r, o = found.recipe, found.outcome
+    lines = [
+        "",
+        f"recipe     {r.backbone} of {r.parameters:,} parameters, {r.images:,} images ({r.epochs:.3g} epochs), "
+        f"{r.flops:.3g} FLOPs",
+        f"search     {found.search_flops:.3g} FLOPs, {found.search_flops / found.flops:.1%} of the compute",
+        f"val loss   {_text(r.val_loss)}" + ("" if o is None else f"; came out as {o.val_loss:.4g}"),
+    ]
+    if r.distance is not None:
+        came = "" if o is None else f"; came out as {o.distance:.4g}"
+        lines.append(f"distance   {found.metric} {_text(r.distance)}{came}")
+    price = "" if r.cost is None else f", {r.cost:.4g} at the stated price"
+    lines.append(f"time       {r.device_seconds / 3600:.3g} device-hours{price}")
+    lines += [f"why        {line}" for line in r.why] + [f"caveat     {line}" for line in r.caveats]
+    lines.append(f"train it   diffscale train {folder}/recipe.yaml")
+    return "\n".join(lines)
+
+
+def _text(p: Prediction) -> str:
+    return f"{p.value:.4g} [{p.low:.4g}, {p.high:.4g}]"

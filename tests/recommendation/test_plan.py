@@ -1,0 +1,96 @@
+"""The plan of a recommendation and what is refused before anything runs."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from diffscale.core.errors import UserError
+from diffscale.models import create_model
+from diffscale.models.families import FAMILIES, RUNGS
+from diffscale.recommendation.ask import make_request
+from diffscale.recommendation.plan import LATER_SIZES, make_plan, window
+from diffscale.recommendation.request import Request
+
+SMALL = {"data": {"resolution": 16}, "train": {"global_batch": 8}, "backbones": ["dit"]}
+
+
+def request(tmp_path: Path, flops: float = 1e13, **settings) -> Request:
+    return make_request("builtin:emoji", SMALL | {"storage": str(tmp_path)} | settings, flops=flops)
+
+
+def test_the_search_costs_at_most_its_share(tmp_path: Path) -> None:
+    """Summed run by run: 4 learning rates, 5 sizes of 2 seeds, then 3 sizes at each larger budget."""
+    asked = request(tmp_path)
+    plan = make_plan(asked)
+    first, second, third = plan.budgets
+    assert second / first == pytest.approx(4)
+    assert third / second == pytest.approx(4)
+    assert (4 + 5 * 2) * first + 3 * second + 3 * third == pytest.approx(0.1 * asked.flops)
+    assert plan.most == pytest.approx(0.1 * asked.flops)
+
+
+def test_a_budget_that_is_too_small_names_the_smallest_that_works(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--flops") as refused:
+        make_plan(request(tmp_path, flops=1e9))
+    least = float(refused.value.expected.removeprefix("at least "))
+    make_plan(request(tmp_path, flops=1.01 * least))
+    with pytest.raises(UserError, match="--flops"):
+        make_plan(request(tmp_path, flops=0.98 * least))
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "named"),
+    [
+        ({}, {}, "--flops"),
+        ({}, {"flops": 1e13, "hours": 2.0}, "--hours"),
+        ({}, {"flops": 1e13, "devices": 2}, "--devices"),
+        ({}, {"hours": 1.0, "devices": 4096}, "--devices"),
+        ({}, {"hours": 1.0, "mfu": 1.5}, "--mfu"),
+        ({"train": {"flops": 1e12}}, {"flops": 1e13}, "train.flops"),
+        ({"optim": {"lr": 1e-3}}, {"flops": 1e13}, "optim.lr"),
+        ({"model": {"name": "dit"}}, {"flops": 1e13}, "model.name"),
+        ({"backbones": ["vgg"]}, {"flops": 1e13}, "backbones"),
+        ({"shares": 0.2}, {"flops": 1e13}, "shares"),
+    ],
+)
+def test_contradictions_are_told_before_anything_runs(settings: dict, options: dict, named: str) -> None:
+    with pytest.raises(UserError) as refused:
+        make_request("builtin:emoji", settings, **options)
+    assert refused.value.setting == named
+
+
+def test_a_dataset_smaller_than_the_batch_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="1692"):
+        make_plan(request(tmp_path, flops=1e16, train={"global_batch": 4096}))
+
+
+def test_hours_of_devices_are_a_compute() -> None:
+    """2 hours of 3 devices of 1e12 FLOP/s at half their rate."""
+    found = make_request("builtin:emoji", {}, hours=2, devices=3, mfu=0.5, device_flops=1e12)
+    assert found.flops == pytest.approx(2 * 3600 * 3 * 0.5 * 1e12)
+
+
+def test_sizes_follow_the_best_one_within_the_ladder() -> None:
+    assert window(3) == (3, 4, 5)
+    assert window(0) == (0, 1, 2)
+    assert window(RUNGS - 1) == tuple(range(RUNGS - LATER_SIZES, RUNGS))
+
+
+@pytest.mark.parametrize("backbone", FAMILIES)
+@pytest.mark.parametrize("resolution", [32])
+def test_a_rung_has_about_twice_the_parameters_of_the_one_below(backbone: str, resolution: int) -> None:
+    import torch
+
+    def parameters(rung: int) -> int:
+        settings = FAMILIES[backbone](rung, resolution)
+        with torch.device("meta"):
+            model = create_model(**settings, resolution=resolution, num_classes=10)
+        return sum(p.numel() for p in model.parameters())
+
+    counts = [parameters(rung) for rung in range(RUNGS)]
+    ratios = [b / a for a, b in pairwise(counts)]
+    assert all(1.2 < ratio < 3.6 for ratio in ratios), ratios
+    assert 1.5 < (counts[-1] / counts[0]) ** (1 / (RUNGS - 1)) < 2.2
