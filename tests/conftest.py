@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 
 import pytest
 
@@ -23,3 +24,19 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     budget = item.config.getoption("--time-budget")
     if budget is not None and time.monotonic() - STARTED > budget:
         pytest.skip(f"not run: the time budget of {budget:.0f} s is used up")
+
+
+@pytest.fixture(scope="session")
+def bucket() -> Iterator[str]:
+    """A folder of a real S3 server on this machine."""
+    boto3 = pytest.importorskip("boto3")
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in {**keys, "AWS_ENDPOINT_URL": f"http://{host}:{port}"}.items():
+            patch.setenv(key, value)
+        boto3.client("s3").create_bucket(Bucket="runs")
+        yield "s3://runs/storage"
+    server.stop()

@@ -32,6 +32,11 @@ NODE_ENVIRONMENT = {
     "RAY_worker_niceness": "0",  # Ray's 15 starves the workers on a machine with other programs
 }
 
+SHORTEST_INTERVAL = 0.2  # seconds
+POLLED_PER_SECOND = 1000.0  # workers; one Python process manages about 5,000 calls a second
+ELASTIC_WAIT, AUTOSCALING_WAIT = 20.0, 600.0  # seconds for the workers' resources
+_GIVEN = {name for name in (REPORT_INTERVAL, START_TIMEOUT) if name in os.environ}
+
 CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 
 _KIND = "accelerator_type:"
@@ -46,8 +51,6 @@ def is_private() -> bool:
 def connect(address: str | None = None, num_cpus: int | None = None) -> None:
     """Connect this process to Ray once; later calls do nothing.
 
-    Ray Train's controller polls its workers every 2 s by default, which makes short runs slow and notices a dead
-    worker late; its wait for the workers of a lost node is 60 s. Both are shortened unless the user has set them.
     Raises UserError if no cluster answers at the address, and if a private one does not start.
 
     address: address of a cluster; "local" for a private one; None for $RAY_ADDRESS, else a private one.
@@ -55,8 +58,6 @@ def connect(address: str | None = None, num_cpus: int | None = None) -> None:
     """
     global _private
     address = address or os.environ.get("RAY_ADDRESS") or "local"
-    os.environ.setdefault(REPORT_INTERVAL, "0.2")
-    os.environ.setdefault(START_TIMEOUT, "20")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 starves the workers on a machine with other programs
     if not sys.stdout.isatty():
@@ -92,6 +93,22 @@ def connect(address: str | None = None, num_cpus: int | None = None) -> None:
         _start_or_join(address)
         if count := free_leftovers():
             print(f"freed what {count} killed commands had reserved on the cluster", file=sys.stderr)
+
+
+def set_controller_intervals(fewest: int, most: int) -> None:
+    """Set how Ray Train's controller treats its workers, unless the user has: call it before the trainer is made.
+
+    It asks every worker for its state in each interval, 2 s by default, which makes short runs slow and notices a dead
+    worker late. Here it asks at most 1,000 workers a second. It waits 60 s for the workers' resources before it asks
+    for them again, perhaps for fewer workers. Only an elastic run (fewest < most) can take fewer, and asks sooner; one
+    that needs all of them keeps its place while an autoscaling cluster grows.
+    """
+    values = {
+        REPORT_INTERVAL: max(SHORTEST_INTERVAL, most / POLLED_PER_SECOND),
+        START_TIMEOUT: ELASTIC_WAIT if fewest < most else AUTOSCALING_WAIT,
+    }
+    for name in values.keys() - _GIVEN:
+        os.environ[name] = f"{values[name]:g}"
 
 
 def gpus() -> list[str]:

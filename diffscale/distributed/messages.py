@@ -8,6 +8,7 @@ Importing this module must not import Ray, which reads its variables on import: 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import sys
@@ -38,6 +39,12 @@ class Messages:
         from ray.experimental.internal_kv import _internal_kv_put  # import cost
 
         _internal_kv_put(self._key(topic), json.dumps(message).encode(), overwrite=True)
+
+    def put_first(self, topic: str, message: dict[str, Any]) -> bool:
+        """Set the message of a topic unless it has one; return whether it had none."""
+        from ray.experimental.internal_kv import _internal_kv_put  # import cost
+
+        return not _internal_kv_put(self._key(topic), json.dumps(message).encode(), overwrite=False)
 
     def get(self, topic: str) -> dict[str, Any] | None:
         """Return the last message of a topic, or None."""
@@ -75,15 +82,25 @@ def _connected() -> bool:
 
 
 class Notices(logging.Handler):
-    """A log handler that sends warnings to the command, which shows them."""
+    """A log handler that sends warnings to the command, which shows them.
 
-    def __init__(self, messages: Messages, writer: str) -> None:
+    A process among many equal ones sends a warning only if no other has sent one of its kind: the same text before its
+    arguments are filled in. The command reads every list twice a second, and each rank would have its own.
+    """
+
+    def __init__(self, messages: Messages, writer: str, among_many: bool = False) -> None:
         """writer: name of the process by its role; a restarted process continues the list of the previous one."""
         super().__init__(logging.WARNING)
-        self.messages, self.topic = messages, f"{NOTICES}/{writer}"
+        self.messages, self.topic, self.among_many = messages, f"{NOTICES}/{writer}", among_many
+        if among_many:
+            return
         self.texts: list[str] = (messages.get(self.topic) or {"texts": []})["texts"]
 
     def emit(self, record: logging.LogRecord) -> None:
         """Send one warning."""
+        kind = hashlib.sha256(f"{record.name} {record.msg}".encode()).hexdigest()[:16]
+        first = self.messages.put_first(f"{NOTICES}/kind-{kind}", {"texts": [record.getMessage()]})
+        if self.among_many or first:
+            return
         self.texts.append(record.getMessage())
         self.messages.put(self.topic, {"texts": self.texts})

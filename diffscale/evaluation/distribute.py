@@ -139,19 +139,21 @@ def run_on_ranks(
     gather: Gather,
     keep_below: int = 0,
     stop_requested: StopRequested = lambda: False,
+    to_first: Gather | None = None,
 ) -> Iterator[tuple[int, Columns]]:
     """Share the chunks among the ranks of a training job, in rounds; every rank calls it, rank 0 gets the pairs.
 
     gather: an object of each rank → all of them, a collective.
     stop_requested: as above; a request on one rank stops all.
+    to_first: as `gather`, but may return nothing on the other ranks: features go to rank 0 alone. None: `gather`.
     """
     for start in range(0, len(ranges), world):
         mine = ranges[start + rank : start + rank + 1]
         done = [(first, featurise(source, first, last, first < keep_below)) for first, last in mine]
-        everyone = gather((done, stop_requested()))
+        everyone = (to_first or gather)(done)
         if rank == 0:
-            yield from (pair for part, _ in everyone for pair in part)
-        if any(stop for _, stop in everyone):
+            yield from (pair for part in everyone for pair in part)
+        if any(gather(stop_requested())):
             raise Stopped
 
 

@@ -100,6 +100,7 @@ class Evaluator:
     rank: int = 0
     world: int = 1
     gather: Gather | None = None  # takes an object of each rank and returns all of them, a collective call
+    to_first: Gather | None = None  # the same for features, which rank 0 alone needs; None: `gather`
     actors: int = 0  # Ray actors that compute features; 0 computes in this process
     decoder: Decoder | None = None  # of models of latents
     reference_file: Path | None = None  # published statistics (.npz) in place of the dataset's
@@ -222,7 +223,17 @@ class Evaluator:
                 keep_below=keep,
             )
         if self.gather is not None:
-            return run_on_ranks(source, featurise, todo, self.rank, self.world, self.gather, keep, self.stop_requested)
+            return run_on_ranks(
+                source,
+                featurise,
+                todo,
+                self.rank,
+                self.world,
+                self.gather,
+                keep,
+                self.stop_requested,
+                self.to_first,
+            )
         return run_local(source, featurise, todo, keep, self.stop_requested)
 
     def evaluate(

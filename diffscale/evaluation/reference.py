@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,7 @@ from diffscale.core.cache import cache_dir, file_lock
 from diffscale.core.errors import UserError
 from diffscale.core.hashing import identify
 from diffscale.core.progress import working
+from diffscale.data.loading.order import permutation
 from diffscale.evaluation.distribute import LABELS, Columns, Gather, View, chunk_ranges
 from diffscale.evaluation.feature_store import FeatureStore, chunks, ends, write_chunk
 from diffscale.evaluation.image_sources import Images, ImageSource, select_images
@@ -31,6 +33,22 @@ Compute = Callable[[ImageSource, View, Sequence[tuple[int, int]]], Iterator[tupl
 COMPLETE = "COMPLETE"
 KEPT_FEATURES = 50_000
 REFERENCE_SEED = 2020
+MOST_PERMUTED = 1 << 24  # rows permuted as an array; the references of smaller datasets stay what they were
+
+
+class KeyedRows:
+    """The first `count` rows of a keyed permutation of n, computed where they are read, as an int64 array is."""
+
+    def __init__(self, n: int, count: int) -> None:
+        self._order, self._count = permutation(n, REFERENCE_SEED), min(count, n)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, key: slice | NDArray) -> NDArray:
+        if isinstance(key, slice):
+            key = np.arange(*key.indices(self._count))
+        return self._order.forward(np.asarray(key, np.int64))
 
 
 @dataclass
@@ -104,7 +122,12 @@ def no_features(file: Path | None) -> UserError:
 
 
 def reference_rows(n: int, n_reference: int | None) -> NDArray:
-    """Return rows of the reference images in a fixed random order, so that any first part is a fair sample."""
+    """Return rows of the reference images in a fixed random order, so that any first part is a fair sample.
+
+    Above MOST_PERMUTED rows the order is a keyed permutation, evaluated where it is read, without an array of n rows.
+    """
+    if n > MOST_PERMUTED:
+        return cast(NDArray, KeyedRows(n, n_reference or n))
     rows = np.random.RandomState(REFERENCE_SEED).permutation(n)
     return rows[: n_reference or n]
 

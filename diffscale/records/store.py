@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from diffscale.core import storage
 from diffscale.core.errors import UserError
 from diffscale.core.text import first_line
+from diffscale.records.remote import fetch_texts
 from diffscale.records.schema import SCHEMA_VERSION, Record
 
 if TYPE_CHECKING:
@@ -42,14 +43,30 @@ def read_records(places: Iterable[str]) -> list[Record]:
     rows: dict[str, Record] = {}
     for place in places:
         place = storage.check_absolute(place, "RUNS")
-        is_file = place.endswith((".json", ".jsonl"))
-        files = [place] if is_file else [f for f in storage.list_files(place, recursive=True) if _holds_records(f)]
         if not storage.exists(place):
             raise UserError(setting="RUNS", value=place, expected="a run's folder, a folder of runs or a record file")
-        for file in files:
-            for row in read_records_file(file) if file.endswith(".jsonl") else [read_record(file)]:
+        for file, text in _texts(place):
+            for row in _rows_of_file(text, file) if file.endswith(".jsonl") else [_record(text, file)]:
                 rows[row.record_id] = row
     return _in_order(rows.values())
+
+
+def records_of_run(run_folder: str) -> list[Record]:
+    """Return the rows of a run, without those in a file of many runs, by the names of their files.
+
+    Raises UserError that names a damaged record.
+    """
+    return [_record(text, uri) for uri, text in _texts(storage.join(run_folder, "records")) if uri.endswith(".json")]
+
+
+def _texts(place: str) -> Iterator[tuple[str, bytes]]:
+    """Yield the URI and the content of each file with records: a file itself, or those under a folder."""
+    if place.endswith((".json", ".jsonl")):
+        yield place, storage.read_bytes(place)
+    elif storage.is_remote(place):
+        yield from fetch_texts(place, _holds_records).items()
+    else:
+        yield from ((f, storage.read_bytes(f)) for f in storage.list_files(place, recursive=True) if _holds_records(f))
 
 
 def write_records_file(uri: str, records: Iterable[Record]) -> None:
@@ -60,8 +77,11 @@ def write_records_file(uri: str, records: Iterable[Record]) -> None:
 
 def read_records_file(uri: str) -> list[Record]:
     """Return the rows of a file that `write_records_file` wrote. Raises UserError that names a damaged line."""
-    lines = storage.read_bytes(uri).splitlines()
-    return [_record(line, f"{uri}, line {number}") for number, line in enumerate(lines, 1)]
+    return _rows_of_file(storage.read_bytes(uri), uri)
+
+
+def _rows_of_file(text: bytes, uri: str) -> list[Record]:
+    return [_record(line, f"{uri}, line {number}") for number, line in enumerate(text.splitlines(), 1)]
 
 
 def _in_order(records: Iterable[Record]) -> list[Record]:

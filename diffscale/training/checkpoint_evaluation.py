@@ -20,7 +20,7 @@ from torch import nn
 from diffscale.config.experiment import Experiment
 from diffscale.config.factory import build_model
 from diffscale.core import storage
-from diffscale.core.cache import file_lock
+from diffscale.core.cache import cache_dir, file_lock
 from diffscale.core.hashing import identify
 from diffscale.data import Dataset
 from diffscale.diffusion import Diffusion
@@ -132,9 +132,10 @@ class CheckpointEvaluator:
         self.numerics = numerics
         self.ema = ema_name(experiment.eval.ema)
         device = options.pop("device", world.device)
-        gather = world.gather if world.size > 1 else None
+        if world.size > 1:
+            options |= {"gather": world.gather, "to_first": world.to_first}
         self.evaluator = make_evaluator(
-            experiment, dataset, device=device, rank=world.rank, world=world.size, gather=gather, **options
+            experiment, dataset, device=device, rank=world.rank, world=world.size, **options
         )
         self._model: nn.Module | None = None
 
@@ -189,8 +190,9 @@ class CheckpointEvaluator:
             batch=given_batch(settings.eval),
             threads=settings.train.cpus_per_worker,
         )
-        if "work" not in options and not storage.is_remote(run_folder):
-            options["work"] = Path(run_folder)  # every node sees it, so any of them can continue the evaluation
+        if "work" not in options:
+            # A local folder is seen by every node, so any of them can continue the evaluation; this one, if remote.
+            options["work"] = cache_dir() / "evaluations" if storage.is_remote(run_folder) else Path(run_folder)
         return evaluate_checkpoint(
             self.evaluator,
             weights,

@@ -92,6 +92,7 @@ class Watchdog:
         self.run_folder, self.rank = run_folder, rank
         self.seconds = hang_seconds()
         self._last, self._factor, self._closed = time.monotonic(), SLOW_PHASES, threading.Event()
+        self._callbacks: tuple[Callable[..., None], Callable[..., None]] | None = None
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
         self._thread.start()
 
@@ -112,9 +113,28 @@ class Watchdog:
         finally:
             self._last, self._factor = time.monotonic(), 1.0
 
+    def allow_compilation(self) -> None:
+        """Give every compilation of the network the time of a slow phase, whenever it happens."""
+        import torch._dynamo as dynamo  # import cost
+
+        @dynamo.on_compile_start
+        def begin(_: object) -> None:
+            self._last, self._factor = time.monotonic(), SLOW_PHASES
+
+        @dynamo.on_compile_end
+        def end(_: object) -> None:  # the step that it belongs to goes on
+            self._last = time.monotonic()
+
+        self._callbacks = begin, end
+
     def close(self) -> None:
         """Stop watching."""
         self._closed.set()
+        if self._callbacks is not None:
+            from torch._dynamo.callback import callback_handler  # import cost
+
+            callback_handler.remove_start_callback(self._callbacks[0])
+            callback_handler.remove_end_callback(self._callbacks[1])
 
     def _watch(self) -> None:
         while not self._closed.wait(min(1.0, self.seconds / 4)):

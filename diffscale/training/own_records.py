@@ -11,11 +11,10 @@ from collections.abc import Iterable
 
 from diffscale.config.experiment import Experiment
 from diffscale.config.factory import build_solver
-from diffscale.core import storage
 from diffscale.evaluation.metrics.registry import recorded_name
 from diffscale.evaluation.sampling import Sampling, sampling_of_settings, sampling_precision
 from diffscale.records.schema import Record
-from diffscale.records.store import read_record
+from diffscale.records.store import records_of_run
 from diffscale.training.checkpoint import layout as ck
 from diffscale.training.checkpoint.tensors import group_files
 from diffscale.training.ema import ema_name
@@ -63,8 +62,7 @@ def evaluated_points(run_folder: str, experiment: Experiment) -> dict[int, float
     """
     found: dict[int, float] = {}
     metric = first_metric(experiment)
-    for uri in storage.list_files(storage.join(run_folder, "records"), ".json"):
-        record = read_record(uri)
+    for record in records_of_run(run_folder):
         value = record.value if record.metric == metric and is_own(record, experiment) else math.nan
         if math.isnan(found.get(record.images_seen, math.nan)):
             found[record.images_seen] = value

@@ -62,6 +62,19 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
+    def to_first(self, value: Any) -> list[Any]:
+        """Return every rank's value on rank 0, and an empty list on the others."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.size if self.rank == 0 else None
+        dist.gather_object(value, values)
+        return values or []
+
+    def broadcast(self, tensor: Tensor) -> None:
+        """Replace a tensor on the device by rank 0's, in place."""
+        if self.size > 1:
+            dist.broadcast(tensor, src=0)
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.size > 1:

@@ -15,7 +15,7 @@ from diffscale.core.errors import UserError
 from diffscale.data import Loader
 from diffscale.diffusion import training_loss
 from diffscale.training.checkpoint import layout as ck
-from diffscale.training.checkpoint import saver as saving
+from diffscale.training.checkpoint.restore import restore
 from diffscale.training.fit import fitted
 from diffscale.training.initial_weights import start_from, with_initial_weights
 from diffscale.training.learner import Batch, Learner
@@ -54,7 +54,7 @@ def replay(experiment: Experiment) -> str:
     if checkpoint is None and experiment.train.init_from is not None:
         start_from(learner, experiment.train.init_from, experiment.train.init_skip)
     if checkpoint is not None:
-        saving.restore(learner, checkpoint)
+        restore(learner, checkpoint)
     train, data = experiment.train, experiment.data
     lines = [f"replaying positions {found['first']} to {found['last'] - 1} from {checkpoint or 'the start'}"]
     with Loader(

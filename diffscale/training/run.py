@@ -103,7 +103,8 @@ def train(
 
     gpu = uses_gpu(experiment)
     evaluate_async = wanted(experiment, gpu, should_stop is not None or stop_with is not None)
-    spec = RunSpec(experiment, folder, cost, uuid.uuid4().hex, gpu, stop_with, evaluate_async)
+    launch, content = uuid.uuid4().hex, dataset.content_hash
+    spec = RunSpec(experiment, folder, cost, launch, gpu, stop_with, evaluate_async, content)
     outcome, signals = _launch(spec, should_stop, show, handle_signals, here)
     if outcome.reason == "finished" and evaluate_async:
         outcome = _check_evaluations(outcome, spec)
@@ -257,7 +258,7 @@ def _trainer(spec: RunSpec, config: dict[str, Any]) -> Any:
     """Return Ray Train's trainer: it starts the workers, restarts them when one is lost, and evaluates in a task."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig  # import cost
 
-    from diffscale.distributed.connect import HEALTH_TIMEOUT  # import cost
+    from diffscale.distributed.connect import HEALTH_TIMEOUT, set_controller_intervals  # import cost
     from diffscale.distributed.lean_trainer import LeanTorchTrainer  # import cost
     from diffscale.distributed.process_group import ProcessGroupConfig  # import cost
     from diffscale.training.async_evaluation import validation_config  # import cost
@@ -265,6 +266,7 @@ def _trainer(spec: RunSpec, config: dict[str, Any]) -> Any:
     from diffscale.training.worker import train_worker  # import cost
 
     settings, hang = spec.experiment.train, str(hang_seconds())
+    set_controller_intervals(settings.min_workers, settings.max_workers)
     os.environ[HEALTH_TIMEOUT] = hang  # Ray Train's controller notices a stopped process, which cannot end itself
     fs, path = storage.filesystem(storage.join(spec.run_folder, "ray"))
     return LeanTorchTrainer(

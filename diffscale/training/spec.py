@@ -30,6 +30,7 @@ class RunSpec:
     gpu: bool  # whether the workers train on GPUs
     stop_with: str | None = None  # launch of other Messages whose STOP stops this run too
     evaluate_async: bool = False  # whether a separate task evaluates
+    content_hash: str | None = None  # of the dataset that the command has found
 
     def to_json(self) -> dict[str, Any]:
         """Return the specification as plain JSON values."""

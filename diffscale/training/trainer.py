@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from diffscale.config.experiment import Experiment
-from diffscale.config.factory import build_diffusion, build_model, open_training_data
+from diffscale.config.factory import build_diffusion, build_model
 from diffscale.core import storage
 from diffscale.core.device import EnergyMeter
 from diffscale.core.progress import shown_by
@@ -31,6 +31,7 @@ from diffscale.models.cost import Cost
 from diffscale.records.schema import Record
 from diffscale.training.checkpoint import layout as ck
 from diffscale.training.checkpoint import saver as saving
+from diffscale.training.checkpoint.restore import restore_newest
 from diffscale.training.control import REASONS, SIGNAL, StopRequests, Watchdog
 from diffscale.training.fit import after_out_of_memory, fitted
 from diffscale.training.initial_weights import start_from
@@ -42,6 +43,7 @@ from diffscale.training.plan import make_plan
 from diffscale.training.progress import PhaseDisplay
 from diffscale.training.record_columns import record_columns
 from diffscale.training.run_evaluations import RunEvaluations
+from diffscale.training.shared_dataset import open_for_ranks
 from diffscale.training.spec import Outcome, Reason
 from diffscale.training.step import Launched
 from diffscale.training.trackers import TrackedRun, make_trackers
@@ -75,6 +77,7 @@ class Trainer:
         stop_requested: Callable[[], bool] = lambda: False,
         submit: Callable[[int], None] | None = None,
         steps_ahead: int | None = None,
+        content_hash: str | None = None,
     ) -> None:
         """Build the run and resume it from its newest good checkpoint.
 
@@ -84,6 +87,7 @@ class Trainer:
         stop_requested: returns on rank 0 whether the run must stop at a checkpoint
         submit: has a separate task evaluate the checkpoint at a number of images; see RunEvaluations
         steps_ahead: steps that the device may be behind the host; None for STEPS_AHEAD
+        content_hash: of the dataset with which the command started; another one is refused
         """
         self.experiment, self.run_folder, self.world, self.cost = experiment, run_folder, world, cost
         self.messages, self.should_stop = messages, should_stop
@@ -92,12 +96,14 @@ class Trainer:
         configure_process(experiment.train.cpus_per_worker, world.device)
         self.watchdog = Watchdog(run_folder, world.rank)
         self.plan = make_plan(experiment, cost.flops_per_image)
-        self.dataset = open_training_data(experiment)
+        self.dataset = open_for_ranks(experiment, world, content_hash)
         if world.rank == 0:
             _propose_lanes(experiment, self.dataset, world)
         diffusion = build_diffusion(experiment, self.dataset)
         self.meter = EnergyMeter(world.device)
         self.numerics, bit_identical = self._numerics()
+        if self.numerics.compile:
+            self.watchdog.allow_compilation()
         self.requested, experiment = experiment, fitted(experiment, self.dataset, world, run_folder)
         self.experiment = experiment
         self.learner = _build_learner(experiment, self.dataset, diffusion, world, self.numerics, self.plan.end)
@@ -261,9 +267,8 @@ class Trainer:
 
     def _save(self, columns: dict[str, Any]) -> None:
         """Start writing a checkpoint. columns: the record columns that training determines."""
-        if not self._saved.made:
-            with self.watchdog.slow():
-                self._loader.wait_verified()  # the data must be undamaged before a checkpoint counts as good
+        with self.watchdog.slow():  # what was used must be undamaged before a checkpoint counts as good
+            self._loader.wait_verified(everything=False)
         interval = self.metrics.interval if self.metrics is not None else None
         state = self.state.to_json(self._energy(), interval) | {
             "record": columns,
@@ -274,7 +279,8 @@ class Trainer:
                 "num_classes": _num_classes(self.experiment, self.dataset),
             },
         }
-        self.saver.save(saving.snapshot(self.learner, state, self.world.rank))
+        self.saver.wait()  # the buffer holds one snapshot
+        self.saver.save(saving.snapshot(self.learner, state, self.world.rank, self.saver.buffer))
         self._saved = LastSave(self.learner.images_seen, self.state.device_seconds, made=True)
 
     def _columns(self) -> dict[str, Any]:
@@ -396,18 +402,13 @@ class Trainer:
 
     def _resume(self) -> TrainState:
         """Load the newest good checkpoint, if there is one."""
-        found = None
-        if self.world.rank == 0:
-            found = ck.newest_good(self.run_folder)
-            # damaged checkpoints after it will be written again
-            ck.invalidate_checkpoints_from(self.run_folder, ck.images_of(found) if found else -1)
-        checkpoint = self.world.from_first(found)
-        if checkpoint is None:
+        found = restore_newest(self.learner, self.run_folder, self.world)
+        if found is None:
             train = self.experiment.train
             if train.init_from is not None:
                 start_from(self.learner, train.init_from, train.init_skip)
             return TrainState()
-        stored = saving.restore(self.learner, checkpoint)
+        checkpoint, stored = found
         state = TrainState.resumed(stored)
         state.bit_identical &= stored["world_size"] == self.world.size
         log.info("resumed from %s", checkpoint)

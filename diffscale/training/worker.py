@@ -31,7 +31,7 @@ def train_worker(config: dict[str, Any], world: World | None = None) -> None:
     if messages.get(OUTCOME) is not None:  # a rank ended the run, and Ray Train restarted the others
         return
     stops = [messages] if spec.stop_with is None else [messages, Messages(spec.stop_with)]
-    logger, notices = logging.getLogger("diffscale"), Notices(messages, f"rank {world.rank}")
+    logger, notices = logging.getLogger("diffscale"), Notices(messages, f"rank {world.rank}", among_many=world.rank > 0)
     logger.addHandler(notices)
     trainer = None
     try:
@@ -43,6 +43,7 @@ def train_worker(config: dict[str, Any], world: World | None = None) -> None:
             messages,
             should_stop=config["should_stop"],
             stop_requested=lambda: any(m.get(STOP) is not None for m in stops),
+            content_hash=spec.content_hash,
             submit=(lambda images: submit(images, world.rank)) if spec.evaluate_async else None,
         )
         outcome = trainer.run()

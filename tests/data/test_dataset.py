@@ -172,3 +172,29 @@ def test_rows_are_the_same_without_a_compiler(dataset, monkeypatch):
     again, labels_again = dataset.gather(rows)
     assert torch.equal(again, pixels)
     assert torch.equal(labels_again, labels)
+
+
+def test_at_most_a_bounded_number_of_shards_is_mapped(tmp_path, images, monkeypatch):
+    """Each shard stayed mapped for ever: 370,000 shards exceed the 65,530 maps that Linux allows a process."""
+    monkeypatch.setattr("diffscale.data.format.dataset.MOST_MAPPED", 4)
+    write_dataset(tmp_path, images, shards=20)
+    dataset = open_dataset(str(tmp_path))
+    for rows in (range(100), range(99, -1, -1), range(50)):  # the first two need more shards at once than stay mapped
+        assert np.array_equal(dataset.gather(np.array(rows))[0].numpy(), images[rows])
+    maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
+    assert len(maps) == 4
+
+
+def test_counts_of_classes_come_from_the_manifest_and_are_checked(dataset, monkeypatch):
+    file = Path(dataset.path) / "manifest.json"
+    manifest = json.loads(file.read_text())
+    for counts, problem in (([25, 25, 25], "class_counts"), ([26, 25, 25, 25], "class_counts"), ([100, 0, 0, 0], None)):
+        manifest["splits"]["train"]["class_counts"] = counts
+        file.write_text(json.dumps(manifest))
+        if problem:
+            with pytest.raises(UserError, match=problem):
+                open_dataset(dataset.path)
+    opened = open_dataset(dataset.path)
+    monkeypatch.setattr(opened, "shard", lambda s: pytest.fail("a label was read"))
+    assert opened.class_counts == (100, 0, 0, 0)
+    assert any("class_counts" in line for line in verify_dataset(dataset.path))

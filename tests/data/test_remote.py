@@ -21,11 +21,15 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from diffscale.config.load import load_experiment
 from diffscale.core import storage
 from diffscale.core.errors import UserError
 from diffscale.data import Loader, ShardCache, ShardError, open_dataset, resolve
 from diffscale.data.build.build import BuildOptions, build
 from diffscale.data.format.checksums import verify_dataset
+from diffscale.data.loading.lanes import lane_share
+from diffscale.training.parallel import World
+from diffscale.training.shared_dataset import open_for_ranks
 from tests.support.datasets import pictures, write_dataset
 
 moto_server = pytest.importorskip("moto.server", reason="moto is not installed")
@@ -35,12 +39,16 @@ DROPPED = {"content-length", "transfer-encoding", "expect"}
 
 
 class Faults:
-    """The proxy's faults in requests for shards: the next `errors` get 503, `cut` are cut off, all wait `delay` s."""
+    """The proxy's faults in requests for shards: the next `errors` get 503, `cut` are cut off, all wait `delay` s.
+
+    The next `throttled` requests for anything else get 503 SlowDown, as S3 answers above its rate.
+    """
 
     def __init__(self) -> None:
-        self.errors = self.cut = 0
+        self.errors = self.cut = self.throttled = 0
         self.delay = 0.0
         self.reads: list[str] = []
+        self.requests: list[str] = []
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +81,11 @@ def proxy(server):
         def forward(self) -> None:
             body = self.body()
             is_read = self.command == "GET" and ".arrow" in self.path
+            faults.requests.append(f"{self.command} {self.path}")
+            if faults.throttled and not is_read:
+                faults.throttled -= 1
+                self.send_error(503, "Slow Down")
+                return
             if is_read:
                 faults.reads.append(self.path)
                 time.sleep(faults.delay)
@@ -154,6 +167,54 @@ def test_errors_of_the_server_and_cut_answers_are_tried_again(remote, proxy, tmp
     proxy[1].errors, proxy[1].cut = 2, 2
     assert np.array_equal(dataset.gather(np.arange(60))[0].numpy(), IMAGES)
     assert proxy[1].errors == proxy[1].cut == 0
+
+
+def test_a_dataset_is_listed_and_not_asked_for_each_shard(bucket, proxy):
+    """46,000 shards on 1,024 ranks were 47 million HEADs, two hours and a half at S3's rate."""
+    counts = []
+    for shards in (3, 30):
+        write_dataset(f"{bucket}/data-{shards}", IMAGES, shards=shards)
+        proxy[1].requests.clear()
+        open_dataset(f"{bucket}/data-{shards}")
+        counts.append(len(proxy[1].requests))
+        assert not [request for request in proxy[1].requests if ".arrow" in request]
+    assert counts[0] == counts[1]
+
+
+def test_a_bucket_that_throttles_is_asked_again_later(remote, proxy):
+    proxy[1].throttled = 5
+    assert open_dataset(remote).n == 60
+    assert proxy[1].throttled == 0
+
+
+def test_a_dataset_that_is_replaced_while_a_run_starts_is_refused(bucket):
+    """The command has derived the run's identity from what it has found; its workers find something else."""
+    settings = [f"data.path={bucket}/data", f"storage={bucket}", "data.resolution=8"]
+    write_dataset(f"{bucket}/data", IMAGES)
+    experiment = load_experiment("quickstart-unet", settings)
+    found = open_dataset(f"{bucket}/data").content_hash
+    assert open_for_ranks(experiment, World(), found).content_hash == found
+    write_dataset(f"{bucket}/data", pictures(60, seed=1))
+    with pytest.raises(UserError, match=r"data\.path(.|\n)*replaced since"):
+        open_for_ranks(experiment, World(), found)
+
+
+def test_a_node_fetches_the_shards_of_its_lanes_alone(bucket, proxy, tmp_path):
+    """Of 24 shards each of four nodes fetches the six in its lanes, and the cache needs no room for others."""
+    write_dataset(f"{bucket}/data", pictures(240), shards=24)
+    form = {"seed": 0, "global_batch": 8, "order": "lanes", "lanes": 8, "stop": 240 * 2}
+    fetched = []
+    for rank in range(4):
+        proxy[1].reads.clear()
+        cache = ShardCache(str(tmp_path / str(rank)), gigabytes=6.5 * _largest(f"{bucket}/data") / 1e9)
+        dataset = open_dataset(f"{bucket}/data", cache=cache)
+        with Loader(dataset, shard=lane_share(8, rank, 4, 8), **form) as loader:
+            assert sum(len(batch) for batch in loader) == 120
+        fetched.append(set(proxy[1].reads))
+        assert len(proxy[1].reads) == 6
+    assert len(set.union(*fetched)) == 24
+    with pytest.raises(UserError, match=r"data\.cache_gigabytes(.|\n)*smaller data\.lanes"):
+        Loader(dataset, **form)
 
 
 def test_slow_reads_only_take_longer(remote, proxy, tmp_path):

@@ -136,6 +136,24 @@ def test_ranks_share_the_chunks_in_order(tmp_path):
     assert all(np.array_equal(merged[k]["images"], alone[k]["images"]) for k in alone)
 
 
+def test_features_go_to_rank_0_alone(tmp_path):
+    """They went to all: half a gigabyte onto each of 1,024 ranks in every round."""
+    source, ranges = DatasetSource(write_dataset(tmp_path, 200, 8), np.arange(200)), chunk_ranges(200, 8)
+    sent: list[Any] = []
+    flags: list[Any] = []
+
+    def to_first(mine: Any) -> list[Any]:
+        sent.append(mine)
+        return []
+
+    given = run_on_ranks(
+        source, Featuriser([]), ranges, 1, 2, lambda flag: flags.append(flag) or [flag], to_first=to_first
+    )
+    assert list(given) == []
+    assert [first for done in sent for first, _ in done] == [64, 192]
+    assert flags == [False, False]
+
+
 def test_a_stop_request_on_one_rank_stops_all_after_the_same_chunks(tmp_path):
     source, ranges = DatasetSource(write_dataset(tmp_path, 200, 8), np.arange(200)), chunk_ranges(200, 8)
     slots: list[Any] = [None, None]

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from diffscale.core import storage
 from diffscale.core.errors import UserError
 from diffscale.records.schema import Record, record_id
-from diffscale.records.store import read_records, to_frame, write_record
+from diffscale.records.store import read_records, records_of_run, to_frame, write_record
 
 
 def make(**changes: object) -> Record:
@@ -120,3 +121,24 @@ def test_a_value_that_is_not_finite_survives(tmp_path: Path) -> None:
 
 def test_the_frame_has_every_column_in_order() -> None:
     assert list(to_frame([make()]).columns) == list(Record.model_fields)
+
+
+def test_records_of_an_object_store_are_fetched_together_and_once(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """10,000 records were 10,000 requests one after the other, in every report."""
+    monkeypatch.setenv("DIFFSCALE_CACHE", str(tmp_path))
+    for images in range(40):
+        write_record(f"{bucket}/runs/a", make(images_seen=images))
+    read: list[str] = []
+    original = storage.read_bytes
+    monkeypatch.setattr(storage, "read_bytes", lambda uri: read.append(uri) or original(uri))
+    assert [r.images_seen for r in read_records([bucket])] == [*range(40)]
+    assert len(read) == 40
+    write_record(f"{bucket}/runs/b", make(run_id="b", images_seen=1))
+    assert len(read_records([bucket])) == len(records_of_run(f"{bucket}/runs/a")) + 1 == 41
+    assert len(set(read)) == 41
+    assert read.count(f"{bucket}/runs/a/records/{make(images_seen=3).record_id}.json") == 2  # another index
+    index = next(tmp_path.glob("records/*.jsonl"))
+    index.write_text("damaged")
+    assert len(read_records([bucket])) == 41

@@ -44,19 +44,3 @@ def private_ray(dataset: object) -> Iterator[None]:
     connect(num_cpus=2)
     yield
     ray.shutdown()
-
-
-@pytest.fixture(scope="session")
-def bucket() -> Iterator[str]:
-    """A folder of a real S3 server on this machine."""
-    boto3 = pytest.importorskip("boto3")
-    server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
-    with pytest.MonkeyPatch.context() as patch:
-        for key, value in {**keys, "AWS_ENDPOINT_URL": f"http://{host}:{port}"}.items():
-            patch.setenv(key, value)
-        boto3.client("s3").create_bucket(Bucket="runs")
-        yield "s3://runs/storage"
-    server.stop()

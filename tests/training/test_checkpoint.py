@@ -13,6 +13,7 @@ from diffscale.core.errors import UserError
 from diffscale.data import Dataset
 from diffscale.training.checkpoint import layout as ck
 from diffscale.training.checkpoint import saver as saving
+from diffscale.training.checkpoint.restore import restore
 from diffscale.training.checkpoint.tensors import CheckpointDamaged, read_group, write_group
 
 from .small import BATCH, experiment
@@ -39,7 +40,7 @@ def test_resume_is_bit_identical(shared_storage: Path, dataset: Dataset, tmp_pat
     place = save(first, tmp_path)
     second = learner(shared_storage, dataset, optim=optim, train={"seed": 1})
     second.experiment = first.experiment
-    saving.restore(second, place)
+    restore(second, place)
     assert second.images_seen == 3 * BATCH
     steps(second, data[3:])
     assert torch.equal(weights(second), weights(straight))
@@ -262,7 +263,7 @@ def test_checkpoints_on_s3_are_saved_verified_rotated_and_resumed(
     assert ck.newest_good(bucket) == places[0]
     storage.write_bytes(uri, good)
     other = learner(shared_storage, dataset)
-    saving.restore(other, str(ck.newest_good(bucket)))
+    restore(other, str(ck.newest_good(bucket)))
     steps(of, data[2:])
     steps(other, data[2:])
     assert torch.equal(weights(of), weights(other))

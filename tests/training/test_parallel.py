@@ -15,6 +15,7 @@ from diffscale.config.factory import build_diffusion, build_model
 from diffscale.data import Dataset, Loader
 from diffscale.training.checkpoint import layout as ck
 from diffscale.training.checkpoint import saver as saving
+from diffscale.training.checkpoint.restore import restore
 from diffscale.training.checkpoint.state import gather_full
 from diffscale.training.learner import Learner
 from diffscale.training.numerics import Numerics
@@ -96,7 +97,7 @@ def resumed_midway(
     second = make(storage, dataset, world, seed=0, **train_settings)
     for p in second.model.parameters():
         p.data.zero_()
-    saving.restore(second, str(ck.newest_good(str(place))))
+    restore(second, str(ck.newest_good(str(place))))
     train(second, dataset, count - count // 2)
     return second
 
@@ -203,7 +204,7 @@ def test_a_sharded_checkpoint_loads_on_one_worker(
     assert place is not None
     assert len(list(Path(place).glob("model.*-of-*.safetensors"))) == size
     of = make(str(shared_storage), dataset, World())
-    saving.restore(of, place)
+    restore(of, place)
     losses = train(of, dataset, STEPS - STEPS // 2)
     assert losses == pytest.approx(of_ranks[size]["fsdp2"][STEPS // 2 :], rel=1e-6)
 

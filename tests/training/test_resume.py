@@ -18,6 +18,7 @@ from diffscale.data import Dataset
 from diffscale.training.checkpoint import layout as ck
 from diffscale.training.checkpoint import saver as saving
 from diffscale.training.checkpoint import state
+from diffscale.training.checkpoint.restore import restore
 from diffscale.training.checkpoint.tensors import read_group, write_group
 from diffscale.training.learner import Learner
 from diffscale.training.numerics import Numerics, winograd_available
@@ -97,7 +98,7 @@ def resumed(of: Learner, make_again: Callable[[], Learner], folder: Path) -> Lea
     saver.save(saving.snapshot(of, {"record": {}, "data": {}}, 0))
     saver.wait()
     again = make_again()
-    saving.restore(again, ck.folder_of(str(folder), of.images_seen))
+    restore(again, ck.folder_of(str(folder), of.images_seen))
     return again
 
 

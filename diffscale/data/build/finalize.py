@@ -86,13 +86,22 @@ def _split(work: Path, plan: BuildPlan, side: str, split: str, results: list[dic
     channels = plan.preparation.channels
     sums, squares = (np.sum([p[key] for p in parts], axis=0) for key in ("sums", "squares"))
     mean, std = channel_statistics(sums, squares, values) if parts else ([0.0] * channels, [0.0] * channels)
+    names = json.loads((work / "classes.json").read_text())
     return Split(
+        class_counts=_class_counts(parts, len(names)),
         rows=sum(s.rows for s in shards),
         shards=shards,
         content_hash=rows_hash(plan.dtype, int(side), channels, shards),
         mean=mean,
         std=std,
     )
+
+
+def _class_counts(parts: list[dict[str, Any]], classes: int) -> list[int] | None:
+    """Return the rows of each class; None without classes, or if an earlier version has read a part."""
+    if not classes or not all("classes" in part for part in parts):
+        return None
+    return [sum(part["classes"].get(str(label), 0) for part in parts) for label in range(classes)]
 
 
 def _manifest(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
@@ -87,11 +88,13 @@ class ShardPart:
     size: int = 0  # bytes of all files
     sums: Any = 0
     squares: Any = 0
+    classes: Counter[int] = field(default_factory=Counter)  # rows of each class
 
     def add(self, stored: Any, pixels: NDArray[Any], label: int, name: str) -> None:
         """Append one row; write a file if enough rows are held."""
         self.images.append(stored)
         self.labels.append(label)
+        self.classes[label] += 1
         self.names.append(name)
         values = np.moveaxis(pixels, self.channel_axis, -1).reshape(-1, pixels.shape[self.channel_axis])
         self.sums = self.sums + values.sum(0, dtype=np.float64)
@@ -121,6 +124,7 @@ class ShardPart:
             "bytes": self.size,
             "sums": self.sums.tolist(),
             "squares": self.squares.tolist(),
+            "classes": {str(label): count for label, count in self.classes.items()},
         }
 
 

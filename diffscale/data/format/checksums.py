@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
 import numpy as np
@@ -25,39 +26,60 @@ DECODED_TOGETHER = 256  # encoded images that `verify_dataset` decodes at once
 
 
 class BackgroundCheck:
-    """A thread that reads each shard of a local dataset once and compares its SHA-256 with the manifest.
+    """Compares the SHA-256 of shards of a local dataset with the manifest, in a thread, as they are first used.
 
     A result is remembered for the file's path, inode, size and time, so other workers of the node and later runs do
     not read the file again. Shards of a remote dataset were compared when they were fetched.
 
-    damage: None, or (ShardError, range of the shard's rows) for the first shard that differs
+    damage: None, or (ShardError, range of the shard's rows) for the first shard found to differ
     """
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
         self.damage: tuple[ShardError, range] | None = None
-        self._thread: threading.Thread | None = None
+        self._files = dataset.local_shards()
+        self._noted: set[int] = set()
+        self._left: deque[int] = deque()
+        self._running = False
+        self._changed = threading.Condition()
 
-    def start(self) -> None:
-        """Start the thread unless it runs or has run."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="diffscale-verify", daemon=True)
-            self._thread.start()
+    def use(self, shards: Iterable[int]) -> None:
+        """Compare these shards in the background unless they were given before."""
+        new = [s for s in shards if s not in self._noted] if self._files else []
+        if not new:
+            return
+        with self._changed:
+            self._noted.update(new)
+            self._left.extend(new)
+            if not self._running:
+                self._running = True
+                threading.Thread(target=self._run, name="diffscale-verify", daemon=True).start()
 
-    def wait(self) -> None:
-        """Block until every checksum was compared."""
-        self.start()
-        assert self._thread is not None
-        self._thread.join()
+    def wait(self, everything: bool = False) -> None:
+        """Block until the shards that were used, or all shards, are compared."""
+        if everything:
+            self.use(range(len(self._files)))
+        with self._changed:
+            self._changed.wait_for(lambda: not self._running)
 
     def _run(self) -> None:
-        for s, (path, sha256) in enumerate(self.dataset.local_shards()):
+        while True:
+            with self._changed:
+                if not self._left or self.damage is not None:
+                    self._running = False
+                    self._changed.notify_all()
+                    return
+                s = self._left.popleft()
             rows = range(int(self.dataset.starts[s]), int(self.dataset.starts[s + 1]))
             try:
-                check_sha256_once(path, sha256)
+                check_sha256_once(*self._files[s])
             except ShardError as error:
                 self.damage = (error, rows)
-                return
+            except BaseException:
+                with self._changed:
+                    self._running = False
+                    self._changed.notify_all()
+                raise
 
 
 def check_sha256_once(path: str, expected: str) -> None:
@@ -110,6 +132,7 @@ def verify_dataset(folder: str) -> list[str]:
 def _verify_split(folder: str, split: SplitName, work: Work) -> Iterator[str]:
     manifest = read_manifest(folder)
     dataset = Dataset(folder, manifest, split, ShardCache() if storage.is_remote(folder) else None)
+    counts = np.zeros(dataset.num_classes, np.int64)
     for s, entry in enumerate(dataset.split.shards):
         try:
             path = dataset.local_path(s)
@@ -117,6 +140,7 @@ def _verify_split(folder: str, split: SplitName, work: Work) -> Iterator[str]:
             check_sha256(path, entry.sha256)
             shard = open_shard(path, entry, manifest)
             start, content = int(dataset.starts[s]), ContentHash()
+            counts += np.bincount(shard.labels, minlength=len(counts))[: len(counts)]
             encoded = manifest.layout == "encoded"
             for row in range(entry.rows):
                 image = shard.images[row]
@@ -135,3 +159,5 @@ def _verify_split(folder: str, split: SplitName, work: Work) -> Iterator[str]:
             yield f"{error.shard}: {error.problem}"
         except OSError as error:
             yield f"{os.fspath(dataset.path)}/{entry.file}: {error}"
+    if dataset.split.class_counts not in (None, counts.tolist()):
+        yield f"{storage.join(folder, FILE)}: splits.{split}.class_counts differs from the labels"

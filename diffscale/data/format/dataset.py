@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -26,6 +27,7 @@ from diffscale.kernels import rows
 NEAR = 1 << 30  # default bytes of rows in one window of the blocked order
 FETCHES = 4  # shards fetched at once: one stream does not saturate the connection to an object store
 STRETCHES = 4  # parts of a batch for each decoding thread
+MOST_MAPPED = 16_384  # shards mapped at once: Linux allows a process 65,530 maps
 MOST_GATHERING = 4  # threads that copy rows, each at least 1 MiB: more threads compete for the same memory
 
 
@@ -61,6 +63,7 @@ class Dataset:
         self.block_rows = max((s.rows for s in shards), default=1)
         self.window = max(1, round(NEAR / max((s.bytes for s in shards), default=1)))
         self._mapped: list[MappedShard | None] = [None] * len(shards)
+        self._last_used: OrderedDict[int, None] = OrderedDict()  # mapped shards, the least recently used first
 
     def __len__(self) -> int:
         return self.n
@@ -79,10 +82,16 @@ class Dataset:
                 expected=f"one of {sorted(manifest.splits)} in {path}",
                 fix="build the dataset with --split 0.1 to hold out a tenth",
             )
-        cache = (cache or ShardCache()) if storage.is_remote(path) else None
-        dataset = cls(path, manifest, split, cache)
+        dataset = cls.of_manifest(path, manifest, split, cache)
         dataset.check_files()
         return dataset
+
+    @classmethod
+    def of_manifest(
+        cls, path: str, manifest: Manifest, split: SplitName = "train", cache: ShardCache | None = None
+    ) -> Dataset:
+        """Return the dataset of a manifest that was read before, without looking at its files."""
+        return cls(path, manifest, split, (cache or ShardCache()) if storage.is_remote(path) else None)
 
     def __reduce__(self):  # each worker opens the files again
         return Dataset.open, (self.path, self.split_name, self.cache)
@@ -97,7 +106,11 @@ class Dataset:
 
     @cached_property
     def class_counts(self) -> tuple[int, ...]:
-        """The number of images of each class, empty for data without labels. Every label is read."""
+        """The number of images of each class, empty for data without labels.
+
+        Every label is read if an earlier version of diffscale has built the dataset."""
+        if self.split.class_counts is not None:
+            return tuple(self.split.class_counts)
         counts = np.zeros(self.num_classes, np.int64)
         for s in range(len(self.split.shards) if self.num_classes else 0):
             counts += np.bincount(self.shard(s).labels, minlength=self.num_classes)
@@ -238,6 +251,10 @@ class Dataset:
             mapped = self._mapped[s] = open_shard(self.local_path(s), entry, self.manifest, self.cache is not None)
             if self.cache is not None:
                 self._drop_evicted()
+        self._last_used[s] = None
+        self._last_used.move_to_end(s)
+        while len(self._last_used) > MOST_MAPPED:
+            self._mapped[self._last_used.popitem(last=False)[0]] = None
         return mapped
 
     def fetch(self, pieces: Sequence[int]) -> None:
@@ -252,9 +269,11 @@ class Dataset:
 
     def _drop_evicted(self) -> None:
         """Unmap shards that were evicted from the cache: a deleted file occupies disk space while it is mapped."""
-        for s, mapped in enumerate(self._mapped):
-            if mapped is not None and not os.path.exists(mapped.path):
+        for s in list(self._last_used):
+            mapped = self._mapped[s]
+            if mapped is None or not os.path.exists(mapped.path):
                 self._mapped[s] = None
+                self._last_used.pop(s, None)
 
     def local_path(self, s: int) -> str:
         """Return the local file of the s-th shard; a remote shard is fetched first."""
@@ -279,15 +298,14 @@ class Dataset:
             for shard in self.split.shards:
                 check_size(storage.join(self.path, shard.file), shard)
             return
-        fs, inside = storage.filesystem(self.path)
-        for shard, info in zip(
-            self.split.shards, fs.get_file_info([f"{inside}/{s.file}" for s in self.split.shards]), strict=True
-        ):
-            uri = storage.join(self.path, shard.file)
-            if not info.is_file:
-                raise ShardError(uri, "it is missing")
-            if info.size != shard.bytes:
-                raise ShardError(uri, f"it has {info.size:,} bytes instead of {shard.bytes:,}")
+        sizes = storage.file_sizes(self.path)
+        for shard in self.split.shards:
+            size = sizes.get(shard.file)
+            if size is None:
+                raise ShardError(storage.join(self.path, shard.file), "it is missing")
+            if size != shard.bytes:
+                problem = f"it has {size:,} bytes instead of {shard.bytes:,}"
+                raise ShardError(storage.join(self.path, shard.file), problem)
 
 
 def available_resolutions(folder: str) -> Sequence[int]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import lru_cache
 from importlib import metadata
 from typing import Any, Literal
 
@@ -48,12 +49,17 @@ class Shard(Strict):
 
 
 class Split(Strict):
-    """Shards in row order. mean, std: per channel, of pixels in [0, 255] or of latents."""
+    """Shards in row order.
+
+    mean, std: per channel, of pixels in [0, 255] or of latents
+    class_counts: images of each class; None for data without labels or built by an earlier version
+    """
 
     rows: int = Field(ge=0)
     content_hash: str
     mean: list[float]
     std: list[float]
+    class_counts: list[int] | None = None
     shards: list[Shard]
 
 
@@ -116,6 +122,11 @@ def read_manifest(folder: str) -> Manifest:
                 raise ValueError(f"splits.{name}.rows is {split.rows}, not the sum over its shards")
             if split.content_hash != split_hash(manifest, split.shards):
                 raise ValueError(f"splits.{name}.content_hash does not follow from its shards")
+            counts = split.class_counts
+            if counts is not None and (
+                len(counts) != len(manifest.class_names) or min(counts) < 0 or sum(counts) != split.rows
+            ):
+                raise ValueError(f"splits.{name}.class_counts does not fit the class names and the rows")
         if "train" not in manifest.splits or not manifest.splits["train"].rows:
             raise ValueError("there is no training split")
         if manifest.content_hash != manifest.splits["train"].content_hash:
@@ -168,11 +179,17 @@ class ContentHash:
 
     def join(self, other: ContentHash) -> ContentHash:
         """Return the hash of these rows followed by the other's."""
-        value = (self.value * pow(self.BASE, other.rows, self.PRIME) + other.value) % self.PRIME
+        value = (self.value * _power(other.rows) + other.value) % self.PRIME
         return ContentHash(value, self.rows + other.rows)
 
     def hex(self) -> str:
         return f"{self.value:064x}"
+
+
+@lru_cache(maxsize=1024)
+def _power(rows: int) -> int:
+    """Return BASE^rows: nearly all shards of a dataset have the same number of rows."""
+    return pow(ContentHash.BASE, rows, ContentHash.PRIME)
 
 
 def split_hash(manifest: Manifest, shards: list[Shard]) -> str:

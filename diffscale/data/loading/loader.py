@@ -92,7 +92,7 @@ class Loader:
     numbers: returns further tensors, one row for each of the positions int64 (n,); called on the CPU, in the
         background and for many batches at once, because a GPU needs as long for one batch as for all of them
     prefetch: batches, or groups of small batches, prepared ahead
-    verify: compare the shards' checksums in the background, once per node
+    verify: compare the checksums of shards in the background as they are first used, once per node
     """
 
     def __init__(
@@ -142,6 +142,7 @@ class Loader:
             "window": window or dataset.window,
             "lanes": lanes,
         }
+        self._reached = start  # the last position that was gathered
         self.checks = BackgroundCheck(dataset) if verify else None
         check_cache(dataset, self.form, node_workers * len(self.share) / global_batch)
         self._threads: list[tuple[threading.Thread, BatchQueue[Batch]]] = []
@@ -153,8 +154,6 @@ class Loader:
         self.close()
 
     def __iter__(self) -> Iterator[Batch]:
-        if self.checks is not None:
-            self.checks.start()
         batches: BatchQueue[Batch] = BatchQueue(max(1, self.prefetch // self._group_size))
         thread = threading.Thread(target=self._work, args=(batches,), name="diffscale-loader", daemon=True)
         self._threads.append((thread, batches))
@@ -178,22 +177,29 @@ class Loader:
             batches.close()
             thread.join(timeout=10)
 
-    def wait_verified(self) -> None:
-        """Wait until every checksum of the dataset was compared. Call it before the first checkpoint counts as good.
+    def wait_verified(self, everything: bool = True) -> None:
+        """Wait until every checksum of the dataset was compared, or those of the shards that this loader has used.
 
-        Raises ShardError naming the damaged shard and the first position of the run that used it.
+        Call it before a checkpoint counts as good. Raises ShardError naming the damaged shard and the first position of
+        the run that used it.
         """
         if self.checks is not None:
-            self.checks.wait()
+            self.checks.wait(everything)
             self._raise_damage()
+
+    def _verify_used(self, indices: NDArray[np.int64]) -> None:
+        """Have the checksums of the shards of these rows compared in the background."""
+        if self.checks is not None and indices.size:
+            shards = np.searchsorted(self.dataset.starts, indices.reshape(-1), side="right") - 1
+            self.checks.use(np.unique(shards).tolist())
 
     def _raise_damage(self) -> None:
         damage = self.checks.damage if self.checks is not None else None
         if damage is None:
             return
         error, rows = damage
-        seen = self.start + 1000 * self.global_batch
-        position = None if rows is None else first_use(rows, self.dataset.n, self.seed, 0, seen, **self.form)
+        seen = max(self._reached, self.start + 1000 * self.global_batch)
+        position = first_use(rows, self.dataset.n, self.seed, 0, seen, **self.form)
         raise ShardError(error.shard, error.problem, position=position)
 
     def _work(self, batches: BatchQueue[Batch]) -> None:
@@ -251,6 +257,8 @@ class Loader:
             for positions, indices in self._plan():
                 if ahead is not None and positions.size:
                     ahead.advance(int(positions[0, 0]))
+                self._reached = int(positions.max(initial=self.start))
+                self._verify_used(indices)
                 sizes = [len(batch) for batch in positions]
                 if self.stop is not None:
                     sizes[-1] = int(np.searchsorted(positions[-1], self.stop))

@@ -51,6 +51,7 @@ class RayDataLoader(Loader):
                 images = torch.from_numpy(np.array(batch["image"]))  # a copy: Ray's is read-only
                 labels = torch.from_numpy(np.array(batch["label"]))
                 positions = np.array(batch["position"], np.int64)
+                self._verify_used(positions_to_indices(positions, self.dataset.n, self.seed, **self.form))
                 yield positions, images.pin_memory() if pinned else images, labels
             base += steps * self.global_batch
         if not share:  # a worker with an empty share still takes every step

@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 COMPLETE = "COMPLETE"
 _NAME = re.compile(r"/checkpoints/images-(\d{1,18})/?$")
 _FILE = re.compile(r"([A-Za-z0-9_-][A-Za-z0-9._-]*/)?[A-Za-z0-9_-][A-Za-z0-9._-]*")  # inside the folder
+_PART = re.compile(r"\.(\d{5})-of-\d{5}\.safetensors$")
 FORMAT = 1
 
 
@@ -92,16 +93,32 @@ def files_of(checkpoint: str) -> dict[str, Digest]:
 def verify(checkpoint: str) -> None:
     """Read every file. Raises CheckpointDamaged naming the first one that is missing or whose checksum differs."""
     for name, info in files_of(checkpoint).items():
-        try:
-            found = digest_of(storage.join(checkpoint, name))
-        except OSError as error:
-            if isinstance(error, FileNotFoundError) and name not in files_of(checkpoint):
-                continue  # rotation deleted it after the list was read
-            raise CheckpointDamaged(f"{checkpoint}/{name}: {error}") from None
-        if found != info:
-            raise CheckpointDamaged(
-                f"{checkpoint}/{name}: {found.bytes} bytes with another checksum, {info.bytes} were written"
-            )
+        verify_file(checkpoint, name, info)
+
+
+def verify_file(checkpoint: str, name: str, written: Digest) -> None:
+    """Read a file. Raises CheckpointDamaged if it is missing, unless rotation has removed it, or differs."""
+    try:
+        found = digest_of(storage.join(checkpoint, name))
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and name not in files_of(checkpoint):
+            return  # rotation deleted it after the list was read
+        raise CheckpointDamaged(f"{checkpoint}/{name}: {error}") from None
+    check_digest(checkpoint, name, found, written)
+
+
+def check_digest(checkpoint: str, name: str, found: Digest, written: Digest) -> None:
+    """Raise CheckpointDamaged if what was read of a file is not what was written."""
+    if found != written:
+        raise CheckpointDamaged(
+            f"{checkpoint}/{name}: {found.bytes} bytes with another checksum, {written.bytes} were written"
+        )
+
+
+def writer_of(name: str) -> int | None:
+    """Return the rank that wrote a file with slices of tensors, None for a file without."""
+    found = _PART.search(name)
+    return int(found[1]) if found else None
 
 
 def newest_good(run_folder: str, for_resuming: bool = True, until: int | None = None) -> str | None:

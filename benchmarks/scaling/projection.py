@@ -1,25 +1,16 @@
-"""`python -m benchmarks.studies.scaling [key=value ...]`: two workers here, a model, projections.
+"""Projections of published networks on 8, 64 and 1,024 GPUs; nothing in them was measured.
 
-Writes benchmarks/results/scaling/measured.csv (this machine: the link as all-reduces show it, the step, predicted and
-measured efficiency of two workers) and projected.csv (published networks on 8, 64 and 1,024 GPUs; nothing in it was
-measured: the rates of the GPU and of its links are the manufacturer's, times the shares named in the columns).
+The rates of the GPU and of its links are the manufacturer's, times the shares named in the columns as assumed.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from benchmarks.common.machine import made_by
-from benchmarks.common.measure import write_csv
-from benchmarks.studies.scaling.measure import measured
-from benchmarks.studies.scaling.model import Link, bytes_per_step, efficiency
+from benchmarks.scaling.model import Link, bytes_per_step, efficiency
 from diffscale.models import PRESETS, create_model
 from diffscale.models.cost import count_cost
 
-RESULTS = Path(__file__).parents[2] / "results" / "scaling"
 PEAK = 989e12  # FLOP/s of an H100 SXM in bf16, dense, by its data sheet
 MFU = 0.4  # assumed share of it in training
 # NVLink 4: 450 GB/s a direction, of which rings reach some 80 %; one 400 Gb/s adapter for each GPU between nodes.
@@ -38,15 +29,6 @@ PROJECTED = (
     "jit-b-16",
     "hdit-imagenet128",
 )
-
-
-def main(
-    overrides: Annotated[list[str] | None, typer.Argument(help="dotted settings of what is measured")] = None,
-) -> None:
-    """Measure, check, project."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    _write("measured.csv", measured(overrides or []))
-    _write("projected.csv", projected())
 
 
 def projected() -> list[dict[str, Any]]:
@@ -85,13 +67,3 @@ def projected() -> list[dict[str, Any]]:
                     }
                 )
     return rows
-
-
-def _write(name: str, rows: list[dict[str, Any]]) -> None:
-    made = made_by()
-    write_csv(RESULTS / name, [row | made for row in rows])
-    print(RESULTS / name)
-
-
-if __name__ == "__main__":
-    typer.run(main)

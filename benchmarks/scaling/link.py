@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from benchmarks.studies.scaling.model import Link, bytes_per_step, efficiency
+from benchmarks.scaling.model import Link, bytes_per_step, efficiency
 from diffscale.config.factory import open_training_data
 from diffscale.config.load import load_experiment
 from diffscale.models.cost import count_cost
