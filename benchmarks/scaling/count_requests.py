@@ -45,8 +45,12 @@ try:  # a tree whose ranks share the work has these
     from diffscale.data import share_of_batch
     from diffscale.training.checkpoint.restore import restore_newest
     from diffscale.training.shared_dataset import open_for_ranks
+
+    SHARED = True
 except ImportError:  # one whose ranks each do all of it
-    open_for_ranks = restore_newest = share_of_batch = None  # type: ignore[assignment]
+    from diffscale.training.checkpoint.saver import restore as restore_alone  # type: ignore[attr-defined]
+
+    SHARED = False
 
 NODE = 8  # ranks of a node
 SHARDS, SHARD_ROWS, BATCH, LANES = 120, 55, 64, 64
@@ -114,6 +118,8 @@ class Ranks:
 class Simulated(World):
     """The World of a simulated rank."""
 
+    ranks: Ranks
+
     def __init__(self, ranks: Ranks, rank: int) -> None:
         values = {"rank": rank, "size": ranks.size, "device": torch.device("cpu"), "ranks": ranks}
         values |= {"node_rank": rank % NODE, "node_size": min(NODE, ranks.size)}
@@ -178,12 +184,12 @@ def settings(cache: str) -> Any:
 
 
 def opened(world: World, cache: str) -> Dataset:
-    return open_for_ranks(settings(cache), world) if open_for_ranks else open_training_data(settings(cache))
+    return open_for_ranks(settings(cache), world) if SHARED else open_training_data(settings(cache))
 
 
 def loader(dataset: Dataset, world: World, stop: int) -> Loader:
     form: dict[str, Any] = {"order": "blocks", "window": 8, "shard": world.share(BATCH)}
-    if share_of_batch:
+    if SHARED:
         share = share_of_batch("lanes", BATCH, world.rank, world.size, LANES)
         form = {"order": "lanes", "lanes": LANES, "shard": share}
     return Loader(dataset, seed=0, global_batch=BATCH, stop=stop, **form)
@@ -196,11 +202,11 @@ def learner(dataset: Dataset, cache: str) -> Learner:
 
 def restore(of: Learner, world: World) -> None:
     run = "s3://data/run"
-    if restore_newest:
+    if SHARED:
         assert restore_newest(of, run, world) is not None
         return
     found = world.from_first(ck.newest_good(run) if world.rank == 0 else None)
-    saving.restore(of, found)  # type: ignore[attr-defined]
+    restore_alone(of, found)
 
 
 class NoImages:
@@ -224,7 +230,7 @@ def evaluate(world: Any, ranks: Ranks) -> None:
 
         return call
 
-    more = {"to_first": counted(world.to_first)} if restore_newest else {}
+    more = {"to_first": counted(world.to_first)} if SHARED else {}
     ranges = [(64 * i, 64 * i + 64) for i in range(world.size)]
     chunks = run_on_ranks(NoImages(), features, ranges, world.rank, world.size, counted(world.gather), **more)  # type: ignore[arg-type]
     for _ in chunks:
@@ -249,7 +255,7 @@ def read_sharded(world: World) -> None:
         return min(world.rank * chunk, shape[0]), min((world.rank + 1) * chunk, shape[0])
 
     names = [f"model.{rank:05d}-of-{world.size:05d}.safetensors" for rank in range(world.size)]
-    more: dict[str, Any] = {"files": names if world.size > 1 else ["model.safetensors"]} if restore_newest else {}
+    more: dict[str, Any] = {"files": names if world.size > 1 else ["model.safetensors"]} if SHARED else {}
     read_group(f"s3://data/sharded-{world.size}", "model", rows, **more)
 
 

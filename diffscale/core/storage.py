@@ -17,7 +17,8 @@ ENVIRONMENT = "DIFFSCALE_STORAGE"
 JOB_VARIABLES = ("RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_JOB_ID")
 """Variables that Ray sets for the program of a submitted job and for its workers."""
 SCHEMES = ("s3", "gs", "gcs", "file")
-S3_ATTEMPTS = 10  # for one call: a bucket that throttles (503 SlowDown) is asked again after growing pauses
+S3_ATTEMPTS = 5  # for one call: a bucket that throttles (503 SlowDown) is asked again after growing pauses
+S3_PATIENCE = 20.0  # seconds for an answer; after arrow's 3 s a busy server is asked for the same bytes again
 GCS_PATIENCE = timedelta(seconds=60)  # for one call; Google's own 15 minutes look like a hang
 
 
@@ -94,9 +95,13 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     if uri.startswith("s3://"):
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
         retries = pafs.AwsStandardS3RetryStrategy(max_attempts=S3_ATTEMPTS)
-        return pafs.S3FileSystem(endpoint_override=endpoint, allow_bucket_creation=False, retry_strategy=retries), uri[
-            len("s3://") :
-        ]
+        fs = pafs.S3FileSystem(
+            endpoint_override=endpoint,
+            allow_bucket_creation=False,
+            retry_strategy=retries,
+            request_timeout=S3_PATIENCE,
+        )
+        return fs, uri[len("s3://") :]
     if uri.startswith(("gs://", "gcs://")):
         inside = uri.split("://", 1)[1]
         if emulator := os.environ.get("STORAGE_EMULATOR_HOST"):

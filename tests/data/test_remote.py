@@ -182,7 +182,7 @@ def test_a_dataset_is_listed_and_not_asked_for_each_shard(bucket, proxy):
 
 
 def test_a_bucket_that_throttles_is_asked_again_later(remote, proxy):
-    proxy[1].throttled = 5
+    proxy[1].throttled = 3
     assert open_dataset(remote).n == 60
     assert proxy[1].throttled == 0
 
