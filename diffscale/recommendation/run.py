@@ -18,7 +18,7 @@ from diffscale.recommendation.recipe import choose_recipe
 from diffscale.recommendation.request import Request
 from diffscale.recommendation.search import search
 from diffscale.records.recommendation import Outcome, Recipe, Recommendation, write_recommendation
-from diffscale.records.store import read_records
+from diffscale.records.store import RECORDS_FILE, read_records, write_records_file
 from diffscale.sweep.space import nest
 from diffscale.training.numerics import settled
 from diffscale.training.own_records import is_own
@@ -68,7 +68,7 @@ def recommend(request: Request, plan: Plan, handle_signals: bool = False) -> Rec
     settings = experiment.model_dump(mode="json", exclude={"storage"})
     preset = "\n".join(lines) + "\n" + yaml.safe_dump(settings, sort_keys=False)
     storage.write_bytes(storage.join(folder, PRESET), preset.encode())
-    write_recommendation(folder, found)
+    _keep(folder, found)
     return found
 
 
@@ -78,8 +78,18 @@ def go(request: Request, found: Recommendation) -> tuple[Recommendation, RunResu
     result = train(experiment, handle_signals=True)
     if result.finished:
         found = found.model_copy(update={"outcome": outcome_of(experiment)})
-        write_recommendation(folder_of(request), found)
+        _keep(folder_of(request), found)
     return found, result
+
+
+def _keep(folder: str, found: Recommendation) -> None:
+    """Write the recommendation and the records of its runs into its folder, which a report reads by itself."""
+    runs = storage.join(folder.rpartition("/recommendations/")[0], "runs")
+    ids = {point.run_id for part in found.searched for point in part.points}
+    ids |= {found.outcome.run_id} if found.outcome else set()
+    records = [row for row in read_records([runs]) if row.run_id in ids]
+    write_records_file(storage.join(folder, RECORDS_FILE), records)
+    write_recommendation(folder, found)
 
 
 def recipe_settings(request: Request, found: Recommendation) -> Experiment:

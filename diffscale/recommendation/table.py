@@ -39,6 +39,7 @@ def describe_recommendation(found: Recommendation, folder: str) -> str:
     lines.append(f"time       {r.device_seconds / 3600:.3g} device-hours{price}")
     lines += [f"why        {line}" for line in r.why] + [f"caveat     {line}" for line in r.caveats]
     lines.append(f"train it   diffscale train {folder}/recipe.yaml")
+    lines.append(f"report     diffscale report {folder}")
     return "\n".join(lines)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -117,6 +116,8 @@ def read_recommendations(places: list[str]) -> list[Recommendation]:
     found = []
     for place in places:
         place = storage.check_absolute(place, "RUNS")
+        if place.endswith((".json", ".jsonl")):
+            continue
         for file in [f for f in storage.list_files(place, recursive=True) if f.endswith(f"/{FILE}")]:
             try:
                 found.append(Recommendation.model_validate_json(storage.read_bytes(file)))
@@ -125,14 +126,3 @@ def read_recommendations(places: list[str]) -> list[Recommendation]:
                     setting="RUNS", value=file, expected="a recommendation of diffscale", reason=first_line(error)
                 ) from None
     return found
-
-
-def as_rows(found: Recommendation) -> list[dict[str, Any]]:
-    """Return the runs of the search as rows with the columns of a record."""
-    names = {"flops": "train_flops", "images": "images_seen"}
-    return [
-        {names.get(key, key): value for key, value in point.model_dump().items()}
-        | {"model": part.backbone, "lr": part.learning_rate}
-        for part in found.searched
-        for point in part.points
-    ]

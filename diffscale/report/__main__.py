@@ -13,9 +13,11 @@ from rich.text import Text
 from diffscale.core import storage
 from diffscale.core.app import command_app, run_app
 from diffscale.core.errors import UserError
+from diffscale.records.recommendation import read_recommendations
 from diffscale.records.store import read_records
 from diffscale.report.stats.compare import compare as compare_records
 from diffscale.report.stats.compare import regressed
+from diffscale.report.stats.recommendations import compare_recommendations
 from diffscale.report.write import make_writable, write_report
 
 app = command_app()
@@ -54,8 +56,10 @@ def report(
 
 
 def _compare(console: Console, old: str, new: str, out: Path | None) -> int:
-    before, after = (read_records([storage.resolve(place, "--compare", written=False)]) for place in (old, new))
+    places = [storage.resolve(place, "--compare", written=False) for place in (old, new)]
+    before, after = (read_records([place]) for place in places)
     table = compare_records(before, after)
+    promises = compare_recommendations(*(read_recommendations([place]) for place in places))
     if out is not None:
         table.to_csv(make_writable(out) / "compare.csv", index=False, float_format="%.10g", lineterminator="\n")
     shown = Table(
@@ -72,11 +76,14 @@ def _compare(console: Console, old: str, new: str, out: Path | None) -> int:
             f"{row['change_percent']:+.1f} %",
         )
     console.print(shown)
+    for row in promises.to_dict("records"):
+        text = f"{row['name']}: {row['old']} -> {row['new']}, loss {row['old_loss']:.4g} -> {row['new_loss']:.4g}"
+        console.print(Text(f"{row['verdict']}: recommendation {text} ({row['change_percent']:+.1f} %)"))
     counts = table["verdict"].value_counts()
     console.print(Text(", ".join(f"{name}: {count:,}" for name, count in counts.items())))
     if (table["noise"] == "evaluation").any():
         console.print(Text("No training seed was repeated: intervals hold the noise of the evaluation alone."))
-    return int(regressed(table))
+    return int(regressed(table) or (promises["verdict"] == "regression").any())
 
 
 def _value(row: dict, side: str) -> Text:

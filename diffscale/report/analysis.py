@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
 
 from diffscale.core.errors import UserError
+from diffscale.records.recommendation import Recommendation
 from diffscale.records.store import Record
 from diffscale.report.stats import tables
 from diffscale.report.stats.aggregate import aggregate
@@ -17,6 +18,7 @@ from diffscale.report.stats.frontier import Curve, curves, pareto
 from diffscale.report.stats.isoflop import IsoFlop, isoflop
 from diffscale.report.stats.power_law import Fit
 from diffscale.report.stats.preference import agreement, with_metrics
+from diffscale.report.stats.recommendations import of_recommendations
 from diffscale.report.stats.scaling import scaling
 from diffscale.report.stats.verdicts import verdicts
 
@@ -38,13 +40,17 @@ class Analysis:
     cost: pd.DataFrame  # what reaching a value cost
     isoflop: pd.DataFrame  # laws of validation loss over sizes and budgets
     isoflop_laws: dict[tuple, IsoFlop]  # by LOSS_GROUP
+    recommendations: list[Recommendation]  # what was searched and promised
     preference: pd.DataFrame  # people's preference next to other metrics of the same checkpoints
     agreement: pd.DataFrame  # how well their orders agree
     findings: list[dict[str, str]]  # sentences: facet, kind, text
 
 
-def analyse(records: Iterable[Record]) -> Analysis:
-    """Compute all tables of a report. Raises UserError if there is no record."""
+def analyse(records: Iterable[Record], recommendations: Sequence[Recommendation] = ()) -> Analysis:
+    """Compute all tables of a report. Raises UserError if there is no record.
+
+    recommendations: their runs have laws of their own, without those that only tried a learning rate
+    """
     every = to_rows(records)
     rows = comparable(every)
     if rows.empty:
@@ -60,7 +66,7 @@ def analyse(records: Iterable[Record]) -> Analysis:
     facets, verdict_table, sweep = facet_table(rows), verdicts(all_curves), tables.sweep(points)
     joined = with_metrics(rows)
     orders = agreement(joined)
-    loss_laws, laws = isoflop(rows)
+    loss_laws, laws = isoflop(rows[~rows["run_name"].isin([r.name for r in recommendations])])
     return Analysis(
         every=every,
         rows=rows,
@@ -75,7 +81,11 @@ def analyse(records: Iterable[Record]) -> Analysis:
         cost=tables.cost(points),
         isoflop=loss_laws,
         isoflop_laws=laws,
+        recommendations=list(recommendations),
         preference=joined,
         agreement=orders,
-        findings=findings(facets, points, verdict_table, table, sweep) + of_losses(loss_laws, laws) + of_people(orders),
+        findings=of_recommendations(list(recommendations))
+        + findings(facets, points, verdict_table, table, sweep)
+        + of_losses(loss_laws, laws)
+        + of_people(orders),
     )

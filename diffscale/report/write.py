@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from diffscale.core.errors import UserError
+from diffscale.records.recommendation import read_recommendations
 from diffscale.records.store import read_records
 from diffscale.report.analysis import Analysis, analyse
 from diffscale.report.figures.plots import write_plots
@@ -17,6 +18,7 @@ from diffscale.report.page.page import render
 from diffscale.report.page.samples import embed_grids, find_grids
 from diffscale.report.stats import tables
 from diffscale.report.stats.facets import facet_table
+from diffscale.report.stats.recommendations import fared
 
 
 def write_report(places: Iterable[str], out: Path, title: str = "diffscale") -> Analysis:
@@ -28,7 +30,7 @@ def write_report(places: Iterable[str], out: Path, title: str = "diffscale") -> 
     Raises UserError if there is no record or one is damaged.
     """
     places = list(places)
-    analysis = analyse(read_records(places))
+    analysis = analyse(read_records(places), read_recommendations(places))
     write_csvs(analysis, out)
     write_plots(analysis, out)
     grids = embed_grids(find_grids(places), _wanted_grids(analysis))
@@ -74,6 +76,8 @@ def write_csvs(analysis: Analysis, out: Path) -> list[Path]:
     }
     if len(analysis.isoflop):
         files |= {"isoflop": analysis.isoflop}
+    if analysis.recommendations:
+        files |= {"recommendation": fared(analysis.recommendations)}
     if len(analysis.preference):
         files |= {"preference": analysis.preference, "agreement": analysis.agreement}
     out.mkdir(parents=True, exist_ok=True)

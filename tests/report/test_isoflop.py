@@ -125,3 +125,21 @@ def test_a_report_fits_each_backbone_and_predicts_its_largest_budget(tmp_path: P
     assert "isoflop-unet.png" in names
     (text,) = [f["text"] for f in analysis.findings if f["kind"] == "isoflop" and f["text"].startswith("unet")]
     assert "the best size is" in text
+
+
+@pytest.mark.slow
+def test_coverage_is_93_to_97_percent_and_exponents_are_within_5_percent() -> None:
+    """600 simulations of the search that `diffscale recommend` runs by default, with the noise of real runs."""
+    covered, run_covered, exponent = [], [], []
+    for seed in range(600):
+        truth, law = fitted(1000 + seed, 4, (0.0, 0.05, 0.15)[seed % 3])
+        compute = SMALLEST * FACTOR**4
+        _, low, high = law.loss([compute])[:, 0]
+        covered.append(low <= truth.loss(compute) <= high)
+        _, low, high = law.loss([compute], of="run")[:, 0]
+        new = truth.loss(compute) * np.exp(NOISE * np.random.default_rng(seed).standard_normal())
+        run_covered.append(low <= new <= high)
+        exponent.append(abs(law.exponents()["parameters"][0] / truth.a - 1))
+    assert 0.93 <= np.mean(covered) <= 0.97
+    assert 0.93 <= np.mean(run_covered) <= 0.97
+    assert np.median(exponent) < 0.05

@@ -12,10 +12,15 @@ from diffscale.report.stats.findings import flops
 from diffscale.report.stats.isoflop import IsoFlop, budgets_of
 
 
-def isoflop_figure(ends: pd.DataFrame, law: IsoFlop) -> Figure:
-    """Draw the ends of one backbone's runs with the fitted law. ends: of one LOSS_GROUP."""
+def isoflop_figure(ends: pd.DataFrame, law: IsoFlop, about: str) -> Figure:
+    """Draw the ends of one backbone's runs with the fitted law.
+
+    ends: of one LOSS_GROUP
+    about: what the runs have in common, for the caption
+    """
     figure, axes = plt.subplots(figsize=(style.WIDTH, style.HEIGHT))
-    look, first = style.looks([ends["model"].iloc[0]])[ends["model"].iloc[0]], ends.iloc[0]
+    model = str(ends["model"].iloc[0])
+    look = style.looks([model])[model]
     numbers = budgets_of(ends["train_flops"].to_numpy(float))
     grid = np.geomspace(ends["parameters"].min() / 1.5, ends["parameters"].max() * 1.5, 80)
     tags: list[style.End] = []
@@ -42,9 +47,8 @@ def isoflop_figure(ends: pd.DataFrame, law: IsoFlop) -> Figure:
     axes.set_ylabel("validation loss")
     exponents = law.exponents()["parameters"]
     text = (
-        f"{first['dataset']} at {first['train_resolution']}×{first['train_resolution']}, {first['schedule']}, "
-        f"{first['prediction']} prediction. Runs of equal training FLOPs, one parabola for each budget; rings: the "
+        f"{about}. Runs of equal training FLOPs, one parabola for each budget; rings: the "
         f"best size, which grows with compute to the power {exponents[0]:.2f} [{exponents[1]:.2f}, {exponents[2]:.2f}]."
     )
-    style.finish(axes, f"{first['model']}: loss against size at equal compute", text, tags)
+    style.finish(axes, f"{model}: loss against size at equal compute", text, tags)
     return figure

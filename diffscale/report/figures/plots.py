@@ -15,6 +15,7 @@ from diffscale.report.figures import style
 from diffscale.report.figures.curves import against_compute, against_wall_clock, scaling_figure
 from diffscale.report.figures.isoflop import isoflop_figure
 from diffscale.report.figures.recipes import at_equal_compute, recipe_figure
+from diffscale.report.figures.recommendation import recommendation_figures
 from diffscale.report.figures.sweep import against_nfe, heat_map, nfe_families
 from diffscale.report.stats.facets import is_distance
 from diffscale.report.stats.frontier import fair, measured
@@ -71,8 +72,17 @@ def figures(analysis: Analysis) -> Iterator[tuple[str, Figure]]:
     ends = ends_with_loss(analysis.rows)
     for group, law in analysis.isoflop_laws.items():
         own = ends[(ends[LOSS_GROUP] == list(group)).all(axis=1)]
+        first = own.iloc[0]
+        side = f"{first['train_resolution']}×{first['train_resolution']}"
+        about = f"{first['dataset']} at {side}, {first['schedule']}, {first['prediction']} prediction"
         seen[group[0]] = seen.get(group[0], 0) + 1
-        yield f"isoflop-{_file(group[0])}{f'-{seen[group[0]]}' if seen[group[0]] > 1 else ''}", isoflop_figure(own, law)
+        yield (
+            f"isoflop-{_file(group[0])}{f'-{seen[group[0]]}' if seen[group[0]] > 1 else ''}",
+            isoflop_figure(own, law, about),
+        )
+    for number, recommendation in enumerate(analysis.recommendations):
+        for name, figure in recommendation_figures(recommendation):
+            yield f"recommendation-{name}{f'-{number + 1}' if number else ''}", figure
     for number, (title, part) in enumerate(nfe_families(analysis.points)):
         yield f"fid_vs_nfe{f'-{number + 1}' if number else ''}", against_nfe(part, title)
 
