@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from diffscale.training.numerics import Numerics, Precision, choose_numerics
+from diffscale.training.numerics import Numerics, Precision, ReducePrecision, choose_numerics
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Automatic:
     compile: bool | Literal["auto"] = "auto"
     winograd: bool | Literal["auto"] = "auto"
     exact: bool = True
+    reduce_precision: ReducePrecision = "fp32"
 
 
 class Stepper:

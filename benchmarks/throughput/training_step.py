@@ -204,7 +204,8 @@ def parse(mode: str) -> Numerics:
         raise typer.BadParameter(
             f"{mode}: expected bf16 or fp32, then 0 or 1 for channels_last, for compile and, if wanted, for winograd"
         )
-    return Numerics("bf16" if precision == "bf16" else "fp32", *(flag == "1" for flag in flags))
+    channels_last, compiled, winograd = (flag == "1" for flag in (*flags, "0")[:3])
+    return Numerics("bf16" if precision == "bf16" else "fp32", channels_last, compiled, winograd)
 
 
 if __name__ == "__main__":

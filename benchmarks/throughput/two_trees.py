@@ -14,7 +14,13 @@ import sys
 
 import numpy as np
 
-CASES = [("unet-tiny", 16), ("unet-cifar10-small", 8), ("uvit-tiny", 16), ("rin-tiny", 16)]  # preset, batch
+CASES = [
+    ("unet-tiny", 16),
+    ("unet-cifar10-small", 8),
+    ("uvit-tiny", 16),
+    ("rin-tiny", 16),
+    ("dit-tiny", 16),
+]  # preset, batch
 STEPS, PAIRS = 2, 20
 
 SIDE = """

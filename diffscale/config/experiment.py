@@ -218,7 +218,12 @@ class TrainSettings(Section):
     )
     cpus_per_worker: int = Field(1, ge=1, le=1024, description="CPUs, and threads, of each worker")
     gpu: bool | Literal["auto"] = Field("auto", description="one GPU for each worker, if the cluster has GPUs")
-    parallel: Literal["ddp", "fsdp2"] = Field("ddp", description="every worker has all weights, or a part of them")
+    parallel: Literal["ddp", "fsdp2", "hsdp"] = Field(
+        "ddp", description="every worker has all weights, or a part of them; hsdp: a part, and every node all"
+    )
+    reduce_precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="in which gradients are summed over workers; bf16: half the traffic, for slow networks"
+    )
     max_failures: int = Field(8, ge=-1, le=10**6, description="restarts after a lost worker; -1: no limit")
     nonfinite_limit: int = Field(10, ge=1, le=10**6, description="skipped steps in a row after which the run stops")
     init_from: str | None = Field(
@@ -252,6 +257,11 @@ class TrainSettings(Section):
         if self.micro_batch == "auto":
             raise ValueError("train.micro_batch=auto has not been replaced by a number")
         return self.micro_batch
+
+    @property
+    def sharded(self) -> bool:
+        """Whether a worker holds a part of the weights."""
+        return self.parallel != "ddp"
 
     @property
     def min_workers(self) -> int:
@@ -419,6 +429,8 @@ class Experiment(Section):
             train["winograd"] = True
         if not self.train.exact:
             train["exact"] = False
+        if self.train.reduce_precision != "fp32":
+            train["reduce_precision"] = self.train.reduce_precision
         if self.optim.schedule == "cosine" or self.optim.decay_images:
             train["images"] = s["train"]["images"]
         if self.train.init_weights is not None:

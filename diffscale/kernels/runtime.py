@@ -12,6 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch.backends import cuda, cudnn
 
+from diffscale.core.text import one_line
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 KEPT = 1 << 30  # bytes
 
@@ -44,6 +46,19 @@ def exact_on_gpu(exact: bool) -> None:
     cuda.enable_cudnn_sdp(not exact)
     torch.use_deterministic_algorithms(exact)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # or each empty() is filled
+
+
+@functools.cache
+def why_not_compiled(device_type: str) -> str:
+    """Return why torch.compile fails on this machine, for want of a compiler or of a newer driver; empty if it works.
+
+    It compiles a small function, once for each process: a few seconds.
+    """
+    try:
+        torch.compile(lambda x: 2 * x + 1, fullgraph=True, dynamic=False)(torch.ones(8, device=device_type))
+    except Exception as error:
+        return one_line(error)
+    return ""
 
 
 @functools.cache

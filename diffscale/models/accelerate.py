@@ -9,15 +9,16 @@ parameters, buffers and state dict stay the same.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._triton import has_triton
 
 from diffscale.kernels.group_norm import norm_act
+from diffscale.kernels.runtime import why_not_compiled
 from diffscale.kernels.winograd import (
     FLOAT32,
     Filters,
@@ -35,6 +36,8 @@ from diffscale.models.neighbourhood_attention import Windows, fused_neighbourhoo
 from diffscale.models.unet import ConvResample, OutputHead, UNet, UNetBlock
 from diffscale.models.uvit import ConvBlock, UViT
 
+log = logging.getLogger(__name__)
+
 
 def accelerate(model: nn.Module, *, winograd: bool) -> nn.Module:
     """Install the fused forwards for a model's device, in place; return the same object.
@@ -46,8 +49,14 @@ def accelerate(model: nn.Module, *, winograd: bool) -> nn.Module:
     with torch's operations.
     """
     kinds = {tensor.device.type for tensor in model.parameters()}
+    installed = _FUSED if kinds == {"cpu"} else ()
+    if kinds == {"cuda"} and any(isinstance(module, GridTables) for module in model.modules()):
+        if reason := why_not_compiled("cuda"):
+            log.warning("neighbourhood attention is in plain torch, because torch.compile does not work: %s", reason)
+        else:
+            installed = _FUSED_ON_GPU
     for module in [*model.modules()]:
-        for fused in _FUSED if kinds == {"cpu"} else _FUSED_ON_GPU if kinds == {"cuda"} and has_triton() else ():
+        for fused in installed:
             plain = fused.__bases__[0]
             if isinstance(module, plain) and not isinstance(module, fused):
                 _mix_in(module, fused)

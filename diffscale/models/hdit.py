@@ -299,7 +299,8 @@ class HDiT(Backbone):
         return x[:, :, :height, :width].to(x_in.dtype), None
 
     def blocks_for_fsdp(self) -> list[nn.Module]:
-        return [module for module in self.modules() if isinstance(module, HDiTBlock)]
+        stacks = [*self.down, self.middle, *reversed(self.up)]
+        return [layer for stack in stacks for layer in stack.children()]
 
     def no_weight_decay(self) -> set[str]:
         names = {"noise_in.weight", "augment_in.weight", "embed_label.weight"}

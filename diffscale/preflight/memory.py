@@ -39,35 +39,42 @@ class Estimate:
 
 
 def estimate(
-    experiment: Experiment, dataset: Dataset, overhead: float = OVERHEAD, device: float | None = None
+    experiment: Experiment,
+    dataset: Dataset,
+    overhead: float = OVERHEAD,
+    device: float | None = None,
+    holders: int | None = None,
 ) -> Estimate:
     """Estimate the peak of one worker.
 
     overhead: factor for workspaces and fragmentation; 1 for what no eager pass can do without
     device: bytes of a GPU, to which `train.micro_batch=auto` fits its passes; without it, and where one image is too
         much, all of a worker's images are one pass
+    holders: workers that hold all weights together; None for all workers where weights are sharded
     """
     train = experiment.train
     share = -(-train.global_batch // train.min_workers)
     wanted = None if train.micro_batch == "auto" else train.micro_batch
     if train.micro_batch == "auto" and device is not None:
-        wanted = largest_micro_batch(experiment, dataset, device)
-    return _estimate(experiment, dataset, min(wanted or share, share), overhead)
+        wanted = largest_micro_batch(experiment, dataset, device, holders)
+    return _estimate(experiment, dataset, min(wanted or share, share), overhead, holders)
 
 
-def largest_micro_batch(experiment: Experiment, dataset: Dataset, memory: float) -> int:
+def largest_micro_batch(experiment: Experiment, dataset: Dataset, memory: float, holders: int | None = None) -> int:
     """Return the most images of a pass whose estimated peak is at most `memory` bytes; 0 if one image is too much."""
-    two, four = (_estimate(experiment, dataset, images, OVERHEAD).total for images in (2, 4))
+    two, four = (_estimate(experiment, dataset, images, OVERHEAD, holders).total for images in (2, 4))
     per_image = (four - two) / 2
     return max(int((memory - (two - 2 * per_image)) / per_image), 0)
 
 
-def _estimate(experiment: Experiment, dataset: Dataset, images: int, overhead: float) -> Estimate:
+def _estimate(experiment: Experiment, dataset: Dataset, images: int, overhead: float, holders: int | None) -> Estimate:
     train = experiment.train
+    if holders is None:
+        holders = train.min_workers if train.sharded else 1
     parameters, activations = count(experiment, dataset, images)
     averages = int(bool(train.ema.halflife_images or train.ema.halflife_fraction)) + len(train.ema.power)
     copies = 4 + averages + bool(averages)  # weights, gradients, both moments; averages and the weights they take in
-    state = 4.0 * parameters * copies / (train.min_workers if train.parallel == "fsdp2" else 1)
+    state = 4.0 * parameters * copies / holders
     return Estimate(int(state), activations, images, int((state + activations) * overhead + CONTEXT))
 
 

@@ -120,7 +120,7 @@ def recorder_for(experiment: Experiment, world: World) -> Recorder | None:
     "auto" records on one GPU. Blocks that are recomputed save the generator's state, which a recording cannot do.
     """
     train = experiment.train
-    if world.device.type != "cuda" or train.graph is False or train.parallel == "fsdp2":
+    if world.device.type != "cuda" or train.graph is False or train.sharded:
         return None
     if train.graph == "auto" and (world.size > 1 or train.activation_checkpointing):
         return None

@@ -38,9 +38,9 @@ def fitted(
         memory = torch.cuda.get_device_properties(world.device).total_memory
     if memory is None:
         return _with(experiment, None) if train.micro_batch == "auto" else experiment
-    share = -(-train.global_batch // world.size)
+    share, holders = -(-train.global_batch // world.size), world.holders(train.parallel)
     if train.micro_batch != "auto":
-        needed = estimate(experiment, dataset, overhead=1.0).total
+        needed = estimate(experiment, dataset, overhead=1.0, holders=holders).total
         if needed > CERTAIN * memory and not train.compile:
             raise _does_not_fit(experiment, dataset, memory)
         if needed > memory and world.rank == 0:
@@ -50,7 +50,8 @@ def fitted(
                 gigabytes(memory),
             )
         return experiment
-    most = min(world.gather(min(largest_micro_batch(experiment, dataset, memory), _stored(run_folder), share)))
+    fitting = largest_micro_batch(experiment, dataset, memory, holders)
+    most = min(world.gather(min(fitting, _stored(run_folder), share)))
     if most < 1:
         raise _does_not_fit(experiment, dataset, memory)
     passes = -(-share // most)

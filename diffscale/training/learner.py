@@ -87,7 +87,10 @@ class LossScale:
 
 
 class Learner:
-    """Owner of what a step changes: weights, optimizer, averages, loss scale and `images_seen`."""
+    """Owner of what a step changes: weights, optimizer, averages, loss scale and `images_seen`.
+
+    holders: number of workers, from rank 0 on, that hold all of it together, each its own part
+    """
 
     def __init__(
         self,
@@ -103,7 +106,7 @@ class Learner:
     ) -> None:
         """Create the optimizer, the averages and the gradients' buffer.
 
-        model: on its device, in its memory format, sharded already if `train.parallel=fsdp2`
+        model: on its device, in its memory format, sharded already if `train.parallel` says so
         num_classes: number of classes that the model is conditioned on; 0 for none
         end: images of the whole run, for the learning rate
         recorder: records the step's kernels; None for what `train.graph` says
@@ -116,13 +119,17 @@ class Learner:
         self.update = Update(model, experiment.optim, world.device)
         self.optimizer = self.update.optimizer
         self.ema = Ema(model, experiment.train.ema)
-        self.sharded = experiment.train.parallel == "fsdp2" and hasattr(model, "set_requires_gradient_sync")
-        kind = ShardedGradients if self.sharded else FlatGradients
-        self.gradients: Gradients = kind(model, world)
-        if copies is None:
-            copies = keeps_copies(numerics, world.device)
-        flat = self.gradients if isinstance(self.gradients, FlatGradients) else None
-        self._low = LowPrecisionWeights(model, numerics, flat) if copies and flat else None
+        self.sharded = experiment.train.sharded and hasattr(model, "set_requires_gradient_sync")
+        self.holders = 1
+        self._low: LowPrecisionWeights | None = None
+        self.gradients: Gradients
+        if self.sharded:
+            self.holders = world.holders(experiment.train.parallel)
+            self.gradients = ShardedGradients(model)
+        else:
+            self.gradients = flat = FlatGradients(model, world, numerics.reduced_in)
+            if keeps_copies(numerics, world.device) if copies is None else copies:
+                self._low = LowPrecisionWeights(model, numerics, flat)
         fp16 = numerics.precision == "fp16" and world.device.type == "cuda"
         self.scale = LossScale(world.device) if fp16 else None
         self._statistics = torch.zeros(STATISTICS, dtype=torch.float64, device=world.device)

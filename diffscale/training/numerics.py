@@ -31,10 +31,12 @@ from diffscale.distributed.connect import gpus
 from diffscale.kernels import compile as native
 from diffscale.kernels import group_norm as norm_act
 from diffscale.kernels import winograd
-from diffscale.kernels.runtime import allow_tf32, exact_on_gpu
+from diffscale.kernels.runtime import allow_tf32, exact_on_gpu, why_not_compiled
+from diffscale.models import MODELS
 from diffscale.models.accelerate import accelerate, winograd_layers
 from diffscale.models.edm2 import MPWeight
 from diffscale.models.layers import Backbone
+from diffscale.training.compile_rules import compiled_from
 from diffscale.training.parallel import World
 
 log = logging.getLogger(__name__)
@@ -42,12 +44,8 @@ log = logging.getLogger(__name__)
 FILE = "numerics.json"
 _WITHOUT_BF16 = {"K80", "P4", "P100", "T4", "V100"}  # Ray's names of GPUs older than Ampere
 
-# Parameters from which "auto" compiles, by kind of device; kinds that are not here never do. On a GPU compiling fuses
-# the operations between matrix products, which are memory-bound, and pays within minutes; smaller networks wait for
-# launches, which a captured graph removes (`train.graph`). On a CPU compiling takes minutes and saves at most 15 %.
-_COMPILE_FROM = {"cuda": 20_000_000}
-
 Precision = Literal["bf16", "fp16", "tf32", "fp32"]
+ReducePrecision = Literal["bf16", "fp32"]
 
 
 class Requested(Protocol):
@@ -63,6 +61,8 @@ class Requested(Protocol):
     def winograd(self) -> bool | Literal["auto"]: ...
     @property
     def exact(self) -> bool: ...
+    @property
+    def reduce_precision(self) -> ReducePrecision: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +74,7 @@ class Numerics:
     compile: bool = False  # torch.compile of each block
     winograd: bool = False  # 3 × 3 convolutions on a CPU with fewer multiplications (kernels/winograd.py)
     exact: bool = True  # on a GPU the same steps give the same weights (kernels/runtime.py)
+    reduce_precision: ReducePrecision = "fp32"  # in which several workers send and sum their gradients
 
     @classmethod
     def load(cls, run_folder: str) -> Numerics | None:
@@ -101,6 +102,11 @@ class Numerics:
             return nullcontext()
         low = torch.bfloat16 if self.precision == "bf16" else torch.float16
         return torch.autocast(torch.device(device).type, dtype=low, cache_enabled=not sharded)
+
+    @property
+    def reduced_in(self) -> torch.dtype:
+        """Return the dtype in which gradients are summed over workers."""
+        return torch.bfloat16 if self.reduce_precision == "bf16" else torch.float32
 
     def prepare(self, model: nn.Module, *, to_shard: bool = False) -> nn.Module:
         """Set up a model, in place, to compute with these choices, and return it.
@@ -152,12 +158,15 @@ def compile_blocks(model: nn.Module, backend: str | Callable[..., Any] = "induct
         block.compile(backend=backend, fullgraph=True, dynamic=False)
 
 
-def choose_numerics(model: nn.Module, device_type: str, requested: Requested, bf16: bool | None = None) -> Numerics:
+def choose_numerics(
+    model: nn.Module, device_type: str, requested: Requested, bf16: bool | None = None, gpu: str = ""
+) -> Numerics:
     """Replace every "auto" of `requested` according to the rule.
 
     model: on any device, the meta device too; it is not changed
     device_type: cpu or cuda
     bf16: whether the device multiplies bf16; None for this machine's device
+    gpu: name of the GPU; empty for any
     """
     if bf16 is None:
         bf16 = multiplies_bf16(device_type)
@@ -177,9 +186,14 @@ def choose_numerics(model: nn.Module, device_type: str, requested: Requested, bf
         channels_last = convolves and fast
     compiled = requested.compile
     if compiled == "auto":
-        size, least = sum(parameter.numel() for parameter in model.parameters()), _COMPILE_FROM.get(device_type)
-        compiled = least is not None and size >= least and importlib.util.find_spec("triton") is not None
-    return Numerics(precision, channels_last, compiled, use_winograd, requested.exact)
+        compiled = device_type == "cuda" and _pays_to_compile(model, gpu)
+    return Numerics(precision, channels_last, compiled, use_winograd, requested.exact, requested.reduce_precision)
+
+
+def _pays_to_compile(model: nn.Module, gpu: str) -> bool:
+    backbone = next((name for name, kind in MODELS.items() if isinstance(model, kind)), "")
+    least, size = compiled_from(gpu, backbone), sum(parameter.numel() for parameter in model.parameters())
+    return least is not None and size >= least and importlib.util.find_spec("triton") is not None
 
 
 def is_spatial_convolution(module: nn.Module) -> bool:
@@ -240,7 +254,7 @@ def settled(experiment: Experiment, dataset: Dataset) -> Experiment:
         bf16 = _WITHOUT_BF16.isdisjoint(word for name in found for word in re.split("[ -]", name))
     with torch.device("meta"):
         model = build_model(experiment, dataset)
-    chosen = choose_numerics(model, "cpu" if found is None else "cuda", train, bf16)
+    chosen = choose_numerics(model, "cpu" if found is None else "cuda", train, bf16, found[0] if found else "")
     return experiment.model_copy(update={"train": train.model_copy(update=dataclasses.asdict(chosen))})
 
 
@@ -275,6 +289,18 @@ def settle_numerics(experiment: Experiment, run_folder: str, dataset: Dataset, w
     return chosen, repeatable
 
 
+def usable(numerics: Numerics, world: World) -> Numerics:
+    """Return a run's numerics without compilation if a worker cannot compile, which is said once. A collective call."""
+    if not numerics.compile:
+        return numerics
+    reason = next(filter(None, world.gather(why_not_compiled(world.device.type))), "")
+    if not reason:
+        return numerics
+    if world.rank == 0:
+        log.warning("the run is not compiled, and not bit-identical to one that is: %s", reason)
+    return dataclasses.replace(numerics, compile=False)
+
+
 def machine_facts(experiment: Experiment, world: World) -> dict[str, Any]:
     """Return what a run's results depend on to the bit besides its numerics.
 
@@ -284,7 +310,7 @@ def machine_facts(experiment: Experiment, world: World) -> dict[str, Any]:
         the learning rate is float32, sharded weights have the fused optimizer, and three workers or more sum other
         buckets; else "host"
     """
-    sharded = experiment.train.parallel == "fsdp2" and world.size > 1
+    sharded = experiment.train.sharded and world.size > 1
     return {
         "device": device_name(world.device),
         "kernels": native.available(norm_act.KERNEL),

@@ -7,17 +7,22 @@ always add in the same order.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from diffscale.core.errors import UserError
 from diffscale.data.loading import even_share
-from diffscale.training.checkpoint.state import local_shard
+from diffscale.training.checkpoint.state import is_sharded, local_shard
 from diffscale.training.flat import flat_like
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 BUCKET_BYTES = 25 << 20
 FIRST_BUCKET_BYTES = 1 << 20  # so that the sum over workers begins early in the backward pass
@@ -39,6 +44,10 @@ class World:
     def share(self, global_batch: int) -> tuple[int, int]:
         """Return the first and last (exclusive) place of this worker's share of each global batch."""
         return even_share(global_batch, self.rank, self.size)
+
+    def holders(self, parallel: str) -> int:
+        """Return how many workers, from rank 0 on, hold all weights together. parallel: `train.parallel`."""
+        return {"ddp": 1, "fsdp2": self.size, "hsdp": self.node_size}[parallel]
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over all workers, in place."""
@@ -114,8 +123,9 @@ class FlatGradients:
     while the backward pass computes the next ones.
     """
 
-    def __init__(self, model: nn.Module, world: World) -> None:
-        self.world = world
+    def __init__(self, model: nn.Module, world: World, reduced_in: torch.dtype = torch.float32) -> None:
+        """reduced_in: dtype in which buckets are sent and summed"""
+        self.world, self._reduced_in = world, reduced_in
         self.parameters = [p for p in model.parameters() if p.requires_grad][::-1]
         self.flat, self.views = flat_like(self.parameters)
         ends, start, full = [], 0, FIRST_BUCKET_BYTES
@@ -128,7 +138,9 @@ class FlatGradients:
         sizes = [sum(p.numel() for p in self.parameters[part]) for part in self._ranges]
         self.buckets = self.flat.split(sizes)
         self._missing: list[int] = []
-        self._works: list[Any] = []
+        self._works: list[
+            tuple[Any, Tensor] | None
+        ] = []  # of the buckets that were moved: their sums, if there are any
         self._first = self._last = True
         self._sources: list[nn.Parameter] = self.parameters
         self._watch(self.parameters)
@@ -176,16 +188,22 @@ class FlatGradients:
             self.buckets[bucket].zero_()  # the step does not use all of them
         for views, grads in found.values():
             (torch._foreach_copy_ if self._first else torch._foreach_add_)(views, grads)
-        sums = self._last and self.world.size > 1
-        self._works.append(dist.all_reduce(self.buckets[bucket], async_op=True) if sums else None)
+        if self._last and self.world.size > 1:
+            sent = self.buckets[bucket].to(self._reduced_in)
+            self._works.append((dist.all_reduce(sent, async_op=True), sent))
+        else:
+            self._works.append(None)
 
     @torch.no_grad()
     def collect(self) -> None:
         while len(self._works) < len(self.buckets):
             self._move_next()
-        for work in self._works:
-            if work is not None:
+        for bucket, begun in zip(self.buckets, self._works, strict=True):
+            if begun is not None:
+                work, summed = begun
                 work.wait()  # here, because a recorded pass must end with what it began
+                if summed is not bucket:
+                    bucket.copy_(summed)
         self._first = False
 
     def finish(self) -> Tensor:
@@ -200,8 +218,10 @@ class FlatGradients:
 class ShardedGradients:
     """Gradients that FSDP2 sums and scatters."""
 
-    def __init__(self, model: nn.Module, world: World) -> None:
-        self.model, self.world = model, world
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        mesh = next(p.device_mesh for p in model.parameters() if is_sharded(p))
+        self._group = mesh.get_group(mesh.ndim - 1)  # the workers that hold different parts
 
     def _all(self) -> list[Tensor]:
         return [local_shard(p.grad) for p in self.model.parameters() if p.grad is not None]
@@ -218,33 +238,71 @@ class ShardedGradients:
 
     def finish(self) -> Tensor:
         norms = torch.stack(torch._foreach_norm(self._all(), dtype=torch.float64))
-        return self.world.sum(norms.square().sum()).sqrt().float()
+        square = norms.square().sum()
+        dist.all_reduce(square, group=self._group)
+        return square.sqrt().float()
 
     def scale(self, factor: Tensor) -> None:
         torch._foreach_mul_(self._all(), factor)
 
 
-def shard(model: nn.Module, world: World, precision: str) -> nn.Module:
+def shard(
+    model: nn.Module,
+    world: World,
+    precision: str,
+    *,
+    within_nodes: bool = False,
+    reduced_in: torch.dtype = torch.float32,
+) -> nn.Module:
     """Apply FSDP2 to the model's blocks, in place, and return the model. Gradients are sums, as with `FlatGradients`.
 
-    With bf16 on CUDA, parameters are gathered and computed with in bf16, and gradients are reduced in float32.
-    Elsewhere both stay float32 under autocast, so that FSDP2 computes what replicated workers compute.
+    With bf16 on CUDA, parameters are gathered and computed with in bf16. Elsewhere they stay float32 under autocast,
+    so that FSDP2 computes what replicated workers compute. The weights of a block are gathered while the one before it
+    computes, in both directions.
+
+    precision: of the matrix products
+    within_nodes: each node has all weights (HSDP): they are gathered within it, and only gradients cross the network
+    reduced_in: dtype in which gradients are sent and summed
+
+    Raises UserError for nodes with different numbers of workers.
     """
-    from torch.distributed.device_mesh import init_device_mesh  # import cost
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # import cost
 
     low = precision == "bf16" and world.device.type == "cuda"
     policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if low else None, reduce_dtype=torch.float32, cast_forward_inputs=False
+        param_dtype=torch.bfloat16 if low else None, reduce_dtype=reduced_in, cast_forward_inputs=False
     )
-    mesh = init_device_mesh(world.device.type, (world.size,))
-    blocks: list[nn.Module] = model.blocks_for_fsdp() if hasattr(model, "blocks_for_fsdp") else []  # type: ignore[operator]
+    mesh = _mesh(world, within_nodes)
+    blocks: list[Any] = model.blocks_for_fsdp() if hasattr(model, "blocks_for_fsdp") else []  # type: ignore[operator]
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
+    for block, following in itertools.pairwise(blocks):
+        block.set_modules_to_forward_prefetch([following])
+        following.set_modules_to_backward_prefetch([block])
     for module in model.modules():
         if hasattr(module, "set_gradient_divide_factor"):
             module.set_gradient_divide_factor(1.0)  # type: ignore[operator]
             if world.device.type != "cuda":
                 module.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
     return model
+
+
+def _mesh(world: World, within_nodes: bool) -> DeviceMesh:
+    """Return all workers in a line, or in rows of those of a node."""
+    from torch.distributed.device_mesh import init_device_mesh  # import cost
+
+    kind = world.device.type
+    if not within_nodes or world.node_size == world.size:
+        return init_device_mesh(kind, (world.size,))
+    counts = sorted(set(world.gather(world.node_size)))
+    if len(counts) > 1:
+        raise UserError(
+            setting="train.parallel",
+            value="hsdp",
+            expected="equally many workers on every node",
+            reason=f"the nodes have {' or '.join(map(str, counts))} workers",
+            fix="train.parallel=fsdp2",
+        )
+    shape = world.size // world.node_size, world.node_size
+    return init_device_mesh(kind, shape, mesh_dim_names=("nodes", "workers"))

@@ -37,7 +37,7 @@ from diffscale.training.fit import after_out_of_memory, fitted
 from diffscale.training.initial_weights import start_from
 from diffscale.training.learner import Learner
 from diffscale.training.metrics_log import History, Interval, Listener, MetricsLog
-from diffscale.training.numerics import Numerics, settle_numerics
+from diffscale.training.numerics import Numerics, settle_numerics, usable
 from diffscale.training.parallel import World, shard
 from diffscale.training.plan import make_plan
 from diffscale.training.progress import PhaseDisplay
@@ -111,7 +111,13 @@ class Trainer:
         self.state.bit_identical &= bit_identical
         attempt = world.from_first(uuid.uuid4().hex)
         self.saver = saving.Saver(
-            run_folder, world.rank, world.size, attempt, ck.save_settings(experiment), self._rotate, self._flush_history
+            run_folder,
+            world.rank,
+            self.learner.holders,
+            attempt,
+            ck.save_settings(experiment),
+            self._rotate,
+            self._flush_history,
         )
         self.evaluations = RunEvaluations(
             experiment,
@@ -394,11 +400,16 @@ class Trainer:
     # ---- building
 
     def _numerics(self) -> tuple[Numerics, bool]:
-        """Return the run's stored choices, else those of the settings, which rank 0 stores before the first step."""
+        """Return the run's stored choices, else those of the settings, which rank 0 stores before the first step.
+
+        Also whether results are bit-identical to those of an uninterrupted run under these choices.
+        """
         settled = None
         if self.world.rank == 0:
             settled = settle_numerics(self.experiment, self.run_folder, self.dataset, self.world)
-        return self.world.from_first(settled)
+        chosen, bit_identical = self.world.from_first(settled)
+        numerics = usable(chosen, self.world)
+        return numerics, bit_identical and numerics == chosen
 
     def _resume(self) -> TrainState:
         """Load the newest good checkpoint, if there is one."""
@@ -443,10 +454,11 @@ def _build_learner(
     model = build_model(experiment, dataset).to(world.device)
     if experiment.train.activation_checkpointing:
         model.set_activation_checkpointing(True)  # type: ignore[operator]
-    sharded = experiment.train.parallel == "fsdp2" and world.size > 1
+    sharded = experiment.train.sharded and world.size > 1
     numerics.prepare(model, to_shard=sharded)
     if sharded:
-        model = shard(model, world, numerics.precision)
+        within_nodes = experiment.train.parallel == "hsdp"
+        shard(model, world, numerics.precision, within_nodes=within_nodes, reduced_in=numerics.reduced_in)
     return Learner(model, diffusion, experiment, world, numerics, _num_classes(experiment, dataset), end)
 
 

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks.throughput.compile_rules import NETWORKS, rules_of
 from benchmarks.throughput.gpu import CELLS
+from diffscale.training.compile_rules import Rule
 
 
 def dry_run(module: str, out: Path, *options: str) -> list[dict[str, Any]]:
@@ -34,6 +36,19 @@ def test_the_cells_fit_nine_minutes_as_far_as_the_aims_need_them() -> None:
     wanted = ["probe", "unet-tiny", "dit-mini", "rin-tiny", "uvit-tiny", "dit-xl-2", "exact", "peers", "sampling"]
     assert list(CELLS)[: len(wanted)] == wanted
     assert sum(CELLS[name][0] for name in wanted) <= 540
+
+
+def test_rules_of_compilation_follow_from_a_dry_run(tmp_path: Path) -> None:
+    rows = dry_run("compile_rules", tmp_path, "--only", "dit")
+    assert [row["network"] for row in rows] == ["dit-mini"] * len(NETWORKS["dit"])
+    assert all(row["ms_eager"] > 0 and row["ms_compiled"] > 0 for row in rows)
+
+
+def test_a_rule_is_the_size_from_which_every_measured_network_gains() -> None:
+    gains = {10: 1.3, 20: 1.0, 30: 1.06, 40: 1.2}  # the smallest gains too, but one above it does not
+    rows = [{"backbone": "dit", "parameters": n, "ms_eager": g, "ms_compiled": 1.0} for n, g in gains.items()]
+    rows.append({"backbone": "rin", "parameters": 5, "ms_eager": 1.0, "ms_compiled": 1.0})
+    assert rules_of(rows, "H200", "") == [Rule("H200", "dit", 30, ""), Rule("H200", "rin", None, "")]
 
 
 @pytest.mark.slow

@@ -148,12 +148,17 @@ def test_bfloat16_autocast_gives_float32_out_and_stays_close(variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_blocks_to_shard_are_parts_of_the_model_and_none_twice(variant):
+def test_the_blocks_to_shard_are_parts_of_the_model_in_the_order_in_which_they_run(variant):
     model = build(variant)
     blocks = model.blocks_for_fsdp()
     inside = [id(p) for block in blocks for p in block.parameters()]
     assert len(inside) == len(set(inside)) > 0
     assert set(inside) <= {id(p) for p in model.parameters()}
+    ran: list[torch.nn.Module] = []
+    for block in blocks:
+        block.register_forward_pre_hook(lambda block, _: ran.append(block))
+    model(*inputs())
+    assert ran == blocks  # in this order, so that the next one's weights can be gathered ahead
     assert model.no_weight_decay() <= {name for name, _ in model.named_parameters()}
 
 

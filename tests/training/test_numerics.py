@@ -18,9 +18,10 @@ from torch._dynamo.utils import counters
 from diffscale.config.load import load_experiment
 from diffscale.core.errors import UserError
 from diffscale.data import Dataset
-from diffscale.kernels.runtime import exact_float32, exact_on_gpu
+from diffscale.kernels.runtime import exact_float32, exact_on_gpu, why_not_compiled
 from diffscale.kernels.winograd import FLOAT32
 from diffscale.models import create_model
+from diffscale.training.compile_rules import Rule, compiled_from
 from diffscale.training.numerics import (
     Numerics,
     choose_numerics,
@@ -28,6 +29,7 @@ from diffscale.training.numerics import (
     multiplies_bf16,
     settle_numerics,
     settled,
+    usable,
 )
 from diffscale.training.parallel import World
 
@@ -44,6 +46,7 @@ class Asked:
     compile: bool | str = "auto"
     winograd: bool | str = "auto"
     exact: bool = True
+    reduce_precision: str = "fp32"
 
 
 @pytest.fixture
@@ -88,6 +91,20 @@ def test_large_networks_are_compiled_on_a_gpu_alone():
     assert choose_numerics(tiny("dit"), "cuda", Asked(), bf16=True).compile is False
 
 
+def test_a_gpus_own_rule_for_a_backbone_comes_before_the_general_ones():
+    rules = [
+        Rule("cuda", "any", 20, ""),
+        Rule("cuda", "unet", 30, ""),
+        Rule("H200", "any", 40, "2026-11-29"),
+        Rule("H200", "dit", None, "2026-11-29"),
+    ]
+    assert compiled_from("NVIDIA H200", "dit", rules) is None
+    assert compiled_from("H200", "unet", rules) == 40
+    assert compiled_from("H100", "unet", rules) == 30
+    assert compiled_from("", "dit", rules) == 20
+    assert compiled_from("H100", "dit", rules[2:]) is None
+
+
 def test_auto_precision_follows_the_processors_instructions():
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     assert multiplies_bf16("cpu") is any(flag in flags for flag in ("avx512_bf16", "amx_bf16", " bf16"))
@@ -122,6 +139,15 @@ def test_the_identity_of_runs_with_given_numerics_is_that_of_earlier_versions():
     winograd = load_experiment("quickstart-unet", [*given[:2], "train.channels_last=true", "train.winograd=true"])
     plain = load_experiment("quickstart-unet", [*given[:2], "train.channels_last=true", "train.winograd=false"])
     assert winograd.run_id("d") != plain.run_id("d")
+
+
+def test_the_precision_in_which_gradients_are_summed_is_part_of_the_identity_where_it_is_not_float32():
+    given = ["train.precision=fp32", "train.compile=false", "train.channels_last=false", "storage=/s"]
+    ids = [
+        load_experiment("quickstart-unet", [*given, f"train.reduce_precision={precision}"]).run_id("d")
+        for precision in ("fp32", "bf16")
+    ]
+    assert ids[0] == load_experiment("quickstart-unet", given).run_id("d") != ids[1]
 
 
 def test_a_run_from_when_auto_was_measured_keeps_what_was_chosen(tmp_path: Path, dataset: Dataset):
@@ -221,6 +247,22 @@ def test_every_block_of_every_shape_is_compiled_whole(name):
     compiled = counters["stats"]["unique_graphs"]
     model(x, logsnr)
     assert 0 < compiled == counters["stats"]["unique_graphs"] <= len(model.blocks_for_fsdp())
+
+
+def test_a_machine_that_cannot_compile_trains_without_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/no/compiler",))
+    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
+    why_not_compiled.cache_clear()
+    torch._dynamo.reset()
+    wanted = Numerics(compile=True)
+    assert usable(wanted, World()) == Numerics(compile=False)
+    assert usable(Numerics(), World()) == Numerics()
+    said = [record.message for record in caplog.records if "the run is not compiled" in record.message]
+    assert len(said) == 1
+    assert "/no/compiler" in said[0]
+    why_not_compiled.cache_clear()
 
 
 def test_choices_survive_storage():

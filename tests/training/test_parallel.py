@@ -54,10 +54,11 @@ def make(
     e = experiment(storage, optim={"name": optim}, train=train, **({"model": model_settings} if model_settings else {}))
     torch.manual_seed(0)
     model = build_model(e, dataset)
-    sharded = e.train.parallel == "fsdp2" and world.size > 1
+    sharded = e.train.sharded and world.size > 1
     numerics.prepare(model, to_shard=sharded)
     if sharded:
-        model = shard(model, world, numerics.precision)
+        within_nodes = e.train.parallel == "hsdp"
+        shard(model, world, numerics.precision, within_nodes=within_nodes, reduced_in=numerics.reduced_in)
     return Learner(model, build_diffusion(e, dataset), e, world, numerics, num_classes=dataset.num_classes)
 
 
@@ -89,7 +90,7 @@ def resumed_midway(
     """Half of the steps, a checkpoint, and the other half by a learner that knows nothing but it."""
     first = make(storage, dataset, world, **train_settings)
     train(first, dataset, count // 2)
-    saver = saving.Saver(str(place), world.rank, world.size, "a", ck.save_settings(first.experiment), lambda _: None)
+    saver = saving.Saver(str(place), world.rank, first.holders, "a", ck.save_settings(first.experiment), lambda _: None)
     state = {"record": {}, "data": {}}
     saver.save(saving.snapshot(first, state, world.rank))
     saver.wait()
@@ -118,7 +119,15 @@ def rank_main(rank: int, size: int, folder: str, storage: str, dataset: Dataset,
         out["fsdp2_accumulated"] = train(accumulated, dataset, 3)
         other = resumed_midway(storage, dataset, world, Path(folder) / f"fsdp{size}", parallel="fsdp2")
         out["fsdp2_identical"] = identical(sharded, other)
+    if size == 4 and count == STEPS:
+        nodes = World(rank, size, node_rank=rank % 2, node_size=2)
+        hybrid = make(storage, dataset, nodes, parallel="hsdp")
+        out["hsdp"] = train(hybrid, dataset, 4)
+        other = resumed_midway(storage, dataset, nodes, Path(folder) / "hsdp", 4, parallel="hsdp")
+        out["hsdp_identical"] = identical(hybrid, other)
     for parallel in ("ddp", "fsdp2") if size == 2 and count == STEPS else ():
+        short = make(storage, dataset, world, numerics=Numerics(reduce_precision="bf16"), parallel=parallel)
+        out[f"short_{parallel}"] = train(short, dataset, 4)
         conditioned = make(storage, dataset, world, numerics=Numerics("bf16"), model_settings=RIN, parallel=parallel)
         out[f"self_conditioned_{parallel}"] = grad_norms(conditioned, dataset, 3)
     every = world.gather(out)
@@ -188,6 +197,27 @@ def test_adam_of_sharded_weights_is_fused(of_ranks: dict[int, dict[str, Any]]) -
 def test_sharded_is_replicated(of_ranks: dict[int, dict[str, Any]], size: int) -> None:
     assert of_ranks[size]["fsdp2"] == pytest.approx(of_ranks[size]["losses"], rel=1e-6)
     assert of_ranks[size]["fsdp2_accumulated"] == pytest.approx(of_ranks[size]["losses"][:3], rel=1e-6)
+
+
+def test_sharded_within_nodes_is_replicated(of_ranks: dict[int, dict[str, Any]], places: Path) -> None:
+    """Two nodes of two workers, with clipping: the norm counts each part once. One node writes the checkpoint."""
+    out = of_ranks[4]
+    assert out["hsdp"] == pytest.approx(out["losses"][:4], rel=1e-6)
+    assert out["hsdp_identical"]
+    place = ck.newest_good(str(places / "hsdp"))
+    assert place is not None
+    assert sorted(path.name for path in Path(place).glob("model.*")) == [
+        "model.00000-of-00002.safetensors",
+        "model.00001-of-00002.safetensors",
+    ]
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_gradients_summed_in_bf16_are_almost_those_in_float32(of_ranks: dict[int, dict[str, Any]], parallel: str):
+    """bf16 has 8 bits of mantissa: each gradient is right to 2⁻⁸, and the loss of these steps to 0.1 %."""
+    short, exact = of_ranks[2][f"short_{parallel}"], of_ranks[2]["losses"][:4]
+    assert short == pytest.approx(exact, rel=1e-3)
+    assert short != pytest.approx(exact, rel=1e-9)
 
 
 def test_every_gradient_of_a_sharded_second_pass_arrives(of_ranks: dict[int, dict[str, Any]]) -> None:

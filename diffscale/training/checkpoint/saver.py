@@ -81,7 +81,7 @@ def snapshot(learner: Learner, state: dict[str, Any], rank: int, buffer: HostBuf
     state: further content of state.json, plain JSON values
     buffer: where to copy to; the snapshot before it must be written
     """
-    if rank and not learner.sharded:
+    if rank >= learner.holders:
         return None
     parameters = dict(learner.model.named_parameters())
     model = learner.model.state_dict()
@@ -111,6 +111,7 @@ class Saver:
     ) -> None:
         """Set up; nothing is written yet.
 
+        size: number of workers that write parts, from rank 0 on
         attempt: unique to this launch of the workers, so that rank 0 ignores the shards of an earlier launch
         settings: content of experiment.yaml
         finished: called in the thread with the images seen of each completed checkpoint

@@ -50,13 +50,14 @@ def row_slice(tensor: Tensor) -> Slice | None:
         return None
     from torch.distributed.tensor import Shard  # import cost
 
-    if not any(isinstance(p, Shard) for p in tensor.placements):
+    cut = [(i, p.dim) for i, p in enumerate(tensor.placements) if isinstance(p, Shard)]
+    if not cut:
         return None
-    if tensor.device_mesh.ndim != 1 or any(isinstance(p, Shard) and p.dim != 0 for p in tensor.placements):
+    if len(cut) > 1 or cut[0][1] != 0:
         raise ValueError(f"placements {tensor.placements}: only rows can be sharded, over one dimension of ranks")
-    rows = tensor.shape[0]
-    chunk = -(-rows // tensor.device_mesh.size())
-    return Slice(min(tensor.device_mesh.get_local_rank() * chunk, rows), rows)
+    rows, mesh, over = tensor.shape[0], tensor.device_mesh, cut[0][0]
+    chunk = -(-rows // mesh.size(over))
+    return Slice(min(mesh.get_local_rank(over) * chunk, rows), rows)
 
 
 def local_rows(tensor: Tensor) -> tuple[int, int] | None:
