@@ -29,7 +29,7 @@ SCALE = {"smallest": 0.03, "default": 1.0}
 SAMPLES = {"smallest": 64, "default": 128}
 NEXT = (
     "your images: diffscale data build PHOTOS DATASET --resolution 32; "
-    "which network for your compute: diffscale tune backbone-x-size data.path=DATASET"
+    "the network for your compute: diffscale recommend DATASET --flops 1e15"
 )
 
 
