@@ -18,6 +18,7 @@ from rich.console import Console
 from diffscale.core import storage
 from diffscale.core.app import command_app, run_app
 from diffscale.core.places import require_writable
+from diffscale.records.guidance import choice_text, choices
 
 app = command_app()
 
@@ -31,6 +32,9 @@ def main(
     checkpoint: Annotated[str, typer.Option(help="last, all, or images seen")] = "last",
     ema: Annotated[list[str] | None, typer.Option(help="weights; may be given several times")] = None,
     solver: Annotated[list[str] | None, typer.Option(help="heun,steps=18; may be given several times")] = None,
+    guidance: Annotated[
+        list[str] | None, typer.Option(help="1.5 or 1.5,interval=-3:5; several: the best on held-out images is named")
+    ] = None,
     labels: Annotated[str, typer.Option(help="train, uniform, balanced, none, or a class")] = "train",
     precision: Annotated[str, typer.Option(help="fp32 or bf16 for sampling; default: as the run computes")] = "",
     reference: Annotated[str, typer.Option(help="dataset, folder or .npz; a run has its training set")] = "",
@@ -61,6 +65,7 @@ def main(
         checkpoint=checkpoint,
         averages=tuple(ema or ()),
         solvers=tuple(solver or ()),
+        guidances=tuple(guidance or ()),
         labels=labels,
         precision=precision,
         reference=reference,
@@ -74,6 +79,8 @@ def main(
     with weights_from(weights):
         rows = evaluate_target(target, overrides or [], metrics, n, resize, options, print_picture)
     console.print(rows_table(rows))
+    for group, best in choices(rows) if guidance else []:
+        console.print(choice_text(group, best), soft_wrap=True, highlight=False)
     for warning in warnings_of(rows):
         console.print(f"[yellow]note:[/] {warning}", soft_wrap=True)
     if out:

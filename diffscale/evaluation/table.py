@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 Row = Mapping[str, Any]
-DISTINGUISHING = ("images_seen", "ema", "solver", "nfe")
+DISTINGUISHING = ("images_seen", "ema", "solver", "nfe", "guidance_scale")
 
 
 def rows_table(rows: list[dict[str, Any]]) -> Table:

@@ -31,7 +31,13 @@ class Request(BaseModel):
     sizes: int = Field(5, ge=3, le=9, description="sizes at the smallest budget; three at each other one")
     seeds: int = Field(2, ge=1, le=100, description="training seeds of each size at the smallest budget")
     keep: int = Field(3, ge=1, le=100, description="fewest backbones that go on; of more, the worse half is dropped")
+    guidance: tuple[str, ...] = Field((), description="guidances to try at the end: [1, '1.5,interval=-3:5']")
     max_concurrent: int = Field(1, ge=1, le=10**4, description="runs at a time")
+
+    @field_validator("guidance", mode="before")
+    @classmethod
+    def _as_text(cls, guidance: Any) -> Any:
+        return [str(value) for value in guidance] if isinstance(guidance, list | tuple) else guidance
 
     @field_validator("backbones")
     @classmethod

@@ -17,9 +17,11 @@ from diffscale.recommendation.plan import Plan, resolution_of, run_settings
 from diffscale.recommendation.recipe import choose_recipe
 from diffscale.recommendation.request import Request
 from diffscale.recommendation.search import search
-from diffscale.records.recommendation import Outcome, Recipe, Recommendation, write_recommendation
+from diffscale.records.recommendation import GuidanceChoice, Outcome, Recipe, Recommendation, write_recommendation
+from diffscale.records.schema import Record, rank
 from diffscale.records.store import RECORDS_FILE, read_records, write_records_file
 from diffscale.sweep.space import nest
+from diffscale.training.evaluate_runs import EvaluateOptions, evaluate_run
 from diffscale.training.numerics import settled
 from diffscale.training.own_records import is_own
 from diffscale.training.record_columns import dataset_name
@@ -77,9 +79,32 @@ def go(request: Request, found: Recommendation) -> tuple[Recommendation, RunResu
     experiment = recipe_settings(request, found)
     result = train(experiment, handle_signals=True)
     if result.finished:
-        found = found.model_copy(update={"outcome": outcome_of(experiment)})
+        outcome = outcome_of(experiment)
+        if outcome is not None and request.guidance:
+            outcome = outcome.model_copy(update={"guidance": _best_guidance(request, experiment, result.run_folder)})
+        found = found.model_copy(update={"outcome": outcome})
         _keep(folder_of(request), found)
     return found, result
+
+
+def _best_guidance(request: Request, experiment: Experiment, run_folder: str) -> GuidanceChoice | None:
+    """Evaluate the recipe's run with each guidance asked for. Return the best on held-out images, None without any."""
+    metric = recorded_name(experiment.eval.metrics[0], experiment.eval.resize)
+    rows: dict[str, Record] = {}
+    for guidance in request.guidance:
+        records = evaluate_run(run_folder, [], EvaluateOptions(guidances=(guidance,)))
+        rows[guidance] = next(row for row in records if row.metric == metric)
+    known = {name: row for name, row in rows.items() if row.value_heldout is not None}
+    if not known:
+        return None
+    best = min(known, key=lambda name: rank(metric, known[name].value_heldout or 0.0))
+    return GuidanceChoice(
+        guidance=best,
+        heldout={name: row.value_heldout for name, row in rows.items()},
+        distance=rows[best].value,
+        nfe=rows[best].nfe,
+        sampling_flops=rows[best].sampling_flops,
+    )
 
 
 def _keep(folder: str, found: Recommendation) -> None:

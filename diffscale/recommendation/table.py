@@ -35,6 +35,12 @@ def describe_recommendation(found: Recommendation, folder: str) -> str:
     if r.distance is not None:
         came = "" if o is None else f"; came out as {o.distance:.4g}"
         lines.append(f"distance   {found.metric} {_text(r.distance)}{came}")
+    if o is not None and o.guidance is not None:
+        g = o.guidance
+        lines.append(
+            f"guidance   {g.guidance}, the best of {', '.join(g.heldout)} on held-out images: {found.metric} "
+            f"{g.distance:.4g}, {g.nfe} network evaluations an image"
+        )
     price = "" if r.cost is None else f", {r.cost:.4g} at the stated price"
     lines.append(f"time       {r.device_seconds / 3600:.3g} device-hours{price}")
     lines += [f"why        {line}" for line in r.why] + [f"caveat     {line}" for line in r.caveats]

@@ -73,6 +73,16 @@ class Recipe(_Part):
     caveats: tuple[str, ...]
 
 
+class GuidanceChoice(_Part):
+    """The guidance with the lowest distance to held-out images, of those asked for."""
+
+    guidance: str = Field(description="as asked for: a scale, or 1.5,interval=-3:5")
+    heldout: dict[str, float | None] = Field(description="distance to held-out images by guidance")
+    distance: float = Field(description="that of the chosen guidance to the training images")
+    nfe: int
+    sampling_flops: float = Field(description="FLOPs to generate one image")
+
+
 class Outcome(_Part):
     """What training the recipe gave."""
 
@@ -84,6 +94,7 @@ class Outcome(_Part):
     distance: float
     distance_low: float | None
     distance_high: float | None
+    guidance: GuidanceChoice | None = None
 
 
 class Recommendation(_Part):

@@ -32,6 +32,9 @@ def report(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="folder for the report (default for RUNS: report)")] = None,
     title: Annotated[str, typer.Option(help="heading of index.html")] = "diffscale: quality for compute",
+    best_guidance: Annotated[
+        bool, typer.Option("--best-guidance", help="compare each checkpoint at its best guidance on held-out images")
+    ] = False,
     compare: Annotated[
         tuple[str, str] | None,
         typer.Option(metavar="OLD NEW", help="mark regressions of NEW beyond noise; exit code 1 if there is one"),
@@ -44,7 +47,7 @@ def report(
     if runs:
         target = out or Path("report")
         analysis = write_report(
-            [storage.resolve(run, "RUNS", written=False) for run in runs], make_writable(target), title
+            [storage.resolve(run, "RUNS", written=False) for run in runs], make_writable(target), title, best_guidance
         )
         for finding in analysis.findings[:SHOWN]:
             console.print(Text(f"- {finding['text']}"))

@@ -13,7 +13,7 @@ from diffscale.records.store import Record
 from diffscale.report.stats import tables
 from diffscale.report.stats.aggregate import aggregate
 from diffscale.report.stats.facets import comparable, facet_table, to_rows
-from diffscale.report.stats.findings import findings, of_losses, of_people
+from diffscale.report.stats.findings import findings, of_guidance, of_losses, of_people
 from diffscale.report.stats.frontier import Curve, curves, pareto
 from diffscale.report.stats.isoflop import IsoFlop, isoflop
 from diffscale.report.stats.power_law import Fit
@@ -46,12 +46,15 @@ class Analysis:
     findings: list[dict[str, str]]  # sentences: facet, kind, text
 
 
-def analyse(records: Iterable[Record], recommendations: Sequence[Recommendation] = ()) -> Analysis:
+def analyse(
+    records: Iterable[Record], recommendations: Sequence[Recommendation] = (), best_guidance: bool = False
+) -> Analysis:
     """Compute all tables of a report. Raises UserError if there is no record.
 
     recommendations: their runs have laws of their own, without those that only tried a learning rate
+    best_guidance: compare checkpoints each at its own best guidance, chosen on held-out images
     """
-    every = to_rows(records)
+    every = to_rows(records, best_guidance)
     rows = comparable(every)
     if rows.empty:
         raise UserError(
@@ -86,6 +89,7 @@ def analyse(records: Iterable[Record], recommendations: Sequence[Recommendation]
         agreement=orders,
         findings=of_recommendations(list(recommendations))
         + findings(facets, points, verdict_table, table, sweep)
+        + of_guidance(rows)
         + of_losses(loss_laws, laws)
         + of_people(orders),
     )

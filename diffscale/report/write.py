@@ -21,16 +21,17 @@ from diffscale.report.stats.facets import facet_table
 from diffscale.report.stats.recommendations import fared
 
 
-def write_report(places: Iterable[str], out: Path, title: str = "diffscale") -> Analysis:
+def write_report(places: Iterable[str], out: Path, title: str = "diffscale", best_guidance: bool = False) -> Analysis:
     """Read records and write a report: the CSVs, plots/*.png and *.svg, index.html.
 
     places: run folders, folders of runs, record files.
     out: the folder to write to; it is made.
     title: heading of index.html.
+    best_guidance: compare checkpoints each at its own best guidance, chosen on held-out images
     Raises UserError if there is no record or one is damaged.
     """
     places = list(places)
-    analysis = analyse(read_records(places), read_recommendations(places))
+    analysis = analyse(read_records(places), read_recommendations(places), best_guidance)
     write_csvs(analysis, out)
     write_plots(analysis, out)
     grids = embed_grids(find_grids(places), _wanted_grids(analysis))

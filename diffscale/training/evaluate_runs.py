@@ -38,6 +38,7 @@ class EvaluateOptions:
     checkpoint: str = "last"  # last, all, or a number of images seen
     averages: tuple[str, ...] = ()  # of the weights; empty: that of the settings
     solvers: tuple[str, ...] = ()  # "heun,steps=18"; empty: that of the settings
+    guidances: tuple[str, ...] = ()  # "1.5,interval=-3:5"; empty: that of the settings
     labels: str = "train"  # train, uniform, balanced, none, or a class
     precision: str = ""  # fp32 or bf16 for sampling; empty: as the run computes
     reference: str = ""  # an .npz of statistics in place of the training images
@@ -75,6 +76,7 @@ def evaluate_target(
         n=n,
         ema=list(options.averages),
         solver=list(options.solvers),
+        guidance=list(options.guidances),
         keep=options.keep,
         precision=options.precision,
         checkpoint=options.checkpoint.removeprefix("last"),
@@ -99,7 +101,7 @@ def evaluate_run(
     options: EvaluateOptions = EvaluateOptions(),
     on_picture: Callable[[str], None] = lambda uri: None,
 ) -> list[Record]:
-    """Evaluate every checkpoint × average × solver requested and write the records into the run's folder.
+    """Evaluate every checkpoint × average × solver × guidance requested and write the records into the run's folder.
 
     Weights of the feature networks are loaded before the first sample is drawn: UserError when there are none.
 
@@ -111,22 +113,45 @@ def evaluate_run(
     records: list[Record] = []
     require_writable(target, "RUN")
     todo = [
-        (uri, solver, average)
+        (uri, solver, average, guidance)
         for uri in list_targets(target, options.checkpoint)
         for solver in options.solvers or [None]
         for average in options.averages or [""]
+        for guidance in options.guidances or [""]
     ]
     with working("evaluating", len(todo), "sets of weights and samplers") as work:
-        for uri, solver, average in todo:
-            experiment = settings_of_run(uri, overrides, solver)
+        for uri, solver, average, guidance in todo:
+            experiment = settings_of_run(uri, [*overrides, *guidance_settings(guidance)], solver)
             trained = load_trained(uri, average or experiment.eval.ema, experiment)
-            work.note = " ".join(filter(None, [trained.label, solver]))
+            work.note = " ".join(filter(None, [trained.label, solver, guidance and f"guidance {guidance}"]))
             records += evaluate_trained(trained, options, on_picture)
             work.advance()
     run_folder = ck.run_of(target) or target
     if storage.exists(storage.join(run_folder, FILE)):  # the run has finished: its best value may be another one now
         write_readme(run_folder, ck.read_experiment(list_targets(run_folder)[-1]))
     return records
+
+
+def guidance_settings(text: str) -> list[str]:
+    """Return overrides for `1.5`, `1.5,interval=-3:5` or `2,KEY=VALUE` of any `eval.guidance_KEY`; none for "".
+
+    Raises UserError for a scale that is no number.
+    """
+    if not text:
+        return []
+    scale, *rest = text.split(",")
+    try:
+        float(scale)
+    except ValueError:
+        raise UserError(
+            setting="--guidance", value=text, expected="a scale, or a scale and 1.5,interval=-3:5"
+        ) from None
+    found = [f"eval.guidance_scale={scale}"]
+    for part in rest:
+        key, _, value = part.partition("=")
+        name = key if key.startswith("guid") else f"guidance_{key}"
+        found.append(f"eval.{name}={'[' + value.replace(':', ',') + ']' if key == 'interval' else value}")
+    return found
 
 
 def short_settings(metrics: str, n: int, resize: str) -> list[str]:

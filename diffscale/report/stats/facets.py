@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from diffscale.core.hashing import identify
+from diffscale.records.guidance import choices, without_guidance
 from diffscale.records.schema import GROUP, Record, recipe_of
 from diffscale.records.store import to_frame
 
@@ -66,9 +67,14 @@ def recipe_settings(settings: Mapping[str, object], endpoint: str) -> dict[str, 
     return {k: v for k, v in kept.items() if not (endpoint == "decayed" and _LENGTH.fullmatch(k))}
 
 
-def to_rows(records: Iterable[Record]) -> pd.DataFrame:
-    """Return one row per evaluation: the record's columns, `facet` and `recipe` (hashes), `recipe_label` (a name)."""
+def to_rows(records: Iterable[Record], best_guidance: bool = False) -> pd.DataFrame:
+    """Return one row per evaluation: the record's columns, `facet` and `recipe` (hashes), `recipe_label` (a name).
+
+    best_guidance: keep the best guidance of each checkpoint, chosen on held-out images, and compare these
+    """
     rows = to_frame(records)
+    if best_guidance and len(rows):
+        rows = at_best_guidance(rows)
     if rows.empty:
         return rows.assign(facet=[], recipe=[], recipe_label=[])
     for name in NUMBERS:
@@ -78,6 +84,25 @@ def to_rows(records: Iterable[Record]) -> pd.DataFrame:
     rows["recipe"] = recipe_ids(rows)
     rows["recipe_label"] = rows["recipe"].map(_labels(rows))
     return rows
+
+
+def at_best_guidance(rows: pd.DataFrame) -> pd.DataFrame:
+    """Keep of evaluations that differ in guidance alone the best on held-out images; `sampler` then says `own best`.
+
+    A checkpoint whose evaluations have no distance to held-out images keeps them all, each in its own group.
+    """
+    records = rows.to_dict("records")
+    dropped, chosen = set(), set()
+    for group, best in choices(records):  # type: ignore[arg-type]
+        if best is not None:
+            chosen.add(best["record_id"])
+            dropped |= {row["record_id"] for row in group if row is not best}
+    kept = rows[~rows["record_id"].isin(dropped)]
+    own = kept["record_id"].isin(chosen)
+    stripped = kept["sampler"].map(lambda text: without_guidance(text)[:-1] + ',"guidance_scale":"own best"}')
+    return kept.assign(
+        sampler=kept["sampler"].where(~own, stripped), guidance_scale=kept["guidance_scale"].where(~own, 0)
+    )
 
 
 def groups(rows: pd.DataFrame, columns: list[str] = GROUP) -> list[str]:
@@ -233,7 +258,8 @@ def facet_table(rows: pd.DataFrame) -> pd.DataFrame:
 
 def facet_title(row: Mapping[Hashable, Any]) -> str:
     """Return a caption: the metric, the reference, n, the sampler and the state of the learning rate."""
-    guidance = "" if row["guidance_scale"] == 1 else f", guidance {_plain(row['guidance_scale'])}"
+    scale = row["guidance_scale"]
+    guidance = "" if scale == 1 else f", guidance {_plain(scale)}" if scale else ", each at its own best guidance"
     return (
         f"{metric_name(str(row['metric']))} to {row['dataset']} at {row['eval_resolution']}×{row['eval_resolution']}, "
         f"n = {row['n_generated']:,} against {row['n_reference']:,}, {row['solver']} {row['nfe']} NFE{guidance}, "

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pandas as pd
 
+from diffscale.records.guidance import choice_text, choices
 from diffscale.records.schema import higher_is_better
 from diffscale.report.stats.facets import is_distance, metric_name
 from diffscale.report.stats.frontier import fair, measured
@@ -50,6 +51,17 @@ def of_losses(table: pd.DataFrame, laws: dict[tuple, IsoFlop]) -> list[dict[str,
         if pd.notna(row["heldout_error_percent"]):
             text += f" The largest budget, predicted from the others, was off by {row['heldout_error_percent']:+.1f} %."
         found.append({"facet": "", "kind": "isoflop", "text": text})
+    return found
+
+
+def of_guidance(rows: pd.DataFrame) -> list[dict[str, str]]:
+    """Return [{facet, kind, text}]: the best guidance of each checkpoint that was sampled with several."""
+    last = rows[rows["images_seen"] == rows.groupby("run_id")["images_seen"].transform("max")]
+    distances = last[[is_distance(metric) for metric in last["metric"]]]
+    found = []
+    for group, best in choices(distances.to_dict("records")):  # type: ignore[arg-type]
+        label = f"{group[0]['recipe_label']} after {flops(group[0]['train_flops'])} FLOPs: "
+        found.append({"facet": group[0]["facet"], "kind": "guidance", "text": label + choice_text(group, best)})
     return found
 
 

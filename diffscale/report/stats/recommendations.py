@@ -64,8 +64,16 @@ def advice(r: Recommendation) -> str:
         text += f", {r.metric} {_text(recipe.distance)}"
     if o is None:
         return text + ". The recipe has not been trained yet."
-    text += f". It came out as {o.val_loss:.4g}"
-    return text + (f" and {number(o.distance)}." if recipe.distance is not None else ".")
+    text += f". It came out as {o.val_loss:.4g}" + (
+        f" and {number(o.distance)}." if recipe.distance is not None else "."
+    )
+    if o.guidance is None:
+        return text
+    g = o.guidance
+    return text + (
+        f" Sample with guidance {g.guidance}, the best of {', '.join(g.heldout)} on held-out images: {r.metric} "
+        f"{number(g.distance)} at {g.nfe} network evaluations an image."
+    )
 
 
 def trust(r: Recommendation) -> str:
