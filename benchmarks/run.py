@@ -31,6 +31,7 @@ from diffscale.config.load import parse_overrides
 from diffscale.core import storage
 from diffscale.core.app import command_app, run_app
 from diffscale.core.cache import cache_dir, file_lock
+from diffscale.core.console import make_console
 from diffscale.core.errors import UserError
 from diffscale.core.progress import working
 from diffscale.records.schema import Record
@@ -104,7 +105,7 @@ def run_suite(
     """
     from diffscale.training.run import prepare  # import cost
 
-    console = Console()
+    console = make_console()
     experiments = suite.experiments(gpu, extra)
     suite.make_data(experiments[0])
     hashes = [prepare(experiment)[0].content_hash for experiment in experiments]

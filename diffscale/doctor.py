@@ -7,7 +7,6 @@ with a fix for each failure. Exit code 0: no failure (warnings allowed), 1: a ch
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
@@ -18,6 +17,7 @@ from rich.table import Table
 from diffscale.config.load import load_experiment
 from diffscale.core import storage as places
 from diffscale.core.app import command_app, run_app
+from diffscale.core.console import make_console
 from diffscale.preflight.checks import Finding
 from diffscale.preflight.examine import examine
 
@@ -44,7 +44,7 @@ def main(
 
 def show(findings: list[Finding], console: Console | None = None) -> None:
     """Print the table, failures last so that they stay on the screen, and one line with the verdict."""
-    console = console or Console(width=None if sys.stdout.isatty() else 140)
+    console = console or make_console()
     table = Table(box=box.SIMPLE_HEAD, show_edge=False)
     for column in ("check", "result", "found", "fix"):
         table.add_column(column, overflow="fold")

@@ -13,10 +13,10 @@ from functools import partial
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from diffscale.core import storage
 from diffscale.core.app import command_app, run_app
+from diffscale.core.console import make_console
 from diffscale.core.places import require_writable
 from diffscale.records.guidance import choice_text, choices
 
@@ -58,7 +58,7 @@ def main(
     for option, folder in (("--keep", keep), ("--out", out and os.path.dirname(storage.resolve(out, "--out")))):
         if folder:
             require_writable(storage.resolve(folder, option), option)
-    console = Console()
+    console = make_console()
     print_picture = partial(console.print, "picture:", soft_wrap=True)
     target = storage.resolve(target, "TARGET", written=False)
     options = EvaluateOptions(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from diffscale.core import storage
 from diffscale.core.app import command_app, run_app
+from diffscale.core.console import make_console
 from diffscale.core.errors import UserError
 from diffscale.training.run_list import list_runs
 
@@ -33,7 +33,7 @@ def main(
         best = f"{run.metric} {run.best:.5g}" if run.best is not None else ""
         name = run.folder.rpartition("/")[2]
         table.add_row(name, f"{run.images_seen:,}", done, best, f"{run.changed.astimezone():%Y-%m-%d %H:%M}")
-    Console(highlight=False).print(table)
+    make_console(highlight=False).print(table)
 
 
 if __name__ == "__main__":

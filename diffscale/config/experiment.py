@@ -240,6 +240,9 @@ class TrainSettings(Section):
         ("tensorboard",), description="where history, pictures and settings go besides the run's folder"
     )
     tracker: TrackerSettings = TrackerSettings()
+    profile: bool = Field(
+        False, description="write a torch profile of ten steps and a snapshot of memory to profile/ in the run's folder"
+    )
     price_per_device_hour: float | None = Field(
         None, ge=0, le=1e9, description="price in any currency; with it records have a cost"
     )

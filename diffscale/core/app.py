@@ -41,6 +41,10 @@ COMMANDS = {
 """Commands in the order in which help lists them, with one line about each."""
 
 
+PLAIN: dict[str, Any] = {"pretty_exceptions_enable": False, "rich_markup_mode": None}
+"""One style of help and errors for every command: text that a log and `grep` can take."""
+
+
 class LazyCommands(TyperGroup):
     """Commands that are listed from `COMMANDS` and imported when they run."""
 
@@ -73,10 +77,10 @@ def load_command(name: str) -> Any:
 
 def command_app(**options: Any) -> typer.Typer:
     """Return the typer application of one command. options: arguments of `typer.Typer`."""
-    return typer.Typer(**{"add_completion": False, "pretty_exceptions_enable": False, **options})
+    return typer.Typer(**{"add_completion": False, **PLAIN, **options})
 
 
-app = typer.Typer(cls=LazyCommands, pretty_exceptions_enable=False, no_args_is_help=True)
+app = typer.Typer(cls=LazyCommands, no_args_is_help=True, **PLAIN)
 
 
 def _print_version(wanted: bool) -> None:

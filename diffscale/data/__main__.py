@@ -7,11 +7,11 @@ from dataclasses import replace
 from typing import Annotated, Literal, get_args
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from diffscale.core import storage
-from diffscale.core.app import run_app
+from diffscale.core.app import command_app, run_app
+from diffscale.core.console import make_console
 from diffscale.core.errors import UserError
 from diffscale.data.autoencoder import Autoencoder
 from diffscale.data.build.build import BuildOptions, build, examine
@@ -24,8 +24,8 @@ from diffscale.data.format.dataset import available_resolutions
 from diffscale.data.format.manifest import FILE, read_manifest
 from diffscale.data.preview import write_grid
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="Arrow datasets of images.", rich_markup_mode=None)
-console = Console(stderr=False)
+app = command_app(no_args_is_help=True, help="Arrow datasets of images.")
+console = make_console()
 
 Folder = Annotated[str, typer.Argument(help="dataset folder, or a URI")]
 

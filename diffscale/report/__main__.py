@@ -12,7 +12,7 @@ from rich.text import Text
 
 from diffscale.core import storage
 from diffscale.core.app import command_app, run_app
-from diffscale.core.errors import UserError
+from diffscale.core.console import make_console
 from diffscale.records.recommendation import read_recommendations
 from diffscale.records.store import read_records
 from diffscale.report.stats.compare import compare as compare_records
@@ -28,7 +28,10 @@ SHOWN = 25
 @app.command()
 def report(
     runs: Annotated[
-        list[str] | None, typer.Argument(metavar="RUNS...", help="run folders, folders of runs, or record files")
+        list[str] | None,
+        typer.Argument(
+            metavar="[RUNS]...", help="run folders, folders of runs, record files; default: $DIFFSCALE_STORAGE"
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="folder for the report (default for RUNS: report)")] = None,
     title: Annotated[str, typer.Option(help="heading of index.html")] = "diffscale: quality for compute",
@@ -42,8 +45,8 @@ def report(
 ) -> None:
     """Write tables, fits, plots and one page (index.html) from records alone."""
     if compare is None and not runs:
-        raise UserError(setting="RUNS", value="", expected="at least one folder that holds runs, or --compare OLD NEW")
-    console = Console(highlight=False)
+        runs = [storage.default_storage()]
+    console = make_console(highlight=False)
     if runs:
         target = out or Path("report")
         analysis = write_report(

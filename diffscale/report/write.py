@@ -10,12 +10,12 @@ from pathlib import Path
 import pandas as pd
 
 from diffscale.core.errors import UserError
+from diffscale.core.progress import working
 from diffscale.records.recommendation import read_recommendations
 from diffscale.records.store import read_records
 from diffscale.report.analysis import Analysis, analyse
 from diffscale.report.figures.plots import write_plots
 from diffscale.report.page.page import render
-from diffscale.report.page.samples import embed_grids, find_grids
 from diffscale.report.stats import tables
 from diffscale.report.stats.facets import facet_table
 from diffscale.report.stats.recommendations import fared
@@ -31,11 +31,16 @@ def write_report(places: Iterable[str], out: Path, title: str = "diffscale", bes
     Raises UserError if there is no record or one is damaged.
     """
     places = list(places)
-    analysis = analyse(read_records(places), read_recommendations(places), best_guidance)
-    write_csvs(analysis, out)
-    write_plots(analysis, out)
-    grids = embed_grids(find_grids(places), _wanted_grids(analysis))
-    (out / "index.html").write_text(render(analysis, grids, title), encoding="utf-8")
+    with working("reading records", unit=""):
+        records = read_records(places)
+    with working(f"comparing {len(records):,} evaluations", unit=""):
+        analysis = analyse(records, read_recommendations(places), best_guidance)
+        write_csvs(analysis, out)
+    with working("drawing plots", unit=""):
+        write_plots(analysis, out)
+    with working("writing the page", unit=""):
+        page = render(analysis, places, _wanted_grids(analysis), title)
+    (out / "index.html").write_text(page, encoding="utf-8")
     return analysis
 
 

@@ -11,11 +11,11 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple
 
-from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
 from diffscale.core import storage
+from diffscale.core.console import make_console
 from diffscale.core.progress import Work, working
 from diffscale.records.schema import rank
 from diffscale.sweep.importance import importance
@@ -42,7 +42,7 @@ class SweepTable:
 
     def __init__(self, ledger: Ledger, trials: list[Trial]) -> None:
         self.ledger, self.trials = ledger, trials
-        self.console = Console()
+        self.console = make_console()
         self.stop = threading.Event()
         self.seen: dict[str, str] = {}
         self.stack = ExitStack()
@@ -150,7 +150,7 @@ class SweepTable:
 
 def print_summary(ledger: Ledger, trials: list[Trial], best: Trial | None, failed: dict[str, str]) -> None:
     """Print the finished table, the settings that mattered, the best preset and the failed trials."""
-    console = Console()
+    console = make_console()
     finals = sorted(trials, key=lambda t: _sort_key(ledger, t))
     table = Table(title=f"sweep {ledger.sweep.name}: best first")
     for name in ("trial", "end", ledger.metric, "train FLOPs"):

@@ -12,7 +12,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ from diffscale.training.metrics_log import History, Interval, Listener, MetricsL
 from diffscale.training.numerics import Numerics, settle_numerics, usable
 from diffscale.training.parallel import World, shard
 from diffscale.training.plan import make_plan
+from diffscale.training.profile import StepProfile
 from diffscale.training.progress import PhaseDisplay
 from diffscale.training.record_columns import record_columns
 from diffscale.training.run_evaluations import RunEvaluations
@@ -137,6 +138,7 @@ class Trainer:
         self._ahead = STEPS_AHEAD.get(world.device.type, 0) if steps_ahead is None else steps_ahead
         self._launched: deque[tuple[Launched, float]] = deque()  # with the seconds that each waited for data
         self._stop = 0  # rank 0's request, as of the last result
+        self._profile: StepProfile | None = None
         self._device_seconds = self.state.device_seconds  # as of the last clock, which can be ahead of the last result
 
     # ---- the loop
@@ -149,7 +151,7 @@ class Trainer:
         try:
             if self.world.rank == 0:
                 self.stops.start()
-            with self.loader():
+            with self.loader(), self._profiled():
                 return self._train()
         except Stopped:  # within an evaluation, before which everything was saved
             return self._finish(REASONS[self.stops.reason or SIGNAL])
@@ -239,6 +241,14 @@ class Trainer:
         if len(self._launched) > self._ahead:
             self._read()
         self.saver.check()
+        if self._profile is not None:
+            self._profile.step()
+
+    def _profiled(self) -> AbstractContextManager[Any]:
+        """Context in which rank 0's steps are profiled, if train.profile asks for it."""
+        if self.experiment.train.profile and self.world.rank == 0:
+            self._profile = StepProfile(self.run_folder, self.world.device)
+        return self._profile or nullcontext()
 
     def _read(self) -> None:
         """Wait for the oldest step that was launched and count its result."""

@@ -155,6 +155,13 @@ def test_no_pickle_in_an_npz_is_opened(tmp_path):
         build(options(str(tmp_path / "bad.npz"), str(tmp_path / "out"), (16,)), show=False)
 
 
+def test_an_npz_is_named_and_not_where_it_is_unpacked(tmp_path):
+    np.savez(tmp_path / "wide.npz", images=np.zeros((3, 8, 8, 3), np.int64))
+    with pytest.raises(UserError, match=r"SOURCE = 'wide\.npz/images: int64 \(3, 8, 8, 3\)") as refused:
+        build(options(str(tmp_path / "wide.npz"), str(tmp_path / "out"), (8,)), show=False)
+    assert "spool" not in refused.value.text()
+
+
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("form", ["npz", "arrow"])
 def test_latents_pass_through_unchanged(tmp_path, dtype, form):

@@ -6,14 +6,16 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from diffscale.records.store import write_record
 from diffscale.report import write_report
 from diffscale.report.page.page import to_json
 from tests.support.chromium_page import CHROMIUM, Page
 
-from .records import make_record
+from .records import make_record, write_runs
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (apt-get install chromium)")
 
@@ -96,7 +98,7 @@ def test_other_axes_and_groups_can_be_chosen(page: Page) -> None:
     choose(page, "facet", "DATA.facets[1].facet")
     page.wait("!$('sweep-section').hidden")
     assert "emoji" in page.evaluate("$('caption-compute').textContent")
-    assert page.evaluate("document.querySelectorAll('#plot-sweep .annotation').length") == 9
+    assert page.evaluate("document.querySelectorAll('#table-sweep td').length") == 9
     assert page.messages == []
 
 
@@ -236,3 +238,59 @@ def test_page_names_no_address_to_load_from(page_file: Path) -> None:
     head = page_file.read_text().split('<script type="application/json"')[0]
     assert not re.search(r"(src|href)\s*=", head)
     assert "default-src 'none'" in head
+
+
+@needs_chromium
+def test_long_names_are_whole_on_a_phone(browser: Page, tmp_path: Path) -> None:
+    """The table's cells wrap; of the plot no label ends outside of it."""
+    records = [
+        make_record(
+            schedule=schedule,
+            resolution=side,
+            dataset="emoji",
+            eval_resolution=64,
+            images_seen=int(65536 * 2**step * (32 / side) ** 2),
+            settings={"model.model_channels": width, "optim.weight_decay": width / 6400, "model.dropout": width / 640},
+        )
+        for width in (64, 128)
+        for schedule in ("simple_cosine", "sigmoid")
+        for side in (16, 32, 64)
+        for step in range(4)
+    ]
+    write_report([write_runs(tmp_path, records)], tmp_path / "out")
+    browser.messages.clear()
+    browser.resize(400, 800, phone=True)
+    browser.open(tmp_path / "out" / "index.html")
+    assert browser.evaluate("document.documentElement.scrollWidth") <= 400
+    names = browser.evaluate("[...document.querySelectorAll('#table-sweep .family th')].map(e => e.textContent)")
+    assert any("model_channels 128, weight_decay 0.02" in name for name in names)
+    cut = browser.evaluate("""[...document.querySelectorAll('#table-sweep th, #table-sweep td')].filter(e => {
+      const box = e.getBoundingClientRect();
+      return e.scrollWidth > e.clientWidth || box.left < 0 || box.right > 400;
+    }).map(e => e.textContent)""")
+    assert cut == []
+    outside = browser.evaluate("""[...$('plot-compute').querySelectorAll('text')].filter(e => {
+      const text = e.getBoundingClientRect(), plot = $('plot-compute').getBoundingClientRect();
+      return text.width && (text.left < plot.left || text.right > plot.right + 0.5 || text.top < plot.top || text.bottom > plot.bottom);
+    }).map(e => e.textContent)""")  # noqa: E501
+    assert outside == []
+    assert browser.messages == []
+    browser.resize(1280, 900)
+
+
+@pytest.mark.slow
+def test_the_page_of_100_runs_with_large_grids_stays_below_15_megabytes(tmp_path: Path) -> None:
+    """Pictures of noise hardly compress: more of them than a page can hold."""
+    rng = np.random.default_rng(0)
+    for seed in range(100):
+        for step in range(2):
+            record = make_record(seed=seed, images_seen=16384 * 2**step)
+            folder = tmp_path / "runs" / f"{record.run_name}-{record.run_id}"
+            write_record(str(folder), record)
+            (folder / "samples").mkdir(exist_ok=True)
+            noise = Image.fromarray(rng.integers(0, 255, (384, 384, 3)).astype(np.uint8))
+            noise.save(folder / "samples" / f"images-{record.images_seen:09d}.png")
+    write_report([str(tmp_path / "runs")], tmp_path / "out")
+    page = (tmp_path / "out" / "index.html").read_bytes()
+    assert 12e6 < len(page) < 15e6
+    assert b"sample grids are left out to keep this file small" in page

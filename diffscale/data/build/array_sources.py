@@ -102,7 +102,7 @@ def open_arrays(uri: str, work: Path, reading: Reading, left_out: list[tuple[str
         folder = work / f"array-{i:05d}"
         parts = _open_npz(file, folder, choices) if file.endswith(".npz") else [_open_npy(file, folder)]
         found += [replace(arrays, split=arrays.split or of_file) for arrays in parts]
-    used = roles([TableFile(a.images, "", a.split) for a in found], uri, choices)
+    used = roles([TableFile(a.name, "", a.split) for a in found], uri, choices)
     left_out += [(a.name, f"its split {a.split or '(no name)'} is not used") for a in found if a.split not in used]
     found = [arrays for arrays in found if arrays.split in used]
     classes, unlabelled = _number_labels(found, uri, choices)
@@ -114,10 +114,10 @@ def open_arrays(uri: str, work: Path, reading: Reading, left_out: list[tuple[str
         if classes and arrays.split in unlabelled:
             left_out.append((arrays.name, f"its images have no labels (--label-column {NONE} uses them)"))
             continue
-        array = _map(arrays.images)
+        array = _map(arrays.images, arrays.name)
         labels = f"{arrays.labels}.numbers.npy" if classes and arrays.labels else None
         split = used[arrays.split] if held else None
-        opened.append(ArraySource(arrays.images, labels, len(array), split, classes, _latents(array, arrays.images)))
+        opened.append(ArraySource(arrays.images, labels, len(array), split, classes, _latents(array, arrays.name)))
     if len({source.latents for source in opened}) > 1:
         raise UserError(setting="SOURCE", value=uri, expected="arrays of one dtype and shape in all files")
     return opened
@@ -241,7 +241,7 @@ def _number_labels(found: list[Arrays], uri: str, choices: Choices) -> tuple[lis
 
 
 def _label_batches(arrays: Arrays) -> Iterator[pa.Array]:
-    labels = _map(arrays.labels).reshape(-1)
+    labels = _map(arrays.labels, arrays.label_name).reshape(-1)
     if labels.dtype.kind not in "biufUS":
         raise LabelError(f"they are {labels.dtype}")
     if labels.dtype.itemsize > 4 * MOST_CHARACTERS:
@@ -300,7 +300,7 @@ def open_cifar10(uri: str, work: Path) -> list[ArraySource]:
             pixels, numbers = batches(read, split)
             _once(images, partial(_save, pixels))
             _once(labels, partial(_save, numbers))
-        sources.append(ArraySource(str(images), str(labels), len(_map(str(labels))), split, CIFAR10_CLASSES))
+        sources.append(ArraySource(str(images), str(labels), len(_map(str(labels), "labels")), split, CIFAR10_CLASSES))
     return sources
 
 
@@ -385,13 +385,14 @@ def _once(target: Path, write: Callable[[Any], None]) -> None:
         os.replace(temporary, target)
 
 
-def _map(path: str | None) -> NDArray[Any]:
+def _map(path: str | None, name: str) -> NDArray[Any]:
+    """Map an array. Raises UserError that calls it by its `name` in the source."""
     assert path is not None
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError) as error:
         raise UserError(
-            setting="SOURCE", value=path, expected="an array without pickled objects", reason=one_line(error)
+            setting="SOURCE", value=name, expected="an array without pickled objects", reason=one_line(error)
         ) from None
 
 

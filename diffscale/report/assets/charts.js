@@ -122,30 +122,35 @@ function fitTraces(fit, color, group) {
   ];
 }
 
+/** A table and no plot: a name of any length is whole, at any width. */
 function drawSweep() {
   const tables = DATA.sweep.filter((table) => table.facet === state.facet);
   $("sweep-section").hidden = tables.length === 0;
   if (tables.length === 0) return;
-  const rows = tables.flatMap((table) => table.schedules.map((s) => tables.length > 1 ? `${table.model} · ${s}` : s));
   const sides = [...new Set(tables.flatMap((table) => table.resolutions))].sort((a, b) => a - b);
-  const cell = (table, i, side, key) => {
-    const j = table.resolutions.indexOf(side);
-    return j < 0 ? null : table[key][i][j];
-  };
-  const grid = (key) => tables.flatMap((t) => t.schedules.map((_, i) => sides.map((side) => cell(t, i, side, key))));
-  const annotations = grid("text").flatMap((row, i) => row.map((text, j) => ({
-    x: j, y: i, text: safe(text || "not run"), showarrow: false,
-    font: { size: window.innerWidth < 600 ? 9 : 12, color: grid("shade")[i][j] > 0.7 ? "#fff" : "#1b1f24" },
-  })));
-  const shown = layout("training resolution", "", false);
-  Object.assign(shown.xaxis, { type: "linear", tickvals: sides.map((_, j) => j), ticktext: sides.map((s) => `${s} px`), showgrid: false });
-  Object.assign(shown.yaxis, { tickvals: rows.map((_, i) => i), ticktext: rows.map(safe), autorange: "reversed", automargin: true, showgrid: false });
-  const trace = { type: "heatmap", z: grid("shade"), showscale: false, xgap: 3, ygap: 3, zmin: 0, zmax: 1.4, hoverinfo: "skip",
-    colorscale: [[0, "#f4f9fe"], [0.5, "#8fc1e3"], [1, "#0b5a97"]] };
-  $("plot-sweep").style.height = `${110 + 46 * rows.length}px`;
-  Plotly.react("plot-sweep", [trace], { ...shown, annotations }, { ...CONFIG, displayModeBar: false });
+  const head = element("tr", {}, element("th", {}, "schedule"), ...sides.map((side) => element("th", {}, `${side} px`)));
+  const body = element("tbody");
+  for (const table of tables) {
+    if (tables.length > 1) body.append(element("tr", { class: "family" }, element("th", { colspan: String(sides.length + 1) }, table.model)));
+    for (const [i, schedule] of table.schedules.entries()) {
+      const cells = sides.map((side) => {
+        const j = table.resolutions.indexOf(side), text = j < 0 ? null : table.text[i][j];
+        const cell = element("td", {}, text || "not run");
+        if (text) shade(cell, table.shade[i][j]);
+        return cell;
+      });
+      body.append(element("tr", {}, element("th", { scope: "row" }, schedule), ...cells));
+    }
+  }
+  replace("table-sweep", element("thead", {}, head), body);
   $("caption-sweep").textContent = `${FACETS.get(state.facet).title}; ${tables.map((t) => t.where).join("; ")}. ` +
     "Colour: ratio to the best of its column, light is best. Brackets: 95 % intervals.";
+}
+
+/** Colour a cell: the best value (0) is light, the worst (1) blue. */
+function shade(cell, worse) {
+  const mix = (light, dark) => Math.round(light + (dark - light) * (worse ?? 0));
+  cell.style.background = `rgb(${mix(244, 76)}, ${mix(249, 147)}, ${mix(254, 201)})`;
 }
 
 function drawNfe() {

@@ -20,7 +20,7 @@ function watch(id) {
 }
 
 function forPrint(width) {
-  for (const id of ["plot-compute", "plot-sweep", "plot-nfe"]) {
+  for (const id of ["plot-compute", "plot-nfe"]) {
     if ($(id).data) Plotly.relayout(id, width ? { width } : { width: null, autosize: true });
   }
 }

@@ -7,19 +7,25 @@ import hashlib
 import html
 import json
 import re
+from collections.abc import Iterable
 from importlib import resources
 
 from plotly.offline import get_plotlyjs
 
 from diffscale.report.analysis import Analysis
-from diffscale.report.page.page_data import page_data
-from diffscale.report.page.samples import Grids
+from diffscale.report.page.page_data import notes, page_data
+from diffscale.report.page.samples import embed_grids, find_grids
 
+PAGE_BYTES = 14_500_000
+"""Largest page, which can be mailed; sample grids that do not fit are left out."""
 SCRIPTS = ("common.js", "charts.js", "tables.js", "main.js")
 
 
-def render(analysis: Analysis, grids: Grids, title: str) -> str:
+def render(analysis: Analysis, places: Iterable[str], wanted: list[tuple[str, int]], title: str) -> str:
     """Return the page. `title` and the records may contain any text.
+
+    places: where sample grids are looked for.
+    wanted: (run, images seen) of the grids that it shows, the most important first: as many as fit PAGE_BYTES.
 
     Three things keep it harmless: the JSON cannot end its element, the scripts put text into the page as text, and
     the page's content security policy runs only the two scripts whose hashes it names and reaches no network.
@@ -27,11 +33,14 @@ def render(analysis: Analysis, grids: Grids, title: str) -> str:
     assets = resources.files("diffscale.report") / "assets"
     read = {name: (assets / name).read_text(encoding="utf-8") for name in ("index.html", "report.css", *SCRIPTS)}
     plotly, script = get_plotlyjs(), "\n".join(read[name] for name in SCRIPTS)
+    data = page_data(analysis)
+    used = sum(len(text.encode()) for text in (*read.values(), plotly, to_json(data)))
+    grids = embed_grids(find_grids(places), wanted, PAGE_BYTES - used)
     parts = {
         "HASHES": " ".join(f"'sha256-{_sha256(text)}'" for text in (plotly, script)),
         "TITLE": html.escape(title),
         "CSS": read["report.css"],
-        "DATA": to_json(page_data(analysis, grids)),
+        "DATA": to_json(data | {"grids": grids.uris, "notes": notes(analysis.rows, grids)}),
         "PLOTLY": plotly,
         "SCRIPT": script,
     }

@@ -99,8 +99,8 @@ _POINT = {
 }
 
 
-def page_data(analysis: Analysis, grids: Grids) -> dict[str, Any]:
-    """Return everything that the page's scripts show, as plain JSON values without NaN."""
+def page_data(analysis: Analysis) -> dict[str, Any]:
+    """Return what the page's scripts show besides sample grids and notes, as plain JSON values without NaN."""
     rows, points = analysis.rows, analysis.points.reset_index(drop=True)
     higher = {row["facet"]: higher_is_better(str(row["metric"])) for row in analysis.facets.to_dict("records")}
     index = {(p.facet, p.recipe, p.images_seen): i for i, p in enumerate(points.itertuples())}
@@ -130,8 +130,6 @@ def page_data(analysis: Analysis, grids: Grids) -> dict[str, Any]:
         "runs": _runs(rows),
         "settings": _settings(rows),
         "table": _table(rows),
-        "grids": grids.uris,
-        "notes": _notes(rows, grids),
     }
 
 
@@ -284,30 +282,31 @@ def _table(rows: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def _notes(rows: pd.DataFrame, grids: Grids) -> list[str]:
-    notes = [
+def notes(rows: pd.DataFrame, grids: Grids) -> list[str]:
+    """Return the caveats of the evaluations and of the sample grids, as sentences."""
+    found = [
         f"Of {sum(rows['warning'] == text):,} of the {len(rows):,} evaluations: {text}."
         for text in sorted(set(rows["warning"]) - {""})[:20]
     ]
     if rows["dataset_lossy"].any():
         lossy = ", ".join(sorted(set(rows.loc[rows["dataset_lossy"], "dataset"])))
-        notes.append(f"Made from lossy images (JPEG), which limits the distance that can be reached: {lossy}.")
+        found.append(f"Made from lossy images (JPEG), which limits the distance that can be reached: {lossy}.")
     if (rows["endpoint"] == "mid_decay").any():
-        notes.append(
+        found.append(
             f"{int((rows['endpoint'] == 'mid_decay').sum()):,} evaluations lie in the middle of a learning-rate decay: "
             "in the table, never in a frontier or fit, since they are not the end of a run of that budget."
         )
     if grids.left_out:
-        notes.append(
+        found.append(
             f"{grids.left_out:,} sample grids are left out to keep this file small; they are in the run folders."
         )
     if grids.damaged:
         more = " ..." if len(grids.damaged) > 5 else ""
-        notes.append(f"Sample grids that do not open: {', '.join(grids.damaged[:5])}{more}.")
+        found.append(f"Sample grids that do not open: {', '.join(grids.damaged[:5])}{more}.")
     dirty = int(rows["dirty"].sum())
     if dirty:
-        notes.append(f"{dirty:,} evaluations were made from uncommitted source.")
+        found.append(f"{dirty:,} evaluations were made from uncommitted source.")
     return [
-        *notes,
+        *found,
         "Made by diffscale from records alone; the CSV files next to this page have everything that it shows.",
     ]

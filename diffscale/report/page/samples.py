@@ -14,8 +14,6 @@ from diffscale.core import storage
 
 SIDE = 384
 """Longest side in pixels of an embedded grid; the files in the run folders are unchanged."""
-BUDGET_BYTES = 16_000_000
-"""Largest total of embedded grids; a page of this size can be mailed."""
 _GRID = re.compile(r"-(?P<run>[0-9a-f]{16})/(?:samples/)?images-(?P<images>\d+)\.png$")
 
 
@@ -43,7 +41,7 @@ def find_grids(places: Iterable[str]) -> dict[tuple[str, int], str]:
     return found
 
 
-def embed_grids(found: dict[tuple[str, int], str], wanted: list[tuple[str, int]], budget: int = BUDGET_BYTES) -> Grids:
+def embed_grids(found: dict[tuple[str, int], str], wanted: list[tuple[str, int]], budget: int) -> Grids:
     """Embed the wanted grids in their order of importance until `budget` bytes of the page are used.
 
     A grid that is not a PNG, is damaged or is unreasonably large is named and left out; it does not stop a report.
