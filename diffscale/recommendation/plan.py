@@ -129,7 +129,26 @@ def stage(request: Request, variants: dict[str, dict], flops: float, **settings:
 def _units(request: Request) -> float:
     """Return the cost of the search in runs of the smallest budget, if no stage shared a run with another."""
     later = sum(LATER_SIZES * request.factor**k for k in range(1, request.budgets))
-    return len(request.backbones) * (len(request.learning_rates) + request.sizes * request.seeds + later)
+    runs = len(request.backbones) * (len(request.learning_rates) + request.sizes * request.seeds + later)
+    return runs + len(alternatives(request)) * request.factor ** (request.budgets - 1)
+
+
+def alternatives(request: Request) -> dict[str, dict[str, Any]]:
+    """Return the schedules and training resolutions that are asked for, by name as dotted keys; {} for none.
+
+    All are compared at `data.resolution`, which has to be among the resolutions of the dataset.
+    """
+    if not request.schedules and not request.resolutions:
+        return {}
+    common = resolution_of(request)
+    sides = request.resolutions or (common,)
+    schedules = [{"diffusion.schedule": {"name": name}} for name in request.schedules] or [{}]
+    return {
+        ", ".join([*(str(s["name"]) for s in keys.values()), f"{side} px"]): keys
+        | {"data.resolution": side, "eval.eval_resolution": common}
+        for keys in schedules
+        for side in sides
+    }
 
 
 def _middle(backbone: str, compute: float, cost: CostOf) -> int:

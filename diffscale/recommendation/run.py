@@ -13,7 +13,7 @@ from diffscale.core import storage
 from diffscale.core.hashing import identify
 from diffscale.evaluation.metrics.registry import recorded_name
 from diffscale.models.families import FAMILIES
-from diffscale.recommendation.plan import Plan, resolution_of, run_settings
+from diffscale.recommendation.plan import Plan, alternatives, resolution_of, run_settings
 from diffscale.recommendation.recipe import choose_recipe
 from diffscale.recommendation.request import Request
 from diffscale.recommendation.search import search
@@ -46,21 +46,28 @@ def recommend(request: Request, plan: Plan, handle_signals: bool = False) -> Rec
     folder = folder_of(request)
     text = yaml.safe_dump(request.model_dump(mode="json"), sort_keys=False)
     storage.write_bytes(storage.join(folder, "request.yaml"), text.encode())
-    searched, spent = search(request, plan, handle_signals)
+    searched, tried, spent = search(request, plan, handle_signals)
     first = run_settings(request, request.backbones[0], 0)
     dataset = open_training_data(first)
     recipe = choose_recipe(searched, plan, request.flops - spent, dataset, first.train.price_per_device_hour)
+    metric = recorded_name(first.eval.metrics[0], first.eval.resize)
     found = Recommendation(
         name=request.name,
         dataset=dataset_name(first.data.path),
         dataset_hash=dataset.content_hash,
         resolution=dataset.resolution,
-        metric=recorded_name(first.eval.metrics[0], first.eval.resize),
+        metric=metric,
         flops=request.flops,
         share=request.share,
         search_flops=spent,
         budgets=plan.budgets,
         searched=tuple(searched),
+        alternatives=tried,
+        chosen=min(
+            (name for name, value in tried.items() if value is not None),
+            key=lambda n: rank(metric, tried[n] or 0.0),
+            default="",
+        ),
         recipe=recipe,
     )
     experiment = recipe_settings(request, found)
@@ -121,13 +128,18 @@ def recipe_settings(request: Request, found: Recommendation) -> Experiment:
     """Return the settings of the recipe's run. It continues the search's run of this network, if there is one."""
     recipe: Recipe = found.recipe
     part = next(p for p in found.searched if p.backbone == recipe.backbone)
-    settings = request.overrides | {
-        "name": request.name,
-        "model": FAMILIES[recipe.backbone](recipe.rung, resolution_of(request)),
-        "optim.lr": part.learning_rate,
-        "train.images": None,
-        "train.flops": recipe.flops,
-    }
+    changes = alternatives(request).get(found.chosen, {})
+    settings = (
+        request.overrides
+        | changes
+        | {
+            "name": request.name,
+            "model": FAMILIES[recipe.backbone](recipe.rung, changes.get("data.resolution", resolution_of(request))),
+            "optim.lr": part.learning_rate,
+            "train.images": None,
+            "train.flops": recipe.flops,
+        }
+    )
     return validate(merge(load_tree(request.base), nest(settings)))
 
 

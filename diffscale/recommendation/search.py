@@ -12,7 +12,7 @@ from rich.console import Console
 
 from diffscale.core.errors import UserError
 from diffscale.models.families import FAMILIES
-from diffscale.recommendation.plan import Plan, resolution_of, stage, window
+from diffscale.recommendation.plan import Plan, alternatives, resolution_of, stage, window
 from diffscale.recommendation.request import Request
 from diffscale.records.recommendation import Point, Searched
 from diffscale.records.schema import Record
@@ -56,8 +56,12 @@ class Found:
         )
 
 
-def search(request: Request, plan: Plan, handle_signals: bool = False) -> tuple[list[Searched], float]:
+def search(
+    request: Request, plan: Plan, handle_signals: bool = False
+) -> tuple[list[Searched], dict[str, float | None], float]:
     """Run the unfinished part of the search. Return what it found and the FLOPs of all its runs.
+
+    The second result is the distance by schedule and training resolution, where these were asked for.
 
     handle_signals: SIGTERM and SIGINT end the running trials at a checkpoint and raise Stopped (main thread only).
     """
@@ -76,7 +80,39 @@ def search(request: Request, plan: Plan, handle_signals: bool = False) -> tuple[
             for f in alive:
                 f.rungs = window(f.best(number)[1])
                 f.dropped_after = None if f.backbone in keep else number
-    return [f.searched() for f in found.values()], sum(spent.values())
+    tried = _alternatives(request, plan, list(found.values()), spent, handle_signals)
+    return [f.searched() for f in found.values()], tried, sum(spent.values())
+
+
+def _alternatives(
+    request: Request, plan: Plan, found: list[Found], spent: dict[str, float], handle_signals: bool
+) -> dict[str, float | None]:
+    """Return the distance by schedule and resolution, of the network with the lowest loss at the largest budget.
+
+    They are compared by the distance: losses of different schedules or resolutions are not comparable.
+    """
+    asked = alternatives(request)
+    if not asked:
+        return {}
+    last = len(plan.budgets) - 1
+    best = min(found, key=lambda f: f.best(last)[0])
+    variants = {
+        name: keys
+        | {
+            "model": FAMILIES[best.backbone](best.best(last)[1], keys["data.resolution"]),
+            "optim.lr": best.learning_rate,
+        }
+        for name, keys in asked.items()
+    }
+    sweep = stage(request, variants, plan.budgets[-1]).model_copy(update={"metric": None})
+    ledger, trials = _run(sweep, handle_signals)
+    for trial in trials:
+        _add_spent(spent, ledger.records(trial))
+    return {trial.point["variant"]: _finite(ledger.value(trial)) for trial in trials}
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _pilot(
@@ -87,9 +123,8 @@ def _pilot(
     rates = {"optim.lr": list(request.learning_rates)}
     ledger, trials = _run(stage(request, variants, plan.budgets[0], space=rates), handle_signals)
     for trial in trials:
-        loss = ledger.value(trial)
-        known = loss is not None and math.isfinite(loss)
-        found[trial.point["variant"]].learning_rates[f"{trial.point['optim.lr']:g}"] = loss if known else None
+        rate = f"{trial.point['optim.lr']:g}"
+        found[trial.point["variant"]].learning_rates[rate] = _finite(ledger.value(trial))
         _add_spent(spent, ledger.records(trial))
     for f in found.values():
         losses = {float(rate): loss for rate, loss in f.learning_rates.items() if loss is not None}

@@ -35,6 +35,13 @@ def describe_recommendation(found: Recommendation, folder: str) -> str:
     if r.distance is not None:
         came = "" if o is None else f"; came out as {o.distance:.4g}"
         lines.append(f"distance   {found.metric} {_text(r.distance)}{came}")
+    if found.alternatives:
+        values = ", ".join(
+            f"{name} {'diverged' if v is None else f'{v:.4g}'}" for name, v in found.alternatives.items()
+        )
+        lines.append(
+            f"choice     {found.chosen} by {found.metric} ({values}); the predictions are for the settings given"
+        )
     if o is not None and o.guidance is not None:
         g = o.guidance
         lines.append(

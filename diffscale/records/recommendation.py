@@ -111,6 +111,8 @@ class Recommendation(_Part):
     search_flops: float = Field(description="what the search used")
     budgets: tuple[float, ...]
     searched: tuple[Searched, ...]
+    alternatives: dict[str, float | None] = Field({}, description="distance by schedule and training resolution")
+    chosen: str = Field("", description="the best of the alternatives")
     recipe: Recipe
     outcome: Outcome | None = None
 

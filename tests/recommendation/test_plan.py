@@ -11,7 +11,7 @@ from diffscale.core.errors import UserError
 from diffscale.models import create_model
 from diffscale.models.families import FAMILIES, RUNGS
 from diffscale.recommendation.ask import make_request
-from diffscale.recommendation.plan import LATER_SIZES, make_plan, window
+from diffscale.recommendation.plan import LATER_SIZES, alternatives, make_plan, window
 from diffscale.recommendation.request import Request
 
 SMALL = {"data": {"resolution": 16}, "train": {"global_batch": 8}, "backbones": ["dit"]}
@@ -71,6 +71,21 @@ def test_hours_of_devices_are_a_compute() -> None:
     """2 hours of 3 devices of 1e12 FLOP/s at half their rate."""
     found = make_request("builtin:emoji", {}, hours=2, devices=3, mfu=0.5, device_flops=1e12)
     assert found.flops == pytest.approx(2 * 3600 * 3 * 0.5 * 1e12)
+
+
+def test_schedules_and_resolutions_are_tried_in_every_combination_at_one_evaluation_resolution(tmp_path: Path) -> None:
+    asked = request(tmp_path, schedules=["simple_cosine", "edm_lognormal"], resolutions=[16, 32])
+    found = alternatives(asked)
+    assert list(found) == [
+        "simple_cosine, 16 px",
+        "simple_cosine, 32 px",
+        "edm_lognormal, 16 px",
+        "edm_lognormal, 32 px",
+    ]
+    assert {keys["eval.eval_resolution"] for keys in found.values()} == {16}
+    assert alternatives(request(tmp_path)) == {}
+    plain, more = make_plan(request(tmp_path)), make_plan(asked)
+    assert more.budgets[0] == pytest.approx(plain.budgets[0] * 74 / (74 + 4 * 16))  # four more runs at the largest
 
 
 def test_sizes_follow_the_best_one_within_the_ladder() -> None:

@@ -83,6 +83,8 @@ def trust(r: Recommendation) -> str:
     for row in fared([r]).dropna(subset=["measured"]).to_dict("records"):
         where = "inside" if row["inside"] else "outside"
         text += f"The {row['quantity']} was predicted with {row['error_percent']:+.1f} %, {where} the interval. "
+    if r.chosen:
+        text += f"Of schedules and resolutions {r.chosen} was best; predictions are for the settings of the search. "
     return text + " ".join([*rest, *r.recipe.caveats])
 
 
