@@ -21,19 +21,20 @@ def main(
     to: Annotated[str, typer.Option(help="diffusers or safetensors")] = "safetensors",
     ema: Annotated[str, typer.Option(help="weights: none, halflife, a power width; default eval.ema")] = "",
     checkpoint: Annotated[str, typer.Option(help="last, or images seen")] = "last",
-    licence: Annotated[str, typer.Option(help="of the weights, for the model card")] = "",
+    licence: Annotated[str, typer.Option(help="of the weights, for the model card, as mit or apache-2.0")] = "",
+    push: Annotated[str, typer.Option(help="OWNER/NAME on Hugging Face's hub; HF_TOKEN has the token")] = "",
+    private: Annotated[bool, typer.Option("--private", help="if the upload makes a model, only you see it")] = False,
 ) -> None:
     """Write a run's network with its configuration and a model card."""
     from diffscale.interchange.export import export_run  # import cost
-    from diffscale.interchange.import_run import imported_from  # import cost
+    from diffscale.interchange.import_run import origin  # import cost
     from diffscale.interchange.model_card import NOT_PASSED_ON  # import cost
-    from diffscale.training.checkpoint.layout import run_of  # import cost
 
     place = storage.resolve(target, "RUN")
-    folder = export_run(place, out.expanduser().resolve(), to, ema, checkpoint, licence)
+    folder = export_run(place, out.expanduser().resolve(), to, ema, checkpoint, licence, push, private)
     console = Console()
     console.print(f"exported: {folder}", highlight=False, soft_wrap=True)
-    about = imported_from(run_of(place) or place)
+    about = origin(place)
     if about is not None and not about["may_be_passed_on"]:
         console.print(NOT_PASSED_ON, highlight=False, soft_wrap=True)
 

@@ -1,4 +1,4 @@
-"""`python -m diffscale.import FILE --family NAME data.path=FOLDER`: published weights as a run.
+"""`python -m diffscale.import FILE|HUB_ID --family NAME data.path=FOLDER`: published weights as a run.
 
 The run takes the place of one that was trained here: `evaluate`, `sample` and `export` take its folder, and
 `train.init_from` begins at its weights. Nothing in the file is executed.
@@ -6,7 +6,6 @@ The run takes the place of one that was trained here: `evaluate`, `sample` and `
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -20,7 +19,12 @@ app = command_app()
 
 @app.command()
 def main(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="weights, or a folder with weights and config.json")],
+    file: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE|HUB_ID", help="weights, a folder with config.json, or OWNER/NAME[@REVISION][:FILE]"
+        ),
+    ],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="dotted settings")] = None,
     family: Annotated[str, typer.Option(help="edm, edm2, adm, iddpm, torchcfm, dit, jit, hdit or diffusers")] = "",
     recipe: Annotated[str, typer.Option(help="whose settings the run has; default: the one that the weights fit")] = "",
@@ -30,7 +34,7 @@ def main(
     from diffscale.interchange.import_run import import_run, imported_from  # import cost
 
     place = storage.resolve(out, "--out") if out else None
-    folder = import_run(file.expanduser().resolve(), family, overrides or [], recipe or None, place)
+    folder = import_run(file, family, overrides or [], recipe or None, place)
     console, about = Console(), imported_from(folder) or {}
     console.print(f"imported: {folder}", highlight=False, soft_wrap=True)
     console.print(f"recipe {about['recipe']}, licence {about['licence']}", highlight=False, soft_wrap=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pyarrow import fs as pafs
 
+from diffscale.core import hub
 from diffscale.core.cache import home_dir
 from diffscale.core.errors import UserError
 
@@ -17,6 +18,7 @@ ENVIRONMENT = "DIFFSCALE_STORAGE"
 JOB_VARIABLES = ("RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_JOB_ID")
 """Variables that Ray sets for the program of a submitted job and for its workers."""
 SCHEMES = ("s3", "gs", "gcs", "file")
+READ_ONLY = ("hf",)  # hf://datasets/OWNER/NAME@COMMIT, the files of a dataset on Hugging Face's hub
 S3_ATTEMPTS = 5  # for one call: a bucket that throttles (503 SlowDown) is asked again after growing pauses
 S3_PATIENCE = 20.0  # seconds for an answer; after arrow's 3 s a busy server is asked for the same bytes again
 GCS_PATIENCE = timedelta(seconds=60)  # for one call; Google's own 15 minutes look like a hang
@@ -42,7 +44,7 @@ def resolve(uri: str, setting: str = "storage", *, written: bool = True) -> str:
         raise UserError(setting=setting, value=uri, expected="an absolute path or a URI (s3://bucket/folder)")
     path = os.path.expanduser(uri.removeprefix("file://"))
     if "://" in path or os.path.isabs(path):
-        return check_absolute(path, setting)
+        return check_absolute(path, setting, written=written)
     if written and in_ray_job():
         raise UserError(
             setting=setting,
@@ -58,8 +60,11 @@ def is_remote(uri: str) -> bool:
     return "://" in uri and not uri.startswith("file://")
 
 
-def check_absolute(uri: str, setting: str = "storage") -> str:
-    """Return the place without `file://`. Raises UserError for a relative path, an unknown scheme or credentials."""
+def check_absolute(uri: str, setting: str = "storage", *, written: bool = True) -> str:
+    """Return the place without `file://`. Raises UserError for a relative path, an unknown scheme or credentials.
+
+    written: whether it must be one that can be written to
+    """
     path = uri.removeprefix("file://")
     if is_remote(uri) and "@" in uri.split("://", 1)[1].split("/", 1)[0]:
         raise UserError(
@@ -68,7 +73,7 @@ def check_absolute(uri: str, setting: str = "storage") -> str:
             expected="a URI without credentials",
             fix="give them in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, or the machine's role",
         )
-    if "://" in uri and uri.split("://", 1)[0] not in SCHEMES:
+    if "://" in uri and uri.split("://", 1)[0] not in SCHEMES + (() if written else READ_ONLY):
         raise UserError(
             setting=setting, value=uri, expected="an absolute path, s3://bucket/folder or gs://bucket/folder"
         )
@@ -110,6 +115,8 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
                 endpoint_override=host, scheme=scheme or "http", anonymous=True, retry_time_limit=GCS_PATIENCE
             ), inside
         return pafs.GcsFileSystem(retry_time_limit=GCS_PATIENCE), inside
+    if uri.startswith("hf://"):
+        return pafs.PyFileSystem(pafs.FSSpecHandler(hub.filesystem())), uri[len("hf://") :]
     if is_remote(uri):
         return pafs.FileSystem.from_uri(uri)
     return pafs.LocalFileSystem(), uri.removeprefix("file://")

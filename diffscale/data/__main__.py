@@ -14,6 +14,7 @@ from diffscale.core.app import command_app, run_app
 from diffscale.core.console import make_console
 from diffscale.core.errors import UserError
 from diffscale.data.autoencoder import Autoencoder
+from diffscale.data.build import hub_source
 from diffscale.data.build.build import BuildOptions, build, examine
 from diffscale.data.build.decode import Preparation
 from diffscale.data.build.encode import EncodeOptions
@@ -33,7 +34,10 @@ Folder = Annotated[str, typer.Argument(help="dataset folder, or a URI")]
 @app.command("build")
 def build_command(
     source: Annotated[
-        str, typer.Argument(help="folder, .zip, .tar, .parquet, .arrow, .npz, .npy or CIFAR-10; or a URI")
+        str,
+        typer.Argument(
+            help="folder, .zip, .tar, .parquet, .arrow, .npz, .npy or CIFAR-10; or a URI, as hf://OWNER/NAME[@REVISION]"
+        ),
     ],
     target: Annotated[str, typer.Argument(metavar="DATASET", help="folder to write, or a URI")],
     resolution: Annotated[
@@ -114,6 +118,15 @@ def build_command(
         raise UserError(
             setting="--background", value=background, expected="R,G,B with 0 to 255 each, for example 255,255,255"
         )
+    chosen = {
+        "image_column": image_column,
+        "label_column": label_column,
+        "config": config,
+        "split_names": split_names,
+    }
+    if source.startswith(hub_source.SCHEME):
+        source, choices_of_source = hub_source.pin(source)
+        chosen |= choices_of_source
     preparation = Preparation(crop, filter, colour, channels, upsample, max_pixels)  # type: ignore[arg-type]
     options = BuildOptions(
         source=storage.resolve(source, "SOURCE", written=False),
@@ -127,15 +140,12 @@ def build_command(
         split_seed=split_seed,
         shuffle=shuffle,
         labels=labels and storage.resolve(labels, "--labels", written=False),
-        image_column=image_column,
-        label_column=label_column,
-        config=config,
-        split_names=split_names,
         folders=folders,
         memory=int(memory * 1e9) if memory else None,
         workers=workers,
         strict=strict,
         shard_bytes=shard_megabytes << 20,
+        **chosen,  # type: ignore[arg-type]
     )
     latents = None
     if encode is not None:

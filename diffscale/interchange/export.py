@@ -5,16 +5,18 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from diffscale.core import hub
 from diffscale.core.errors import UserError
 from diffscale.core.progress import working
 from diffscale.interchange.diffusers_form import diffusers_form
 from diffscale.interchange.form import Files, Form, Trained
-from diffscale.interchange.import_run import imported_from
+from diffscale.interchange.import_run import origin
 from diffscale.interchange.model_card import model_card
 from diffscale.interchange.safetensors_form import safetensors_form
 from diffscale.training.checkpoint import layout as ck
@@ -23,16 +25,28 @@ from diffscale.training.load import is_run, list_targets, settings_of_run
 FORMS: dict[str, Callable[[Trained], Form]] = {"diffusers": diffusers_form, "safetensors": safetensors_form}
 
 
-def export_run(target: str, out: Path, to: str, ema: str = "", checkpoint: str = "last", licence: str = "") -> Path:
-    """Write a run's network into a new folder and return it.
+def export_run(
+    target: str,
+    out: Path,
+    to: str,
+    ema: str = "",
+    checkpoint: str = "last",
+    licence: str = "",
+    push: str = "",
+    private: bool = False,
+) -> str:
+    """Write a run's network into a new folder, and return it or the page of the hub that it was uploaded to.
 
-    Raises UserError before anything is written, for a folder that is not empty, an unknown form and what is no run.
+    Raises UserError before anything is written, for a folder that is not empty, an unknown form, what is no run, and
+    an upload that would be refused or that the licence of imported weights does not allow.
 
     target: a run's folder or a checkpoint
     to: diffusers or safetensors
     ema: average of the weights; empty for that of eval.ema
     checkpoint: last, or images seen
     licence: of the weights, for the model card; empty says that none is stated
+    push: OWNER/NAME of a model on the hub, which gets the folder's files in one commit
+    private: whether a model that the upload makes is private
     """
     if to not in FORMS:
         raise UserError(setting="--to", value=to, expected=" or ".join(FORMS))
@@ -41,6 +55,9 @@ def export_run(target: str, out: Path, to: str, ema: str = "", checkpoint: str =
     if not is_run(target):
         raise UserError(setting="RUN", value=target, expected="a run's folder or a checkpoint of one")
     uri = list_targets(target, checkpoint)[-1]
+    about = origin(uri)
+    if push:
+        _check_push(push, about, private)
     experiment = settings_of_run(uri)
     average = ema or experiment.eval.ema
     with working(f"reading {uri}", unit=""):
@@ -48,10 +65,26 @@ def export_run(target: str, out: Path, to: str, ema: str = "", checkpoint: str =
     shape = {name: int(ck.read_state(uri)["data"][name]) for name in ("resolution", "channels", "num_classes")}
     trained = Trained(experiment, model, shape, images, ck.ema_name(average), ck.run_of(uri))
     form = FORMS[to](trained)
-    card = model_card(trained, columns, form, to, imported_from(trained.run_folder), licence)
+    card = model_card(trained, columns, form, to, about, licence)
     with working(f"writing {out}", unit=""):
         _write(out, form.files | {"README.md": card})
-    return out
+    if not push:
+        return str(out)
+    with working(f"uploading {out}", unit=""):
+        return hub.upload("--push", push, out, f"{experiment.name} after {images:,} images, from diffscale", private)
+
+
+def _check_push(repo: str, about: dict[str, Any] | None, private: bool) -> None:
+    """Raise UserError for an upload that the hub would refuse, or that the licence of imported weights forbids."""
+    if about is not None and not about["may_be_passed_on"] and not private:
+        raise UserError(
+            setting="--push",
+            value=repo,
+            expected="weights whose licence lets everyone pass them on, or a private model",
+            reason=f"they come from {about['file']} with the licence {about['licence']}",
+            fix="--private keeps the model to you and those whom you let in",
+        )
+    hub.check_upload("--push", repo)
 
 
 def _write(out: Path, files: Files) -> None:

@@ -13,6 +13,9 @@ from diffscale.core.text import nearest
 from diffscale.interchange import diffusers_unet, dit, edm, edm2, guided_diffusion, hdit, jit
 from diffscale.interchange.renaming import RowOrder, Weights
 
+OPEN = {"mit", "apache-2.0", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0"}
+"""Licences, as the hub names them, under which everyone may pass converted weights on."""
+
 
 class Candidate(NamedTuple):
     """A network that a file of the family may hold."""
@@ -28,6 +31,11 @@ class Licence(NamedTuple):
 
     name: str
     may_be_passed_on: bool  # converted, under these terms
+    of_project: bool = True  # whether the project has one licence; else the page of a model says it
+
+    def of_page(self, licence: str) -> Licence:
+        """Return the licence of a model whose page states `licence`, this one if the project has one for all."""
+        return self if self.of_project or not licence else Licence(licence, licence in OPEN)
 
 
 @dataclass(frozen=True)
@@ -156,7 +164,7 @@ FAMILIES = {
         ),
         Family(
             "hdit",
-            Licence("as the file's author says (the code is MIT)", may_be_passed_on=False),
+            Licence("as the file's author says (the code is MIT)", may_be_passed_on=False, of_project=False),
             (
                 Candidate("hdit-imagenet128"),
                 Candidate("hdit-imagenet128", ("model.preset=hdit-imagenet256", "data.resolution=256")),
@@ -168,7 +176,7 @@ FAMILIES = {
         ),
         Family(
             "diffusers",
-            Licence("as the model's page says", may_be_passed_on=False),
+            Licence("as the model's page says", may_be_passed_on=False, of_project=False),
             (Candidate("ddpm-cifar10"),),
             _diffusers,
             diffusers_unet.num_classes,

@@ -22,11 +22,13 @@ from diffscale.core.progress import working
 from diffscale.data import Dataset
 from diffscale.interchange.containers import Source, read_source
 from diffscale.interchange.families import Candidate, Family, family_of
+from diffscale.interchange.hub_weights import fetch
 from diffscale.interchange.renaming import UnfitError, Weights, state_dict_for
 from diffscale.models import create_model
 from diffscale.models.cost import count_cost
 from diffscale.training.checkpoint import layout as ck
 from diffscale.training.checkpoint.tensors import write_group
+from diffscale.training.load import is_run, settings_of_run
 from diffscale.training.parallel import World
 from diffscale.training.record_columns import record_columns
 
@@ -43,20 +45,22 @@ class Choice(NamedTuple):
 
 
 def import_run(
-    file: Path, family: str, overrides: Sequence[str] = (), recipe: str | None = None, out: str | None = None
+    file: str | Path, family: str, overrides: Sequence[str] = (), recipe: str | None = None, out: str | None = None
 ) -> str:
     """Return the folder of the run that holds a file's weights, in our names and float32.
 
     Raises UserError before anything is written: for an unknown family, a file that cannot be read safely, weights that
     fit none of the family's networks, and data that the network cannot have.
 
+    file: path, or a model on the hub: owner/name[@revision][:file]
     overrides: dotted settings; data.path is needed, since metrics compare with its images
     recipe: whose settings the run has; None tries the family's own until the weights fit
     out: folder of the run; None is one under `storage`
     """
     known = family_of(family)
     with working(f"reading {file}", unit=""):
-        source = read_source(file, known.parts)
+        fetched = fetch(str(file), family)
+        source = read_source(fetched.path, known.parts)
     classes = known.num_classes(source.tensors)
     choice = _fitting(known, source, parse_overrides(overrides), recipe, classes)
     experiment = validate(choice.tree)
@@ -72,14 +76,15 @@ def import_run(
     columns = record_columns(
         experiment, dataset, cost, World(), images, 0.0, None, None, experiment.train.precision, None
     )
+    licence = known.licence.of_page(fetched.licence)
     about = {
-        "file": source.path.name,
+        "file": fetched.source,
         "sha256": source.sha256,
         "container": source.container,
         "family": family,
         "recipe": choice.candidate.recipe,
-        "licence": known.licence.name,
-        "may_be_passed_on": known.licence.may_be_passed_on,
+        "licence": licence.name,
+        "may_be_passed_on": licence.may_be_passed_on,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     shape = {"resolution": dataset.resolution, "channels": dataset.channels, "num_classes": classes}
@@ -92,6 +97,20 @@ def imported_from(run_folder: str) -> dict[str, Any] | None:
     """Return what `import_run` noted about a run's weights, None for a run that was trained here."""
     uri = storage.join(run_folder, FILE)
     return json.loads(storage.read_bytes(uri)) if storage.exists(uri) else None
+
+
+def origin(run: str) -> dict[str, Any] | None:
+    """Return what is noted about the published weights that a run was made of or began at, None if there are none.
+
+    run: its folder or a checkpoint
+    """
+    while True:
+        if about := imported_from(ck.run_of(run) or run):
+            return about
+        start = settings_of_run(run).train.init_from
+        if start is None or not is_run(start):
+            return None
+        run = start
 
 
 def _fitting(known: Family, source: Source, given: dict[str, Any], recipe: str | None, classes: int) -> Choice:

@@ -9,6 +9,7 @@ import yaml
 
 from diffscale.config.experiment import Experiment
 from diffscale.core import storage
+from diffscale.interchange.families import OPEN
 from diffscale.interchange.form import Form, Trained
 from diffscale.records.schema import Record
 from diffscale.records.store import read_records
@@ -101,9 +102,9 @@ def _front_matter(experiment: Experiment, columns: dict[str, Any], records: list
             "metrics": [{"type": record.metric, "value": record.value} for record in records],
         }
     ]
+    known = licence.lower().replace(" ", "-")
     content: dict[str, Any] = {
-        "license": "other",
-        "license_name": licence or "see-below",
+        **({"license": known} if known in OPEN else {"license": "other", "license_name": known or "see-below"}),
         "library_name": "diffusers" if to == "diffusers" else "diffscale",
         "pipeline_tag": "unconditional-image-generation",
         "tags": ["diffusion", "diffscale", str(columns["model"])],

@@ -112,7 +112,7 @@ def build(options: BuildOptions, show: bool = True, on_task: OnTask = _ignore) -
 
 def _check(options: BuildOptions) -> tuple[str, str, list[str], list[int]]:
     """Return source, target, the folder of each resolution, and the resolutions. Raises UserError."""
-    source = storage.check_absolute(options.source, "SOURCE")
+    source = storage.check_absolute(options.source, "SOURCE", written=False)
     target = storage.check_absolute(options.target, "DATASET")
     sides = sorted(set(options.resolutions))
     if any(side < 1 or side > 8192 for side in sides):
