@@ -41,6 +41,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "scaling"
 BEFORE = "40d1a55"  # the last commit in which every rank opened, restored and evaluated for itself
 SIMULATED = (1, 8, 64)
 MANY = 1024
+LINEAR = ("open", "restore", "restore sharded weights", "evaluate a round")  # `lanes` is exact for what a node reads
 NODE = 8
 
 
@@ -66,7 +67,7 @@ def _extrapolated(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the rows at MANY ranks: totals of requests and bytes are linear in the number of ranks."""
     out = []
     middle, most = SIMULATED[-2:]
-    for last in (row for row in rows if row["ranks"] == most):
+    for last in (row for row in rows if row["ranks"] == most and row["operation"] in LINEAR):
         one = next(r for r in rows if r["ranks"] == middle and all(r[k] == last[k] for k in ("tree", "operation")))
         row = {"tree": last["tree"], "kind": "extrapolated", "operation": last["operation"], "ranks": MANY}
         for key in last.keys() - row.keys() - {"requests_per_rank", "bytes_per_rank", "of_its_share"}:
