@@ -37,7 +37,7 @@ def main(
     ] = None,
     labels: Annotated[str, typer.Option(help="train, uniform, balanced, none, or a class")] = "train",
     precision: Annotated[str, typer.Option(help="fp32 or bf16 for sampling; default: as the run computes")] = "",
-    reference: Annotated[str, typer.Option(help="dataset, folder or .npz; a run has its training set")] = "",
+    reference: Annotated[str, typer.Option(help="dataset, folder, .npz or cifar10, ...; a run has its images")] = "",
     resize: Annotated[str, typer.Option(help="default, tf1, clean, antialiased; named in the metric")] = "default",
     per_class: Annotated[bool, typer.Option("--per-class", help="each metric for each class too")] = False,
     memorised: Annotated[int, typer.Option(help="samples in a picture of those nearest to training images")] = 0,
@@ -45,7 +45,7 @@ def main(
         int, typer.Option(help="side in pixels to which images of a folder are cropped and resized")
     ] = 0,
     keep: Annotated[str, typer.Option(help="folder in which to keep the images")] = "",
-    keep_format: Annotated[str, typer.Option(help="png or arrow")] = "png",
+    keep_format: Annotated[str, typer.Option(help="png, arrow or npz")] = "png",
     weights: Annotated[str, typer.Option(help="file or folder with weights of feature networks")] = "",
     workers: Annotated[int, typer.Option(help="Ray actors; 0: one for each GPU, or else CPU, of the cluster")] = 0,
     out: Annotated[str, typer.Option(help="also write the rows to this JSON file")] = "",

@@ -26,13 +26,13 @@ def main(
     targets: Annotated[list[str], typer.Argument(metavar="RUN|CHECKPOINT... [EVAL.KEY=VALUE]...")],
     n: Annotated[int, typer.Option(help="images of each")] = 64,
     out: Annotated[str, typer.Option(help="folder for images and pictures")] = "samples",
-    keep_format: Annotated[str, typer.Option("--format", help="png, arrow, or grid alone")] = "png",
+    keep_format: Annotated[str, typer.Option("--format", help="png, arrow, npz (ADM's), or grid")] = "png",
     checkpoint: Annotated[str, typer.Option(help="last, all, or images seen")] = "last",
     ema: Annotated[str, typer.Option(help="weights: none, halflife, a power width; default eval.ema")] = "",
     solver: Annotated[str, typer.Option(help="heun,steps=18; default eval.solver")] = "",
     labels: Annotated[str, typer.Option(help="train, uniform, balanced, none, or a class")] = "balanced",
     precision: Annotated[str, typer.Option(help="fp32 or bf16; default: as the run computes")] = "",
-    guide: Annotated[str, typer.Option(help="checkpoint of a weaker network of the same process: autoguidance")] = "",
+    guide: Annotated[str, typer.Option(help="run or checkpoint that guides; short for eval.guide")] = "",
     trajectory: Annotated[int, typer.Option(help="samples shown as strips from noise to image")] = 0,
     workers: Annotated[int, typer.Option(help="Ray actors; 0: one for each GPU, or else CPU, of the cluster")] = 0,
 ) -> None:
@@ -48,7 +48,9 @@ def main(
     if n < 1 or not runs:
         raise UserError(setting="n", value=n, expected="at least 1, of at least one run")
     require_writable(storage.resolve(out, "--out"), "--out")
-    options = DrawOptions(n, keep_format, labels, precision, guide, trajectory, workers)
+    if guide:
+        overrides.append(f"eval.guide={storage.resolve(guide, '--guide', written=False)}")
+    options = DrawOptions(n, keep_format, labels, precision, trajectory, workers)
     rows = []
     for uri in (uri for run in runs for uri in list_targets(run, checkpoint)):
         experiment = settings_of_run(uri, overrides, solver or None)

@@ -282,6 +282,12 @@ class EvalSettings(Section):
     n_generated: int = Field(
         1024, ge=0, le=10**8, description="generated images for each evaluation; 0 does not evaluate"
     )
+    reference: str | None = Field(
+        None,
+        min_length=1,
+        description="statistics to compare with: an .npz, or published ones (cifar10, imagenet64, ...); "
+        "null: the training images",
+    )
     n_reference: int | None = Field(
         None, ge=2, le=10**12, description="reference images; null: all of the training set"
     )
@@ -295,7 +301,7 @@ class EvalSettings(Section):
     )
     resize: str = Field("default", description="how images reach the network's size; named in the record")
     solver: Solver = Field(choice("dpmpp_2m", steps=20), description="sampler")
-    guidance_scale: float = Field(1.0, ge=0, le=1e3, description="classifier-free guidance; 1 is none")
+    guidance_scale: float = Field(1.0, ge=0, le=1e3, description="strength of guidance; 1 is none")
     guidance_interval: tuple[Level, Level] | None = Field(
         None, description="lowest and highest logsnr at which to guide; null: everywhere"
     )
@@ -305,6 +311,15 @@ class EvalSettings(Section):
     guidance_state: Literal["shared", "own"] = Field(
         "shared", description="latents from which a pass without labels starts (RIN): the labelled pass's, or its own"
     )
+    guide: str | None = Field(
+        None,
+        min_length=1,
+        description="run or checkpoint of a weaker network that guides instead of the unlabelled one (autoguidance)",
+    )
+    guide_ema: str | None = Field(
+        None, coerce_numbers_to_str=True, description="its weights; null: those that its run is evaluated with"
+    )
+    guide_weights: str | None = Field(None, description="hash of the guide's checkpoint and weights; filled in")
     ema: str = Field(
         "halflife",
         coerce_numbers_to_str=True,
@@ -359,13 +374,20 @@ class Experiment(Section):
                 value=resolution,
                 expected=f"at least data.resolution ({self.data.resolution})",
             )
-        if evaluation.guidance_scale != 1 and not (self.data.class_conditional and self.diffusion.label_drop):
+        if evaluation.guide is not None and evaluation.guidance_scale == 1:
+            raise UserError(
+                setting="eval.guide",
+                value=evaluation.guide,
+                expected="an eval.guidance_scale other than 1, with which a guide has no effect",
+            )
+        labelled = self.data.class_conditional and self.diffusion.label_drop
+        if evaluation.guidance_scale != 1 and evaluation.guide is None and not labelled:
             raise UserError(
                 setting="eval.guidance_scale",
                 value=evaluation.guidance_scale,
                 expected="1 for a network without labels, or that always sees them",
                 reason="classifier-free guidance compares the network with and without its label",
-                fix="data.class_conditional=true and a diffusion.label_drop above 0",
+                fix="data.class_conditional=true and a diffusion.label_drop above 0, or eval.guide=RUN",
             )
         self._refuse_network_without_input()
         check_absolute(self.storage)

@@ -150,14 +150,16 @@ def validate(tree: dict[str, Any]) -> Experiment:
 
 
 def _resolve_paths(tree: dict[str, Any]) -> dict[str, Any]:
-    """Return the tree with absolute `storage`, `data.path`, and `data.decoder` if it is a folder."""
+    """Return the tree with absolute `storage` and `data.path`, and other places if they exist."""
     if isinstance(place := tree.get("storage"), str):
         tree = tree | {"storage": resolve(place)}
     data = tree.get("data")
     if isinstance(data, dict) and isinstance(path := data.get("path"), str) and not path.startswith(BUILTIN):
         tree = tree | {"data": data | {"path": resolve(path, "data.path")}}
-    if isinstance(data, dict) and isinstance(decoder := data.get("decoder"), str) and exists(decoder):
-        tree = tree | {"data": tree["data"] | {"decoder": resolve(decoder, "data.decoder")}}
+    for section, name in (("data", "decoder"), ("eval", "reference"), ("eval", "guide")):
+        part = tree.get(section)
+        if isinstance(part, dict) and isinstance(place := part.get(name), str) and exists(place):
+            tree = tree | {section: part | {name: resolve(place, f"{section}.{name}")}}
     return tree
 
 

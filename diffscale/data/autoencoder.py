@@ -14,7 +14,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -218,9 +217,3 @@ class Decoder:
         shift, scale = (torch.tensor(v, device=latents.device)[:, None, None] for v in (self.shift, self.scale))
         self.autoencoder.network.to(latents.device)
         return self.autoencoder.decode(latents / scale + shift)
-
-
-def stored_latents(mean: Tensor, std: Tensor, shift: list[float], scale: list[float]) -> np.ndarray:
-    """Return mean and standard deviation as they are stored: normalised, one after the other, float32 (B, 2C, h, w)."""
-    shifts, scales = (torch.tensor(v, device=mean.device)[:, None, None] for v in (shift, scale))
-    return torch.cat([(mean - shifts) * scales, std * scales], dim=1).cpu().numpy()

@@ -125,9 +125,9 @@ class Guidance:
     """x̂ = x̂_guide + scale·(x̂ − x̂_guide): 1 is no guidance, 0 is the guide alone.
 
     The guide is the model without its label (classifier-free, Ho and Salimans 2022), or `model`, a weaker network of
-    the same process and with the same label (autoguidance, Karras et al. 2024, "Guiding a Diffusion Model with a Bad
-    Version of Itself"). It is used for logsnr within `interval`, ends included (Kynkäänniemi et al. 2024). A pass whose
-    estimate has no weight is not made.
+    the same process that gets the label if it has classes (autoguidance, Karras et al. 2024, "Guiding a Diffusion Model
+    with a Bad Version of Itself"). It is used for logsnr within `interval`, ends included (Kynkäänniemi et al. 2024). A
+    pass whose estimate has no weight is not made.
     """
 
     scale: float = 1.0
@@ -210,6 +210,8 @@ class GuidedDenoiser:
         guide, label = guidance.model, self.label
         if guide is None:
             guide, label = self.model, None
+        elif getattr(guide, "num_classes", None) == 0:
+            label = None
         other, guide_state, share = self.estimate(self.diffusion, guide, z, levels, label, guide_state, **self.extra)
         if not shared:
             self.guide_state = guide_state

@@ -177,6 +177,8 @@ def run_on_ray(
 
     if isinstance(source, ModelSource):
         source = replace(source, model=source.model.cpu(), device="cuda" if gpu else "cpu")
+        if source.sampling.guidance.model is not None:
+            source.sampling.guidance.model.cpu()
     shared = [ray.put(source)]
     options: dict[str, Any] = {"num_cpus": threads, "num_gpus": int(gpu), "max_restarts": 3, "max_task_retries": 3}
     environment = {name: os.environ[name] for name in (WEIGHTS, OFFLINE) if name in os.environ}

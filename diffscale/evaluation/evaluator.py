@@ -55,6 +55,7 @@ from diffscale.evaluation.metrics.registry import (
 )
 from diffscale.evaluation.metrics.statistics import load_moments
 from diffscale.evaluation.networks.resize import upsample
+from diffscale.evaluation.published import published_of, refuse_other_protocol, statistics_file
 from diffscale.evaluation.reference import (
     Reference,
     get_reference,
@@ -147,6 +148,8 @@ class Evaluator:
 
     def _check_reference_file(self, file: Path) -> None:
         """Raise UserError for statistics that are broken, of another network, or no answer to one of the metrics."""
+        side = self.settings.eval_resolution or self.dataset.resolution
+        refuse_other_protocol(file, side, self.settings.resize, {m.name: m.network for m in self.metrics})
         for metric in self.metrics:
             if metric.kind in NEED_FEATURES:
                 raise no_features(file)
@@ -287,6 +290,8 @@ class Evaluator:
             generated = FeatureStore(place, source.n)
             grid = self._grid(generated, source)
             measurements = self.measure(generated, self.per_class)
+            if self.reference_file is not None and (known := published_of(self.reference_file)) is not None:
+                measurements = [with_warning(m, known.caveat) for m in measurements]
             if lossy is not None:
                 measurements = [self._with_lossy_warning(m, lossy) for m in measurements]
             if 0 < self._heldout_images() < LEAST_HELDOUT:
@@ -357,13 +362,14 @@ def with_warning(row: Measurement, warning: str) -> Measurement:
 def make_evaluator(experiment: Experiment, dataset: Dataset, **options: Any) -> Evaluator:
     """Construct the evaluator of an experiment.
 
-    Samples are compared with the training images at `eval.eval_resolution` and with the held-out split of that
-    resolution. Raises UserError where a network's weights are missing or the settings do not fit the data.
+    Samples are compared with the training images at `eval.eval_resolution`, or with the statistics of `eval.reference`,
+    and with the held-out split of that resolution. Raises UserError where a network's weights are missing or the
+    settings do not fit the data.
 
     dataset: what the model was trained on, pixels or latents.
     options: further arguments of Evaluator, such as `device` and `actors`.
     """
-    compared = reference_dataset(experiment, dataset)
+    compared, reference = reference_dataset(experiment, dataset), experiment.eval.reference
     return Evaluator(
         experiment.eval,
         trained_images(experiment, dataset),
@@ -371,6 +377,7 @@ def make_evaluator(experiment: Experiment, dataset: Dataset, **options: Any) -> 
         heldout=compared.heldout,
         compared=compared,
         decoder=open_decoder(experiment, dataset),
+        reference_file=None if reference is None else statistics_file(reference),
         **options,
     )
 

@@ -20,6 +20,7 @@ from diffscale.evaluation.distribute import devices
 from diffscale.evaluation.evaluator import Evaluator, with_warning
 from diffscale.evaluation.image_sources import FileSource, Images, is_dataset, open_images, select_images, unpacked
 from diffscale.evaluation.metrics.registry import check_counts, parse_metric
+from diffscale.evaluation.published import PUBLISHED, statistics_file
 
 if TYPE_CHECKING:
     from diffscale.data import Dataset
@@ -45,7 +46,8 @@ def evaluate_folder(
     images are enlarged by LANCZOS. Features stay in the cache until the end, from where an interrupted call resumes.
     Raises UserError for sizes that do not decide the pixels, too few images for a metric, and missing weights.
 
-    reference: a folder, an archive, an .npz of samples, an Arrow dataset, or an .npz of statistics.
+    reference: a folder, an archive, an .npz of samples, an Arrow dataset, an .npz of statistics, or the name of
+        published ones.
     workers: Ray actors; fewer than two: this process.
     classes: each metric for each class too, of two Arrow datasets with the same classes.
     nearest: number of images in the picture of those nearest to reference images.
@@ -55,6 +57,8 @@ def evaluate_folder(
     if not reference:
         expected = "a dataset, a folder of images, or an .npz of statistics to compare with"
         raise UserError(setting="reference", value=reference, expected=expected)
+    if reference in PUBLISHED and not Path(reference).exists():
+        reference = str(statistics_file(reference))
     reference = storage.resolve(reference, "--reference", written=False)
     statistics = Path(reference) if reference.endswith(".npz") and not _has_images(Path(reference)) else None
     if statistics and (classes or nearest):

@@ -28,6 +28,7 @@ from diffscale.evaluation.image_sources import Images, ImageSource, select_image
 from diffscale.evaluation.metrics.distances import Root
 from diffscale.evaluation.metrics.precision_recall import usual_distance
 from diffscale.evaluation.metrics.statistics import Moments, load_moments, moments_of, save_moments
+from diffscale.evaluation.published import published_of
 
 Compute = Callable[[ImageSource, View, Sequence[tuple[int, int]]], Iterator[tuple[int, Columns]]]
 COMPLETE = "COMPLETE"
@@ -200,6 +201,10 @@ def _finish(folder: Path, view: View) -> None:
 
 
 def reference_from_npz(file: Path, view: View) -> Reference:
-    """Return published statistics (ADM's or EDM's .npz); the key is the file's SHA-256."""
-    n = load_moments(file).n
+    """Return published statistics (ADM's or EDM's .npz); the key is the file's SHA-256.
+
+    A file of known name that does not say how many images it is of gets the number that its publishers state.
+    """
+    known = published_of(file)
+    n = load_moments(file).n or (known.n if known else 0)
     return Reference(hashlib.sha256(file.read_bytes()).hexdigest()[:16], n, False, view, file=file)

@@ -1,9 +1,10 @@
-"""Writes generated samples as numbered PNG files, or as an Arrow dataset that `diffscale.data` opens."""
+"""Writes generated samples as numbered PNG files, an Arrow dataset of `diffscale.data`, or ADM's sample archive."""
 
 from __future__ import annotations
 
 import io
 import json
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,8 +25,8 @@ from diffscale.data.format.manifest import (
 from diffscale.data.format.shard import make_batch, write_shard
 from diffscale.evaluation.distribute import Columns, kept_images
 
-FORMATS = ("png", "arrow")
-NOTE = "shard-"
+FORMATS = ("png", "arrow", "npz")
+NOTE, CHUNK = "shard-", "chunk-"
 CLAIM = "samples.json"  # what made the samples of the folder
 
 
@@ -33,7 +34,7 @@ class SampleWriter:
     """Writer of samples: an Evaluator's `keep_images`. Call `close()` after the last chunk.
 
     folder: absolute.
-    file_format: png or arrow.
+    file_format: png, arrow or npz (one file of all images, that guided-diffusion's evaluator reads).
     shape: (C,H,W) of an image.
     source: description of the generator, for an Arrow dataset's manifest.
     """
@@ -80,8 +81,36 @@ class SampleWriter:
         note = json.dumps({"shard": shard.model_dump(), "sums": sums}).encode()
         storage.write_bytes(str(self.folder / f"{NOTE}{first:09d}.json"), note)
 
+    def _write_npz(self, first: int, images: np.ndarray, labels: np.ndarray) -> None:
+        buffer = io.BytesIO()
+        np.savez(buffer, images=images, labels=labels)
+        storage.write_bytes(str(self.folder / f"{CHUNK}{first:09d}.npz"), buffer.getvalue())
+
+    def _join_chunks(self) -> None:
+        """Write samples_NxHxWxC.npz: arr_0 uint8 (N,H,W,C) and, with classes, arr_1 int64 (N,), one chunk in memory."""
+        files = sorted(self.folder.glob(f"{CHUNK}*.npz"))
+        if not files:
+            return
+        labels = [np.load(file, allow_pickle=False)["labels"] for file in files]
+        (channels, height, width), n = self.shape, sum(map(len, labels))
+        target = self.folder / f"samples_{n}x{height}x{width}x{channels}.npz"
+        temporary = target.with_suffix(".tmp")
+        with zipfile.ZipFile(temporary, "w") as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+                header = {"descr": "|u1", "fortran_order": False, "shape": (n, height, width, channels)}
+                np.lib.format.write_array_header_1_0(member, header)
+                for file in files:
+                    member.write(np.load(file, allow_pickle=False)["images"].tobytes())
+            if self.class_names:
+                with archive.open("arr_1.npy", "w") as member:
+                    np.lib.format.write_array(member, np.concatenate(labels).astype(np.int64), allow_pickle=False)
+        temporary.replace(target)
+        for file in files:
+            file.unlink()
+
     def close(self) -> None:
-        """Write the manifest of an Arrow dataset; nothing for PNG."""
+        """Write the manifest of an Arrow dataset, or ADM's archive; nothing for PNG."""
+        self._join_chunks()
         files = sorted(self.folder.glob(f"{NOTE}*.json"))
         if not files:
             return

@@ -46,6 +46,8 @@ class Sampling:
     guidance: Guidance = NO_GUIDANCE
     labels: str = "train"
     precision: str = "fp32"
+    guide: str = ""  # hash of the network that guides, which is `guidance.model` once it is loaded
+    guide_macs: float | None = None  # multiply-adds of one of its passes; None: as many as the model's
 
     @property
     def effective_guidance(self) -> Guidance:
@@ -63,23 +65,31 @@ class Sampling:
             "sample_batch": self.batch,
         }
 
+    def flops(self, diffusion: Diffusion, forward_macs: float) -> float:
+        """Return the FLOPs of the networks for one sample. forward_macs: of one pass of the model."""
+        own, guide = guided_nfe(diffusion, self.solver, self.effective_guidance)
+        return 2 * (own * forward_macs + guide * (forward_macs if self.guide_macs is None else self.guide_macs))
+
     def canonical(self) -> str:
         """Return all settings of the sampler as JSON: the record's `sampler`. The batch changes rounding alone.
 
         `guidance_state` is among them only where it has an effect.
         """
-        guided = self.guidance.scale != 1 and self.guidance.model is None and self.guidance.state is not None
+        alone = self.guidance.model is None and not self.guide
+        guided = self.guidance.scale != 1 and alone and self.guidance.state is not None
         settings = {
             "solver": {"name": self.solver_name, **asdict(self.solver)},
             "guidance_scale": self.guidance.scale,
             "guidance_interval": self.guidance.interval,
-            "autoguidance": self.guidance.model is not None,
+            "autoguidance": self.guidance.model is not None or bool(self.guide),
             "labels": self.labels,
             "precision": self.precision,
             **({"guidance_state": self.guidance.state} if guided else {}),
         }
         if self.guidance.channels is not None:  # younger than records
             settings["guidance_channels"] = self.guidance.channels
+        if self.guide:
+            settings["guide"] = self.guide
         return json.dumps(settings, sort_keys=True, separators=(",", ":"))
 
 
@@ -103,7 +113,8 @@ def sampling_of_settings(
     channels = settings.guidance_channels
     guidance = Guidance(settings.guidance_scale, settings.guidance_interval, state=state, channels=channels)
     batch = max(min(given_batch(settings), n), 1)
-    return Sampling(solver, settings.solver.name, settings.seed, batch, guidance, precision=precision)
+    guide = (settings.guide and settings.guide_weights) or ""
+    return Sampling(solver, settings.solver.name, settings.seed, batch, guidance, precision=precision, guide=guide)
 
 
 def given_batch(settings: EvalSettings) -> int:
@@ -158,7 +169,7 @@ def check_sampling(sampling: Sampling, class_counts: Sequence[int]) -> None:
             expected="train",
             reason="the model was trained without classes",
         )
-    if sampling.guidance.scale != 1 and sampling.guidance.model is None:
+    if sampling.guidance.scale != 1 and sampling.guidance.model is None and not sampling.guide:
         raise UserError(
             setting="eval.guidance_scale",
             value=sampling.guidance.scale,
@@ -251,6 +262,8 @@ class ModelSource:
 
         training = self.model.training
         self.model.to(device)
+        if s.guidance.model is not None:
+            s.guidance.model.to(device)
         if training:
             self.model.eval()
         low = PRECISIONS[s.precision]

@@ -41,6 +41,7 @@ class Record(BaseModel):
     dataset_hash: str = Field(description="content hash of the training images")
     dataset_lossy: bool = Field(description="a source was lossy (JPEG), which limits FID")
     train_resolution: int = Field(description="side in pixels of the training images")
+    crop: str | None = Field(None, description="how a build cropped the training images: center, adm or none")
     seed: int = Field(description="training seed")
     global_batch: int = Field(description="images per optimisation step")
     precision: str = Field(description="bf16, fp16, tf32 or fp32")

@@ -33,6 +33,7 @@ from diffscale.records.store import write_record
 from diffscale.training.checkpoint import layout as ck
 from diffscale.training.checkpoint.state import gather_full, sharded_like
 from diffscale.training.ema import Weights, ema_name
+from diffscale.training.guide import load_guide, with_guide
 from diffscale.training.learner import Learner
 from diffscale.training.numerics import Numerics
 from diffscale.training.own_records import own_sampling
@@ -127,7 +128,9 @@ class CheckpointEvaluator:
         numerics: Numerics,
         **options: Any,
     ) -> None:
-        """Load the metrics' networks. options: further arguments of Evaluator, such as `actors`."""
+        """Load the metrics' networks and the guide. options: further arguments of Evaluator, such as `actors`."""
+        experiment = with_guide(experiment)
+        self.guide = load_guide(experiment, dataset)
         self.experiment, self.dataset, self.diffusion, self.world = experiment, dataset, diffusion, world
         self.numerics = numerics
         self.ema = ema_name(experiment.eval.ema)
@@ -147,6 +150,8 @@ class CheckpointEvaluator:
         """Sampler of the settings. precision: fp32 or bf16; empty for the precision of the run's numerics."""
         precision = precision or sampling_precision(self.numerics.precision)
         sampling = own_sampling(self.experiment, precision)
+        if self.guide is not None:
+            sampling = self.guide.guiding(sampling)
         return replace(sampling, labels=labels, batch=self._sample_batch(sampling))
 
     def _sample_batch(self, sampling: Sampling) -> int:

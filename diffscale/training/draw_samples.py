@@ -19,7 +19,8 @@ from diffscale.evaluation.distribute import LABELS, chunk_ranges, devices, kept_
 from diffscale.evaluation.sample_writer import SampleWriter
 from diffscale.evaluation.sampling import sampling_of_settings, sampling_precision
 from diffscale.evaluation.trajectories import trajectories
-from diffscale.training.load import TrainedModel, load_trained, samples_source, settings_of_run
+from diffscale.training.guide import load_guide, with_guide
+from diffscale.training.load import TrainedModel, samples_source
 from diffscale.training.settings_check import refuse_unfit_sampler
 
 GRID = 64
@@ -31,10 +32,9 @@ class DrawOptions:
     """What to draw of each trained model and how to store it."""
 
     n: int = 64  # images
-    keep_format: str = "png"  # png, arrow, or grid for the grid alone
+    keep_format: str = "png"  # png, arrow, npz, or grid for the grid alone
     labels: str = "balanced"  # train, uniform, balanced, none, or a class
     precision: str = ""  # fp32 or bf16; empty: as the run computes
-    guide: str = ""  # checkpoint of a weaker network of the same process, for autoguidance
     trajectory: int = 0  # samples in the picture of denoising strips
     workers: int = 0  # Ray actors; 0: one for each GPU, or else CPU, of the cluster
 
@@ -61,17 +61,14 @@ def comparison(rows: list[tuple[str, NDArray]]) -> bytes:
 
 
 def sampling_of(trained: TrainedModel, options: DrawOptions) -> Sampling:
-    """Return the run's own sampler with the options' labels, precision and guide."""
-    experiment = trained.experiment
+    """Return the run's own sampler with the options' labels and precision, and its guide loaded."""
+    experiment = with_guide(trained.experiment)
     solver = build_solver(experiment)
     sampling = sampling_of_settings(experiment.eval, solver, options.n, carries_state=experiment.carries_state)
-    guidance = sampling.guidance
-    if options.guide:
-        guide = settings_of_run(options.guide)
-        weaker = load_trained(options.guide, guide.eval.ema, guide).model
-        guidance = replace(guidance, model=weaker)
+    guide = load_guide(experiment, trained.dataset)
+    sampling = sampling if guide is None else guide.guiding(sampling)
     precision = options.precision or sampling_precision(trained.numerics.precision)
-    return replace(sampling, guidance=guidance, labels=options.labels, precision=precision)
+    return replace(sampling, labels=options.labels, precision=precision)
 
 
 def _draw(trained: TrainedModel, sampling: Sampling, folder: Path, options: DrawOptions) -> NDArray:
@@ -82,7 +79,7 @@ def _draw(trained: TrainedModel, sampling: Sampling, folder: Path, options: Draw
     keep: Callable[[int, dict[str, Any]], None] | None = None
     writer = None
     if options.keep_format != "grid":
-        about = samples_source(trained, sampling) | ({"guide": options.guide} if options.guide else {})
+        about = samples_source(trained, sampling)
         writer = keep = SampleWriter(folder, options.keep_format, source.image_shape, names, about)
     ranges = chunk_ranges(n, sampling.batch)
     shown: dict[int, tuple[NDArray, NDArray]] = {}

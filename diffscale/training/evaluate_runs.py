@@ -41,12 +41,12 @@ class EvaluateOptions:
     guidances: tuple[str, ...] = ()  # "1.5,interval=-3:5"; empty: that of the settings
     labels: str = "train"  # train, uniform, balanced, none, or a class
     precision: str = ""  # fp32 or bf16 for sampling; empty: as the run computes
-    reference: str = ""  # an .npz of statistics in place of the training images
+    reference: str = ""  # statistics in place of the training images: an .npz, or a published name
     per_class: bool = False  # each metric for each class too
     memorised: int = 0  # samples in the picture of those nearest to training images
     resolution: int = 0  # side in pixels to which images of a folder are resized; 0: what the reference decides
     keep: str = ""  # folder in which to keep the images
-    keep_format: str = "png"  # or arrow
+    keep_format: str = "png"  # or arrow, npz
     workers: int = 0  # Ray actors; 0: one for each GPU, or else CPU, of the cluster
 
 
@@ -109,7 +109,7 @@ def evaluate_run(
     overrides: other `eval` settings, as on the command line.
     on_picture: called with the URI of each picture.
     """
-    overrides = list(overrides)
+    overrides = list(overrides) + ([f"eval.reference={options.reference}"] if options.reference else [])
     records: list[Record] = []
     require_writable(target, "RUN")
     todo = [
@@ -179,7 +179,6 @@ def evaluate_trained(
         device=device,
         actors=actors,
         per_class=options.per_class,
-        reference_file=Path(options.reference).resolve() if options.reference else None,
     )
     sampling = evaluator.sampling(options.precision, options.labels)
     writer = _writer(trained, evaluator.evaluator.dataset, sampling, options) if options.keep else None

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from diffscale.config.experiment import Experiment
 from diffscale.config.factory import build_solver
 from diffscale.evaluation.metrics.registry import recorded_name
+from diffscale.evaluation.published import statistics_name
 from diffscale.evaluation.sampling import Sampling, sampling_of_settings, sampling_precision
 from diffscale.records.schema import Record
 from diffscale.records.store import records_of_run
@@ -49,7 +50,7 @@ def is_own(record: Record, experiment: Experiment) -> bool:
         and record.sample_seed == settings.seed
         and record.resize == settings.resize
         and record.eval_resolution == (settings.eval_resolution or record.train_resolution)
-        and record.reference_file is None
+        and record.reference_file == (None if settings.reference is None else statistics_name(settings.reference))
         and (REFERENCE_SIZE, settings.n_reference) in record.settings.items()
     )
 

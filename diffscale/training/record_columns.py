@@ -60,6 +60,7 @@ def record_columns(
         "dataset_hash": dataset.content_hash,
         "dataset_lossy": dataset.lossy,
         "train_resolution": dataset.image_resolution,
+        "crop": dataset.manifest.resize.get("crop"),
         "seed": train.seed,
         "global_batch": train.global_batch,
         "precision": precision,
@@ -120,5 +121,5 @@ def make_record(
         decoder=name,
     )
     created = dt.datetime.now(dt.UTC).isoformat(timespec="seconds")
-    flops = fields["nfe"] * 2 * columns["forward_macs"] + (0 if decoder is None else decoder.flops)
+    flops = sampling.flops(diffusion, columns["forward_macs"]) + (0 if decoder is None else decoder.flops)
     return Record(record_id=identity, created=created, ema=ema, sampling_flops=flops, decoder=name, **columns, **fields)

@@ -83,6 +83,7 @@ def train(
     stop_with: launch of other Messages (distributed/messages.py) whose STOP ends the run at a checkpoint
     here: train in this process, the one worker, without Ray Train; it raises what the training raises
     """
+    from diffscale.training.guide import with_guide  # import cost
     from diffscale.training.initial_weights import with_initial_weights  # import cost
     from diffscale.training.numerics import settled, uses_gpu  # import cost
     from diffscale.training.run_readme import write_readme  # import cost
@@ -90,7 +91,7 @@ def train(
 
     dataset = check_settings(experiment)
     cost = _count_while_ray_starts(experiment, dataset)
-    experiment = with_initial_weights(settled(experiment, dataset), dataset)
+    experiment = with_guide(with_initial_weights(settled(experiment, dataset), dataset))
     run_id, folder = experiment.run_id(dataset.content_hash), experiment.run_folder(dataset.content_hash)
     finished_at = _finished_at(experiment, folder, cost)
     if finished_at is not None:

@@ -30,9 +30,11 @@ from diffscale.diffusion.sampling import check_sampler, guided_nfe
 from diffscale.distributed.connect import gpus
 from diffscale.evaluation.metrics.registry import check_counts, parse_metric
 from diffscale.evaluation.networks.resize import RESIZES
+from diffscale.evaluation.published import refuse_other_protocol, statistics_file
 from diffscale.evaluation.sampling import check_sampling, sampling_of_settings
 from diffscale.training.control import hang_seconds
 from diffscale.training.ema import check_average
+from diffscale.training.guide import check_guide, with_guide
 from diffscale.training.numerics import refuse_missing_winograd, uses_gpu
 from diffscale.training.optimizer import try_optimizer
 
@@ -108,7 +110,7 @@ def refuse_unfit_sampler(experiment: Experiment, dataset: Dataset, diffusion: Di
     """Raise UserError for a sampler that has no way from noise to images on this schedule."""
     settings, solver = experiment.eval, build_solver(experiment)
     named = f"{settings.solver.name} with grid {solver.grid}"
-    if settings.guidance_scale != 1 and not experiment.num_classes(dataset):
+    if settings.guidance_scale != 1 and settings.guide is None and not experiment.num_classes(dataset):
         raise UserError(
             setting="eval.guidance_scale", value=settings.guidance_scale, expected="1 for a dataset without classes"
         )
@@ -139,6 +141,8 @@ def refuse_unfit_sampler(experiment: Experiment, dataset: Dataset, diffusion: Di
 
 
 def _refuse_unfit_evaluation(experiment: Experiment, dataset: Dataset) -> None:
+    experiment = with_guide(experiment)
+    check_guide(experiment, dataset)
     settings = experiment.eval
     check_average(experiment)
     metrics = [parse_metric(name) for name in settings.metrics]
@@ -153,6 +157,10 @@ def _refuse_unfit_evaluation(experiment: Experiment, dataset: Dataset) -> None:
     if settings.n_generated:
         trained_images(experiment, dataset)
         open_decoder(experiment, dataset)
+        if settings.reference is not None:
+            side = settings.eval_resolution or dataset.image_resolution
+            networks = {metric.name: metric.network for metric in metrics}
+            refuse_other_protocol(statistics_file(settings.reference), side, settings.resize, networks)
 
 
 def _try_on_meta(experiment: Experiment, dataset: Dataset, diffusion: Diffusion) -> None:

@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from diffscale.core import storage
 from diffscale.core.cache import cache_dir, file_lock
 from diffscale.core.errors import UserError
 from diffscale.core.hashing import identify
 from diffscale.core.progress import Work, working
-from diffscale.data.autoencoder import Autoencoder, LatentScale, stored_latents
+from diffscale.data.autoencoder import Autoencoder, LatentScale
 from diffscale.data.format.dataset import Dataset
 from diffscale.data.format.manifest import (
     FILE,
@@ -181,9 +182,9 @@ def _encode_shard(
         rows = np.arange(first, min(first + BATCH[device], entry.rows))
         pixels = dataset.gather(start + rows)[0].permute(0, 3, 1, 2).to(device)
         mean, std = network.encode(pixels)
-        stored = [stored_latents(mean, std, encoding.shift, encoding.factors)]
+        stored = [_stored(mean, std, encoding)]
         if encoding.mirrored:
-            stored.append(stored_latents(*network.encode(pixels.flip(3)), encoding.shift, encoding.factors))
+            stored.append(_stored(*network.encode(pixels.flip(3)), encoding))
         parts.append(np.concatenate(stored, axis=1))
         means, stds = np.split(stored[0].astype(np.float64), 2, axis=1)
         sums += means.sum((0, 2, 3))
@@ -194,6 +195,12 @@ def _encode_shard(
     found = {"shard": written.model_dump(), "sums": sums.tolist(), "squares": squares.tolist()}
     storage.write_bytes(note, json.dumps(found).encode())
     return found
+
+
+def _stored(mean: Tensor, std: Tensor, encoding: Encoding) -> np.ndarray:
+    """Return mean and standard deviation as they are stored: normalised, one after the other, float32 (B, 2C, h, w)."""
+    shifts, scales = (torch.tensor(v, device=mean.device)[:, None, None] for v in (encoding.shift, encoding.factors))
+    return torch.cat([(mean - shifts) * scales, std * scales], dim=1).cpu().numpy()
 
 
 def _split(notes: list[dict[str, Any]], side: int, channels: int) -> Split:
