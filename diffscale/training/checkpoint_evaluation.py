@@ -21,7 +21,9 @@ from diffscale.config.experiment import Experiment
 from diffscale.config.factory import build_model
 from diffscale.core import storage
 from diffscale.core.cache import cache_dir, file_lock
+from diffscale.core.errors import UserError
 from diffscale.core.hashing import identify
+from diffscale.core.text import one_line
 from diffscale.data import Dataset
 from diffscale.diffusion import Diffusion
 from diffscale.evaluation import Evaluator, Sampling, make_evaluator
@@ -87,7 +89,10 @@ def evaluate_checkpoint(
     folder = None if work is None else work / f"evaluating-{images:09d}-{identity}"
     samples = evaluator.samples(weights.model, diffusion, sampling)
     with file_lock(locks / identity, "the same evaluation") if locks else nullcontext():
-        evaluation = evaluator.evaluate_source(samples, folder=folder)
+        try:
+            evaluation = evaluator.evaluate_source(samples, folder=folder)
+        except torch.OutOfMemoryError as error:  # another attempt would meet it again
+            raise _does_not_fit(sampling.batch, error) from None
         if evaluator.rank:
             return []
         name = f"images-{images:09d}" + (f"-{ema}-{identity}" if grid_suffix else "")
@@ -110,6 +115,16 @@ def evaluate_checkpoint(
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
     return records
+
+
+def _does_not_fit(batch: int, error: Exception) -> UserError:
+    return UserError(
+        setting="eval.batch",
+        value=batch,
+        expected="fewer images at a time",
+        reason=f"the memory was full while samples were drawn and measured: {one_line(error)}",
+        fix=f"eval.batch={max(batch // 2, 1)}",
+    )
 
 
 class CheckpointEvaluator:

@@ -8,10 +8,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from diffscale.config.factory import build_diffusion, build_model, open_training_data
 from diffscale.config.load import load_experiment
+from diffscale.core.errors import UserError
 from diffscale.data import Dataset
+from diffscale.evaluation import ModelSource
 from diffscale.models.cost import Cost
 from diffscale.records.schema import Record
 from diffscale.records.store import read_records, write_record
@@ -73,6 +76,20 @@ def test_training_and_evaluate_write_the_same_records(run: str, in_this_process:
     assert all(r.val_loss is not None and r.value_native is not None for r in trained if r.metric.startswith("fd"))
     assert all('"precision":"bf16"' in r.sampler for r in trained)
     assert not list(Path(run).glob("evaluating-*"))
+
+
+def test_samples_that_do_not_fit_the_memory_end_the_evaluation_with_a_smaller_batch(
+    run: str, in_this_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that ran out of memory was restarted to meet it again, train.max_failures times."""
+
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(ModelSource, "draw", full)
+    with pytest.raises(UserError, match=r"eval\.batch = 64") as told:
+        evaluate_run(run)
+    assert told.value.fields()["fix"] == "eval.batch=32"
 
 
 def test_held_out_images_are_compared_at_the_resolution_of_evaluation(shared_storage: Path, dataset: Dataset) -> None:
