@@ -10,6 +10,8 @@ from typing import Any
 from diffscale.config.experiment import Experiment
 from diffscale.config.load import load_tree, merge, validate
 from diffscale.core.errors import UserError
+from diffscale.core.hashing import identify
+from diffscale.evaluation.evaluator import make_evaluator
 from diffscale.models.cost import Cost
 from diffscale.models.families import FAMILIES, RUNGS
 from diffscale.recommendation.request import Request
@@ -51,6 +53,7 @@ def make_plan(request: Request) -> Plan:
     """Return the plan. Raises UserError for settings that cannot train and for a budget that is too small."""
     first = run_settings(request, request.backbones[0], 0)
     dataset = check_settings(first)
+    make_evaluator(first, dataset)  # raises UserError for a metric without weights
     if dataset.heldout is None:
         raise UserError(
             setting="DATASET",
@@ -98,8 +101,14 @@ def window(best: int) -> tuple[int, ...]:
 def run_settings(request: Request, backbone: str, rung: int) -> Experiment:
     """Return the settings of a run of a backbone and size, but for its budget and learning rate."""
     sweep = stage(request, {backbone: {"model": FAMILIES[backbone](rung, resolution_of(request))}}, 1.0)
-    settings = sweep.overrides | sweep.variants[backbone] | {"name": request.name}
+    settings = sweep.overrides | sweep.variants[backbone] | {"name": runs_name(request)}
     return validate(merge(load_tree(request.base), nest(settings)))
+
+
+def runs_name(request: Request) -> str:
+    """Return the name of a request's runs and folders: other requests have others, so no evaluation is mistaken."""
+    what = request.model_dump(mode="json", exclude={"max_concurrent", "guidance"})
+    return f"{request.name}-{identify(base_settings=load_tree(request.base), **what)[:8]}"
 
 
 def resolution_of(request: Request) -> int:
@@ -116,7 +125,7 @@ def stage(request: Request, variants: dict[str, dict], flops: float, **settings:
     settings: further ones of `Sweep`
     """
     return Sweep(
-        name=request.name,
+        name=runs_name(request),
         base=request.base,
         overrides={"eval.points": [1.0]} | request.overrides | {"train.flops": flops, "train.images": None},
         variants=variants,

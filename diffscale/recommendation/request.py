@@ -17,7 +17,9 @@ class Request(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    name: str = Field("recommend", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,59}$", description="name of its runs")
+    name: str = Field(
+        "recommend", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,49}$", description="what names of its runs begin with"
+    )
     base: str = Field("emoji-base", description="preset or YAML file that every run starts from")
     overrides: dict[str, Any] = Field({}, description="dotted keys set in every run")
     flops: float = Field(gt=0, le=1e30, description="the whole compute C, search and final run")

@@ -10,10 +10,9 @@ from diffscale.config.experiment import Experiment
 from diffscale.config.factory import open_training_data
 from diffscale.config.load import load_tree, merge, validate
 from diffscale.core import storage
-from diffscale.core.hashing import identify
 from diffscale.evaluation.metrics.registry import recorded_name
 from diffscale.models.families import FAMILIES
-from diffscale.recommendation.plan import Plan, alternatives, resolution_of, run_settings
+from diffscale.recommendation.plan import Plan, alternatives, resolution_of, run_settings, runs_name
 from diffscale.recommendation.recipe import choose_recipe
 from diffscale.recommendation.request import Request
 from diffscale.recommendation.search import search
@@ -32,10 +31,8 @@ PRESET = "recipe.yaml"
 
 def folder_of(request: Request) -> str:
     """Return the folder of a recommendation: the same for the same request, however many runs go on at a time."""
-    what = request.model_dump(mode="json", exclude={"max_concurrent"})
     place = run_settings(request, request.backbones[0], 0).storage
-    identity = identify(base_settings=load_tree(request.base), **what)
-    return storage.join(storage.check_absolute(place), "recommendations", f"{request.name}-{identity}")
+    return storage.join(storage.check_absolute(place), "recommendations", runs_name(request))
 
 
 def recommend(request: Request, plan: Plan, handle_signals: bool = False) -> Recommendation:

@@ -69,7 +69,8 @@ def analyse(
     facets, verdict_table, sweep = facet_table(rows), verdicts(all_curves), tables.sweep(points)
     joined = with_metrics(rows)
     orders = agreement(joined)
-    loss_laws, laws = isoflop(rows[~rows["run_name"].isin([r.name for r in recommendations])])
+    searched = {point.run_name for r in recommendations for part in r.searched for point in part.points}
+    loss_laws, laws = isoflop(rows[~rows["run_name"].isin(searched)])
     return Analysis(
         every=every,
         rows=rows,

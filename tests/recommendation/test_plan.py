@@ -67,6 +67,17 @@ def test_a_dataset_smaller_than_the_batch_is_refused(tmp_path: Path) -> None:
         make_plan(request(tmp_path, flops=1e16, train={"global_batch": 4096}))
 
 
+def test_a_device_or_weights_that_are_missing_are_told_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIFFSCALE_OFFLINE", "1")
+    monkeypatch.setattr("diffscale.training.settings_check.gpus", list)
+    with pytest.raises(UserError, match=r"train\.gpu"):
+        make_plan(request(tmp_path, train={"global_batch": 8, "gpu": True}))
+    with pytest.raises(UserError, match="dinov2_vitl14"):
+        make_plan(request(tmp_path, eval={"metrics": ["fd_dinov2_vitl14"]}))
+
+
 def test_hours_of_devices_are_a_compute() -> None:
     """2 hours of 3 devices of 1e12 FLOP/s at half their rate."""
     found = make_request("builtin:emoji", {}, hours=2, devices=3, mfu=0.5, device_flops=1e12)

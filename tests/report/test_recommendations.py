@@ -20,20 +20,21 @@ from diffscale.records.recommendation import (
 )
 from diffscale.records.store import RECORDS_FILE, write_records_file
 from diffscale.report.analysis import analyse
-from diffscale.report.stats.predictions import distance_law, loss_law
+from diffscale.report.stats.predictions import backtest, distance_law, loss_law
 from diffscale.report.stats.recommendations import compare_recommendations, exponents, fared
 from diffscale.report.write import write_report
 
 from .records import make_record
 
 BUDGETS = (1e12, 4e12, 1.6e13)
+LARGER = 6.4e13
 NOISE = 0.004
 
 
-def searched(backbone: str = "dit", worse: float = 1.0) -> Searched:
+def searched(backbone: str = "dit", worse: float = 1.0, budgets: tuple[float, ...] = BUDGETS) -> Searched:
     """Runs whose best size grows with the square root of compute, and whose loss falls to a floor of 0.1."""
     rng, points = np.random.default_rng(1), []
-    for budget, flops in enumerate(BUDGETS):
+    for budget, flops in enumerate(budgets):
         best = 1e6 * (flops / 4e12) ** 0.5
         for step in (-1, 0, 1):
             for seed in range(2 if budget == 0 else 1):
@@ -117,7 +118,7 @@ def test_predictions_are_held_against_what_came_true() -> None:
     table = fared([recommendation(), recommendation(None)]).set_index("quantity")
     loss = table.loc["validation loss"]
     assert loss["error_percent"].iloc[0] == pytest.approx(100 * (0.18 / 0.185 - 1))
-    assert loss["inside"].iloc[0] is True or bool(loss["inside"].iloc[0])
+    assert loss["inside"].iloc[0]
     assert loss["measured"].isna().tolist() == [False, True]
 
 
@@ -135,6 +136,15 @@ def test_laws_of_a_search_recover_what_made_its_runs() -> None:
     assert distances is not None
     assert distances.predict(6.4e13)[0] == pytest.approx(2000 * truth, rel=0.06)
     assert "0.57" in exponents(part, law)
+
+
+def test_a_law_is_tested_on_the_largest_budget_where_three_others_are_left() -> None:
+    assert backtest(searched()) is None
+    tested = backtest(searched(budgets=(*BUDGETS, LARGER)))
+    assert tested is not None
+    error, inside = tested
+    assert abs(error) < 3
+    assert inside
 
 
 def test_a_report_of_its_folder_has_the_figures_and_the_table(tmp_path: Path) -> None:

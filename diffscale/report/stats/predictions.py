@@ -48,6 +48,22 @@ def distance_law(part: Searched) -> DistanceLaw | None:
     return None if found is None else DistanceLaw(compute, values, found)
 
 
+def backtest(part: Searched) -> tuple[float, bool] | None:
+    """Predict the loss at the largest budget from the others. Return the error in percent, and whether it was inside.
+
+    None where the other budgets are too few for a law.
+    """
+    last = max(point.budget for point in part.points)
+    law = loss_law(part.model_copy(update={"points": tuple(p for p in part.points if p.budget < last)}))
+    table = points_of(part)
+    means = table[table["budget"] == last].groupby("rung")[["flops", "val_loss"]].mean()
+    if law is None or means.empty:
+        return None
+    flops, measured = means.sort_values("val_loss")[["flops", "val_loss"]].to_numpy(float)[0]
+    value, low, high = (float(v[0]) for v in law.loss([flops], of="run"))
+    return 100 * (value / measured - 1), bool(low <= measured <= high)
+
+
 def points_of(part: Searched) -> pd.DataFrame:
     """Return the ends of a backbone's runs that did not diverge."""
     table = pd.DataFrame([point.model_dump() for point in part.points])

@@ -8,7 +8,7 @@ import pandas as pd
 from diffscale.records.recommendation import Prediction, Recommendation, Searched
 from diffscale.report.stats.findings import flops, number
 from diffscale.report.stats.isoflop import IsoFlop
-from diffscale.report.stats.predictions import loss_law
+from diffscale.report.stats.predictions import backtest, loss_law
 
 LIANG = {"parameters": 0.568, "images": 0.432}
 """Exponents of the best size and of the data of diffusion transformers (Liang et al., arXiv 2410.08184)."""
@@ -83,6 +83,12 @@ def trust(r: Recommendation) -> str:
     for row in fared([r]).dropna(subset=["measured"]).to_dict("records"):
         where = "inside" if row["inside"] else "outside"
         text += f"The {row['quantity']} was predicted with {row['error_percent']:+.1f} %, {where} the interval. "
+    tested = backtest(next(p for p in r.searched if p.backbone == r.recipe.backbone))
+    if tested is None:
+        text += "A law needs three budgets, so none was left to test it on. "
+    else:
+        where = "inside" if tested[1] else "outside"
+        text += f"From the smaller budgets it predicts the largest with {tested[0]:+.1f} %, {where} the interval. "
     if r.chosen:
         text += f"Of schedules and resolutions {r.chosen} was best; predictions are for the settings of the search. "
     return text + " ".join([*rest, *r.recipe.caveats])
