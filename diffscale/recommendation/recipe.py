@@ -53,7 +53,7 @@ def choose_recipe(
         epochs=seen / dataset.n,
         parameters_best=_prediction(size),
         images_best=_prediction(images),
-        val_loss=_prediction(off * np.array(_numbers(predicted[backbone]))),
+        val_loss=_prediction(off * np.array(predicted[backbone].numbers)),
         distance=None if distance is None else _prediction(distance.predict(flops)),
         device_seconds=seconds,
         cost=money(seconds, price),
@@ -74,11 +74,11 @@ def _nearest_rung(backbone: str, law: IsoFlop, flops: float, plan: Plan) -> int:
 
 def _why(backbone: str, predicted: dict[str, Prediction], part: Searched) -> list[str]:
     best = predicted[backbone]
-    lines = [f"{backbone} has the lowest predicted validation loss: {_text(best)}."]
+    lines = [f"{backbone} has the lowest predicted validation loss: {best}."]
     for name, other in sorted(predicted.items(), key=lambda item: item[1].value):
         if name != backbone:
             apart = "worse" if other.low > best.high else "not separated from it"
-            lines.append(f"{name} at its own best size: {_text(other)}, {apart}.")
+            lines.append(f"{name} at its own best size: {other}, {apart}.")
     lines.append(f"Its learning rate, {part.learning_rate:g}, is the best of {', '.join(part.learning_rates)}.")
     return lines
 
@@ -105,11 +105,3 @@ def _caveats(
 def _prediction(values: np.ndarray | pd.Series | tuple) -> Prediction:
     value, low, high = (float(v) for v in values)
     return Prediction(value=value, low=low, high=high)
-
-
-def _numbers(p: Prediction) -> tuple[float, float, float]:
-    return p.value, p.low, p.high
-
-
-def _text(p: Prediction) -> str:
-    return f"{p.value:.4g} [{p.low:.4g}, {p.high:.4g}]"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from diffscale.recommendation.plan import Plan
 from diffscale.recommendation.request import Request
-from diffscale.records.recommendation import Prediction, Recommendation
+from diffscale.records.recommendation import Recommendation
 
 
 def describe_plan(request: Request, plan: Plan) -> str:
@@ -30,11 +30,11 @@ def describe_recommendation(found: Recommendation, folder: str) -> str:
         f"recipe     {r.backbone} of {r.parameters:,} parameters, {r.images:,} images ({r.epochs:.3g} epochs), "
         f"{r.flops:.3g} FLOPs",
         f"search     {found.search_flops:.3g} FLOPs, {found.search_flops / found.flops:.1%} of the compute",
-        f"val loss   {_text(r.val_loss)}" + ("" if o is None else f"; came out as {o.val_loss:.4g}"),
+        f"val loss   {r.val_loss}" + ("" if o is None else f"; came out as {o.val_loss:.4g}"),
     ]
     if r.distance is not None:
         came = "" if o is None else f"; came out as {o.distance:.4g}"
-        lines.append(f"distance   {found.metric} {_text(r.distance)}{came}")
+        lines.append(f"distance   {found.metric} {r.distance}{came}")
     if found.alternatives:
         values = ", ".join(
             f"{name} {'diverged' if v is None else f'{v:.4g}'}" for name, v in found.alternatives.items()
@@ -54,7 +54,3 @@ def describe_recommendation(found: Recommendation, folder: str) -> str:
     lines.append(f"train it   diffscale train {folder}/recipe.yaml")
     lines.append(f"report     diffscale report {folder}")
     return "\n".join(lines)
-
-
-def _text(p: Prediction) -> str:
-    return f"{p.value:.4g} [{p.low:.4g}, {p.high:.4g}]"

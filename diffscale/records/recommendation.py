@@ -52,6 +52,14 @@ class Prediction(_Part):
     low: float
     high: float
 
+    @property
+    def numbers(self) -> tuple[float, float, float]:
+        """The value and the ends of its interval."""
+        return self.value, self.low, self.high
+
+    def __str__(self) -> str:
+        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
+
 
 class Recipe(_Part):
     """What to train, and what it is predicted to give."""

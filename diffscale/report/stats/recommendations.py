@@ -22,7 +22,7 @@ def fared(recommendations: list[Recommendation]) -> pd.DataFrame:
     rows = []
     for r in recommendations:
         for quantity, predicted, measured in _quantities(r):
-            row = [r.name, r.dataset, r.recipe.backbone, quantity, r.recipe.flops, *_numbers(predicted), measured]
+            row = [r.name, r.dataset, r.recipe.backbone, quantity, r.recipe.flops, *predicted.numbers, measured]
             rows.append([*row, 100 * (predicted.value / measured - 1), predicted.low <= measured <= predicted.high])
     table = pd.DataFrame(rows, columns=[*COLUMNS, "inside"])
     known = table["measured"].notna()
@@ -58,10 +58,10 @@ def advice(r: Recommendation) -> str:
         f"For {r.dataset} at {r.resolution} px and {flops(r.flops)} FLOPs train {recipe.backbone} of "
         f"{recipe.parameters:,} parameters on {recipe.images:,} images ({number(recipe.epochs)} epochs): "
         f"{flops(recipe.flops)} FLOPs, {number(recipe.device_seconds / 3600)} device-hours{price}. "
-        f"Predicted validation loss {_text(recipe.val_loss)}"
+        f"Predicted validation loss {recipe.val_loss}"
     )
     if recipe.distance is not None:
-        text += f", {r.metric} {_text(recipe.distance)}"
+        text += f", {r.metric} {recipe.distance}"
     if o is None:
         return text + ". The recipe has not been trained yet."
     text += f". It came out as {o.val_loss:.4g}" + (
@@ -139,11 +139,3 @@ def _what(r: Recommendation) -> str:
 
 def _loss(r: Recommendation) -> float:
     return r.recipe.val_loss.value if r.outcome is None else r.outcome.val_loss
-
-
-def _numbers(p: Prediction) -> tuple[float, float, float]:
-    return p.value, p.low, p.high
-
-
-def _text(p: Prediction) -> str:
-    return f"{p.value:.4g} [{p.low:.4g}, {p.high:.4g}]"
