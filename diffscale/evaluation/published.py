@@ -49,7 +49,7 @@ class Published:
 
     @property
     def caveat(self) -> str:
-        """What a value against it is to be read with."""
+        """A note for every value that is compared with it."""
         return f"reference {self.file}: {self.n:,} images, {self.crop}; statistics of {self.port}'s port of Inception"
 
 
