@@ -34,6 +34,8 @@ def main(
     folder = export_run(place, out.expanduser().resolve(), to, ema, checkpoint, licence, push, private)
     console = Console()
     console.print(f"exported: {folder}", highlight=False, soft_wrap=True)
+    if push:
+        console.print(f"uploaded: {push}", highlight=False)
     about = origin(place)
     if about is not None and not about["may_be_passed_on"]:
         console.print(NOT_PASSED_ON, highlight=False, soft_wrap=True)

@@ -86,8 +86,11 @@ def download(setting: str, repo: str, commit: str, files: Sequence[str]) -> list
         return [Path(api.hf_hub_download(repo, name, revision=commit)) for name in files]
 
 
-def check_upload(setting: str, repo: str) -> None:
-    """Raise UserError unless there is a token that the hub knows, and the id is one."""
+def check_upload(setting: str, repo: str, private: bool) -> None:
+    """Raise UserError unless there is a token that the hub knows, and the id is one.
+
+    private: whether the model must be; one that exists keeps its visibility
+    """
     if hub_id(repo) is None or ":" in repo or "@" in repo:
         raise UserError(setting=setting, value=repo, expected="OWNER/NAME, a model on the hub")
     if not os.environ.get(TOKEN):
@@ -95,21 +98,30 @@ def check_upload(setting: str, repo: str) -> None:
             setting=TOKEN, value="", expected="a token of the hub that may write", fix=f"export {TOKEN}=hf_..."
         )
     with explained(setting, repo):
-        client().whoami()
+        api = client()
+        api.whoami()
+        seen = private and api.repo_exists(repo) and not api.repo_info(repo).private
+    if seen:
+        raise UserError(
+            setting=setting,
+            value=repo,
+            expected="a private model, or one that does not exist yet",
+            reason="it exists, and everyone sees it",
+            fix="make it private on its page, or take another name",
+        )
 
 
-def upload(setting: str, repo: str, folder: Path, message: str, private: bool) -> str:
-    """Make a folder the content of a model on the hub, in one commit, and return the model's page.
+def upload(setting: str, repo: str, folder: Path, message: str, private: bool) -> None:
+    """Write the files of a folder to a model on the hub, in one commit.
 
     private: of a model that does not exist yet
     """
     api, package = client(), _package()
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     with explained(setting, repo):
-        page = api.create_repo(repo, private=private, exist_ok=True)
+        api.create_repo(repo, private=private, exist_ok=True)
         added = [package.CommitOperationAdd(str(path.relative_to(folder)), path) for path in files]
         api.create_commit(repo, added, commit_message=message)
-    return str(page)
 
 
 @contextmanager

@@ -34,8 +34,8 @@ def export_run(
     licence: str = "",
     push: str = "",
     private: bool = False,
-) -> str:
-    """Write a run's network into a new folder, and return it or the page of the hub that it was uploaded to.
+) -> Path:
+    """Write a run's network into a new folder, upload it if requested, and return the folder.
 
     Raises UserError before anything is written, for a folder that is not empty, an unknown form, what is no run, and
     an upload that would be refused or that the licence of imported weights does not allow.
@@ -68,10 +68,10 @@ def export_run(
     card = model_card(trained, columns, form, to, about, licence)
     with working(f"writing {out}", unit=""):
         _write(out, form.files | {"README.md": card})
-    if not push:
-        return str(out)
-    with working(f"uploading {out}", unit=""):
-        return hub.upload("--push", push, out, f"{experiment.name} after {images:,} images, from diffscale", private)
+    if push:
+        with working(f"uploading {out}", unit=""):
+            hub.upload("--push", push, out, f"{experiment.name} after {images:,} images, from diffscale", private)
+    return out
 
 
 def _check_push(repo: str, about: dict[str, Any] | None, private: bool) -> None:
@@ -84,7 +84,7 @@ def _check_push(repo: str, about: dict[str, Any] | None, private: bool) -> None:
             reason=f"they come from {about['file']} with the licence {about['licence']}",
             fix="--private keeps the model to you and those whom you let in",
         )
-    hub.check_upload("--push", repo)
+    hub.check_upload("--push", repo, private)
 
 
 def _write(out: Path, files: Files) -> None:

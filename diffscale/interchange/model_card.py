@@ -34,7 +34,7 @@ def model_card(
 
     columns: the record's columns that training determines
     form, to: of the export and its name
-    imported: what `imported_from` returns
+    imported: what `origin` returns
     licence: of the weights; empty takes that of an import, or says that none is stated
     """
     experiment, ema = trained.experiment, trained.ema
@@ -46,7 +46,7 @@ def model_card(
         f"# {experiment.name}",
         "",
         f"{columns['model']}, {columns['parameters']:,} parameters, images of {columns['train_resolution']} pixels,",
-        f"{_origin(imported)}",
+        f"{_origin(imported, experiment.train.init_from is not None)}",
         "",
         "| | |",
         "|---|---|",
@@ -74,7 +74,7 @@ def model_card(
         "",
         "## How it was made",
         "",
-        *_command(imported),
+        *_command(None if experiment.train.init_from else imported),
         "",
         "<details><summary>Settings</summary>",
         "",
@@ -114,10 +114,11 @@ def _front_matter(experiment: Experiment, columns: dict[str, Any], records: list
     return f"---\n{yaml.safe_dump(content, sort_keys=False, allow_unicode=True)}---\n"
 
 
-def _origin(imported: dict[str, Any] | None) -> str:
+def _origin(imported: dict[str, Any] | None, tuned: bool) -> str:
     if imported is None:
         return "trained with diffscale."
     return (
+        f"{'trained with diffscale from weights ' if tuned else ''}"
         f"imported by diffscale from {imported['file']} (SHA-256 {imported['sha256']}), family {imported['family']}, "
         f"with the settings of the recipe {imported['recipe']}."
     )

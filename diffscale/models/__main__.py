@@ -12,6 +12,7 @@ import typer
 from diffscale.config.recipes import recipes_table
 from diffscale.core.app import command_app, run_app
 from diffscale.core.text import with_generated
+from diffscale.interchange.preset_support import support
 from diffscale.models import PRESETS, create_model
 from diffscale.models.cost import count_cost
 
@@ -21,17 +22,18 @@ app = command_app()
 def table(pattern: str = "*") -> str:
     """Markdown rows of the presets whose name matches a shell pattern. Costs are of one image, on any device."""
     lines = [
-        "| preset | backbone | input | parameters | forward GMAC | training GFLOP |",
-        "| --- | --- | --- | ---: | ---: | ---: |",
+        "| preset | backbone | input | trains | weights in | diffusers | parameters | forward GMAC | training GFLOP |",
+        "| --- | --- | --- | --- | --- | --- | ---: | ---: | ---: |",
     ]
     for name, preset in PRESETS.items():
         if not fnmatch(name, pattern):
             continue
         side, channels = preset["resolution"], preset.get("channels", 3)
         cost = count_cost(partial(create_model, name), side, channels, preset.get("num_classes", 0))
+        can = support(name, cost.parameters)
         lines.append(
-            f"| `{name}` | {preset['name']} | {channels} × {side}² | {cost.parameters:,} "
-            f"| {cost.forward_macs / 1e9:,.3f} | {cost.flops_per_image / 1e9:,.3f} |"
+            f"| `{name}` | {preset['name']} | {channels} × {side}² | {can.trains} | {can.weights_in} | {can.export} "
+            f"| {cost.parameters:,} | {cost.forward_macs / 1e9:,.3f} | {cost.flops_per_image / 1e9:,.3f} |"
         )
     return "\n".join(lines)
 

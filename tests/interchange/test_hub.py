@@ -38,8 +38,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def test_a_model_goes_to_the_hub_and_comes_back(hub: Hub, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """One commit with every file and the card; imported by its id, pinned to the commit, with the card's licence."""
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    page = export_run(run[0], tmp_path / "out", "diffusers", licence="MIT", push="ada/faces", private=True)
-    assert page == f"{hub.url}/ada/faces"
+    export_run(run[0], tmp_path / "out", "diffusers", licence="MIT", push="ada/faces", private=True)
     repo = hub.repos["models/ada/faces"]
     assert repo.private
     assert len(repo.commits) == 1
@@ -125,6 +124,9 @@ def test_weights_that_may_not_be_passed_on_go_to_private_models_alone(
         export_run(str(copy), tmp_path / "out", "safetensors", push="ada/faces")
     assert not hub.repos
     assert not (tmp_path / "out").exists()
+    hub.repos["models/ada/public"] = Repo({})
+    with pytest.raises(UserError, match="everyone sees it"):
+        export_run(str(copy), tmp_path / "out", "safetensors", push="ada/public", private=True)
     export_run(str(copy), tmp_path / "out", "safetensors", push="ada/faces", private=True)
     assert "does not allow everyone" in hub.repos["models/ada/faces"].files["README.md"].decode()
 
