@@ -130,7 +130,7 @@ def recipe_settings(request: Request, found: Recommendation) -> Experiment:
         request.overrides
         | changes
         | {
-            "name": request.name,
+            "name": runs_name(request),
             "model": FAMILIES[recipe.backbone](recipe.rung, changes.get("data.resolution", resolution_of(request))),
             "optim.lr": part.learning_rate,
             "train.images": None,
