@@ -44,9 +44,8 @@ def builtin_dataset(path: str, resolution: int | None, storage_uri: str) -> str:
     asset = resources.files("diffscale.data").joinpath("assets/emoji.arrow").read_bytes()
     digest = hashlib.sha256(asset).hexdigest()
     name = path.removeprefix("builtin:")
-    if path == FEW_EMOJI:
-        digest = hashlib.sha256(f"{digest} {KINDS}".encode()).hexdigest()
-    folder = storage.join(storage_uri, "datasets", f"{name}-{side}-{digest[:8]}")
+    content = hashlib.sha256(f"{digest} {KINDS}".encode()).hexdigest() if path == FEW_EMOJI else digest
+    folder = storage.join(storage_uri, "datasets", f"{name}-{side}-{content[:8]}")
     if not storage.exists(storage.join(folder, FILE)):
         _build(path, asset, digest, side, folder)
     return folder
