@@ -62,9 +62,9 @@ class Work:
         rate = average if self.rate is None else self.rate
         if rate > 0:
             parts.append(_per_time(rate, self.unit))
-        if self.total is not None and average > 0:
+        if self.total is not None and average > 0 and self.done < self.total:
             parts.append(f"{clock((self.total - self.done) / average)} left")
-        elif not average:
+        elif not average or self.done == self.total:  # nothing is done yet, or what follows is not counted
             parts.append(f"{clock(self.seconds)} so far")
         return "  ".join([*parts, *filter(None, [self.note])])
 

@@ -38,6 +38,13 @@ def test_what_an_earlier_process_did_is_no_part_of_the_rate():
     assert work.line() == "samples: 4,500 of 5,000 images  5.0 images/s  1:40 min left"
 
 
+def test_work_that_is_all_done_and_has_not_ended_promises_no_end():
+    """A run that has trained to its end still evaluates and saves."""
+    work = Work("run", 100, started=time.monotonic() - 50)
+    work.advance(100)
+    assert work.line() == "run: 100 of 100 images  2.0 images/s  50 s so far"
+
+
 def test_downloads_are_in_megabytes_and_work_without_a_count_says_how_long_it_takes():
     download = Work("weights", 100_000_000, "bytes", started=time.monotonic() - 10)
     download.advance(20_000_000)
