@@ -129,9 +129,9 @@ def test_a_report_fits_each_backbone_and_predicts_its_largest_budget(tmp_path: P
 
 @pytest.mark.slow
 def test_coverage_is_93_to_97_percent_and_exponents_are_within_5_percent() -> None:
-    """600 simulations of the search that `diffscale recommend` runs by default, with the noise of real runs."""
+    """200 simulations with four budgets and the noise of real runs: 0.935 and 0.94, each known to 0.017."""
     covered, run_covered, exponent = [], [], []
-    for seed in range(600):
+    for seed in range(200):
         truth, law = fitted(1000 + seed, 4, (0.0, 0.05, 0.15)[seed % 3])
         compute = SMALLEST * FACTOR**4
         _, low, high = law.loss([compute])[:, 0]
