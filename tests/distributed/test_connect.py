@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -87,3 +88,27 @@ sys.exit(4)
 def test_a_sweep_connects_before_it_imports_ray(tmp_path):
     done = subprocess.run([sys.executable, "-c", SWEEP, str(tmp_path)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+
+
+INTERVALS = """
+import os
+from diffscale.distributed.connect import REPORT_INTERVAL, START_TIMEOUT, set_controller_intervals
+for workers in ((1, 1), (1024, 1024), (2, 8)):
+    set_controller_intervals(*workers)
+    print(os.environ[REPORT_INTERVAL], os.environ[START_TIMEOUT])
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, ["0.2 600", "1.024 600", "0.2 20"]),
+        ({"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "5"}, ["5 600", "5 600", "5 20"]),
+    ],
+)
+def test_the_controller_polls_in_proportion_to_the_workers_and_waits_for_nodes(given, expected):
+    """Every 0.2 s 1,024 workers were 5,100 calls a second, and every 20 s a growing cluster was asked anew."""
+    done = subprocess.run(
+        [sys.executable, "-c", INTERVALS], env=os.environ | given, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.splitlines() == expected, done.stderr
