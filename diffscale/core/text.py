@@ -1,4 +1,4 @@
-"""Small pieces of text: the nearest of several names, an error on one line, a generated part of a document."""
+"""Small pieces of text: the nearest of several names, a size, an error on one line, a generated part of a document."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ def nearest(value: str, choices: Iterable[str]) -> str:
     names = sorted(choices)
     near = difflib.get_close_matches(value, names, n=1, cutoff=0.5)
     return (f"{near[0]} (the nearest), or " if near else "") + "one of: " + ", ".join(names)
+
+
+def gigabytes(size: float) -> str:
+    """Return a number of bytes as text."""
+    return f"{size / 1e9:.1f} GB"
 
 
 def one_line(error: object, limit: int = 200) -> str:

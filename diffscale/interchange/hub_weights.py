@@ -22,7 +22,7 @@ class Fetched(NamedTuple):
 
 
 def fetch(text: str, family: str) -> Fetched:
-    """Return a local file or folder as it is, or a copy of what an id of the hub names.
+    """Return a local file or folder unchanged, or a copy of what an id of the hub names.
 
     Raises UserError for what neither exists here nor can be read from the hub, before anything is fetched.
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from diffscale.core.text import gigabytes
 from diffscale.preflight.node_facts import NodeFacts
 
 if TYPE_CHECKING:
@@ -32,11 +33,6 @@ class Finding:
     level: Level
     found: str
     fix: str = ""
-
-
-def gigabytes(size: float) -> str:
-    """Return a number of bytes as text."""
-    return f"{size / 1e9:.1f} GB"
 
 
 def versions(nodes: Sequence[NodeFacts], driver: dict[str, str]) -> list[Finding]:

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from diffscale.core.text import gigabytes
 from diffscale.models.cost import make_fake
-from diffscale.preflight.checks import gigabytes
 
 if TYPE_CHECKING:
     from diffscale.config.experiment import Experiment

@@ -10,8 +10,8 @@ import torch
 from diffscale.config.experiment import Experiment
 from diffscale.core import storage
 from diffscale.core.errors import UserError
+from diffscale.core.text import gigabytes
 from diffscale.data import Dataset
-from diffscale.preflight.checks import gigabytes
 from diffscale.preflight.memory import estimate, largest_micro_batch
 from diffscale.training.parallel import World
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -64,7 +65,6 @@ REFUSED_WITH_DATA = [
     ("eval.n_generated=1", "eval.n_generated"),
     ("optim.name=adamm", "optim.name"),
     ("optim.name=kron", "optim.name"),
-    ("train.trackers=[wandb]", "train.trackers"),
     ("data.resolution=128 eval.eval_resolution=128", "data.resolution"),
 ]
 
@@ -98,6 +98,12 @@ def test_settings_that_do_not_fit_data_or_network_are_refused(
     with pytest.raises(UserError) as caught:
         check_settings(load(overrides, shared_storage))  # type: ignore[arg-type]
     assert named in str(caught.value)
+
+
+@pytest.mark.skipif(find_spec("mlflow") is not None, reason="mlflow is installed")
+def test_a_tracker_that_is_not_installed_is_refused(shared_storage: Path, dataset: Dataset) -> None:
+    with pytest.raises(UserError, match=r"train\.trackers"):
+        check_settings(load("train.trackers=[mlflow]", shared_storage))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("command", [("--dry-run",), ()])
