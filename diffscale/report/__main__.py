@@ -50,7 +50,7 @@ def report(
     if runs:
         target = out or Path("report")
         analysis = write_report(
-            [storage.resolve(run, "RUNS", written=False) for run in runs], make_writable(target), title, best_guidance
+            [storage.resolve(run, "RUNS", written=False) for run in runs], target, title, best_guidance
         )
         for finding in analysis.findings[:SHOWN]:
             console.print(Text(f"- {finding['text']}"))

@@ -28,14 +28,14 @@ def write_report(places: Iterable[str], out: Path, title: str = "diffscale", bes
     out: the folder to write to; it is made.
     title: heading of index.html.
     best_guidance: compare checkpoints each at its own best guidance, chosen on held-out images
-    Raises UserError if there is no record or one is damaged.
+    Raises UserError if there is no record or one is damaged, or if `out` cannot be written.
     """
     places = list(places)
     with working("reading records", unit=""):
         records = read_records(places)
     with working(f"comparing {len(records):,} evaluations", unit=""):
         analysis = analyse(records, read_recommendations(places), best_guidance)
-        write_csvs(analysis, out)
+        write_csvs(analysis, make_writable(out))
     with working("drawing plots", unit=""):
         write_plots(analysis, out)
     with working("writing the page", unit=""):

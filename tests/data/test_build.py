@@ -257,7 +257,7 @@ def test_an_interrupted_build_continues_and_repeats_no_unit(tmp_path, ray_on_two
     with pytest.raises(KeyboardInterrupt):
         build(chosen, show=False, on_task=stop_after_one)
     assert not (tmp_path / "out").exists()
-    done = {int(f.stem) for f in (tmp_path / ".out.build" / "done").iterdir()}
+    done = {int(f.stem) for f in (tmp_path / ".out.build" / "done").glob("[0-9]*")}  # others are being written
     assert len(done) >= 1
     again = []
     build(chosen, show=False, on_task=lambda title, index: again.append(index) if title == "units" else None)

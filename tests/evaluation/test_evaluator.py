@@ -36,6 +36,7 @@ def settings(**changes) -> SimpleNamespace:
         "guidance_interval": None,
         "guidance_channels": None,
         "guidance_state": "shared",
+        "guide": None,
         "seed": 0,
         "batch": 8,
         "grid_images": 9,

@@ -135,6 +135,7 @@ def test_the_best_checkpoints_follow_the_direction_of_the_metric(
         {},
         submit=None,
         on_records=lambda images, records: False,
+        on_picture=lambda images, uri: None,
         stop_requested=lambda: False,
     )
     evaluations.values.update(values)
@@ -187,6 +188,7 @@ def test_a_value_of_an_earlier_launch_under_other_settings_is_done_but_never_the
         {10: 1.0, 20: 5.0},
         submit=None,
         on_records=lambda images, records: False,
+        on_picture=lambda images, uri: None,
         stop_requested=lambda: False,
     )
     assert evaluations.retain([10, 20], []) == {20}

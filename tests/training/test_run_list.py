@@ -22,6 +22,7 @@ def test_runs_and_report_of_an_object_store(
     _, folder = launch(short(place, "listed", train={"images": SEEN[-1]}, eval=EVAL), dataset)
     best = min(record.value for record in read_records([folder]))
     monkeypatch.setenv("DIFFSCALE_STORAGE", place)
+    monkeypatch.delenv("COLUMNS", raising=False)
     arguments = [place] if named else []
     runs = run_command("runs", *arguments)
     assert runs.code == 0, runs.err

@@ -66,7 +66,7 @@ def test_a_later_evaluation_of_more_samples_is_its_best_value(finished: tuple[Pa
     assert f"**Best {FD}: {record.value:.5g}**" in (folder / "README.md").read_text()
 
 
-def test_the_command_shows_training_and_what_is_done_of_its_evaluations(finished: tuple[Path, str]) -> None:
+def test_the_command_shows_training_and_its_evaluations(finished: tuple[Path, str]) -> None:
     _, shown = finished
-    assert re.search(r"^readme: [\d,]+ of 240 images .*evaluating .*(samples|reference|metrics)", shown, re.M), shown
+    assert re.search(r"^readme: [\d,]+ of 240 images .*evaluating", shown, re.M), shown
     assert re.search(r"^readme: 240 of 240 images in ", shown, re.M), shown

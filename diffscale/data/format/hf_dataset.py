@@ -169,6 +169,12 @@ class TableDataset(Dataset):
     def is_latent(self) -> bool:
         return self.tables.latents is not None
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Shape of one row: (H, W, C) for pixels; (C, H, W) for latents, which tables hold without deviations."""
+        side = self.resolution
+        return (self.channels, side, side) if self.is_latent else (side, side, self.channels)
+
     def _fill(
         self,
         indices: NDArray[np.int64],
