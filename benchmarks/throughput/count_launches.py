@@ -47,11 +47,12 @@ PHASES = {
 def experiment_of(preset: str, batch: int) -> Experiment:
     """Return the settings of a step of a preset: those of the CIFAR-10 suite."""
     published = PRESETS[preset]
+    model = {"preset": preset} | ({"out_channels": 0} if "out_channels" in published else {})  # a learned variance
     return validate(
         {
             "name": "launches",
             "data": {"resolution": published["resolution"], "class_conditional": bool(published.get("num_classes"))},
-            "model": {"preset": preset},
+            "model": model,
             "diffusion": {"schedule": "edm_lognormal", "prediction": "F", "weighting": "edm"},
             "optim": {"name": "adamw", "lr": 2e-3, "betas": [0.9, 0.99], "clip_grad_norm": 1.0},
             "train": {"images": 1 << 20, "global_batch": batch, "precision": "bf16", "trackers": []},
