@@ -35,7 +35,10 @@ NODE_ENVIRONMENT = {
 SHORTEST_INTERVAL = 0.2  # seconds
 POLLED_PER_SECOND = 1000.0  # workers; one Python process manages about 5,000 calls a second
 ELASTIC_WAIT, AUTOSCALING_WAIT = 20.0, 600.0  # seconds for the workers' resources
-_GIVEN = {name for name in (REPORT_INTERVAL, START_TIMEOUT) if name in os.environ}
+CHOSEN = "DIFFSCALE_CHOSEN_INTERVALS"  # marks the values below as diffscale's for the processes that inherit them
+_GIVEN = {name for name in (REPORT_INTERVAL, START_TIMEOUT) if name in os.environ} - {
+    *os.environ.get(CHOSEN, "").split(",")
+}
 
 CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 
@@ -107,8 +110,8 @@ def set_controller_intervals(fewest: int, most: int) -> None:
         REPORT_INTERVAL: max(SHORTEST_INTERVAL, most / POLLED_PER_SECOND),
         START_TIMEOUT: ELASTIC_WAIT if fewest < most else AUTOSCALING_WAIT,
     }
-    for name in values.keys() - _GIVEN:
-        os.environ[name] = f"{values[name]:g}"
+    chosen = values.keys() - _GIVEN
+    os.environ |= {name: f"{values[name]:g}" for name in chosen} | {CHOSEN: ",".join(sorted(chosen))}
 
 
 def gpus() -> list[str]:
