@@ -6,6 +6,7 @@ the report tabulates distance against compute. Run it again to continue an inter
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from pathlib import Path
@@ -21,12 +22,18 @@ from diffscale.core.places import require_writable
 if TYPE_CHECKING:
     import pandas as pd
 
+    from diffscale.config.experiment import Experiment
+    from diffscale.data import Dataset
+
 app = command_app()
 
 BACKBONES = ("unet", "uvit", "rin")
 WORKERS = 2
-SCALE = {"smallest": 0.03, "default": 1.0}
-SAMPLES = {"smallest": 64, "default": 128}
+SMALLEST = ["eval.n_generated=64", "train.flops=1.08e11"]
+BUDGETS = [3.6e12 / 2 ** (step / 2) for step in range(11)]  # FLOPs of each backbone, from the presets' own down
+TRIAL_SHARE, TRIALS = 0.5, 4  # of a backbone's FLOPs, in the sweep
+WORKER_BATCH = {"global_batch": 16}
+FIXED_SECONDS = 120.0  # of the time that is not training: starts, evaluations, the report
 NEXT = (
     "your images: diffscale data build PHOTOS DATASET --resolution 32; "
     "the network for your compute: diffscale recommend DATASET --flops 1e15"
@@ -37,6 +44,7 @@ NEXT = (
 def main(
     storage: Annotated[Path, typer.Option(help="where the runs go")] = Path("quickstart"),
     out: Annotated[Path, typer.Option(help="where the report goes")] = Path("report"),
+    minutes: Annotated[float, typer.Option(min=3, help="how long it may take: a faster machine trains longer")] = 6.0,
     size: Annotated[Literal["smallest", "default"], typer.Option(help="smallest is for CI")] = "default",
 ) -> None:
     """Images -> trained backbones -> sweep -> report/index.html, in a few minutes on two cores."""
@@ -53,7 +61,6 @@ def main(
     for option, folder in (("--storage", storage), ("--out", out)):
         require_writable(str(folder.resolve()), option)
     console, started = Console(), time.monotonic()
-    shared = [f"storage={storage.resolve()}", f"eval.n_generated={SAMPLES[size]}"]
     report = out.resolve()
 
     def step(number: int, title: str) -> None:
@@ -61,15 +68,18 @@ def main(
 
     earlier = _evaluations(storage)
     step(1, "Arrow shards from the images in the package")
-    experiments = []
-    for preset in (f"few-emoji-{backbone}" for backbone in BACKBONES):
-        flops = (load_experiment(preset).train.flops or 0.0) * SCALE[size]
-        settings = [*shared, f"train.flops={flops}", f"train.workers={WORKERS}"]
-        experiments.append(load_experiment(preset, settings))
-    trial_flops = (load_sweep("quickstart", shared).budget.trial.flops or 0.0) * SCALE[size]
-    sweep = load_sweep("quickstart", [*shared, f"budget.trial.flops={trial_flops}"])
-    data = open_training_data(experiments[0])
+    given = [f"storage={storage.resolve()}", f"train.workers={WORKERS}", *(SMALLEST if size == "smallest" else ())]
+    first = load_experiment(f"few-emoji-{BACKBONES[0]}", given)
+    data = open_training_data(first)
     console.print(f"{data.n:,} images, {data.num_classes} classes, {data.resolution} pixels")
+    if size == "default":
+        flops = budget_for(storage / "budget.json", minutes, first, data)
+        given.append(f"train.flops={flops}")
+        console.print(f"{flops:.2g} training FLOPs for each backbone, for about {minutes:g} minutes on this machine")
+    experiments = [load_experiment(f"few-emoji-{backbone}", given) for backbone in BACKBONES]
+    samples = f"eval.n_generated={first.eval.n_generated}"
+    trial = f"budget.trial.flops={(experiments[0].train.flops or 0.0) * TRIAL_SHARE}"
+    sweep = load_sweep("quickstart", [f"storage={storage.resolve()}", samples, trial])
 
     step(2, f"training {', '.join(BACKBONES)} through Ray Train on {WORKERS} workers")
     connect(num_cpus=WORKERS)
@@ -90,6 +100,24 @@ def main(
     for title, line in zip(("backbones", "sweep", "next"), (*lessons(rows), NEXT), strict=True):
         console.print(f"[bold]{title}[/]: {line}", soft_wrap=True, highlight=False)
     raise typer.Exit(int(bool(result.failed)))
+
+
+def budget_for(file: Path, minutes: float, experiment: Experiment, data: Dataset) -> float:
+    """Return the FLOPs of each backbone with which everything takes about `minutes` on this machine.
+
+    file: keeps the answer, so that the command, given again, continues with the same runs
+    """
+    from diffscale.training.speed import core_flops_per_second  # import cost
+
+    if file.exists() and (stored := json.loads(file.read_text()))["minutes"] == minutes:
+        return float(stored["flops"])
+    share = experiment.model_copy(update={"train": experiment.train.model_copy(update=WORKER_BATCH)})
+    affordable = WORKERS * core_flops_per_second(share, data) * (60 * minutes - FIXED_SECONDS)
+    each = affordable / (len(BACKBONES) + TRIALS * TRIAL_SHARE)
+    flops = next((budget for budget in BUDGETS if budget <= each), BUDGETS[-1])
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"minutes": minutes, "flops": flops}))
+    return flops
 
 
 def _evaluations(storage: Path) -> int:

@@ -6,6 +6,7 @@ DIFFSCALE_QUICKSTART_CSV names the report of a quickstart that has run already, 
 from __future__ import annotations
 
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -15,7 +16,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from diffscale.quickstart import lessons
+from diffscale.config.factory import open_training_data
+from diffscale.config.load import load_experiment
+from diffscale.quickstart import BUDGETS, budget_for, lessons
 
 BACKBONES = ("few-emoji-unet", "few-emoji-uvit", "few-emoji-rin")
 
@@ -55,6 +58,17 @@ def test_a_second_quickstart_trains_nothing_and_says_what_it_reused(report: Path
     second = subprocess.run(COMMAND, cwd=report.parent, check=True, timeout=300, capture_output=True, text=True)
     assert "reused every run, from quickstart/" in second.stdout
     assert (report / "fid_vs_compute.csv").read_bytes() == before
+
+
+def test_the_budget_follows_from_the_machine_once_and_a_second_call_keeps_it(tmp_path: Path) -> None:
+    experiment = load_experiment("few-emoji-rin", [f"storage={tmp_path}"])
+    data = open_training_data(experiment)
+    file = tmp_path / "budget.json"
+    chosen = budget_for(file, 6.0, experiment, data)
+    assert chosen in BUDGETS
+    file.write_text(json.dumps({"minutes": 6.0, "flops": 1e10}))
+    assert budget_for(file, 6.0, experiment, data) == 1e10
+    assert budget_for(file, 1e6, experiment, data) == BUDGETS[0]  # no longer than the presets say
 
 
 def evaluation(run: str, resolution: int, schedule: str, images: int, value: float) -> dict[str, object]:
