@@ -23,6 +23,7 @@ def dry_run(module: str, out: Path, *options: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "gpu.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_cell_leaves_its_rows_and_then_how_it_ended(tmp_path: Path) -> None:
     rows = dry_run("gpu", tmp_path, "--only", "unet-tiny")
     assert [row["cell"] for row in rows] == ["small waiting", "small ahead", "(unet-tiny)"]
@@ -38,6 +39,7 @@ def test_the_cells_fit_nine_minutes_as_far_as_the_aims_need_them() -> None:
     assert sum(CELLS[name][0] for name in wanted) <= 540
 
 
+@pytest.mark.slow
 def test_rules_of_compilation_follow_from_a_dry_run(tmp_path: Path) -> None:
     rows = dry_run("compile_rules", tmp_path, "--only", "dit")
     assert [row["network"] for row in rows] == ["dit-mini"] * len(NETWORKS["dit"])

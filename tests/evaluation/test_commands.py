@@ -111,6 +111,8 @@ def call(app, *arguments: str):
     return result.output
 
 
+@pytest.mark.slow
+@pytest.mark.gate
 def test_evaluate_writes_records_once_with_several_solvers_and_averages(ray_cluster, run, own_cache, tmp_path):
     arguments = [str(run), "--solver", "ddim,steps=2", "--solver", "heun,steps=2", "--ema", "none", "--ema", "halflife"]
     output = call(evaluate.app, *arguments, "--workers", "1", "--out", str(tmp_path / "rows.json"))
@@ -153,6 +155,7 @@ def test_sample_keeps_images_and_compares_runs_at_the_same_seeds(ray_cluster, ru
     np.testing.assert_array_equal(images[0].numpy(), first)
 
 
+@pytest.mark.slow
 def test_sample_and_evaluate_say_how_many_images_are_done(ray_cluster, run, own_cache, tmp_path):
     drawn = run_command("sample", str(run), "--n", "12", "--out", str(tmp_path / "drawn"), "--workers", "1")
     assert "12 of 12 images in " in drawn.err

@@ -177,6 +177,8 @@ def test_a_stop_request_on_one_rank_stops_all_after_the_same_chunks(tmp_path):
         assert list(pool.map(chunks_of, range(2))) == [[0, 64], []]
 
 
+@pytest.mark.slow
+@pytest.mark.gate
 def test_samples_are_identical_to_the_bit_on_one_and_two_actors_and_after_one_was_killed(ray_cluster, source):
     def run(workers: int, kill: bool = False) -> np.ndarray:
         parts = {}

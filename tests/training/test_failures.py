@@ -78,6 +78,8 @@ class Breaks:
         raise ArithmeticError(f"no rule for {record.metric}")
 
 
+@pytest.mark.slow
+@pytest.mark.gate
 def test_workers_that_fail_alike_are_started_twice_and_no_more(
     shared_storage: Path, dataset: Dataset, private_ray: None, tmp_path: Path
 ) -> None:
@@ -105,6 +107,8 @@ def test_a_label_that_the_data_do_not_name_ends_the_run_at_once(
     assert result.images_seen == 0
 
 
+@pytest.mark.slow
+@pytest.mark.gate
 def test_a_run_that_diverges_stops_and_says_so_again(shared_storage: Path, dataset: Dataset, private_ray: None) -> None:
     optim = {"name": "sgd", "lr": 1e30, "clip_grad_norm": None}
     limits = {"images": 20 * BATCH, "nonfinite_limit": 3}
