@@ -18,12 +18,12 @@ from rich.console import Console
 from diffscale.config.load import load_experiment
 from diffscale.core.app import command_app, run_app
 from diffscale.core.places import require_writable
+from diffscale.records.schema import rank
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from diffscale.config.experiment import Experiment
     from diffscale.data import Dataset
+    from diffscale.records.schema import Record
 
 app = command_app()
 
@@ -52,6 +52,7 @@ def main(
 
     from diffscale.config.factory import open_training_data  # import cost
     from diffscale.distributed.connect import connect  # import cost
+    from diffscale.records.store import read_records  # import cost
     from diffscale.report.write import copy_pictures, write_report  # import cost
     from diffscale.sweep.ledger import Ledger  # import cost
     from diffscale.sweep.run import load_sweep  # import cost
@@ -83,21 +84,24 @@ def main(
 
     step(2, f"training {', '.join(BACKBONES)} through Ray Train on {WORKERS} workers")
     connect(num_cpus=WORKERS)
-    folders = [train(experiment).run_folder for experiment in experiments]
+    backbones = [train(experiment).run_folder for experiment in experiments]
 
     step(3, "sweeping noise schedule x resolution through Ray Tune")
-    result = run_sweep(Ledger(sweep))
-    folders += [folder for trial in result.trials for folder in trial.folders]
+    ledger = Ledger(sweep)
+    result = run_sweep(ledger)
+    folders = [*backbones, *(folder for trial in result.trials for folder in trial.folders)]
 
     step(4, "the report")
-    rows = write_report(folders, report).rows
+    write_report(folders, report)
     pictures = copy_pictures(folders, report)
     console.print(f"finished in {time.monotonic() - started:.0f} s; look at:")
     for path in [report / "index.html", report / "fid_vs_compute.csv", *pictures]:
         console.print(f"  {path}", soft_wrap=True, highlight=False)
     if earlier:
         console.print(_reused(earlier, _evaluations(storage), storage), soft_wrap=True, highlight=False)
-    for title, line in zip(("backbones", "sweep", "next"), (*lessons(rows), NEXT), strict=True):
+    trials = [rows for trial in result.trials if (rows := ledger.records(trial))]
+    learnt = lessons([read_records([folder]) for folder in backbones], trials)
+    for title, line in zip(("backbones", "sweep", "next"), (*learnt, NEXT), strict=True):
         console.print(f"[bold]{title}[/]: {line}", soft_wrap=True, highlight=False)
     raise typer.Exit(int(bool(result.failed)))
 
@@ -131,24 +135,25 @@ def _reused(earlier: int, now: int, storage: Path) -> str:
     return f"reused {what}, from {storage}/; delete that folder to train again"
 
 
-def lessons(rows: pd.DataFrame) -> tuple[str, str]:
-    """Return a line about the backbones and one about the sweep. rows: every evaluation, `Analysis.rows`."""
-    rows = rows.sort_values("images_seen")
-    swept = rows["run_name"].str.contains("sweep")
-    ends = rows[~swept].groupby("run_id").tail(1).sort_values("value")
-    best, values = ends.iloc[0], ", ".join(f"{end.model} {end.value:.0f}" for end in ends.itertuples())
-    backbones = (
+def lessons(backbones: list[list[Record]], trials: list[list[Record]]) -> tuple[str, str]:
+    """Return a line about the backbones and one about the sweep; of each run and trial the evaluations in order."""
+    ends = sorted((run[-1] for run in backbones), key=_rank)
+    best, values = ends[0], ", ".join(f"{end.model} {end.value:.0f}" for end in ends)
+    about_backbones = (
         f"after {best.train_flops:.1e} FLOPs {values} ({best.metric}, lower is better; one seed each, so no ranking); "
         f"{best.memorisation:.0%} of {best.model}'s samples are nearer to a training image than unseen emoji are"
     )
-    trials = rows[swept].groupby("run_id")
-    first, last = (evaluations.sort_values("value") for evaluations in (trials.head(1), trials.tail(1)))
-    early, late = first.iloc[0], last.iloc[0]
+    last = sorted((trial[-1] for trial in trials), key=_rank)
+    early, late = min((trial[0] for trial in trials), key=_rank), last[0]
     lead = f"{early.train_resolution} pixels lead after {early.train_flops:.1e} FLOPs ({early.value:.0f})"
     lead += " and" if early.train_resolution == late.train_resolution else f", {late.train_resolution} pixels"
-    at_best = last[last["train_resolution"] == late.train_resolution]
-    schedules = ", ".join(f"{trial.schedule} {trial.value:.0f}" for trial in at_best.itertuples())
-    return backbones, f"{lead} after {late.train_flops:.1e} ({late.value:.0f}); schedules there: {schedules}"
+    at_best = [end for end in last if end.train_resolution == late.train_resolution]
+    schedules = ", ".join(f"{end.schedule} {end.value:.0f}" for end in at_best)
+    return about_backbones, f"{lead} after {late.train_flops:.1e} ({late.value:.0f}); schedules there: {schedules}"
+
+
+def _rank(record: Record) -> float:
+    return rank(record.metric, record.value)
 
 
 if __name__ == "__main__":

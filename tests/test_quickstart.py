@@ -13,12 +13,13 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-import pandas as pd
 import pytest
 
 from diffscale.config.factory import open_training_data
 from diffscale.config.load import load_experiment
 from diffscale.quickstart import BUDGETS, budget_for, lessons
+from diffscale.records.schema import Record
+from tests.report.records import make_record
 
 BACKBONES = ("few-emoji-unet", "few-emoji-uvit", "few-emoji-rin")
 
@@ -42,12 +43,13 @@ def test_the_report_of_the_quickstart_has_every_row(report: Path) -> None:
     with open(report / "fid_vs_compute.csv", newline="") as opened:
         rows = list(csv.DictReader(opened))
     points, runs = defaultdict(set), defaultdict(set)
-    for row in rows:  # the sweep's trial that is the UNet's run shares its folder, and evaluates it as its own
+    for row in rows:  # the sweep's trial that is the UNet's run has its name
         points[row["run_id"]].add(row["images_seen"])
         runs[row["run_name"]].add(row["run_id"])
     for name in BACKBONES:
         assert [len(points[run]) >= 3 for run in runs[name]] == [True], name
-    assert len({row["run_id"] for row in rows if row["run_name"] == "quickstart-sweep"}) == 4
+    assert len(runs["quickstart-sweep"]) == 3
+    assert len({row["run_id"] for row in rows}) == 6
     assert all(row["value"] for row in rows)
 
 
@@ -71,36 +73,29 @@ def test_the_budget_follows_from_the_machine_once_and_a_second_call_keeps_it(tmp
     assert budget_for(file, 1e6, experiment, data) == BUDGETS[0]  # no longer than the presets say
 
 
-def evaluation(run: str, resolution: int, schedule: str, images: int, value: float) -> dict[str, object]:
-    return {
-        "run_id": f"{run} {resolution} {schedule}",
-        "run_name": run,
-        "model": run.rpartition("-")[2],
-        "schedule": schedule,
-        "train_resolution": resolution,
-        "images_seen": images,
-        "train_flops": 1e9 * images,
-        "metric": "fd_efficientnet_lite0",
-        "value": value,
-        "memorisation": 0.25,
-    }
+def evaluation(run: str, resolution: int, schedule: str, images: int, value: float) -> Record:
+    return make_record(
+        model=run,
+        resolution=resolution,
+        schedule=schedule,
+        images_seen=images,
+        train_flops=1e9 * images,
+        metric="fd_efficientnet_lite0",
+        memorisation=0.25,
+        value=value,
+    )
 
 
 def test_the_lessons_compare_the_ends_of_the_backbones_and_both_ends_of_the_sweep() -> None:
-    rows = pd.DataFrame(
+    unet = [evaluation("unet", 16, "cosine", 100, 900.0), evaluation("unet", 16, "cosine", 400, 300.0)]
+    trials = {(8, "cosine"): (500.0, 450.0), (16, "cosine"): (800.0, 350.0), (16, "linear"): (810.0, 360.0)}
+    backbones, sweep = lessons(
+        [unet, [evaluation("uvit", 16, "cosine", 400, 200.0)]],
         [
-            evaluation("few-emoji-unet", 16, "cosine", 400, 300.0),
-            evaluation("few-emoji-unet", 16, "cosine", 100, 900.0),
-            evaluation("few-emoji-uvit", 16, "cosine", 400, 200.0),
-            evaluation("quickstart-sweep", 8, "cosine", 100, 500.0),
-            evaluation("quickstart-sweep", 8, "cosine", 400, 450.0),
-            evaluation("quickstart-sweep", 16, "cosine", 100, 800.0),
-            evaluation("quickstart-sweep", 16, "cosine", 400, 350.0),
-            evaluation("quickstart-sweep", 16, "linear", 100, 810.0),
-            evaluation("quickstart-sweep", 16, "linear", 400, 360.0),
-        ]
+            [evaluation("unet", *settings, images, value) for images, value in zip((100, 400), values, strict=True)]
+            for settings, values in trials.items()
+        ],
     )
-    backbones, sweep = lessons(rows)
     assert "4.0e+11 FLOPs uvit 200, unet 300" in backbones
     assert "25% of uvit's samples" in backbones
     assert "8 pixels lead after 1.0e+11 FLOPs (500), 16 pixels after 4.0e+11 (350)" in sweep

@@ -38,6 +38,9 @@ def write_record(run_folder: str, record: Record) -> str:
 def read_records(places: Iterable[str]) -> list[Record]:
     """Return every row under run folders, folders of runs, or record files, each once.
 
+    Two folders hold the same run where another command trained it too, such as a trial of a sweep. Of a row in both
+    the older is returned, and all rows of a run have the name of its oldest one.
+
     Raises UserError that names the file if one is damaged, or the place if it does not exist.
     """
     rows: dict[str, Record] = {}
@@ -47,8 +50,23 @@ def read_records(places: Iterable[str]) -> list[Record]:
             raise UserError(setting="RUNS", value=place, expected="a run's folder, a folder of runs or a record file")
         for file, text in _texts(place):
             for row in _rows_of_file(text, file) if file.endswith(".jsonl") else [_record(text, file)]:
-                rows[row.record_id] = row
-    return _in_order(rows.values())
+                known = rows.get(row.record_id)
+                rows[row.record_id] = row if known is None else min(known, row, key=_age)
+    return _in_order(_with_one_name(rows.values()))
+
+
+def _with_one_name(records: Iterable[Record]) -> list[Record]:
+    """Return the rows with one name for each run, that of its oldest row."""
+    oldest: dict[str, Record] = {}
+    records = list(records)
+    for row in records:
+        oldest[row.run_id] = min(oldest.get(row.run_id, row), row, key=_age)
+    names = {run: row.run_name for run, row in oldest.items()}
+    return [r if r.run_name == names[r.run_id] else r.model_copy(update={"run_name": names[r.run_id]}) for r in records]
+
+
+def _age(record: Record) -> tuple[str, str]:
+    return record.created, record.run_name
 
 
 def records_of_run(run_folder: str) -> list[Record]:

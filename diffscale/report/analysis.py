@@ -69,8 +69,9 @@ def analyse(
     facets, verdict_table, sweep = facet_table(rows), verdicts(all_curves), tables.sweep(points)
     joined = with_metrics(rows)
     orders = agreement(joined)
-    searched = {point.run_name for r in recommendations for part in r.searched for point in part.points}
-    loss_laws, laws = isoflop(rows[~rows["run_name"].isin(searched)])
+    searched = [point for r in recommendations for part in r.searched for point in part.points]
+    own = rows["run_name"].isin({point.run_name for point in searched})  # with those that tried a learning rate
+    loss_laws, laws = isoflop(rows[~own & ~rows["run_id"].isin({point.run_id for point in searched})])
     return Analysis(
         every=every,
         rows=rows,

@@ -142,3 +142,18 @@ def test_records_of_an_object_store_are_fetched_together_and_once(
     index = next(tmp_path.glob("records/*.jsonl"))
     index.write_text("damaged")
     assert len(read_records([bucket])) == 41
+
+
+def test_a_run_has_one_name_whoever_evaluated_it(tmp_path: Path) -> None:
+    """A sweep's trial that is an earlier run trains and evaluates it in its own folder, at other points too."""
+    for name, minute, images in (("run", 1, 640), ("run", 2, 1280), ("sweep", 3, 1280), ("sweep", 4, 320)):
+        record = make(run_name=name, images_seen=images, created=f"2026-01-01T00:0{minute}:00+00:00", value=minute)
+        write_record(str(tmp_path / name), record)
+    for places in (["run", "sweep"], ["sweep", "run"]):
+        found = read_records([str(tmp_path / name) for name in places])
+        assert [(r.run_name, r.images_seen, r.value) for r in found] == [
+            ("run", 320, 4.0),
+            ("run", 640, 1.0),
+            ("run", 1280, 2.0),
+        ]
+    assert [r.run_name for r in read_records([str(tmp_path / "sweep")])] == ["sweep", "sweep"]
