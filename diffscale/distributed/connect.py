@@ -83,13 +83,18 @@ def connect(address: str | None = None, num_cpus: int | None = None) -> None:
                 f"interface; set {SEVERAL_NODES}=0 before `import ray` to keep it on this machine",
                 stacklevel=2,
             )
-        _start_or_join(
-            address,
-            num_cpus=num_cpus,
-            include_dashboard=False,
-            object_store_memory=300_000_000,
-            log_to_driver=False,  # workers' notices come through distributed/messages.py, without Ray's own noise
-        )
+        private = {
+            "num_cpus": num_cpus,
+            "include_dashboard": False,
+            "object_store_memory": 300_000_000,
+            "log_to_driver": False,  # workers' notices come through distributed/messages.py, without Ray's own noise
+        }
+        try:
+            _start_or_join(address, **private)
+        except UserError:
+            print("Ray was not up within its 30 s, as on a busy machine; starting it again", file=sys.stderr)
+            ray.shutdown()
+            _start_or_join(address, **private)
         _private = True
     else:
         _require_listener(address)
