@@ -16,6 +16,7 @@ from diffscale.core.errors import UserError
 from diffscale.core.text import one_line
 
 TOKEN = "HF_TOKEN"
+SCHEME = "hf://"
 ID = re.compile(r"(?:hf://)?(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[\w./-]+?))?(?::(?P<file>[\w./ -]+))?")
 
 
@@ -33,14 +34,44 @@ def hub_id(text: str) -> HubId | None:
     return HubId(found["repo"], found["revision"], found["file"]) if found else None
 
 
+def path_or_id(text: str) -> Path | HubId:
+    """Return what a person's text names: a path if something is there, else a repository if it has that form.
+
+    So runs/a is a folder where there is one, ./runs/a is never a repository, and hf://runs/a always is. Of a path with
+    nothing at it `pinned` and the caller say so.
+    """
+    path = Path(text).expanduser()
+    return path if path.exists() else hub_id(text) or path
+
+
 def client() -> Any:
     """Return a huggingface_hub.HfApi. Raises UserError if the package is not installed."""
     return _package().HfApi(**_access())
 
 
 def filesystem() -> Any:
-    """Return the hub's files as an fsspec filesystem. Raises UserError if the package is not installed."""
-    return _package().HfFileSystem(**_access())
+    """Return the hub's files as an fsspec filesystem, those in its cache from there (hub_files.py).
+
+    Raises UserError if the package is not installed.
+    """
+    _package()
+    from diffscale.core.hub_files import HubFiles  # import cost: an extra
+
+    return HubFiles(**_access())
+
+
+def keep(uri: str) -> None:
+    """Fetch a file of a dataset on the hub that will be read as a whole into the hub's cache; see hub_files.py.
+
+    Does nothing for any other place. Raises UserError for a file that cannot be read.
+    """
+    if not uri.startswith(SCHEME):
+        return
+    files = filesystem()
+    from diffscale.core import hub_files  # import cost: an extra
+
+    with explained("SOURCE", uri):
+        hub_files.keep(uri, files, client())
 
 
 def _access() -> dict[str, Any]:
@@ -65,14 +96,16 @@ class Pinned(NamedTuple):
     licence: str  # as the page says, empty if it does not
 
 
-def pinned(setting: str, repo: str, revision: str | None, kind: str = "model") -> Pinned:
+def pinned(setting: str, repo: str, revision: str | None, kind: str = "model", text: str = "") -> Pinned:
     """Return the commit of a revision with what it has. Raises UserError for what cannot be read.
 
     setting: for the error
     revision: branch, tag or commit; None is the main branch
     kind: model or dataset
+    text: what a person wrote, if it could have been a path too (`path_or_id`): the error then says both readings
     """
-    with explained(setting, repo if revision is None else f"{repo}@{revision}"):
+    name = repo if revision is None else f"{repo}@{revision}"
+    with explained(setting, text or name, maybe_local=bool(text) and not text.startswith(SCHEME)):
         info = client().repo_info(repo, revision=revision, repo_type=kind)
         client().auth_check(repo, repo_type=kind)  # a gated repository shows its names to everyone
     card = getattr(info, "card_data", None) or {}
@@ -125,12 +158,18 @@ def upload(setting: str, repo: str, folder: Path, message: str, private: bool) -
 
 
 @contextmanager
-def explained(setting: str, value: str) -> Iterator[None]:
-    """Turn the hub's refusals and a missing network into UserErrors about a setting."""
+def explained(setting: str, value: str, maybe_local: bool = False) -> Iterator[None]:
+    """Turn the hub's refusals and a missing network into UserErrors about a setting.
+
+    maybe_local: whether the value could have been a path, at which nothing is
+    """
     _package()
     from huggingface_hub import errors  # import cost: an extra
 
     def refused(expected: str, reason: str, fix: str = "") -> UserError:
+        if maybe_local:
+            expected = f"a file or folder on this machine, or {expected}"
+            reason = f"nothing is at the path {value}; read as a name on the hub: {reason}"
         return UserError(setting=setting, value=value, expected=expected, reason=reason, fix=fix)
 
     access = f"a token of an account that may read it, in {TOKEN}"

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, get_args
 import typer
 from rich.table import Table
 
-from diffscale.core import storage
+from diffscale.core import hub, storage
 from diffscale.core.app import command_app, run_app
 from diffscale.core.console import make_console
 from diffscale.core.errors import UserError
@@ -124,7 +124,7 @@ def build_command(
         "config": config,
         "split_names": split_names,
     }
-    if source.startswith(hub_source.SCHEME):
+    if source.startswith(hub.SCHEME):
         source, choices_of_source = hub_source.pin(source)
         chosen |= choices_of_source
     preparation = Preparation(crop, filter, colour, channels, upsample, max_pixels)  # type: ignore[arg-type]

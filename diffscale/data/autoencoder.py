@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from diffscale.core import hub
 from diffscale.core.errors import UserError
 from diffscale.core.hashing import file_sha256, identify
 from diffscale.core.text import one_line
@@ -35,7 +34,7 @@ LatentScale = Literal["sd", "edm2"]
 class Autoencoder:
     """An AutoencoderKL of diffusers: a local folder with its config and weights.
 
-    name: folder or hub id as a person gave it
+    name: folder as a person gave it, or owner/name
     folder: of config.json and the weights
     revision: commit of the hub's repository; empty for a local folder
     config: content of config.json
@@ -59,8 +58,13 @@ class Autoencoder:
             raise UserError(
                 setting=setting, value=place, expected="an installed diffusers", fix='pip install "diffusers>=0.35"'
             )
-        local = Path(place).expanduser()
-        folder, revision = (local, "") if local.exists() else _from_hub(place, setting)
+        named = hub.path_or_id(place)
+        if isinstance(named, Path):
+            name, folder, revision = place, named, ""
+            if not folder.exists():
+                raise _no_autoencoder(place, setting, "there is no such folder")
+        else:
+            name, (folder, revision) = named.repo, _from_hub(place, named, setting)
         found = next((f for f in (folder, folder / "vae") if (f / CONFIG).is_file()), None)
         if found is None:
             raise _no_autoencoder(place, setting, f"it has no {CONFIG}")
@@ -73,7 +77,7 @@ class Autoencoder:
             raise _no_autoencoder(place, setting, f"its {CONFIG} is of {one_line(str(kind), 80)}")
         if not (found / WEIGHTS).is_file():
             raise _no_autoencoder(place, setting, f"it has no {WEIGHTS}; pickled weights are not opened")
-        return cls(place, found, revision, config)
+        return cls(name, found, revision, config)
 
     @property
     def factor(self) -> int:
@@ -154,26 +158,15 @@ def _no_autoencoder(place: str, setting: str, reason: str) -> UserError:
     )
 
 
-def _from_hub(place: str, setting: str) -> tuple[Path, str]:
+def _from_hub(place: str, named: hub.HubId, setting: str) -> tuple[Path, str]:
     """Fetch config and weights of owner/name[@revision]; return their folder and the repository's commit."""
-    repository, _, revision = place.partition("@")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository) or place.startswith((".", "/", "~")):
-        raise _no_autoencoder(place, setting, "there is no such folder")
-    from huggingface_hub import snapshot_download  # import cost
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError  # import cost
-
-    wanted = [CONFIG, WEIGHTS, f"vae/{CONFIG}", f"vae/{WEIGHTS}"]
-    try:
-        folder = snapshot_download(repository, revision=revision or None, allow_patterns=wanted)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise UserError(
-            setting=setting,
-            value=place,
-            expected="a folder on this machine, or a repository of the hub that can be read",
-            reason=one_line(f"{type(error).__name__}: {error}", 200),
-            fix="check the name and the network; a gated repository needs your own HF_TOKEN; or name a local folder",
-        ) from None
-    return Path(folder), os.path.basename(folder)
+    pinned = hub.pinned(setting, named.repo, named.revision, text=place)
+    inside = next((folder for folder in ("", "vae/") if f"{folder}{CONFIG}" in pinned.files), None)
+    if inside is None or f"{inside}{WEIGHTS}" not in pinned.files:
+        missing = CONFIG if inside is None else f"{WEIGHTS}; pickled weights are not opened"
+        raise _no_autoencoder(place, setting, f"its files have no {missing}")
+    wanted = [f"{inside}{CONFIG}", f"{inside}{WEIGHTS}"]
+    return hub.download(setting, named.repo, pinned.commit, wanted)[0].parent, pinned.commit
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from diffscale.core.errors import UserError
-from diffscale.core.hub import HubId, download, hub_id, pinned
+from diffscale.core.hub import HubId, download, path_or_id, pinned
 from diffscale.interchange.containers import WEIGHTS_OF_FOLDER
 
 ENDINGS = (".safetensors", ".pt", ".pth", ".pkl", ".bin")
@@ -29,14 +29,13 @@ def fetch(text: str, family: str) -> Fetched:
     text: path, or owner/name[@revision][:file]
     family: `diffusers` takes a folder with config.json, every other a file
     """
-    path = Path(text).expanduser().resolve()
-    named = None if path.exists() or (text.endswith(ENDINGS) and ":" not in text) else hub_id(text)
-    if named is None:
-        if not path.exists():
+    named = path_or_id(text)
+    if isinstance(named, Path):
+        if not named.exists():
             expected = "a file or folder that exists, or a model on the hub: owner/name[@revision][:file]"
             raise UserError(setting="FILE", value=text, expected=expected)
-        return Fetched(path, path.name, "")
-    commit, there, licence = pinned("FILE", named.repo, named.revision)
+        return Fetched(named.resolve(), named.resolve().name, "")
+    commit, there, licence = pinned("FILE", named.repo, named.revision, text=text)
     wanted = _wanted(named, there, family == "diffusers")
     copies = download("FILE", named.repo, commit, wanted)
     source = f"{named.repo}@{commit}:{wanted[-1]}"

@@ -1,13 +1,15 @@
-"""Datasets on Hugging Face's hub: read in place from a server on loopback, pinned to a commit, and what it refuses."""
+"""Datasets on Hugging Face's hub: read from a server on loopback, pinned to a commit, cached, and what is refused."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from diffscale.core import hub_files
 from diffscale.core.errors import UserError
 from diffscale.data.build import hub_source
 from diffscale.data.build.build import BuildOptions, build
@@ -39,15 +41,42 @@ def options(source: str, target: Path) -> BuildOptions:
     return BuildOptions(place, str(target), (16,), workers=0, **choices)  # type: ignore[arg-type]
 
 
+def downloads(hub: Hub) -> int:
+    """How often the server was asked for the content of a file, or for a part of it."""
+    return sum(method == "GET" and "/resolve/" in path for method, path in hub.asked)
+
+
 @pytest.mark.parametrize("make", [make_hugging_face("parquet"), make_webdataset, make_folder])
-def test_every_form_of_the_hub_is_read_in_place_and_pinned(make: Callable[[Path], Path], hub: Hub, tmp_path: Path):
+def test_every_form_of_the_hub_is_read_and_pinned(make: Callable[[Path], Path], hub: Hub, tmp_path: Path):
     hub.repos[PLACE] = repo(tmp_path / "files", make)
     build(options("hf://ada/pets", tmp_path / "out"), show=False)
     dataset = Dataset.open(str(tmp_path / "out"))
     pixels, _ = dataset.gather(np.arange(len(dataset)))
     assert {image.numpy().tobytes() for image in pixels} == {image.tobytes() for image in IMAGES}
     assert read_manifest(str(tmp_path / "out")).source["path"] == f"hf://datasets/ada/pets@{hub.repos[PLACE].sha}"
+
+
+@pytest.mark.parametrize("make", [make_hugging_face("parquet"), make_webdataset, make_folder])
+def test_another_build_of_the_revision_downloads_nothing_again(make, hub: Hub, tmp_path: Path):
+    hub.repos[PLACE] = repo(tmp_path / "files", make)
+    build(options("hf://ada/pets", tmp_path / "out"), show=False)
+    before = downloads(hub)
+    assert before > 0
+    again = replace(options("hf://ada/pets", tmp_path / "small"), resolutions=(8,))
+    build(again, show=False)
+    assert len(Dataset.open(str(tmp_path / "small"))) == len(IMAGES)
+    assert downloads(hub) == before
+
+
+def test_a_full_disk_gets_no_copies_and_the_build_goes_on(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(hub_files, "LEFT_FREE", 1 << 62)
+    hub.repos[PLACE] = repo(tmp_path / "files", make_hugging_face("parquet"))
+    build(options("hf://ada/pets", tmp_path / "out"), show=False)
+    assert len(Dataset.open(str(tmp_path / "out"))) == len(IMAGES)
     assert not list((tmp_path / "cache").glob("**/*.parquet"))
+    assert "read in place and not kept" in caplog.text
 
 
 def test_the_query_chooses_configuration_split_and_columns(hub: Hub, tmp_path: Path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from diffscale.data.loading.augment import is_mirrored
 from tests.support.autoencoders import save_autoencoder
 from tests.support.commands import run_command
 from tests.support.datasets import pictures, write_dataset
+from tests.support.hub import Hub, Repo, connected, hub_server
 
 pytest.importorskip("diffusers")
 SIDE, ROWS = 16, 24
@@ -187,10 +189,57 @@ def test_a_place_without_an_autoencoder_is_named(tmp_path, vae) -> None:
         _ = Autoencoder.open(str(tmp_path), "--encode").network
 
 
-def test_a_hub_that_cannot_be_reached_is_said(monkeypatch, tmp_path) -> None:
-    from huggingface_hub import constants
+@pytest.fixture
+def hub(tmp_path: Path, vae: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    files = {path.name: path.read_bytes() for path in vae.iterdir()}
+    with hub_server() as served, connected(served, monkeypatch, tmp_path / "hub"):
+        served.repos = {
+            "models/ada/vae": Repo(files),
+            "models/ada/pipeline": Repo({f"vae/{name}": data for name, data in files.items()} | {"model_index.json": b""}),
+            "models/ada/gated": Repo(files, gated=True),
+            "models/ada/pickled": Repo({"config.json": files["config.json"], "diffusion_pytorch_model.bin": b""}),
+            "models/ada/unet": Repo(files | {"config.json": json.dumps({"_class_name": "UNet2DModel"}).encode()}),
+        }
+        yield served
 
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match="hub"):
-        Autoencoder.open("nobody/no-such-autoencoder", "--encode")
+
+def test_an_autoencoder_of_the_hub_is_fetched_once_and_pinned(hub: Hub, vae: Path) -> None:
+    local = Autoencoder.open(str(vae), "--encode")
+    for place, repo in (("ada/vae@v1", "ada/vae"), ("hf://ada/pipeline", "ada/pipeline")):
+        found = Autoencoder.open(place, "--encode")
+        assert (found.name, found.revision) == (repo, hub.repos[f"models/{repo}"].sha)
+        assert found.digest == local.digest
+    asked = len(hub.asked)
+    again = Autoencoder.open(f"{found.name}@{found.revision}", "data.decoder")  # as a manifest names it
+    assert again.folder == found.folder
+    assert not any(method == "GET" and "/resolve/" in path for method, path in hub.asked[asked:])
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("ada/gated", "accept its terms"),
+        ("ada/nothing", "nothing is at the path ada/nothing; read as a name on the hub: it does not exist"),
+        ("ada/vae@gone", "no such revision"),
+        ("ada/pickled", "pickled weights are not opened"),
+        ("ada/unet", "UNet2DModel"),
+        ("./ada/vae", "no such folder"),
+    ],
+)
+def test_an_autoencoder_that_the_hub_cannot_give_is_explained_before_any_work(
+    place: str, said: str, hub: Hub, tmp_path: Path
+) -> None:
+    np.savez(tmp_path / "pets.npz", images=pictures(8, SIDE))
+    build = ("build", str(tmp_path / "pets.npz"), str(tmp_path / "out"), "--resolution", "16", "--encode", place)
+    ended = run_command("data", *build)
+    assert ended.code == 2
+    assert f"--encode = {place!r}" in ended.err
+    assert said in ended.err
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / ".out.build").exists()
+
+
+def test_a_hub_that_cannot_be_reached_is_said(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match="no network"):
+        Autoencoder.open("ada/vae", "--encode")

@@ -13,6 +13,7 @@ import yaml
 
 from diffscale.core.errors import UserError
 from diffscale.interchange.export import export_run
+from diffscale.interchange.hub_weights import fetch
 from diffscale.interchange.import_run import import_run, imported_from
 from diffscale.training.checkpoint import layout as ck
 from tests.interchange.test_export import make_run
@@ -74,6 +75,7 @@ def test_a_model_goes_to_the_hub_and_comes_back(hub: Hub, run: Any, tmp_path: Pa
         ("ada/several:c.pt", "adm", "the repository has a.pt"),
         ("ada/broken", "adm", "an undamaged file of weights"),
         ("nowhere.pt", "adm", "a file or folder that exists"),
+        ("runs/model.pt", "adm", "nothing is at the path runs/model.pt; read as a name on the hub"),
         ("./nowhere", "adm", "a model on the hub"),
     ],
 )
@@ -89,6 +91,18 @@ def test_what_the_hub_cannot_give_is_explained_and_nothing_is_written(
         import_run(text, family, [f"storage={tmp_path / 'runs'}", "data.path=builtin:emoji"])
     assert said in caught.value.text()
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_path_comes_before_a_name_on_the_hub_unless_the_scheme_says_hub(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    hub.repos["models/ada/faces"] = Repo({"model.pt": b"of the hub"})
+    monkeypatch.chdir(tmp_path)
+    assert fetch("ada/faces", "adm").path.read_bytes() == b"of the hub"
+    Path("ada").mkdir()
+    Path("ada/faces").write_bytes(b"of this machine")
+    assert fetch("ada/faces", "adm").path.read_bytes() == b"of this machine"
+    assert fetch("hf://ada/faces", "adm").path.read_bytes() == b"of the hub"
 
 
 def test_a_bad_token_and_no_network_are_explained(hub: Hub, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Any
 
-from diffscale.core import storage
+from diffscale.core import hub, storage
 from diffscale.data.build.decode import MOST_BYTES, ImageError
 from diffscale.data.build.items import Item, SourceUnit, check_size, open_file, unreadable
 from diffscale.data.build.names import is_unsafe
@@ -53,6 +53,7 @@ def tar_tree(uri: str, local: str) -> Tree:
 
     Raises UserError for a tar that is damaged or cut off: some of its files would be missing without a word.
     """
+    hub.keep(local)  # the headers are all over the file
     try:
         with open_file(local) as file:
             entries = list(last_of_each_name(_tar_members(file)))

@@ -24,7 +24,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from PIL import Image
 
-from diffscale.core import storage
+from diffscale.core import hub, storage
 from diffscale.core.errors import UserError
 from diffscale.core.text import one_line
 from diffscale.data.build.items import Reading
@@ -397,5 +397,6 @@ def _map(path: str | None, name: str) -> NDArray[Any]:
 
 
 def _open(uri: str) -> Any:
+    hub.keep(uri)
     fs, path = storage.filesystem(uri)
     return fs.open_input_file(path)

@@ -1,6 +1,7 @@
 """A dataset on Hugging Face's hub as a source: hf://OWNER/NAME[@REVISION][?config=&split=&image=&label=].
 
-Its files are read in place, row group by row group or sample by sample, by the readers of tables, tars and folders.
+A build lists it in place, each task then fetches the files that it prepares into the hub's cache (core/hub_files.py), and
+the readers of tables, tars and folders do the rest. Another build of that commit finds them there.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from urllib.parse import parse_qsl
 from diffscale.core import hub
 from diffscale.core.errors import UserError
 
-SCHEME = "hf://"
 _NAME = re.compile(
     r"hf://(?:datasets/)?(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:@(?P<revision>[^?@]+))?(?:\?(?P<query>.*))?"
 )

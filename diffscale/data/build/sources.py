@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from pyarrow import fs as pafs
 
-from diffscale.core import storage
+from diffscale.core import hub, storage
 from diffscale.core.errors import UserError
 from diffscale.core.text import one_line
 from diffscale.data.build import array_sources, folders, table_sources
@@ -260,6 +260,8 @@ def read_unit(unit: SourceUnit) -> Iterator[Sample | tuple[str, ImageError, None
 
     Data is bytes-like, or an array (H, W[, C]) uint8 or (C, H, W) floats, or an ImageError for an unreadable image.
     """
+    for uri in [item.where for item in unit.items] if unit.reader == "files" else [unit.uri]:
+        hub.keep(uri)
     if unit.reader == "table":
         yield from table_sources.read_table(unit)
     elif unit.reader == "array":
