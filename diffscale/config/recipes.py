@@ -120,13 +120,19 @@ def recipes_table(pattern: str = "*") -> str:
         if not fnmatch(name, pattern):
             continue
         images = load_tree(name)["train"]["images"]
-        fid = "; ".join(f"{f.value:g}, {f.sampler}" for f in recipe.fid) or "none"
+        fid = "; ".join(f"{f.value:g} ({f.sampler}, n = {f.n:,})" for f in recipe.fid) or "none"
         paper = re.sub(r"(\d{4}).*", r"\1", recipe.paper)
         lines.append(
             f"| `{name}` | {paper} | {recipe.data} | {images:,} | {recipe.flops:.3g} | {recipe.h200.hours:,g} "
             f"| {recipe.h200.usd:,g} | {fid} |"
         )
     return "\n".join(lines)
+
+
+def recipes_text(pattern: str = "*") -> str:
+    """Return all that recipes say whose name matches a shell pattern, a paragraph each."""
+    found = {name: recipe for name, recipe in recipes().items() if fnmatch(name, pattern)}
+    return "\n\n".join("\n  ".join([name, *recipe.lines()]) for name, recipe in found.items())
 
 
 def _rounded(value: float) -> float:

@@ -112,6 +112,12 @@ def pinned(setting: str, repo: str, revision: str | None, kind: str = "model", t
     return Pinned(info.sha, sorted(file.rfilename for file in info.siblings), str(card.get("license") or ""))
 
 
+def cached(repo: str, commit: str, files: Sequence[str]) -> list[Path] | None:
+    """Return the files of a model at a commit from the hub's cache, without a network; None unless all are there."""
+    found = [_package().try_to_load_from_cache(repo, name, revision=commit) for name in files]
+    return [Path(name) for name in found] if all(isinstance(name, str) for name in found) else None
+
+
 def download(setting: str, repo: str, commit: str, files: Sequence[str]) -> list[Path]:
     """Return local copies of files of a model at a commit, from the hub's own cache or fetched into it."""
     api = client()

@@ -159,14 +159,21 @@ def _no_autoencoder(place: str, setting: str, reason: str) -> UserError:
 
 
 def _from_hub(place: str, named: hub.HubId, setting: str) -> tuple[Path, str]:
-    """Fetch config and weights of owner/name[@revision]; return their folder and the repository's commit."""
+    """Return the folder of config and weights of owner/name[@revision], fetched if needed, and its commit.
+
+    A commit that was fetched before needs no network: a manifest names one, and workers may have none.
+    """
+    forms = [[f"{folder}{CONFIG}", f"{folder}{WEIGHTS}"] for folder in ("", "vae/")]
+    commit = named.revision or ""
+    for wanted in forms:
+        if (found := hub.cached(named.repo, commit, wanted)) is not None:
+            return found[0].parent, commit
     pinned = hub.pinned(setting, named.repo, named.revision, text=place)
-    inside = next((folder for folder in ("", "vae/") if f"{folder}{CONFIG}" in pinned.files), None)
-    if inside is None or f"{inside}{WEIGHTS}" not in pinned.files:
-        missing = CONFIG if inside is None else f"{WEIGHTS}; pickled weights are not opened"
-        raise _no_autoencoder(place, setting, f"its files have no {missing}")
-    wanted = [f"{inside}{CONFIG}", f"{inside}{WEIGHTS}"]
-    return hub.download(setting, named.repo, pinned.commit, wanted)[0].parent, pinned.commit
+    there = next((wanted for wanted in forms if set(wanted) <= set(pinned.files)), None)
+    if there is None:
+        what = ", ".join(pinned.files[:8]) or "nothing"
+        raise _no_autoencoder(place, setting, f"the repository has {what}; pickled weights are not opened")
+    return hub.download(setting, named.repo, pinned.commit, there)[0].parent, pinned.commit
 
 
 @dataclass(frozen=True)

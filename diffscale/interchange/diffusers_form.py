@@ -6,10 +6,12 @@ import json
 from dataclasses import asdict, fields
 from typing import Any
 
+from safetensors.torch import load_file
 from torch import Tensor
 
 from diffscale.config.factory import build_solver
 from diffscale.core.errors import UserError
+from diffscale.data.autoencoder import CONFIG, KIND, WEIGHTS, Decoder
 from diffscale.diffusion.preconditioning import Preconditioning
 from diffscale.diffusion.process import SCHEDULES
 from diffscale.diffusion.sampling import SOLVERS
@@ -20,7 +22,6 @@ from diffscale.models import MODELS
 from diffscale.models.dit import DiT
 from diffscale.models.unet import UNet
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 _LOAD = ("from diffusers import DiffusionPipeline", "")
 _PIPELINE = 'pipeline = DiffusionPipeline.from_pretrained("FOLDER"{})'
 _OWN_CODE = ', custom_pipeline="FOLDER", trust_remote_code=True'
@@ -53,11 +54,15 @@ def _in_classes(trained: Trained) -> Form:
         raise UserError(setting="model.name", value=name, expected="unet or dit for diffusers' own classes")
     scheduler = json.dumps(_scheduler(trained), indent=1)
     labelled = trained.shape["num_classes"] > 0
+    if trained.decoder is not None and not labelled:
+        place = trained.experiment.data.path
+        raise UserError(setting="data.path", value=place, expected="images, which a DDPMPipeline draws, not latents")
     part = "network" if labelled else "unet"
     index = {
         "_class_name": ["pipeline", "LabelledDDPMPipeline"] if labelled else "DDPMPipeline",
         part: kind,
         "scheduler": ["diffusers", "DDPMScheduler"],
+        **_latents(trained.decoder),
     }
     files: Files = {
         "model_index.json": json.dumps(index, indent=1),
@@ -65,6 +70,7 @@ def _in_classes(trained: Trained) -> Form:
         f"{part}/{WEIGHTS}": state,
         "scheduler/scheduler_config.json": scheduler,
         **code,
+        **_autoencoder(trained.decoder),
     }
     steps = f"num_inference_steps={trained.experiment.eval.solver.steps}"  # type: ignore[attr-defined]
     if not labelled:
@@ -91,6 +97,7 @@ def _in_code(trained: Trained, why: str) -> Form:
         "schedule": schedule,
         "solver": asdict(solver),
         "guidance": guidance | {"state": e.guidance_state if experiment.carries_state else None},
+        **_latents(trained.decoder),
     }
     where = "diffscale.interchange.exported"
     files: Files = {
@@ -106,10 +113,27 @@ def _in_code(trained: Trained, why: str) -> Form:
         ),
         "network/config.json": json.dumps({"_class_name": "Network", "settings": trained.network}, indent=1),
         f"network/{WEIGHTS}": {f"backbone.{key}": tensor for key, tensor in trained.model.state_dict().items()},
+        **_autoencoder(trained.decoder),
     }
     labels = "class_labels=[0, 1, 2, 3]" if trained.shape["num_classes"] else "batch_size=4"
     usage = (*_LOAD, _PIPELINE.format(_OWN_CODE), f"images = pipeline({labels})  # (B, C, H, W) in [-1, 1]")
     return Form(files, usage, f"A pipeline of diffusers with its own code, since its classes lack {why}.")
+
+
+def _latents(decoder: Decoder | None) -> dict[str, Any]:
+    """Return the entries of model_index.json with which a pipeline decodes latents."""
+    if decoder is None:
+        return {}
+    shift, scale = list(decoder.shift), list(decoder.scale)
+    return {"vae": ["diffusers", KIND], "latent_shift": shift, "latent_scale": scale}
+
+
+def _autoencoder(decoder: Decoder | None) -> Files:
+    """Return the folder of an autoencoder, its weights as they were published."""
+    if decoder is None:
+        return {}
+    place = decoder.autoencoder
+    return {f"vae/{CONFIG}": json.dumps(place.config, indent=1), f"vae/{WEIGHTS}": load_file(place.folder / WEIGHTS)}
 
 
 _BETAS = {"ddpm_linear": ("linear", "ddpm_index"), "iddpm_cosine": ("squaredcos_cap_v2", "adm_index")}

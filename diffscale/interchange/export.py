@@ -11,10 +11,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from diffscale.config.factory import open_decoder, open_training_data
 from diffscale.core import hub
 from diffscale.core.errors import UserError
 from diffscale.core.progress import working
+from diffscale.data.autoencoder import Decoder
 from diffscale.interchange.diffusers_form import diffusers_form
+from diffscale.interchange.families import OPEN
 from diffscale.interchange.form import Files, Form, Trained
 from diffscale.interchange.import_run import origin
 from diffscale.interchange.model_card import model_card
@@ -55,15 +58,17 @@ def export_run(
     if not is_run(target):
         raise UserError(setting="RUN", value=target, expected="a run's folder or a checkpoint of one")
     uri = list_targets(target, checkpoint)[-1]
-    about = origin(uri)
+    about, experiment, state = origin(uri), settings_of_run(uri), ck.read_state(uri)
+    shape = {name: int(state["data"][name]) for name in ("resolution", "channels", "num_classes")}
+    decoder = None
+    if state["record"]["train_resolution"] != shape["resolution"]:  # the images of latents have another side
+        decoder = open_decoder(experiment, open_training_data(experiment))
     if push:
-        _check_push(push, about, private)
-    experiment = settings_of_run(uri)
+        _check_push(push, about, decoder, private)
     average = ema or experiment.eval.ema
     with working(f"reading {uri}", unit=""):
         _, model, images, columns = ck.load_for_sampling(uri, average)
-    shape = {name: int(ck.read_state(uri)["data"][name]) for name in ("resolution", "channels", "num_classes")}
-    trained = Trained(experiment, model, shape, images, ck.ema_name(average), ck.run_of(uri))
+    trained = Trained(experiment, model, shape, images, ck.ema_name(average), ck.run_of(uri), decoder)
     form = FORMS[to](trained)
     card = model_card(trained, columns, form, to, about, licence)
     with working(f"writing {out}", unit=""):
@@ -74,17 +79,26 @@ def export_run(
     return out
 
 
-def _check_push(repo: str, about: dict[str, Any] | None, private: bool) -> None:
-    """Raise UserError for an upload that the hub would refuse, or that the licence of imported weights forbids."""
+def _check_push(repo: str, about: dict[str, Any] | None, decoder: Decoder | None, private: bool) -> None:
+    """Raise UserError for an upload that the hub would refuse, or that the licence of others' weights forbids."""
     if about is not None and not about["may_be_passed_on"] and not private:
-        raise UserError(
-            setting="--push",
-            value=repo,
-            expected="weights whose licence lets everyone pass them on, or a private model",
-            reason=f"they come from {about['file']} with the licence {about['licence']}",
-            fix="--private keeps the model to you and those whom you let in",
-        )
+        raise _not_passed_on(repo, f"they come from {about['file']} with the licence {about['licence']}")
+    if decoder is not None and decoder.autoencoder.revision and not private:
+        name, commit = decoder.autoencoder.name, decoder.autoencoder.revision
+        licence = hub.pinned("data.decoder", name, commit).licence
+        if licence not in OPEN:
+            raise _not_passed_on(repo, f"the autoencoder {name} has the licence {licence or 'that its page states'}")
     hub.check_upload("--push", repo, private)
+
+
+def _not_passed_on(repo: str, reason: str) -> UserError:
+    return UserError(
+        setting="--push",
+        value=repo,
+        expected="weights whose licence lets everyone pass them on, or a private model",
+        reason=reason,
+        fix="--private keeps the model to you and those whom you let in",
+    )
 
 
 def _write(out: Path, files: Files) -> None:

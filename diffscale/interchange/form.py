@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from diffscale.config.experiment import Experiment
+from diffscale.data.autoencoder import Decoder
 
 Files = dict[str, str | dict[str, Tensor]]
 """Text or tensors by the path of a file in the folder."""
@@ -24,6 +25,7 @@ class Trained:
     images_seen: int
     ema: str
     run_folder: str
+    decoder: Decoder | None = None  # of a network of latents
 
     @property
     def network(self) -> dict[str, Any]:

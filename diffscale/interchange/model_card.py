@@ -58,6 +58,7 @@ def model_card(
         f"| weights | {ema} |",
         f"| run | {columns['run_id']}, commit {columns['commit']} |",
         f"| licence | {terms} |",
+        *_autoencoder(trained, to),
         "",
         *([NOT_PASSED_ON, ""] if imported and not imported["may_be_passed_on"] else []),
         "## How to draw images",
@@ -86,6 +87,17 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _autoencoder(trained: Trained, to: str) -> list[str]:
+    """Return the row about what decodes a network's latents, and whose licence holds for it."""
+    if trained.decoder is None:
+        return []
+    found = trained.decoder.autoencoder
+    name = f"{found.name}, commit {found.revision}" if found.revision else trained.decoder.name
+    terms = "the licence that its page on the hub states" if found.revision else "its author's licence, not stated here"
+    where = "in `vae/`, " if to == "diffusers" else ""
+    return [f"| autoencoder | {name}, {where}under {terms} |"]
 
 
 def _records(run_folder: str, images_seen: int, ema: str) -> list[Record]:

@@ -26,10 +26,14 @@ def safetensors_form(trained: Trained) -> Form:
         "images_seen": trained.images_seen,
         "ema": trained.ema,
     }
+    about = "Weights for diffscale, with what builds the network."
+    if (decoder := trained.decoder) is not None:
+        config["latents"] = {"autoencoder": decoder.name, "shift": decoder.shift, "scale": decoder.scale}
+        about += " It draws latents: the autoencoder named in config.json decodes latent / scale + shift."
     example = exported_code("example.py")
     files: Files = {
         "model.safetensors": dict(trained.model.state_dict()),
         "config.json": json.dumps(config, indent=1),
         "example.py": example,
     }
-    return Form(files, tuple(example.rstrip().splitlines()), "Weights for diffscale, with what builds the network.")
+    return Form(files, tuple(example.rstrip().splitlines()), about)

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from diffscale.config.recipes import recipes_table
+from diffscale.config.recipes import recipes_table, recipes_text
 from diffscale.core.app import command_app, run_app
 from diffscale.core.text import with_generated
 from diffscale.interchange.preset_support import support
@@ -43,10 +43,14 @@ def main(
     pattern: Annotated[str, typer.Argument(help="shell pattern of preset names")] = "*",
     write: Annotated[Path | None, typer.Option(help="file whose table between the markers is replaced")] = None,
 ) -> None:
-    """Print the tables of networks and recipes, or write them into a file ("GFLOPs" in papers are mostly our GMAC)."""
+    """Print the tables of networks and recipes, or write them into a file ("GFLOPs" in papers are mostly our GMAC).
+
+    Of recipes that a pattern chooses all is printed: sampler, assumptions of the price, what differs from the paper.
+    """
     rows, recipes = table(pattern), recipes_table(pattern)
     if write is None:
-        typer.echo(f"{rows}\n\n{recipes}")
+        more = recipes_text(pattern) if pattern != "*" else "diffscale models RECIPE says all about a recipe."
+        typer.echo("\n\n".join(filter(None, (rows, recipes, more))))
         return
     try:
         text = with_generated(write.read_text(encoding="utf-8"), "models", rows)

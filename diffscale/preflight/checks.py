@@ -192,6 +192,12 @@ def device_memory(nodes: Sequence[NodeFacts], gpu: bool) -> int | None:
     return min([size for n in nodes for _, size in n.gpus] if gpu else [n.memory for n in nodes], default=None)
 
 
+def workers_of_a_node(nodes: Sequence[NodeFacts], gpu: bool, workers: int, cpus_per_worker: int) -> int:
+    """Return how many of the run's workers share the smallest node that can have one, since Ray fills node by node."""
+    room = [len(n.gpus) if gpu else n.cpus // cpus_per_worker for n in nodes]
+    return max(min([workers, *filter(None, room)]), 1)
+
+
 def memory(needed: Estimate, nodes: Sequence[NodeFacts], gpu: bool) -> list[Finding]:
     """Compare the estimated peak of one worker with the smallest device.
 

@@ -68,7 +68,11 @@ def examine(experiment: Experiment | None, storage: str, settle: Settle, address
 
         dataset = open_training_data(experiment)
         device = checks.device_memory(nodes, on_gpu) if on_gpu else None
-        findings += checks.memory(estimate(settle(experiment, dataset), dataset, device=device), nodes, on_gpu)
+        train = experiment.train
+        on_a_node = checks.workers_of_a_node(nodes, on_gpu, train.min_workers, train.cpus_per_worker)
+        holders = on_a_node if train.parallel == "hsdp" else None
+        needed = estimate(settle(experiment, dataset), dataset, device=device, holders=holders)
+        findings += checks.memory(needed, nodes, on_gpu)
     return findings
 
 

@@ -50,7 +50,8 @@ def estimate(
     overhead: factor for workspaces and fragmentation; 1 for what no eager pass can do without
     device: bytes of a GPU, to which `train.micro_batch=auto` fits its passes; without it, and where one image is too
         much, all of a worker's images are one pass
-    holders: workers that hold all weights together; None for all workers where weights are sharded
+    holders: workers that hold all weights together (`World.holders`); None where the workers of a node are not known,
+        which counts all workers for fsdp2 and one for hsdp, the most that a worker can hold
     """
     train = experiment.train
     share = -(-train.global_batch // train.min_workers)
@@ -70,7 +71,7 @@ def largest_micro_batch(experiment: Experiment, dataset: Dataset, memory: float,
 def _estimate(experiment: Experiment, dataset: Dataset, images: int, overhead: float, holders: int | None) -> Estimate:
     train = experiment.train
     if holders is None:
-        holders = train.min_workers if train.sharded else 1
+        holders = train.min_workers if train.parallel == "fsdp2" else 1
     parameters, activations = count(experiment, dataset, images)
     averages = int(bool(train.ema.halflife_images or train.ema.halflife_fraction)) + len(train.ema.power)
     copies = 4 + averages + bool(averages)  # weights, gradients, both moments; averages and the weights they take in

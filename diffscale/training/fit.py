@@ -42,7 +42,7 @@ def fitted(
     if train.micro_batch != "auto":
         needed = estimate(experiment, dataset, overhead=1.0, holders=holders).total
         if needed > CERTAIN * memory and not train.compile:
-            raise _does_not_fit(experiment, dataset, memory)
+            raise _does_not_fit(experiment, dataset, memory, holders)
         if needed > memory and world.rank == 0:
             log.warning(
                 "a worker may need %s of the %s of its GPU: a smaller train.micro_batch, or auto, needs less",
@@ -53,12 +53,14 @@ def fitted(
     fitting = largest_micro_batch(experiment, dataset, memory, holders)
     most = min(world.gather(min(fitting, _stored(run_folder), share)))
     if most < 1:
-        raise _does_not_fit(experiment, dataset, memory)
+        raise _does_not_fit(experiment, dataset, memory, holders)
     passes = -(-share // most)
     return _with(experiment, -(-share // passes))
 
 
-def after_out_of_memory(requested: Experiment, used: Experiment, dataset: Dataset, run_folder: str) -> None:
+def after_out_of_memory(
+    requested: Experiment, used: Experiment, dataset: Dataset, world: World, run_folder: str
+) -> None:
     """Note that passes were too large, so that the next attempt of an automatic run takes half as many images.
 
     Ray Train makes that attempt when the worker raises. Raises UserError for a run whose number was given.
@@ -72,7 +74,7 @@ def after_out_of_memory(requested: Experiment, used: Experiment, dataset: Datase
         log.warning("out of memory with train.micro_batch=%s: the next attempt takes %d", used.train.micro_batch, most)
         return
     memory = torch.cuda.get_device_properties().total_memory if torch.cuda.is_available() else 0
-    raise _does_not_fit(used, dataset, memory)
+    raise _does_not_fit(used, dataset, memory, world.holders(used.train.parallel))
 
 
 def _stored(run_folder: str) -> int:
@@ -84,8 +86,9 @@ def _with(experiment: Experiment, micro_batch: int | None) -> Experiment:
     return experiment.model_copy(update={"train": experiment.train.model_copy(update={"micro_batch": micro_batch})})
 
 
-def _does_not_fit(experiment: Experiment, dataset: Dataset, memory: int) -> UserError:
-    needed, largest = estimate(experiment, dataset).total, largest_micro_batch(experiment, dataset, memory)
+def _does_not_fit(experiment: Experiment, dataset: Dataset, memory: int, holders: int) -> UserError:
+    needed = estimate(experiment, dataset, holders=holders).total
+    largest = largest_micro_batch(experiment, dataset, memory, holders)
     helps = "train.activation_checkpointing=true, train.parallel=fsdp2 on several GPUs, or a smaller model"
     return UserError(
         setting="train.micro_batch",

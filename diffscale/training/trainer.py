@@ -235,7 +235,7 @@ class Trainer:
                 batch, extra=extra, numbers=batch.numbers, clock=self._clock, stop=self.stops.reason
             )
         except torch.OutOfMemoryError:
-            after_out_of_memory(self.requested, self.experiment, self.dataset, self.run_folder)
+            after_out_of_memory(self.requested, self.experiment, self.dataset, self.world, self.run_folder)
             raise
         self._launched.append((launched, stalled))
         if len(self._launched) > self._ahead:

@@ -195,7 +195,9 @@ def hub(tmp_path: Path, vae: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     with hub_server() as served, connected(served, monkeypatch, tmp_path / "hub"):
         served.repos = {
             "models/ada/vae": Repo(files),
-            "models/ada/pipeline": Repo({f"vae/{name}": data for name, data in files.items()} | {"model_index.json": b""}),
+            "models/ada/pipeline": Repo(
+                {f"vae/{name}": data for name, data in files.items()} | {"model_index.json": b""}
+            ),
             "models/ada/gated": Repo(files, gated=True),
             "models/ada/pickled": Repo({"config.json": files["config.json"], "diffusion_pytorch_model.bin": b""}),
             "models/ada/unet": Repo(files | {"config.json": json.dumps({"_class_name": "UNet2DModel"}).encode()}),

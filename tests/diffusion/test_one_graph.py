@@ -1,12 +1,13 @@
-"""Loss and denoiser compile as one graph with every backbone: `fullgraph=True` raises at a graph break."""
+"""Draws, loss and denoiser compile as one graph with every backbone: `fullgraph=True` raises at a graph break."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from diffscale.core.keyed_random import Stream, normal, stratified_uniform
+from diffscale.core.keyed_random import Stream, normal, stratified_uniform, uniform
 from diffscale.diffusion import create_diffusion, denoise, training_loss
+from diffscale.kernels.noise import draw_normal
 from diffscale.models import MODELS, create_model
 
 FAST = ("unet", "rin")  # the others trace for as long again; rin is the one that carries state
@@ -21,21 +22,23 @@ def test_the_loss_and_the_denoiser_are_one_graph_with_every_backbone(name):
     )
     positions = torch.arange(2)
     x, noise = (normal(seed, Stream.NOISE, positions, (3, 32, 32)) for seed in (0, 1))
-    u, label, keep = stratified_uniform(0, positions, 2), torch.tensor([0, 3]), torch.tensor([True, False])
+    label = torch.tensor([0, 3])
 
-    def loss(x, u, noise, label, keep):
-        return training_loss(diffusion, model, x, u=u, noise=noise, label=label, self_cond_keep=keep)
+    def loss(x, positions, label):
+        u, keep = stratified_uniform(0, positions, 2), uniform(0, Stream.SELF_COND, positions) < 0.9
+        drawn = draw_normal(1, int(Stream.NOISE), positions, (3, 32, 32))
+        return training_loss(diffusion, model, x, u=u, noise=drawn, label=label, self_cond_keep=keep)
 
     def estimate(z, logsnr, label):
         return denoise(diffusion, model, z, logsnr, label)
 
     torch._dynamo.reset()
-    compiled = torch.compile(loss, fullgraph=True, backend="eager")(x, u, noise, label, keep)
+    compiled = torch.compile(loss, fullgraph=True, backend="eager")(x, positions, label)
     compiled.loss.sum().backward()
     assert bool(compiled.loss.isfinite().all())
     model.eval()
     with torch.no_grad():
-        arguments = (noise, diffusion.schedule.logsnr(u), label)
+        arguments = (noise, torch.tensor([-1.0, 2.0]), label)
         got, _ = torch.compile(estimate, fullgraph=True, backend="eager")(*arguments)
         torch.testing.assert_close(got, estimate(*arguments)[0])
 

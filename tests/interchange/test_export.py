@@ -14,7 +14,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from diffscale.config.factory import build_diffusion, build_model, build_solver, open_training_data
+from diffscale.config.factory import build_diffusion, build_model, build_solver, open_decoder, open_training_data
 from diffscale.config.load import load_tree, merge, validate
 from diffscale.core.errors import UserError
 from diffscale.core.hashing import digest_of
@@ -68,12 +68,12 @@ def make_run(folder: Path, recipe: str, **changes: Any) -> tuple[str, nn.Module,
         for parameter in filter(lambda p: p.requires_grad, model.parameters()):
             parameter += 0.02 * torch.randn_like(parameter)
     classes = experiment.num_classes(dataset)
-    cost = count_cost(lambda: build_model(experiment, dataset), 8, 3, classes)
+    cost = count_cost(lambda: build_model(experiment, dataset), 8, dataset.channels, classes)
     columns = record_columns(experiment, dataset, cost, World(), 64, 1.0, None, None, "fp32", 1)
     run = experiment.run_folder(dataset.content_hash)
     checkpoint = ck.folder_of(run, 64)
     files = write_group(checkpoint, "model", model.state_dict(), {}, 0, 1)
-    shape = {"resolution": 8, "channels": 3, "num_classes": classes}
+    shape = {"resolution": 8, "channels": dataset.channels, "num_classes": classes}
     state = {"images_seen": 64, "record": columns, "data": shape}
     for name, data in (("state.json", json.dumps(state).encode()), ("experiment.yaml", ck.save_settings(experiment))):
         Path(checkpoint, name).write_bytes(data)
@@ -84,10 +84,10 @@ def make_run(folder: Path, recipe: str, **changes: Any) -> tuple[str, nn.Module,
 
 def ours(model: nn.Module, experiment: Any, seed: int, label: Tensor | None) -> Tensor:
     """Images of the run, from the noise that diffusers' pipelines draw with a generator of this seed."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = (2, 3, 8, 8)
+    generator, dataset = torch.Generator().manual_seed(seed), open_training_data(experiment)
+    shape = (2, dataset.channels, 8, 8)
     start = torch.randn(shape, generator=generator)
-    diffusion = build_diffusion(experiment, open_training_data(experiment))
+    diffusion, decoder = build_diffusion(experiment, dataset), open_decoder(experiment, dataset)
     settings = experiment.eval
     state = settings.guidance_state if experiment.carries_state else None
     images = sample(
@@ -99,6 +99,7 @@ def ours(model: nn.Module, experiment: Any, seed: int, label: Tensor | None) -> 
         guidance=Guidance(settings.guidance_scale, settings.guidance_interval, None, state, settings.guidance_channels),
         noise_fn=lambda step: torch.randn(shape, generator=generator),
     )
+    images = images if decoder is None else decoder.decode(images)
     return (images / 2 + 0.5).clamp(0, 1)
 
 

@@ -55,17 +55,23 @@ def test_the_first_weight_that_does_not_fit_is_named(name: str):
         converted(layout, {n: t for n, t in tensors.items() if n != first})
 
 
-def test_jits_names_are_all_known():
-    """Names of LTH14/JiT's networks. Their code could not be run: the outputs compare nothing but the names."""
-    model = create_model(
-        "jit", resolution=16, num_classes=5, patch_size=4, width=32, depth=3, num_heads=2, context_start=1
-    )
+@torch.no_grad()
+def test_jits_weights_give_the_same_outputs():
+    """In the layout of LTH14/JiT, whose code could not be run: names are from it, outputs those of our network."""
+    settings = {"num_classes": 5, "patch_size": 4, "width": 32, "depth": 3, "num_heads": 2, "context_start": 1}
+    model, again = (create_model("jit", resolution=16, **settings).eval() for _ in range(2))
+    for parameter in model.parameters():
+        parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
     state = model.state_dict()
     theirs = {
         f"net.{their_jit_name(name)}": t[None] if name in ("positions", "context") else t for name, t in state.items()
     }
     family = FAMILIES["jit"]
-    assert state_dict_for(model, family.convert(theirs, model, ""), family.given).keys() == state.keys()
+    again.load_state_dict(state_dict_for(again, family.convert(theirs, again, ""), family.given))
+    inputs = torch.randn(2, 3, 16, 16), torch.tensor([-1.0, 2.0]), torch.tensor([1, 5])
+    expected = model(*inputs)[0]
+    assert float(expected.abs().max()) > 0.1
+    torch.testing.assert_close(again(*inputs)[0], expected, rtol=0, atol=1e-5)
     half = state_dict_for(model, family.convert(theirs, model, "half"), family.given)
     torch.testing.assert_close(half["head.weight"] * 2, state["head.weight"])
     assert family.num_classes(theirs) == 5

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from diffscale.core.keyed_random import normal
+from diffscale.kernels import noise
 from diffscale.kernels.noise import draw_normal
 
 # seed, stream, positions, (C, H, W)
@@ -78,3 +79,15 @@ def test_the_kernel_compiles_for_a_gpu_that_is_not_here(capability: int) -> None
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32))
     assert "mul.hi.u32" in made.asm["ptx"]  # Philox's products
     assert len(made.asm["cubin"]) > 1000
+
+
+def test_where_triton_fails_the_operations_draw_the_same_and_it_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without a GPU, as with a driver that is too old, the kernel cannot be launched."""
+    monkeypatch.setattr(noise, "_failed", False)
+    positions = torch.arange(3)
+    drawn = noise._fused(7, 1, positions, [3, 4, 4], False)
+    assert torch.equal(drawn, normal(7, 1, positions, (3, 4, 4)))
+    assert noise._failed
+    assert "because Triton failed" in caplog.text

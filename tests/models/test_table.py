@@ -12,6 +12,7 @@ from diffscale import models
 from diffscale.core.text import with_generated
 from diffscale.models.__main__ import table
 from diffscale.models.cost import count_cost
+from tests.support.commands import run_command
 
 BEGIN, END = "<!-- models:begin -->", "<!-- models:end -->"
 
@@ -85,3 +86,16 @@ def test_the_command_writes_the_file_and_refuses_others(tmp_path):
     page.write_text("nothing", encoding="utf-8")
     assert CliRunner().invoke(app, ["unet-tiny", "--write", str(page)]).exit_code == 2
     assert page.read_text(encoding="utf-8") == "nothing"
+
+
+def test_the_command_says_all_about_a_recipe():
+    said = run_command("models", "edm-cifar10").out
+    for part in (
+        "Karras et al. 2022",
+        "FID 1.97, Heun in 35 evaluations, n = 50,000",
+        "2.54e+19 FLOPs = 23.8 hours of one H200 at an assumed MFU of 30%",
+        "71.3 USD at an assumed 3 USD an hour",
+        "Adam's eps",
+        "| 200,000,000 |",
+    ):
+        assert part in said

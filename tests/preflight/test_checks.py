@@ -113,3 +113,11 @@ def test_missing_metric_weights_and_a_preset_too_large_are_failures():
     assert [
         f.level for f in checks.memory(needing(23_000_000_000), [node(gpus=[("L4", 24_000_000_000)])], gpu=True)
     ] == ["warning"]
+
+
+def test_workers_share_a_node_as_far_as_its_gpus_or_cpus_go():
+    nodes = [node("head"), *(node(name, gpus=[("H200", 141_000_000_000)] * 8) for name in "ab")]
+    assert checks.workers_of_a_node(nodes, True, 16, 1) == 8
+    assert checks.workers_of_a_node(nodes, True, 4, 1) == 4
+    assert checks.workers_of_a_node([node()], False, 16, 2) == 4
+    assert checks.workers_of_a_node([node()], True, 16, 1) == 16  # without a GPU there is nothing to share

@@ -113,3 +113,22 @@ def test_a_step_reads_nothing_from_the_device(shared_storage: Path, dataset: Dat
     assert [flag.device for flag in calls] == [meta]
     with pytest.raises(RuntimeError, match="meta"):
         of.launch(Batch(batch.images.to(meta), batch.labels.to(meta), batch.positions.to(meta))).read()
+
+
+def test_what_a_graph_records_stays_where_it_is(shared_storage: Path, dataset: Dataset) -> None:
+    """A replayed graph reads and writes the addresses of its recording, and no number of the host."""
+    e = experiment(shared_storage, train={"micro_batch": 5, "ema": {"power": [0.05], "halflife_images": 100}})
+    of = Learner(build_model(e, dataset), build_diffusion(e, dataset), e, World(), Numerics(), dataset.num_classes)
+
+    def addresses() -> list[int]:
+        state = [t for tensors in of.optimizer.state.values() for t in tensors.values() if isinstance(t, torch.Tensor)]
+        averages = [t for tensors in of.ema.averages.values() for t in tensors.values()]
+        rates = [group["lr"] for group in of.optimizer.param_groups]
+        return [t.data_ptr() for t in [*of.model.parameters(), *state, *averages, *rates]]
+
+    seen = []
+    for batch in batches(dataset, 4):
+        of.step(batch)
+        seen.append(addresses())
+    assert seen[1] == seen[2] == seen[3]
+    assert len(seen[1]) > 3 * len(list(of.model.parameters()))

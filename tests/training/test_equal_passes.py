@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from diffscale.config.factory import build_diffusion, build_model
 from diffscale.data import Dataset
 from diffscale.training.learner import Learner, filled_up
-from diffscale.training.numerics import Numerics
+from diffscale.training.numerics import Numerics, compile_blocks
 from diffscale.training.parallel import World
 
 from .small import BATCH, experiment
@@ -43,6 +44,18 @@ def test_a_filled_pass_changes_nothing_but_rounding(shared_storage: Path, datase
     assert set(plain_sizes) == {MICRO, BATCH % MICRO}
     for p, q in zip(filled.model.parameters(), shorter.model.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+
+
+def test_nothing_is_compiled_after_the_first_step(shared_storage: Path, dataset: Dataset):
+    torch._dynamo.reset()
+    counters.clear()
+    compiled, _ = learner(shared_storage, dataset, True, MICRO)
+    compile_blocks(compiled.model, "eager")
+    graphs = []
+    for batch in batches(dataset, 3):
+        compiled.step(batch)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert 0 < graphs[0] == graphs[-1]
 
 
 def test_what_is_added_counts_nothing(shared_storage: Path, dataset: Dataset):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from diffscale.core.errors import UserError
+from diffscale.core.text import gigabytes
 from diffscale.data import Dataset
 from diffscale.preflight.memory import estimate, largest_micro_batch
 from diffscale.training.fit import CERTAIN, after_out_of_memory, fitted
@@ -60,7 +62,25 @@ def test_after_running_out_of_memory_the_next_attempt_takes_half_as_many(tmp_pat
     plenty = 1 << 40
     used = fitted(auto, dataset, World(), str(tmp_path), plenty)
     assert used.train.micro_batch == BATCH
-    after_out_of_memory(auto, used, dataset, str(tmp_path))
+    after_out_of_memory(auto, used, dataset, World(), str(tmp_path))
     assert fitted(auto, dataset, World(), str(tmp_path), plenty).train.micro_batch == BATCH // 2
     with pytest.raises(UserError, match=r"train\.micro_batch"):
-        after_out_of_memory(used, used, dataset, str(tmp_path))
+        after_out_of_memory(used, used, dataset, World(), str(tmp_path))
+
+
+def test_weights_are_divided_by_the_workers_that_hold_them_together(tmp_path: Path, dataset: Dataset):
+    """Of 8 workers on two nodes, hsdp has all weights on each node; where the nodes are unknown one worker may."""
+    world = World(size=8, node_size=4)
+
+    def state(parallel: str, holders: int | None = None) -> int:
+        e = experiment(tmp_path, train={"workers": 8, "global_batch": 16, "parallel": parallel})
+        return estimate(e, dataset, holders=holders).state
+
+    whole = state("ddp")
+    for parallel, workers in (("ddp", 1), ("fsdp2", 8), ("hsdp", 4)):
+        assert state(parallel, world.holders(parallel)) == whole // workers
+    assert (state("fsdp2"), state("hsdp")) == (whole // 8, whole)
+    e = experiment(tmp_path, train={"workers": 8, "global_batch": 16, "parallel": "hsdp", "micro_batch": "auto"})
+    with pytest.raises(UserError, match="a network that fits this GPU") as refused:
+        fitted(e, dataset, replace(world, size=1, node_size=4), str(tmp_path), 1000)
+    assert f"about {gigabytes(estimate(e, dataset, holders=4).total)}" in refused.value.text()

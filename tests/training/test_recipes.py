@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,9 +17,15 @@ from diffscale.config.recipes import recipes
 from diffscale.core.errors import UserError
 from diffscale.diffusion import keyed_noise, sample
 from diffscale.models import PRESETS
+from diffscale.training.checkpoint import layout as ck
 from diffscale.training.learner import Learner
+from diffscale.training.parallel import World
+from diffscale.training.run import count
+from diffscale.training.settings_check import check_settings
+from diffscale.training.trainer import Trainer
 
-SIZES = [name for name in recipes() if not name.startswith("edm2") or name.endswith("-s")]
+ALL = list(recipes())
+OF_PIXELS = [name for name in ALL if "latents" not in recipes()[name].data]
 SMALL: dict[str, dict[str, Any]] = {
     "unet": {"model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [8], "stem_channels": 0}
     | {"num_heads": 1},
@@ -43,7 +50,7 @@ def shrunken(name: str, **changes: Any) -> tuple[Experiment, Any]:
     return validate(tree), SimpleNamespace(resolution=side, channels=3, num_classes=4)
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", ALL)
 def test_a_recipe_trains_and_samples(name: str) -> None:
     experiment, data = shrunken(name)
     diffusion = build_diffusion(experiment, data)
@@ -69,6 +76,19 @@ def test_a_recipe_trains_and_samples(name: str) -> None:
     label = torch.tensor([0, 1]) if model.num_classes else None
     image = sample(diffusion, model.eval(), noise, solver=solver, label=label, noise_fn=noise_fn)
     assert torch.isfinite(image).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OF_PIXELS)
+def test_a_recipe_runs_from_its_data_to_a_checkpoint(name: str, tmp_path: Path) -> None:
+    """With the loader's mirror and augmentation, the rate's warm-up, the averages, and numerics left to `auto`."""
+    train = {"images": 3 * BATCH, "trackers": [], "gpu": False}
+    experiment, _ = shrunken(name, storage=str(tmp_path), train=train, eval={"metrics": [], "n_generated": 0})
+    dataset = check_settings(experiment)
+    folder = experiment.run_folder(dataset.content_hash)
+    Trainer(experiment, folder, World(), count(experiment, dataset)).run()
+    (checkpoint,) = ck.list_checkpoints(folder)
+    assert ck.read_state(checkpoint)["images_seen"] == 3 * BATCH
 
 
 CHANNELS: list[tuple[str, dict[str, Any], str]] = [

@@ -1,7 +1,7 @@
 """A dataset on Hugging Face's hub as a source: hf://OWNER/NAME[@REVISION][?config=&split=&image=&label=].
 
-A build lists it in place, each task then fetches the files that it prepares into the hub's cache (core/hub_files.py), and
-the readers of tables, tars and folders do the rest. Another build of that commit finds them there.
+A build lists it in place. Each task fetches the files that it prepares into the hub's cache (core/hub_files.py), where
+another build of that commit finds them, and the readers of tables, tars and folders read them from there.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Draws images of classes with a network of diffusers that has a class for "no label", which is the last one."""
+"""Draws images of classes with a network of diffusers that has a class for "no label", which is the last one.
+
+A network of latents has the autoencoder that decodes them.
+"""
 
 import torch
 from diffusers import DiffusionPipeline
@@ -6,11 +9,14 @@ from diffusers.utils.torch_utils import randn_tensor
 
 
 class LabelledDDPMPipeline(DiffusionPipeline):
-    model_cpu_offload_seq = "network"
+    model_cpu_offload_seq = "network->vae"
+    _optional_components = ["vae"]  # noqa: RUF012
 
-    def __init__(self, network, scheduler):
+    def __init__(self, network, scheduler, vae=None, latent_shift=None, latent_scale=None):
+        """latent_shift, latent_scale: of each channel; the network's latents are (latent - shift) * scale"""
         super().__init__()
-        self.register_modules(network=network, scheduler=scheduler)
+        self.register_modules(network=network, scheduler=scheduler, vae=vae)
+        self.register_to_config(latent_shift=latent_shift, latent_scale=latent_scale)
 
     @torch.no_grad()
     def __call__(self, class_labels, guidance_scale=1.0, num_inference_steps=1000, generator=None):
@@ -30,4 +36,8 @@ class LabelledDDPMPipeline(DiffusionPipeline):
                 c = config.in_channels  # a learned variance is that of the label
                 out = torch.cat([torch.lerp(other[:, :c], out[:, :c], guidance_scale), out[:, c:]], dim=1)
             image = self.scheduler.step(out, t, image, generator=generator).prev_sample
+        if self.vae is not None:
+            numbers = self.config.latent_shift, self.config.latent_scale
+            shift, scale = (torch.tensor(n, device=device)[:, None, None] for n in numbers)
+            image = self.vae.decode(image / scale + shift).sample
         return (image / 2 + 0.5).clamp(0, 1)

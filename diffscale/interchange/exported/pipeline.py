@@ -24,19 +24,24 @@ TrainingSchedule: Any = SimpleCosine
 class DiffscalePipeline(DiffusionPipeline):
     """The run's own sampler. Its parts other than the network are settings in model_index.json."""
 
-    model_cpu_offload_seq = "network"
+    model_cpu_offload_seq = "network->vae"
+    _optional_components = ["vae"]  # noqa: RUF012
 
     def __init__(
         self,
         network: Any,
+        vae: Any = None,  # AutoencoderKL of a network of latents
         process: dict[str, Any] | None = None,  # of Preconditioning
         schedule: dict[str, Any] | None = None,  # of TrainingSchedule
         solver: dict[str, Any] | None = None,  # of Solver
         guidance: dict[str, Any] | None = None,  # of Guidance
+        latent_shift: list[float] | None = None,  # of each channel: the network's are (latent - shift) * scale
+        latent_scale: list[float] | None = None,
     ) -> None:
         super().__init__()
-        self.register_modules(network=network)
+        self.register_modules(network=network, vae=vae)
         self.register_to_config(process=process, schedule=schedule, solver=solver, guidance=guidance)
+        self.register_to_config(latent_shift=latent_shift, latent_scale=latent_scale)
 
     @torch.no_grad()
     def __call__(
@@ -48,7 +53,7 @@ class DiffscalePipeline(DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
     ) -> Tensor:
-        """Return images (B, C, H, W) in [−1, 1], or what the network was trained on if that was latents.
+        """Return images (B, C, H, W) in [−1, 1], or latents if no autoencoder of them is known.
 
         class_labels: one number for each image; None draws `batch_size` images without a class
         num_inference_steps, guidance_scale: None takes the run's own
@@ -70,4 +75,12 @@ class DiffscalePipeline(DiffusionPipeline):
         denoiser = GuidedDenoiser(Preconditioning(**c.process), self.network, labels, guidance, {})
         levels = solver.logsnr_grid(TrainingSchedule(**c.schedule))
         start = normal() if latents is None else latents.to(self.device)
-        return sample_at(levels, solver, denoiser, start, normal).clamp(-1, 1)
+        images = sample_at(levels, solver, denoiser, start, normal)
+        if self.vae is not None:
+            shift, scale = (
+                torch.tensor(n, device=self.device)[:, None, None] for n in (c.latent_shift, c.latent_scale)
+            )
+            images = self.vae.decode(images / scale + shift).sample
+        elif settings["channels"] not in (1, 3):
+            return images
+        return images.clamp(-1, 1)
