@@ -14,6 +14,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from diffscale.config.experiment import Experiment
 from diffscale.config.load import load_experiment
 from diffscale.core import storage as places
 from diffscale.core.app import command_app, run_app
@@ -36,10 +37,29 @@ def main(
     from diffscale.training.numerics import settled  # import cost
 
     experiment = load_experiment(preset, overrides or []) if preset else None
+    if experiment is not None:
+        _refuse_unfit_network(experiment)
     place = experiment.storage if experiment else places.resolve(storage or places.default_storage())
     findings = examine(experiment, place, settled, address)
     show(findings)
     raise typer.Exit(int(any(f.level == "failure" for f in findings)))
+
+
+def _refuse_unfit_network(experiment: Experiment) -> None:
+    """Raise UserError for a network that does not fit the data, before any node is asked.
+
+    Data that cannot be opened here is a finding of `examine`.
+    """
+    import torch  # import cost
+
+    from diffscale.config.factory import build_model, open_training_data  # import cost
+
+    try:
+        dataset = open_training_data(experiment)
+    except (OSError, ValueError):
+        return
+    with torch.device("meta"):
+        build_model(experiment, dataset)
 
 
 def show(findings: list[Finding], console: Console | None = None) -> None:

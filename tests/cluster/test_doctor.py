@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from tests.support.commands import ray_runs, run_command
+
 DRY_RUN = ("diffscale.train", "--dry-run")
 
 
@@ -47,3 +49,12 @@ def test_doctor_and_a_dry_run_print_one_estimate_of_memory(tmp_path):
     (estimate,) = re.findall(r"# memory (about .*? of activations in passes of 8 images)", printed(*DRY_RUN, *settings))
     shown = re.sub(r"\s+", "", printed("diffscale.doctor", *settings))
     assert estimate.replace(" ", "") in shown
+
+
+def test_a_network_that_does_not_fit_the_data_is_refused_before_ray_starts(tmp_path):
+    before = ray_runs()
+    changes = ("data.path=builtin:emoji", f"storage={tmp_path}", "diffusion.variance=learned_range")
+    ended = run_command("doctor", "ddpm-cifar10", *changes)
+    assert ended.code == 2
+    assert "model.out_channels=6" in ended.err
+    assert ray_runs() == before
