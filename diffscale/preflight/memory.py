@@ -63,9 +63,14 @@ def estimate(
 
 def largest_micro_batch(experiment: Experiment, dataset: Dataset, memory: float, holders: int | None = None) -> int:
     """Return the most images of a pass whose estimated peak is at most `memory` bytes; 0 if one image is too much."""
-    two, four = (_estimate(experiment, dataset, images, OVERHEAD, holders).total for images in (2, 4))
-    per_image = (four - two) / 2
-    return max(int((memory - (two - 2 * per_image)) / per_image), 0)
+    two, four = (_estimate(experiment, dataset, images, OVERHEAD, holders) for images in (2, 4))
+    per_image = (four.activations - two.activations) / 2
+
+    def fits(images: int) -> bool:
+        return _total(two.state, two.activations + per_image * (images - 2), OVERHEAD) <= memory
+
+    about = max(int(((memory - CONTEXT) / OVERHEAD - two.state - two.activations) / per_image) + 2, 0)
+    return next((images for images in (about + 1, about) if fits(images)), max(about - 1, 0))
 
 
 def _estimate(experiment: Experiment, dataset: Dataset, images: int, overhead: float, holders: int | None) -> Estimate:
@@ -75,8 +80,12 @@ def _estimate(experiment: Experiment, dataset: Dataset, images: int, overhead: f
     parameters, activations = count(experiment, dataset, images)
     averages = int(bool(train.ema.halflife_images or train.ema.halflife_fraction)) + len(train.ema.power)
     copies = 4 + averages + bool(averages)  # weights, gradients, both moments; averages and the weights they take in
-    state = 4.0 * parameters * copies / holders
-    return Estimate(int(state), activations, images, int((state + activations) * overhead + CONTEXT))
+    state = 4 * parameters * copies // holders
+    return Estimate(state, activations, images, _total(state, activations, overhead))
+
+
+def _total(state: int, activations: float, overhead: float) -> int:
+    return int((state + activations) * overhead + CONTEXT)
 
 
 def count(experiment: Experiment, dataset: Dataset, images: int) -> tuple[int, int]:
