@@ -117,7 +117,7 @@ def test_a_step_reads_nothing_from_the_device(shared_storage: Path, dataset: Dat
 
 def test_what_a_graph_records_stays_where_it_is(shared_storage: Path, dataset: Dataset) -> None:
     """A replayed graph reads and writes the addresses of its recording, and no number of the host."""
-    e = experiment(shared_storage, train={"micro_batch": 5, "ema": {"power": [0.05], "halflife_images": 100}})
+    e = experiment(shared_storage, train={"micro_batch": 5, "ema": {"power": [0.05]}})
     of = Learner(build_model(e, dataset), build_diffusion(e, dataset), e, World(), Numerics(), dataset.num_classes)
 
     def addresses() -> list[int]:
