@@ -27,6 +27,11 @@ class HubId(NamedTuple):
     revision: str | None
     file: str | None
 
+    @property
+    def is_pinned(self) -> bool:
+        """Whether the revision is a commit, which does not move; the cache may know another one of a branch."""
+        return re.fullmatch(r"[0-9a-f]{40}", self.revision or "") is not None
+
 
 def hub_id(text: str) -> HubId | None:
     """Return what an id names, or None for text that is none."""

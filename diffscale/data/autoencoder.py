@@ -164,10 +164,9 @@ def _from_hub(place: str, named: hub.HubId, setting: str) -> tuple[Path, str]:
     A commit that was fetched before needs no network: a manifest names one, and workers may have none.
     """
     forms = [[f"{folder}{CONFIG}", f"{folder}{WEIGHTS}"] for folder in ("", "vae/")]
-    commit = named.revision or ""
-    for wanted in forms:
-        if (found := hub.cached(named.repo, commit, wanted)) is not None:
-            return found[0].parent, commit
+    for wanted in forms if named.is_pinned else ():
+        if (found := hub.cached(named.repo, str(named.revision), wanted)) is not None:
+            return found[0].parent, str(named.revision)
     pinned = hub.pinned(setting, named.repo, named.revision, text=place)
     there = next((wanted for wanted in forms if set(wanted) <= set(pinned.files)), None)
     if there is None:
