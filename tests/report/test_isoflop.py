@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.optimize import least_squares
 
 from diffscale.report.analysis import analyse
 from diffscale.report.figures.plots import write_plots
@@ -74,6 +75,27 @@ def test_intervals_cover_and_four_times_the_compute_is_predicted() -> None:
     assert 0.9 <= np.mean(size) <= 1.0
     assert np.quantile(error, 0.95) < 0.03
     assert np.median(exponent) < 0.05
+
+
+def test_the_fit_is_that_of_scipy() -> None:
+    """The law at the runs, fitted by scipy's trust region from the truth, is no nearer to them."""
+    rng = np.random.default_rng(5)
+    truth = Truth(rng, 0.05)
+    parameters, compute, loss, per_image = np.array(runs(truth, rng, 4)).T
+    law = fit_isoflop(parameters, compute, loss, per_image)
+    assert law is not None
+
+    def residuals(theta: np.ndarray) -> np.ndarray:
+        scale, alpha, floor, curvature, size, a = theta
+        x = np.log(compute / (4 * SMALLEST))
+        best = floor + scale * np.exp(-alpha * x)
+        return np.log(best) + curvature * (np.log(parameters) - size - a * x) ** 2 - np.log(loss)
+
+    start = [0.3, truth.alpha, truth.floor, truth.curvature, np.log(1e6), truth.a]
+    found = least_squares(residuals, start, bounds=([0, 0, 0, 0, 0, 0], [1, 2, 1, 1, 30, 2]))
+    ours = np.array([law.at([n], c)[0] for n, c in zip(parameters, compute, strict=True)])
+    assert (np.log(ours / loss) ** 2).sum() == pytest.approx(2 * found.cost, rel=1e-3)
+    assert law.exponents()["parameters"][0] == pytest.approx(found.x[5], abs=1e-3)
 
 
 def test_images_are_what_the_best_size_leaves_of_the_compute() -> None:
