@@ -34,13 +34,14 @@ class Line:
 def recommendation_figures(r: Recommendation) -> Iterator[tuple[str, Figure]]:
     """Yield (name, figure): loss and distance against compute, and the parabolas of each backbone."""
     grid, o = np.geomspace(r.budgets[0], 1.3 * r.recipe.flops, 80), r.outcome
+    reached = (None, None) if o is None else (o.val_loss, o.distance)
     loss = "validation loss of the best size"
-    yield "loss_vs_compute", _figure(r, grid, _losses(r, grid), loss, r.recipe.val_loss, o and o.val_loss)
+    yield "loss_vs_compute", _figure(r, grid, _losses(r, grid), loss, r.recipe.val_loss, reached[0])
     if r.recipe.distance is not None:
         distance = f"{r.metric} of the size with the lowest loss"
         yield (
             "distance_vs_compute",
-            _figure(r, grid, _distances(r, grid), distance, r.recipe.distance, o and o.distance),
+            _figure(r, grid, _distances(r, grid), distance, r.recipe.distance, reached[1]),
         )
     for about, ends, law in searched_laws(r):
         yield f"isoflop-{ends['model'].iloc[0]}", isoflop_figure(ends, law, about)
