@@ -87,9 +87,15 @@ class IsoFlop:
         return np.log(np.asarray(compute, float) / self.reference)
 
 
-def _with_interval(value: ArrayLike, resampled: NDArray) -> NDArray:
-    """Return the value (n,), and the 95 % interval of its resamples (B, n), as (3, n)."""
-    return np.stack([value, *np.quantile(resampled, [0.025, 0.975], axis=0)])
+def _with_interval(value: NDArray, resampled: NDArray) -> NDArray:
+    """Return the value (n,), and the 95 % interval of its resamples (B, n), as (3, n).
+
+    On each side it is the farther one of the bootstrap's quantile and its reflection at the value. A floor cannot be
+    below 0, so resamples of a law whose floor is overestimated lie to one side, and the quantile misses the truth.
+    """
+    low, high = np.quantile(resampled, [0.025, 0.975], axis=0)
+    far_low, far_high = np.minimum(low, 2 * value - high), np.maximum(high, 2 * value - low)
+    return np.stack([value, far_low, far_high])
 
 
 def fit_isoflop(
