@@ -79,7 +79,7 @@ def recommend(request: Request, plan: Plan, handle_signals: bool = False) -> Rec
     )
     outcome = outcome_of(recipe_settings(request, found))
     if outcome is not None:
-        outcome = outcome.model_copy(update={"guidance": _stored_choice(folder, outcome.run_id)})
+        outcome = outcome.model_copy(update={"guidance": _stored_choice(request, outcome.run_id)})
     found = found.model_copy(update={"outcome": outcome})
     _store(request, found)
     return found
@@ -104,25 +104,25 @@ def go(request: Request, found: Recommendation) -> tuple[Recommendation, RunResu
     return found, result
 
 
-def _samplings(request: Request) -> list[tuple[str, str]]:
-    """Return the (solver, guidance) to choose from; "" is that of the settings. None if there is no choice."""
-    pairs = list(product(request.solvers or ("",), request.guidance or ("",)))
-    return pairs if request.solvers or request.guidance else []
+def _samplings(request: Request) -> dict[str, tuple[str, str]]:
+    """Return the (solver, guidance) to choose from by name; "" is that of the settings. {} if there is no choice."""
+    pairs = product(request.solvers or ("",), request.guidance or ("",))
+    return {name: pair for pair in pairs if (name := " ".join(filter(None, pair)))}
 
 
 def _best_sampling(request: Request, experiment: Experiment, run_folder: str) -> SamplingChoice | None:
     """Evaluate the recipe's run with each solver and guidance. Return the best on held-out images, None without any."""
     metric = recorded_name(experiment.eval.metrics[0], experiment.eval.resize)
     rows: dict[str, Record] = {}
-    pairs = {" ".join(filter(None, pair)): pair for pair in _samplings(request)}
-    for name, (solver, guidance) in pairs.items():
+    samplings = _samplings(request)
+    for name, (solver, guidance) in samplings.items():
         options = EvaluateOptions(solvers=(solver,) if solver else (), guidances=(guidance,) if guidance else ())
         rows[name] = next(row for row in evaluate_run(run_folder, [], options) if row.metric == metric)
     known = {name: row for name, row in rows.items() if row.value_heldout is not None}
     if not known:
         return None
     best = min(known, key=lambda name: rank(metric, known[name].value_heldout or 0.0))
-    solver, guidance = pairs[best]
+    solver, guidance = samplings[best]
     return SamplingChoice(
         solver=solver,
         guidance=guidance,
@@ -133,11 +133,15 @@ def _best_sampling(request: Request, experiment: Experiment, run_folder: str) ->
     )
 
 
-def _stored_choice(folder: str, run_id: str) -> SamplingChoice | None:
-    """Return the choice that an earlier call made for the recipe's run."""
+def _stored_choice(request: Request, run_id: str) -> SamplingChoice | None:
+    """Return the choice that an earlier call made for the recipe's run, unless this request has others to try."""
+    folder, samplings = folder_of(request), list(_samplings(request))
     stored = read_recommendations([folder]) if storage.exists(storage.join(folder, FILE)) else []
-    outcomes = [found.outcome for found in stored if found.outcome is not None]
-    return next((outcome.guidance for outcome in outcomes if outcome.run_id == run_id), None)
+    for outcome in (found.outcome for found in stored if found.outcome is not None):
+        choice = outcome.guidance
+        if choice is not None and outcome.run_id == run_id and samplings in ([], list(choice.heldout)):
+            return choice
+    return None
 
 
 def _store(request: Request, found: Recommendation) -> None:

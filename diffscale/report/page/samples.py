@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from PIL import Image
 
@@ -22,6 +23,7 @@ _GRID = re.compile(r"-(?P<run>[0-9a-f]{16})/(?:samples/)?images-(?P<images>\d+)\
 COPIES = 16
 """Grids that are read at once: from an object store each takes 20 to 50 ms."""
 PICTURES = "pictures"
+Made = TypeVar("Made")
 
 
 @dataclass
@@ -67,8 +69,11 @@ def place_grids(found: dict[tuple[str, int], str], wanted: list[tuple[str, int]]
         (folder / PICTURES).mkdir(parents=True, exist_ok=True)
 
     def copy(key: tuple[str, int]) -> str | None:
-        file = f"{PICTURES}/{key[0]}-{key[1]}.png"
-        return _if_sound(lambda data: _copy(data, folder, file), found[key])
+        file, data = f"{PICTURES}/{key[0]}-{key[1]}.png", _if_sound(_verified, found[key])
+        if data is None:
+            return None
+        (folder / file).write_bytes(data)
+        return file
 
     with ThreadPoolExecutor(COPIES, thread_name_prefix="grids") as pool:
         for (run, images), file in zip(left[::-1], pool.map(copy, left[::-1]), strict=True):
@@ -80,7 +85,7 @@ def place_grids(found: dict[tuple[str, int], str], wanted: list[tuple[str, int]]
     return grids
 
 
-def _if_sound(use: Callable[[bytes], str], uri: str) -> str | None:
+def _if_sound(use: Callable[[bytes], Made], uri: str) -> Made | None:
     """Return what `use` makes of the file's bytes; None for a damaged one."""
     try:
         return use(storage.read_bytes(uri))
@@ -95,12 +100,11 @@ def _open(data: bytes) -> Image.Image:
     return opened
 
 
-def _copy(data: bytes, folder: Path, file: str) -> str:
-    """Write a grid unchanged, of which the checksums of its parts are checked, and return the file."""
+def _verified(data: bytes) -> bytes:
+    """Return a grid unchanged; the checksums of its parts are checked."""
     with _open(data) as opened:
         opened.verify()
-    (folder / file).write_bytes(data)
-    return file
+    return data
 
 
 def _shrink(data: bytes) -> str:
