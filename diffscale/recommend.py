@@ -14,9 +14,9 @@ from rich.console import Console
 
 from diffscale.config.load import parse_overrides
 from diffscale.core.app import command_app, run_app
-from diffscale.recommendation.ask import make_request
+from diffscale.recommendation.command_line import make_request
 from diffscale.recommendation.plan import make_plan
-from diffscale.recommendation.run import folder_of, go, recommend
+from diffscale.recommendation.run import folder_of, go, is_complete, recommend
 from diffscale.recommendation.table import describe_plan, describe_recommendation
 from diffscale.sweep.ray_tune import Stopped
 from diffscale.training.run import EXIT_STOPPED, resumable_exit_code
@@ -34,7 +34,7 @@ def main(
     mfu: Annotated[float, typer.Option(help="share of the devices' rate that training reaches, an assumption")] = 0.3,
     device_flops: Annotated[float | None, typer.Option(help="FLOP/s of a device; else measured on this one")] = None,
     price: Annotated[float | None, typer.Option(help="price of a device-hour, in any currency")] = None,
-    go_on: Annotated[bool, typer.Option("--go", help="train the recipe with what the search leaves")] = False,
+    then_train: Annotated[bool, typer.Option("--go", help="train the recipe with what the search leaves")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and its cost; start nothing")] = False,
 ) -> None:
     """Find the recipe for a dataset and a compute."""
@@ -58,7 +58,7 @@ def main(
     except Stopped as stopped:
         print(f"stopped; the same command continues the search: {folder_of(request)}", flush=True)
         raise typer.Exit(resumable_exit_code(stopped.signals)) from None
-    if go_on and found.outcome is None:
+    if then_train and not is_complete(request, found):
         found, result = go(request, found)
         if not result.finished:
             print(f"stopped ({result.reason}); the same command continues: {result.run_folder}", flush=True)

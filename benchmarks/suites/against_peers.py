@@ -56,7 +56,7 @@ def _row(group: pd.Series, peer: object, best: pd.Series, backbone: object, curv
     curve = curve.sort_values("train_flops")
     higher = higher_is_better(str(group["metric"]))
     curve = curve[is_on_frontier(curve["train_flops"], curve["value"], higher)]
-    reach = first_reach(curve, float(best["value"]), "train_flops")
+    reach = float(first_reach(curve, [float(best["value"])], ["train_flops"])[0, 0])
     last = curve.iloc[-1]
     shared = {name: group[name] for name in ("metric", "n_generated", "n_reference", "nfe")}
     return shared | {

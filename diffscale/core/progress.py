@@ -110,6 +110,24 @@ def shown_by(display: Display) -> Iterator[None]:
         _display.reset(token)
 
 
+@contextmanager
+def polling(show: Callable[[], None]) -> Iterator[None]:
+    """Context in which a thread calls `show` every POLL_SECONDS. It has ended when the context is left."""
+    ended = threading.Event()
+
+    def poll() -> None:
+        while not ended.wait(POLL_SECONDS):
+            show()
+
+    thread = threading.Thread(target=poll, daemon=True, name="progress")
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
 def console_display() -> Display:
     """Return bars if standard error is a terminal, else lines."""
     return Bars() if sys.stderr.isatty() else Lines()
@@ -128,26 +146,23 @@ class Lines:
     @contextmanager
     def __call__(self, work: Work) -> Iterator[None]:
         """Context in which the work is shown. Work that fails has no last line."""
-        ended = threading.Event()
-        thread = threading.Thread(target=self._watch, args=(work, ended), daemon=True, name="progress")
-        self._open.append(work)
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
-            self._open.remove(work)
-        if work.done > work.first:
-            _print(work.summary())
-
-    def _watch(self, work: Work, ended: threading.Event) -> None:
         printed, share = time.monotonic(), _share(work)
-        while not ended.wait(POLL_SECONDS):
+
+        def show() -> None:
+            nonlocal printed, share
             waited = time.monotonic() - printed >= self.seconds and work is self._open[-1]
             if waited or _share(work) - share >= LINE_SHARE:
                 printed, share = time.monotonic(), _share(work)
                 _print(work.line())
+
+        self._open.append(work)
+        try:
+            with polling(show):
+                yield
+        finally:
+            self._open.remove(work)
+        if work.done > work.first:
+            _print(work.summary())
 
 
 class Bars:

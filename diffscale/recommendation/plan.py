@@ -27,7 +27,7 @@ LATER_SIZES = 3
 """Sizes at every budget but the smallest."""
 PAPER_SIZE, PAPER_EXPONENT, PAPER_COMPUTE = 1.5e12, 0.568, 1.5e21
 """FLOPs of an image that are best with a compute: a diffusion transformer of 1e9 parameters and 256 tokens at 1.5e21
-FLOPs, and the exponent of its size (Liang et al., arXiv 2410.08184). Where the search begins; it goes on from there."""
+FLOPs, and the exponent of its size (Liang et al., arXiv 2410.08184). Where the search begins."""
 
 
 CostOf = Callable[[str, int], Cost]
@@ -107,7 +107,7 @@ def run_settings(request: Request, backbone: str, rung: int) -> Experiment:
 
 def runs_name(request: Request) -> str:
     """Return the name of a request's runs and folders: other requests have others, so no evaluation is mistaken."""
-    what = request.model_dump(mode="json", exclude={"max_concurrent", "guidance"})
+    what = request.model_dump(mode="json", exclude={"max_concurrent", "guidance", "solvers"})
     return f"{request.name}-{identify(base_settings=load_tree(request.base), **what)[:8]}"
 
 
@@ -143,7 +143,7 @@ def _units(request: Request) -> float:
 
 
 def alternatives(request: Request) -> dict[str, dict[str, Any]]:
-    """Return the schedules and training resolutions that are asked for, by name as dotted keys; {} for none.
+    """Return the schedules and training resolutions to compare, by name as dotted keys; {} for none.
 
     All are compared at `data.resolution`, which has to be among the resolutions of the dataset.
     """

@@ -1,4 +1,4 @@
-"""What a recommendation is asked for: the dataset, the compute, and how the search uses its share of it."""
+"""The request for a recommendation: the dataset, the compute, and how the search uses its share of it."""
 
 from __future__ import annotations
 
@@ -32,10 +32,11 @@ class Request(BaseModel):
     factor: float = Field(4.0, ge=1.5, le=100, description="ratio of one budget to the next")
     sizes: int = Field(5, ge=3, le=9, description="sizes at the smallest budget; three at each other one")
     seeds: int = Field(2, ge=1, le=100, description="training seeds of each size at the smallest budget")
-    keep: int = Field(3, ge=1, le=100, description="fewest backbones that go on; of more, the worse half is dropped")
+    keep: int = Field(3, ge=1, le=100, description="fewest backbones that continue; of more, the worse half is dropped")
     schedules: tuple[str, ...] = Field((), description="noise schedules to try with the best network so far")
     resolutions: tuple[int, ...] = Field((), description="training resolutions to try, compared at data.resolution")
     guidance: tuple[str, ...] = Field((), description="guidances to try at the end: [1, '1.5,interval=-3:5']")
+    solvers: tuple[str, ...] = Field((), description="solvers to try at the end: ['dpmpp_2m,steps=10', 'heun,steps=9']")
     max_concurrent: int = Field(1, ge=1, le=10**4, description="runs at a time")
 
     @field_validator("guidance", mode="before")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import yaml
 
 from diffscale.config.experiment import Experiment
-from diffscale.config.factory import open_training_data
-from diffscale.config.load import load_tree, merge, validate
+from diffscale.config.factory import build_diffusion, open_training_data
+from diffscale.config.load import load_tree, merge, parse_overrides, validate
 from diffscale.core import storage
 from diffscale.evaluation.metrics.registry import recorded_name
 from diffscale.models.families import FAMILIES
@@ -16,21 +17,30 @@ from diffscale.recommendation.plan import Plan, alternatives, resolution_of, run
 from diffscale.recommendation.recipe import choose_recipe
 from diffscale.recommendation.request import Request
 from diffscale.recommendation.search import search
-from diffscale.records.recommendation import GuidanceChoice, Outcome, Recipe, Recommendation, write_recommendation
+from diffscale.records.recommendation import (
+    FILE,
+    Outcome,
+    Recipe,
+    Recommendation,
+    SamplingChoice,
+    read_recommendations,
+    write_recommendation,
+)
 from diffscale.records.schema import Record, rank
 from diffscale.records.store import RECORDS_FILE, read_records, write_records_file
 from diffscale.sweep.space import nest
-from diffscale.training.evaluate_runs import EvaluateOptions, evaluate_run
+from diffscale.training.evaluate_runs import EvaluateOptions, evaluate_run, guidance_settings
+from diffscale.training.load import solver_settings
 from diffscale.training.numerics import settled
-from diffscale.training.own_records import is_own
+from diffscale.training.own_records import is_own, own_sampling
 from diffscale.training.record_columns import dataset_name
-from diffscale.training.run import RunResult, train
+from diffscale.training.run import RunResult, count, train
 
 PRESET = "recipe.yaml"
 
 
 def folder_of(request: Request) -> str:
-    """Return the folder of a recommendation: the same for the same request, however many runs go on at a time."""
+    """Return the folder of a recommendation: the same for the same request, however many runs train at a time."""
     place = run_settings(request, request.backbones[0], 0).storage
     return storage.join(storage.check_absolute(place), "recommendations", runs_name(request))
 
@@ -67,15 +77,17 @@ def recommend(request: Request, plan: Plan, handle_signals: bool = False) -> Rec
         ),
         recipe=recipe,
     )
-    experiment = recipe_settings(request, found)
-    found = found.model_copy(update={"outcome": outcome_of(experiment)})
-    lines = [f"# Recommended for {found.dataset} at {request.flops:.3g} FLOPs; {recipe.flops:.3g} are left for it."]
-    lines += [f"# {line}" for line in (*recipe.why, *recipe.caveats)]
-    settings = experiment.model_dump(mode="json", exclude={"storage"})
-    preset = "\n".join(lines) + "\n" + yaml.safe_dump(settings, sort_keys=False)
-    storage.write_bytes(storage.join(folder, PRESET), preset.encode())
-    _keep(folder, found)
+    outcome = outcome_of(recipe_settings(request, found))
+    if outcome is not None:
+        outcome = outcome.model_copy(update={"guidance": _stored_choice(request, outcome.run_id)})
+    found = found.model_copy(update={"outcome": outcome})
+    _store(request, found)
     return found
+
+
+def is_complete(request: Request, found: Recommendation) -> bool:
+    """Return whether the recipe was trained, and its sampling chosen where the request has several."""
+    return found.outcome is not None and (found.outcome.guidance is not None or not _samplings(request))
 
 
 def go(request: Request, found: Recommendation) -> tuple[Recommendation, RunResult]:
@@ -84,26 +96,36 @@ def go(request: Request, found: Recommendation) -> tuple[Recommendation, RunResu
     result = train(experiment, handle_signals=True)
     if result.finished:
         outcome = outcome_of(experiment)
-        if outcome is not None and request.guidance:
-            outcome = outcome.model_copy(update={"guidance": _best_guidance(request, experiment, result.run_folder)})
+        if outcome is not None and _samplings(request):
+            choice = _best_sampling(request, experiment, result.run_folder)
+            outcome = outcome.model_copy(update={"guidance": choice})
         found = found.model_copy(update={"outcome": outcome})
-        _keep(folder_of(request), found)
+        _store(request, found)
     return found, result
 
 
-def _best_guidance(request: Request, experiment: Experiment, run_folder: str) -> GuidanceChoice | None:
-    """Evaluate the recipe's run with each guidance asked for. Return the best on held-out images, None without any."""
+def _samplings(request: Request) -> dict[str, tuple[str, str]]:
+    """Return the (solver, guidance) to choose from by name; "" is that of the settings. {} if there is no choice."""
+    pairs = product(request.solvers or ("",), request.guidance or ("",))
+    return {name: pair for pair in pairs if (name := " ".join(filter(None, pair)))}
+
+
+def _best_sampling(request: Request, experiment: Experiment, run_folder: str) -> SamplingChoice | None:
+    """Evaluate the recipe's run with each solver and guidance. Return the best on held-out images, None without any."""
     metric = recorded_name(experiment.eval.metrics[0], experiment.eval.resize)
     rows: dict[str, Record] = {}
-    for guidance in request.guidance:
-        records = evaluate_run(run_folder, [], EvaluateOptions(guidances=(guidance,)))
-        rows[guidance] = next(row for row in records if row.metric == metric)
+    samplings = _samplings(request)
+    for name, (solver, guidance) in samplings.items():
+        options = EvaluateOptions(solvers=(solver,) if solver else (), guidances=(guidance,) if guidance else ())
+        rows[name] = next(row for row in evaluate_run(run_folder, [], options) if row.metric == metric)
     known = {name: row for name, row in rows.items() if row.value_heldout is not None}
     if not known:
         return None
     best = min(known, key=lambda name: rank(metric, known[name].value_heldout or 0.0))
-    return GuidanceChoice(
-        guidance=best,
+    solver, guidance = samplings[best]
+    return SamplingChoice(
+        solver=solver,
+        guidance=guidance,
         heldout={name: row.value_heldout for name, row in rows.items()},
         distance=rows[best].value,
         nfe=rows[best].nfe,
@@ -111,14 +133,61 @@ def _best_guidance(request: Request, experiment: Experiment, run_folder: str) ->
     )
 
 
-def _keep(folder: str, found: Recommendation) -> None:
-    """Write the recommendation and the records of its runs into its folder, which a report reads by itself."""
+def _stored_choice(request: Request, run_id: str) -> SamplingChoice | None:
+    """Return the choice that an earlier call made for the recipe's run, unless this request has others to try."""
+    folder, samplings = folder_of(request), list(_samplings(request))
+    stored = read_recommendations([folder]) if storage.exists(storage.join(folder, FILE)) else []
+    for outcome in (found.outcome for found in stored if found.outcome is not None):
+        choice = outcome.guidance
+        if choice is not None and outcome.run_id == run_id and samplings in ([], list(choice.heldout)):
+            return choice
+    return None
+
+
+def _store(request: Request, found: Recommendation) -> None:
+    """Write the recommendation, the preset, and the records of its runs, which a report of the folder reads."""
+    folder = folder_of(request)
     runs = storage.join(folder.rpartition("/recommendations/")[0], "runs")
     ids = {point.run_id for part in found.searched for point in part.points}
     ids |= {found.outcome.run_id} if found.outcome else set()
     records = [row for row in read_records([runs]) if row.run_id in ids]
+    storage.write_bytes(storage.join(folder, PRESET), preset_of(request, found).encode())
     write_records_file(storage.join(folder, RECORDS_FILE), records)
     write_recommendation(folder, found)
+
+
+def preset_of(request: Request, found: Recommendation) -> str:
+    """Return the recipe as a preset: its settings with the chosen sampling, and comments with reasons and costs."""
+    experiment = with_sampling(recipe_settings(request, found), found)
+    choice = None if found.outcome is None else found.outcome.guidance
+    if choice is None:
+        dataset = open_training_data(experiment)
+        diffusion, sampling = build_diffusion(experiment, dataset), own_sampling(experiment, "fp32")
+        nfe = sampling.fields(diffusion)["nfe"]
+        cost = sampling.flops(diffusion, count(experiment, dataset).forward_macs)
+        chosen = "as in the settings"
+    else:
+        nfe, cost = choice.nfe, choice.sampling_flops
+        chosen = f"the best of {', '.join(choice.heldout)} on held-out images"
+    guidance = f"guidance {experiment.eval.guidance_scale:g}"
+    lines = [
+        f"Recommended for {found.dataset} at {request.flops:.3g} FLOPs; {found.recipe.flops:.3g} are left for it.",
+        f"Sampling with {experiment.eval.solver.name} and {guidance}, {chosen}: "
+        f"{nfe} network evaluations, {cost:.3g} FLOPs an image.",
+        *found.recipe.why,
+        *found.recipe.caveats,
+    ]
+    settings = experiment.model_dump(mode="json", exclude={"storage"})
+    return "".join(f"# {line}\n" for line in lines) + yaml.safe_dump(settings, sort_keys=False)
+
+
+def with_sampling(experiment: Experiment, found: Recommendation) -> Experiment:
+    """Return the settings with the chosen sampler and guidance, if one was chosen."""
+    choice = None if found.outcome is None else found.outcome.guidance
+    if choice is None:
+        return experiment
+    tree = merge(experiment.model_dump(mode="json"), parse_overrides(guidance_settings(choice.guidance)))
+    return validate(merge(tree, {"eval": {"solver": solver_settings(choice.solver)}}) if choice.solver else tree)
 
 
 def recipe_settings(request: Request, found: Recommendation) -> Experiment:

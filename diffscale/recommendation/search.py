@@ -61,7 +61,7 @@ def search(
 ) -> tuple[list[Searched], dict[str, float | None], float]:
     """Run the unfinished part of the search. Return what it found and the FLOPs of all its runs.
 
-    The second result is the distance by schedule and training resolution, where these were asked for.
+    The second result is the distance by schedule and training resolution, if the request has several.
 
     handle_signals: SIGTERM and SIGINT end the running trials at a checkpoint and raise Stopped (main thread only).
     """
@@ -91,8 +91,8 @@ def _alternatives(
 
     They are compared by the distance: losses of different schedules or resolutions are not comparable.
     """
-    asked = alternatives(request)
-    if not asked:
+    compared = alternatives(request)
+    if not compared:
         return {}
     last = len(plan.budgets) - 1
     best = min(found, key=lambda f: f.best(last)[0])
@@ -102,7 +102,7 @@ def _alternatives(
             "model": FAMILIES[best.backbone](best.best(last)[1], keys["data.resolution"]),
             "optim.lr": best.learning_rate,
         }
-        for name, keys in asked.items()
+        for name, keys in compared.items()
     }
     sweep = stage(request, variants, plan.budgets[-1]).model_copy(update={"metric": None})
     ledger, trials = _run(sweep, handle_signals)

@@ -45,8 +45,8 @@ def describe_recommendation(found: Recommendation, folder: str) -> str:
     if o is not None and o.guidance is not None:
         g = o.guidance
         lines.append(
-            f"guidance   {g.guidance}, the best of {', '.join(g.heldout)} on held-out images: {found.metric} "
-            f"{g.distance:.4g}, {g.nfe} network evaluations an image"
+            f"sampling   {g}, the best of {', '.join(g.heldout)} on held-out images: {found.metric} {g.distance:.4g}, "
+            f"{g.nfe} network evaluations and {g.sampling_flops:.3g} FLOPs an image"
         )
     price = "" if r.cost is None else f", {r.cost:.4g} at the stated price"
     lines.append(f"time       {r.device_seconds / 3600:.3g} device-hours{price}")

@@ -81,14 +81,18 @@ class Recipe(_Part):
     caveats: tuple[str, ...]
 
 
-class GuidanceChoice(_Part):
-    """The guidance with the lowest distance to held-out images, of those asked for."""
+class SamplingChoice(_Part):
+    """The solver and guidance with the lowest distance to held-out images, of those requested."""
 
-    guidance: str = Field(description="as asked for: a scale, or 1.5,interval=-3:5")
-    heldout: dict[str, float | None] = Field(description="distance to held-out images by guidance")
-    distance: float = Field(description="that of the chosen guidance to the training images")
+    solver: str = Field("", description="as requested: heun,steps=18; empty: that of the settings")
+    guidance: str = Field(description="as requested: a scale, or 1.5,interval=-3:5; empty: that of the settings")
+    heldout: dict[str, float | None] = Field(description="distance to held-out images by solver and guidance")
+    distance: float = Field(description="that of the choice to the training images")
     nfe: int
     sampling_flops: float = Field(description="FLOPs to generate one image")
+
+    def __str__(self) -> str:
+        return " and ".join(filter(None, [self.solver, self.guidance and f"guidance {self.guidance}"]))
 
 
 class Outcome(_Part):
@@ -102,7 +106,7 @@ class Outcome(_Part):
     distance: float
     distance_low: float | None
     distance_high: float | None
-    guidance: GuidanceChoice | None = None
+    guidance: SamplingChoice | None = Field(None, description="how to sample")
 
 
 class Recommendation(_Part):

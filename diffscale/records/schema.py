@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -207,11 +208,12 @@ At that default a setting is no part of `run_id` and of a recipe, so runs and re
 
 def recipe_of(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the dotted settings that make a run's recipe, of all its dotted settings."""
-    return {
-        key: value
-        for key, value in settings.items()
-        if any(key == field or key.startswith(f"{field}.") for field in RECIPE_FIELDS) and not is_as_before(key, value)
-    }
+    return {key: value for key, value in settings.items() if _makes_recipe(key) and not is_as_before(key, value)}
+
+
+@cache
+def _makes_recipe(key: str) -> bool:
+    return any(key == field or key.startswith(f"{field}.") for field in RECIPE_FIELDS)
 
 
 def is_as_before(key: str, value: Any) -> bool:

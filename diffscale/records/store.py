@@ -135,7 +135,8 @@ def to_frame(records: Iterable[Record]) -> pd.DataFrame:
     """Return the rows as a table with a record's columns in order; `settings` and `versions` stay objects."""
     import pandas as pd  # import cost
 
-    return pd.DataFrame([r.model_dump() for r in records], columns=list(Record.model_fields))
+    rows, names = list(records), list(Record.model_fields)
+    return pd.DataFrame({name: [getattr(row, name) for row in rows] for name in names}, columns=names)
 
 
 def _as_json(record: Record) -> dict[str, object]:

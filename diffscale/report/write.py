@@ -15,7 +15,7 @@ from diffscale.records.recommendation import read_recommendations
 from diffscale.records.store import read_records
 from diffscale.report.analysis import Analysis, analyse
 from diffscale.report.figures.plots import write_plots
-from diffscale.report.page.page import render
+from diffscale.report.page.page import write_page
 from diffscale.report.stats import tables
 from diffscale.report.stats.facets import facet_table
 from diffscale.report.stats.recommendations import fared
@@ -39,8 +39,7 @@ def write_report(places: Iterable[str], out: Path, title: str = "diffscale", bes
     with working("drawing plots", unit=""):
         write_plots(analysis, out)
     with working("writing the page", unit=""):
-        page = render(analysis, places, _wanted_grids(analysis), title)
-    (out / "index.html").write_text(page, encoding="utf-8")
+        write_page(analysis, places, _wanted_grids(analysis), title, out)
     return analysis
 
 

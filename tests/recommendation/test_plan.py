@@ -10,7 +10,7 @@ import pytest
 from diffscale.core.errors import UserError
 from diffscale.models import create_model
 from diffscale.models.families import FAMILIES, RUNGS
-from diffscale.recommendation.ask import make_request
+from diffscale.recommendation.command_line import make_request
 from diffscale.recommendation.plan import LATER_SIZES, alternatives, make_plan, window
 from diffscale.recommendation.request import Request
 

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from diffscale.config.factory import open_training_data
-from diffscale.recommendation.ask import make_request
+from diffscale.config.load import load_experiment
+from diffscale.recommendation.command_line import make_request
 from diffscale.recommendation.plan import make_plan, run_settings, runs_name
 from diffscale.recommendation.recipe import choose_recipe
-from diffscale.recommendation.run import recipe_settings
-from diffscale.records.recommendation import Recommendation
+from diffscale.recommendation.run import preset_of, recipe_settings
+from diffscale.records.recommendation import Outcome, Recommendation, SamplingChoice
 from tests.report.test_recommendations import searched
 
 
@@ -45,3 +46,26 @@ def test_the_recipe_is_the_better_backbone_near_its_best_size(tmp_path: Path) ->
     experiment = recipe_settings(request, found)
     assert (experiment.model.name, experiment.name) == ("dit", runs_name(request))
     assert (experiment.optim.lr, experiment.train.flops) == (1e-3, 6.4e13)
+    assert "# Sampling with dpmpp_2m and guidance 1, as in the settings: " in preset_of(request, found)
+    choice = SamplingChoice(
+        solver="heun,steps=9", guidance="1.5,interval=-3:5", heldout={}, distance=9.0, nfe=35, sampling_flops=4e9
+    )
+    outcome = Outcome(
+        run_id="",
+        images=0,
+        flops=0,
+        device_seconds=0,
+        val_loss=0.1,
+        distance=9,
+        distance_low=None,
+        distance_high=None,
+        guidance=choice,
+    )
+    text = preset_of(request, found.model_copy(update={"outcome": outcome}))
+    assert "# Sampling with heun and guidance 1.5" in text
+    assert "35 network evaluations, 4e+09 FLOPs an image" in text
+    (tmp_path / "recipe.yaml").write_text(text)
+    chosen = load_experiment(str(tmp_path / "recipe.yaml"), [f"storage={tmp_path}"])
+    assert chosen.eval.solver.model_dump() == {"name": "heun", "steps": 9} | chosen.eval.solver.model_dump()
+    assert (chosen.eval.guidance_scale, chosen.eval.guidance_interval) == (1.5, (-3, 5))
+    assert chosen.run_id("data") == experiment.run_id("data")

@@ -105,7 +105,7 @@ def test_reads_a_point_or_between_two_and_never_beyond() -> None:
 
 def test_cost_of_reaching_a_value_is_interpolated_and_empty_where_it_was_not_reached() -> None:
     points = table([make_record(images_seen=n, value=v) for n, v in ((1024, 100.0), (4096, 25.0))])
-    assert first_reach(points, 50.0, "images_seen") == pytest.approx(2048)
-    assert first_reach(points, 120.0, "images_seen") == 1024
-    assert math.isnan(first_reach(points, 24.0, "images_seen"))
-    assert math.isnan(first_reach(points, 50.0, "energy_joules"))
+    assert first_reach(points, [50.0], ["images_seen"])[0, 0] == pytest.approx(2048)
+    assert first_reach(points, [120.0], ["images_seen"])[0, 0] == 1024
+    assert math.isnan(first_reach(points, [24.0], ["images_seen"])[0, 0])
+    assert math.isnan(first_reach(points, [50.0], ["energy_joules"])[0, 0])

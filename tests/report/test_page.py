@@ -278,6 +278,37 @@ def test_long_names_are_whole_on_a_phone(browser: Page, tmp_path: Path) -> None:
     browser.resize(1280, 900)
 
 
+@pytest.fixture
+def with_pictures(storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The page of `storage` without room for any sample grid."""
+    monkeypatch.setattr("diffscale.report.page.page.PAGE_BYTES", 0)
+    write_report([storage], tmp_path)
+    return tmp_path / "index.html"
+
+
+def test_grids_beyond_the_page_are_files_next_to_it(page_file: Path, with_pictures: Path) -> None:
+    files = {path.name for path in (with_pictures.parent / "pictures").iterdir()}
+    text = with_pictures.read_text()
+    assert f"{len(files)} sample grids are fetched from the folder pictures/" in text
+    assert set(re.findall(r'"pictures/([^"]*)"', text)) == files
+    embedded, of_all = (t.count("data:image/webp;base64,") for t in (text, page_file.read_text()))
+    assert embedded + len(files) == of_all
+    assert len(text) < len(page_file.read_text())
+    assert not (page_file.parent / "pictures").exists()
+
+
+@needs_chromium
+def test_a_picture_is_fetched_when_it_is_looked_at(browser: Page, with_pictures: Path) -> None:
+    browser.messages.clear()
+    browser.requests.clear()
+    browser.open(with_pictures)
+    choose(browser, "sample-b", "Object.keys(DATA.grids).find((key) => DATA.grids[key].startsWith('pictures/'))")
+    browser.evaluate("$('view-b').scrollIntoView()")
+    browser.wait("$('view-b').querySelector('img').naturalWidth === 128")
+    assert browser.messages == []
+    assert len([url for url in browser.requests if "/pictures/" in url]) < len(list(with_pictures.parent.glob("p*/*")))
+
+
 @pytest.mark.slow
 def test_the_page_of_100_runs_with_large_grids_stays_below_15_megabytes(tmp_path: Path) -> None:
     """Pictures of noise hardly compress: more of them than a page can hold."""
@@ -293,4 +324,5 @@ def test_the_page_of_100_runs_with_large_grids_stays_below_15_megabytes(tmp_path
     write_report([str(tmp_path / "runs")], tmp_path / "out")
     page = (tmp_path / "out" / "index.html").read_bytes()
     assert 12e6 < len(page) < 15e6
-    assert b"sample grids are left out to keep this file small" in page
+    pictures = list((tmp_path / "out" / "pictures").iterdir())
+    assert len(pictures) + page.count(b"data:image/webp;base64,") == 200

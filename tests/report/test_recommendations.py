@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -156,6 +158,13 @@ def test_a_report_of_its_folder_has_the_figures_and_the_table(tmp_path: Path) ->
     plots = {path.stem for path in (tmp_path / "out" / "plots").glob("recommendation-*.png")}
     assert {"recommendation-loss_vs_compute", "recommendation-distance_vs_compute"} <= plots
     assert {"recommendation-isoflop-dit", "recommendation-isoflop-unet"} <= plots
+    page = (tmp_path / "out" / "index.html").read_text()
+    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    assert data is not None
+    laws = json.loads(data[1])["isoflop"]
+    assert [law["model"] for law in laws] == ["dit", "unet"]
+    for budget in [budget for law in laws for budget in law["budgets"]]:
+        assert min(budget["curve"]) == pytest.approx(budget["best"][1], rel=1e-3)
     assert read_recommendations([str(tmp_path / "in")]) == [recommendation()]
 
 

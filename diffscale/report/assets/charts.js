@@ -153,6 +153,30 @@ function shade(cell, worse) {
   cell.style.background = `rgb(${mix(244, 76)}, ${mix(249, 147)}, ${mix(254, 201)})`;
 }
 
+/** Validation loss against size: the runs and the law's parabola of each budget, the best size ringed. */
+function drawIsoflop() {
+  $("isoflop-section").hidden = DATA.isoflop.length === 0;
+  if (DATA.isoflop.length === 0) return;
+  const law = DATA.isoflop[Number($("isoflop").value)], { color, symbol } = look(law.model);
+  const traces = law.budgets.flatMap((budget, i) => {
+    const name = `${number(budget.flops)} FLOPs`, opacity = 0.35 + 0.65 * (i + 1) / law.budgets.length;
+    const shared = { type: "scatter", opacity, legendgroup: name };
+    const text = budget.parameters.map((size, k) => `${name}<br>${number(size)} parameters: ${number(budget.losses[k], 4)}`);
+    const best = `${name}<br>best size ${number(budget.best[0])}: ${number(budget.best[1], 4)}`;
+    return [
+      { ...shared, x: law.sizes, y: budget.curve, mode: "lines", line: { color, width: 1.6 }, hoverinfo: "skip", showlegend: false },
+      { ...shared, x: budget.parameters, y: budget.losses, mode: "markers", name, text, hoverinfo: "text",
+        marker: { symbol, size: 9, color, line: { color: "#fff", width: 1 } } },
+      { ...shared, x: [budget.best[0]], y: [budget.best[1]], mode: "markers", text: [best], hoverinfo: "text", showlegend: false,
+        marker: { size: 16, symbol: "circle-open", color: "#1b1f24", line: { width: 1.2 } } },
+    ];
+  });
+  const shown = layout("parameters", "validation loss", true);
+  Object.assign(shown.xaxis, logTicks(law.sizes));
+  Plotly.react("plot-isoflop", traces, shown, CONFIG);
+  $("caption-isoflop").textContent = law.caption;
+}
+
 function drawNfe() {
   const family = DATA.nfe.find((f) => f.lines.flat().some((i) => DATA.points[i].facet === state.facet));
   $("nfe-section").hidden = family === undefined;
@@ -194,5 +218,5 @@ function card(point) {
 
 function gridImage(key, alt) {
   if (!key || !DATA.grids[key]) return element("p", { class: "hint" }, "No sample grid of this evaluation.");
-  return element("img", { class: "grid-image", src: DATA.grids[key], alt });
+  return element("img", { class: "grid-image", src: DATA.grids[key], loading: "lazy", alt });
 }

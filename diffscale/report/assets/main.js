@@ -20,7 +20,7 @@ function watch(id) {
 }
 
 function forPrint(width) {
-  for (const id of ["plot-compute", "plot-nfe"]) {
+  for (const id of ["plot-compute", "plot-isoflop", "plot-nfe"]) {
     if ($(id).data) Plotly.relayout(id, width ? { width } : { width: null, autosize: true });
   }
 }
@@ -35,6 +35,8 @@ function start() {
   const measured = AXES.filter(([key]) => DATA.points.some((p) => p[key] > 0));
   select("axis", measured, drawCompute);
   for (const id of ["show-bands", "show-recipes", "show-fits", "show-frontier"]) $(id).addEventListener("change", drawCompute);
+  select("isoflop", DATA.isoflop.map((law, i) => [i, law.title]), drawIsoflop);
+  drawIsoflop();
   setupTable();
   setupSamples();
   setupDiff();

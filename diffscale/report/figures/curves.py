@@ -6,6 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
 from diffscale.report.figures import style
@@ -46,9 +47,9 @@ def _draw_curves(
     """Draw all recipes faintly and each backbone's curve with markers and band; return the ends for the labels."""
     looks = style.looks(c.model for c in curves)
     sides = sorted({c.train_resolution for c in curves})
-    for _, own in points.groupby("recipe"):
-        own = own.sort_values("train_flops")
-        axes.plot(own[column] * factor, own["value"], color=looks[own["model"].iloc[0]].color, lw=0.7, alpha=0.25)
+    for model, of_model in points.sort_values("train_flops").groupby("model"):
+        lines = [own[[column, "value"]].to_numpy(float) * (factor, 1.0) for _, own in of_model.groupby("recipe")]
+        axes.add_collection(LineCollection(lines, colors=looks[str(model)].color, linewidths=0.7, alpha=0.25))
     ends = []
     for curve in curves:
         look, own = looks[curve.model], curve.points

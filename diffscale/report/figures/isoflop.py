@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from diffscale.report.analysis import Analysis
 from diffscale.report.figures import style
 from diffscale.report.stats.findings import flops
-from diffscale.report.stats.isoflop import IsoFlop, budgets_of
+from diffscale.report.stats.isoflop import LOSS_GROUP, IsoFlop, at_best_recipe, ends_with_loss, parabolas, sizes_around
 
 
 def isoflop_figure(ends: pd.DataFrame, law: IsoFlop, about: str) -> Figure:
@@ -20,23 +23,17 @@ def isoflop_figure(ends: pd.DataFrame, law: IsoFlop, about: str) -> Figure:
     """
     figure, axes = plt.subplots(figsize=(style.WIDTH, style.HEIGHT))
     model = str(ends["model"].iloc[0])
-    look = style.looks([model])[model]
-    numbers = budgets_of(ends["train_flops"].to_numpy(float))
-    grid = np.geomspace(ends["parameters"].min() / 1.5, ends["parameters"].max() * 1.5, 80)
+    look, grid, budgets = style.looks([model])[model], sizes_around(ends), parabolas(ends, law)
     tags: list[style.End] = []
-    lowest = float(ends["val_loss"].min())
-    for number in range(numbers.max() + 1):
-        own = ends[numbers == number].sort_values("parameters")
-        compute = float(np.exp(np.log(own["train_flops"]).mean()))
-        strength = 0.35 + 0.65 * (number + 1) / (numbers.max() + 1)
-        axes.plot(grid, law.at(grid, compute), color=look.color, alpha=strength, lw=1)
-        axes.plot(
-            own["parameters"], own["val_loss"], look.marker, color=look.color, alpha=strength, mec="white", mew=0.6
-        )
-        best = float(law.size([compute])[0, 0])
-        lowest = min(lowest, float(law.at(np.array([best]), compute)[0]))
-        axes.plot(best, law.at(np.array([best]), compute), "o", mfc="none", mec=style.INK, ms=8)
-        tags.append(style.End(grid[-1], float(law.at(grid[-1:], compute)[0]), f"{flops(compute)} FLOPs", look.color))
+    for number, budget in enumerate(budgets, 1):
+        strength = 0.35 + 0.65 * number / len(budgets)
+        curve = law.at(grid, budget.compute)
+        axes.plot(grid, curve, color=look.color, alpha=strength, lw=1)
+        marks: dict[str, Any] = {"color": look.color, "alpha": strength, "mec": "white", "mew": 0.6}
+        axes.plot(budget.parameters, budget.losses, look.marker, **marks)
+        axes.plot(*budget.best, "o", mfc="none", mec=style.INK, ms=8)
+        tags.append(style.End(grid[-1], float(curve[-1]), f"{flops(budget.compute)} FLOPs", look.color))
+    lowest = min(float(ends["val_loss"].min()), *(budget.best[1] for budget in budgets))
     axes.set_xscale("log")
     axes.set_yscale("log")
     style.log_axis(axes.xaxis, grid[0], grid[-1])
@@ -45,10 +42,25 @@ def isoflop_figure(ends: pd.DataFrame, law: IsoFlop, about: str) -> Figure:
     style.log_axis(axes.yaxis, low, high)
     axes.set_xlabel("parameters")
     axes.set_ylabel("validation loss")
-    exponents = law.exponents()["parameters"]
-    text = (
-        f"{about}. Runs of equal training FLOPs, one parabola for each budget; rings: the "
-        f"best size, which grows with compute to the power {exponents[0]:.2f} [{exponents[1]:.2f}, {exponents[2]:.2f}]."
-    )
+    text = isoflop_caption(law, about)
     style.finish(axes, f"{model}: loss against size at equal compute", text, tags)
     return figure
+
+
+def isoflop_caption(law: IsoFlop, about: str) -> str:
+    """Return the caption of a law's parabolas. about: what the runs have in common."""
+    value, low, high = law.exponents()["parameters"]
+    return (
+        f"{about}. Runs of equal training FLOPs, one parabola for each budget; rings: the best size, which grows with "
+        f"compute to the power {value:.2f} [{low:.2f}, {high:.2f}]."
+    )
+
+
+def fitted_laws(analysis: Analysis) -> Iterator[tuple[str, pd.DataFrame, IsoFlop]]:
+    """Yield each law of validation loss: what its runs have in common, the ends of these runs, and the law."""
+    ends = ends_with_loss(analysis.rows)
+    for group, law in analysis.isoflop_laws.items():
+        own = at_best_recipe(ends[(ends[LOSS_GROUP] == list(group)).all(axis=1)])
+        first = own.iloc[0]
+        side = f"{first['train_resolution']}×{first['train_resolution']}"
+        yield f"{first['dataset']} at {side}, {first['schedule']}, {first['prediction']} prediction", own, law

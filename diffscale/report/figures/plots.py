@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import pandas as pd
 from matplotlib.figure import Figure
 
 from diffscale.report.analysis import Analysis
 from diffscale.report.figures import style
 from diffscale.report.figures.curves import against_compute, against_wall_clock, scaling_figure
-from diffscale.report.figures.isoflop import isoflop_figure
+from diffscale.report.figures.isoflop import fitted_laws, isoflop_figure
 from diffscale.report.figures.recipes import at_equal_compute, recipe_figure
 from diffscale.report.figures.recommendation import recommendation_figures
 from diffscale.report.figures.sweep import against_nfe, heat_map, nfe_families
 from diffscale.report.stats.facets import is_distance
-from diffscale.report.stats.frontier import fair, measured
-from diffscale.report.stats.isoflop import LOSS_GROUP, ends_with_loss
+from diffscale.report.stats.frontier import Curve, fair, measured
 
 MOST_FACETS = 12
 """Largest number of facets with figures, the main one first; tables and the page have all of them."""
+MOST_FIGURES = 20
+"""Largest number of figures: each takes half a second, and a thousand runs have hundreds of schedules to compare."""
+Figures = Iterator[tuple[str, Figure]]
 
 
 def write_plots(analysis: Analysis, out: Path) -> list[Path]:
@@ -41,50 +44,82 @@ def write_plots(analysis: Analysis, out: Path) -> list[Path]:
     return paths
 
 
-def figures(analysis: Analysis) -> Iterator[tuple[str, Figure]]:
-    """Yield (name, figure) for every figure that the records allow; call it within style.style()."""
-    main, seen = True, dict[str, int]()
+def figures(analysis: Analysis) -> Figures:
+    """Yield (name, figure) for the figures that the records allow, at most MOST_FIGURES, the most important first.
+
+    Call it within style.style().
+    """
+    every = (_recommendations, _against_cost, _isoflops, _against_nfe, _recipes, _schedules)
+    return islice(chain.from_iterable(kind(analysis) for kind in every), MOST_FIGURES)
+
+
+def _recommendations(analysis: Analysis) -> Figures:
+    for number, recommendation in enumerate(analysis.recommendations):
+        for name, figure in recommendation_figures(recommendation):
+            yield f"recommendation-{name}{f'-{number + 1}' if number else ''}", figure
+
+
+def _drawn_facets(analysis: Analysis) -> Iterator[tuple[dict, str, list[Curve], dict[str, pd.DataFrame]]]:
+    """Yield each facet with figures, the suffix of their names, its curves, and its recipes of equal compute by model.
+
+    Names of the main facet's figures have no suffix.
+    """
+    main = True
     for facet in islice(analysis.facets.to_dict("records"), MOST_FACETS):
-        key, title = facet["facet"], facet["title"]
-        points = measured(fair(analysis.points[analysis.points["facet"] == key]))
-        curves = [c for c in analysis.curves if c.facet == key]
+        points = measured(fair(analysis.points[analysis.points["facet"] == facet["facet"]]))
+        curves = [c for c in analysis.curves if c.facet == facet["facet"]]
+        if not any(len(c.points) > 1 for c in curves):
+            curves = []
         sides = {str(model): at_equal_compute(part) for model, part in points.groupby("model")}
         at_equal = {model: last for model, last in sides.items() if last is not None}
-        along = any(len(c.points) > 1 for c in curves)
-        if not is_distance(facet["metric"]) or not (along or at_equal):
+        if is_distance(facet["metric"]) and (curves or at_equal):
+            yield {str(k): v for k, v in facet.items()}, "" if main else f"-{facet['facet']}", curves, at_equal
+            main = False
+
+
+def _against_cost(analysis: Analysis) -> Figures:
+    for facet, suffix, curves, _ in _drawn_facets(analysis):
+        if not curves:
             continue
-        suffix, main = ("" if main else f"-{key}"), False
-        for model, last in at_equal.items():
-            yield f"recipes-{_file(model)}{suffix}", recipe_figure(last, title)
-        if not along:
-            continue
+        key, title = facet["facet"], facet["title"]
+        points = measured(fair(analysis.points[analysis.points["facet"] == key]))
         yield f"fid_vs_compute{suffix}", against_compute(points, curves, title)
         yield f"fid_vs_wall_clock{suffix}", against_wall_clock(points, curves, title)
         fits = {k: f for k, f in analysis.fits.items() if k[0] == key}
         if fits:
             crossings = analysis.scaling[(analysis.scaling["facet"] == key) & (analysis.scaling["kind"] == "crossing")]
             yield f"scaling{suffix}", scaling_figure(curves, fits, crossings, title)
-        table = analysis.sweep[analysis.sweep["facet"] == key]
+
+
+def _isoflops(analysis: Analysis) -> Figures:
+    seen = dict[str, int]()
+    for about, ends, law in fitted_laws(analysis):
+        model = str(ends["model"].iloc[0])
+        seen[model] = seen.get(model, 0) + 1
+        number = f"-{seen[model]}" if seen[model] > 1 else ""
+        yield f"isoflop-{_file(model)}{number}", isoflop_figure(ends, law, about)
+
+
+def _against_nfe(analysis: Analysis) -> Figures:
+    for number, (title, part) in enumerate(nfe_families(analysis.points)):
+        yield f"fid_vs_nfe{f'-{number + 1}' if number else ''}", against_nfe(part, title)
+
+
+def _recipes(analysis: Analysis) -> Figures:
+    for facet, suffix, _, at_equal in _drawn_facets(analysis):
+        for model, last in at_equal.items():
+            yield f"recipes-{_file(model)}{suffix}", recipe_figure(last, facet["title"])
+
+
+def _schedules(analysis: Analysis) -> Figures:
+    for facet, suffix, curves, _ in _drawn_facets(analysis):
+        if not curves:
+            continue
+        table = analysis.sweep[analysis.sweep["facet"] == facet["facet"]]
         for model, parts in table.groupby("model"):
             for number, (_, part) in enumerate(parts.groupby(["dataset", "family"], sort=True)):
                 name = f"schedule_by_resolution-{_file(str(model))}{f'-{number + 1}' if number else ''}{suffix}"
-                yield name, heat_map(part, facet["metric"], title)
-    ends = ends_with_loss(analysis.rows)
-    for group, law in analysis.isoflop_laws.items():
-        own = ends[(ends[LOSS_GROUP] == list(group)).all(axis=1)]
-        first = own.iloc[0]
-        side = f"{first['train_resolution']}×{first['train_resolution']}"
-        about = f"{first['dataset']} at {side}, {first['schedule']}, {first['prediction']} prediction"
-        seen[group[0]] = seen.get(group[0], 0) + 1
-        yield (
-            f"isoflop-{_file(group[0])}{f'-{seen[group[0]]}' if seen[group[0]] > 1 else ''}",
-            isoflop_figure(own, law, about),
-        )
-    for number, recommendation in enumerate(analysis.recommendations):
-        for name, figure in recommendation_figures(recommendation):
-            yield f"recommendation-{name}{f'-{number + 1}' if number else ''}", figure
-    for number, (title, part) in enumerate(nfe_families(analysis.points)):
-        yield f"fid_vs_nfe{f'-{number + 1}' if number else ''}", against_nfe(part, title)
+                yield name, heat_map(part, facet["metric"], facet["title"])
 
 
 def _file(name: str) -> str:

@@ -14,6 +14,7 @@ from diffscale.report.stats.facets import metric_name
 from diffscale.report.stats.findings import flops, number
 
 EQUAL = 1.1  # largest ratio of training FLOPs that counts as equal
+MOST = 40  # recipes in a figure
 
 
 def at_equal_compute(points: pd.DataFrame, fewest: int = 3) -> pd.DataFrame | None:
@@ -25,7 +26,8 @@ def at_equal_compute(points: pd.DataFrame, fewest: int = 3) -> pd.DataFrame | No
 
 
 def recipe_figure(last: pd.DataFrame, title: str) -> Figure:
-    """Draw a dot with its interval for each recipe. last: from `at_equal_compute`."""
+    """Draw a dot with its interval for each recipe, of the best MOST. last: from `at_equal_compute`."""
+    recipes, last = len(last), last.head(MOST)
     figure, axes = plt.subplots(figsize=(style.WIDTH, 1.3 + 0.27 * len(last)))
     model, places = last["model"].iloc[0], np.arange(len(last))
     look = style.looks([model])[model]
@@ -40,6 +42,8 @@ def recipe_figure(last: pd.DataFrame, title: str) -> Figure:
     axes.set_ylim(len(last) - 0.4, -0.7)
     axes.set_xlabel(style.plain(metric_name(last["metric"].iloc[0])))
     text = f"{title}; each after about {flops(last['train_flops'].median())} training FLOPs. {bands(last)}"
+    if recipes > MOST:
+        text += f" The best {MOST} of {recipes:,}."
     if (last["seeds"] == 1).any() and (last["seeds"] > 1).any():
         text += " A recipe of one seed takes the variance of those that were repeated."
     style.finish(axes, f"{model}: {metric_name(last['metric'].iloc[0])} of each recipe at equal compute", text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -46,6 +47,7 @@ def nfe_lines(family: pd.DataFrame) -> list[pd.DataFrame]:
     return [own for _, own in family.groupby(["recipe", "images_seen", "_sampler"], sort=True)]
 
 
+@cache
 def _without_steps(sampler: str) -> str:
     """Return a record's `sampler` without its number of steps, the one setting in which a family's points differ."""
     tree = json.loads(sampler)

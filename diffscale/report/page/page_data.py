@@ -5,21 +5,26 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 
 from diffscale.records.schema import Record, higher_is_better
 from diffscale.report.analysis import Analysis
 from diffscale.report.figures.curves import bands
+from diffscale.report.figures.isoflop import fitted_laws, isoflop_caption
 from diffscale.report.figures.published import matching
+from diffscale.report.figures.recommendation import searched_laws
 from diffscale.report.figures.style import looks
 from diffscale.report.figures.sweep import NO_COMMON_COMPUTE, nfe_families, nfe_lines
-from diffscale.report.page.samples import Grids
+from diffscale.report.page.samples import PICTURES, Grids
 from diffscale.report.stats.facets import is_distance, metric_name
 from diffscale.report.stats.findings import flops, number
 from diffscale.report.stats.frontier import Curve, fair
+from diffscale.report.stats.isoflop import parabolas, sizes_around
 from diffscale.report.stats.scaling import BEYOND
 
 TABLE = [
@@ -125,6 +130,7 @@ def page_data(analysis: Analysis) -> dict[str, Any]:
             }
             for family_title, part in nfe_families(points)
         ],
+        "isoflop": _isoflops(analysis),
         "published": _published(analysis),
         "findings": analysis.findings,
         "runs": _runs(rows),
@@ -193,7 +199,7 @@ def _curve(curve: Curve, analysis: Analysis, index: dict) -> dict[str, Any]:
         grid = np.geomspace(curve.compute[0], BEYOND * curve.compute[-1], 60)
         low, high = found.interval(grid)
         fit = {
-            name: [clean(float(v)) for v in values]
+            name: _numbers(values)
             for name, values in (("x", grid), ("y", found.law(grid)[0]), ("low", low), ("high", high))
         }
     keys = zip(curve.points["recipe"], curve.points["images_seen"], strict=True)
@@ -235,6 +241,33 @@ def _sweep(facet: object, model: object, part: pd.DataFrame, higher: bool) -> di
         "where": f"{name} at {flops(part['train_flops'].iloc[0])} training FLOPs, all other settings equal",
         "text": [[text((schedule, side)) for side in grid.columns] for schedule in grid.index],
     }
+
+
+def _isoflops(analysis: Analysis) -> list[dict[str, Any]]:
+    laws = [*chain.from_iterable(searched_laws(r) for r in analysis.recommendations), *fitted_laws(analysis)]
+    return [
+        {
+            "title": f"{ends['model'].iloc[0]}: {about}",
+            "caption": isoflop_caption(law, about),
+            "model": str(ends["model"].iloc[0]),
+            "sizes": _numbers(sizes_around(ends)),
+            "budgets": [
+                {
+                    "flops": clean(budget.compute),
+                    "parameters": _numbers(budget.parameters),
+                    "losses": _numbers(budget.losses),
+                    "curve": _numbers(law.at(sizes_around(ends), budget.compute)),
+                    "best": _numbers(budget.best),
+                }
+                for budget in parabolas(ends, law)
+            ],
+        }
+        for about, ends, law in laws
+    ]
+
+
+def _numbers(values: ArrayLike) -> list[Any]:
+    return [clean(float(value)) for value in np.asarray(values, float)]
 
 
 def _published(analysis: Analysis) -> list[dict[str, Any]]:
@@ -296,9 +329,10 @@ def notes(rows: pd.DataFrame, grids: Grids) -> list[str]:
             f"{int((rows['endpoint'] == 'mid_decay').sum()):,} evaluations lie in the middle of a learning-rate decay: "
             "in the table, never in a frontier or fit, since they are not the end of a run of that budget."
         )
-    if grids.left_out:
+    if grids.files:
         found.append(
-            f"{grids.left_out:,} sample grids are left out to keep this file small; they are in the run folders."
+            f"{grids.files:,} sample grids are fetched from the folder {PICTURES}/ when they are looked at, which "
+            "keeps this file small: move that folder with it."
         )
     if grids.damaged:
         more = " ..." if len(grids.damaged) > 5 else ""

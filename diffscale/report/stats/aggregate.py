@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable
 
 import numpy as np
 import pandas as pd
+from pandas.core.groupby import DataFrameGroupBy
 from scipy import stats
 
 from diffscale.report.stats.facets import is_distance
@@ -90,24 +91,24 @@ def _aggregate_metric(rows: pd.DataFrame, metric: str) -> pd.DataFrame:
             / (2 * NORMAL_95),
         )
     cell = ["facet", "recipe", "images_seen"]
-    per_run = measured.groupby([*cell, "run_id"], sort=False).agg(_y=("_y", _mean), _evaluation=("_evaluation", "max"))
-    runs = per_run.reset_index().groupby(cell, sort=True)
-    points = runs.agg(
-        seeds=("_y", "size"),
-        _y=("_y", _mean),
-        _s2=("_y", "var"),
-        _evaluation=("_evaluation", "mean"),
-        runs=("run_id", lambda ids: " ".join(sorted(ids))),
-    )
+    by_run = measured.groupby([*cell, "run_id"], sort=True)
+    per_run = by_run.agg(_evaluation=("_evaluation", "max")).assign(_y=_means(by_run)).reset_index()
+    runs = per_run.groupby(cell, sort=True)
+    points = runs.agg(seeds=("_y", "size"), _s2=("_y", "var"), _evaluation=("_evaluation", "mean"))
+    ids: dict[tuple, list[str]] = {}
+    for *key, run in per_run[[*cell, "run_id"]].itertuples(index=False, name=None):
+        ids.setdefault(tuple(key), []).append(run)
+    points = points.assign(_y=_means(runs), runs=[" ".join(ids[key]) for key in points.index])
     grouped = measured.groupby(cell, sort=True)
     points = points.join(grouped[MEANS].mean()).join(grouped[FIRSTS].first()).reset_index()
     points["value"] = backward(points["_y"])
     return _with_intervals(points, backward).drop(columns=["_y", "_s2", "_evaluation"])
 
 
-def _mean(values: pd.Series) -> float:
-    """Return the mean, which is nan if a value is: pandas would leave a diverged seed out."""
-    return float(values.mean(skipna=False))
+def _means(groups: DataFrameGroupBy) -> pd.Series:
+    """Return the mean `_y` of each group, which is nan if a value is: pandas would leave a diverged seed out."""
+    found = groups["_y"].agg(["mean", "size", "count"])
+    return found["mean"].where(found["size"] == found["count"])
 
 
 def _with_intervals(points: pd.DataFrame, backward: Callable) -> pd.DataFrame:

@@ -114,7 +114,11 @@ def groups(rows: pd.DataFrame, columns: list[str] = GROUP) -> list[str]:
     """
     sampler = rows["sampler"].str.replace(_PRECISION, '"precision":"fp32"', regex=True)
     keys = rows[columns].assign(sampler=sampler.str.replace(_SHARED_STATE, "", regex=False))
-    return [identify(**dict(zip(columns, key, strict=True)))[:8] for key in keys.itertuples(index=False)]
+    hashes: dict[tuple, str] = {}
+    for key in keys.itertuples(index=False, name=None):
+        if key not in hashes:
+            hashes[key] = identify(**dict(zip(columns, key, strict=True)))[:8]
+    return [hashes[key] for key in keys.itertuples(index=False, name=None)]
 
 
 def recipe_ids(rows: pd.DataFrame, only: set[str] | None = None) -> list[str]:
@@ -205,8 +209,9 @@ def schedule_labels(table: pd.DataFrame) -> list[str]:
         for settings in table["settings"]
     ]
     seen: dict[tuple[str, str], set[str | None]] = {}
+    keys = {key for tree in given for key in tree} - {"name"}
     for name, own in zip(table["schedule"], given, strict=True):
-        for key in {key for tree in given for key in tree} - {"name"}:
+        for key in keys:
             seen.setdefault((name, key), set()).add(own.get(key))
     labels = []
     for name, scale, own in zip(table["schedule"], table["input_scale"], given, strict=True):

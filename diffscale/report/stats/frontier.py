@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from diffscale.records.schema import higher_is_better
 from diffscale.report.stats.aggregate import transform
@@ -158,25 +158,27 @@ def read_at(points: pd.DataFrame, compute: float, tolerance: float = EQUAL_COMPU
     )
 
 
-def first_reach(points: pd.DataFrame, target: float, column: str) -> float:
-    """Return how much of `column` a curve had used when it first reached `target`.
+def first_reach(points: pd.DataFrame, targets: list[float], columns: list[str]) -> NDArray:
+    """Return (targets, columns): how much of each column a curve had used when it first reached each target.
 
     points: sorted by train_flops.
-    column: train_flops, device_seconds, ...
-    The result is interpolated log-log between two points, is the first point's cost if that point reached the target
-    already, and is NaN if the target was never reached or the column is empty.
+    columns: train_flops, device_seconds, ...
+    A cost is interpolated log-log between two points, is the first point's if that point reached the target already,
+    and is NaN if the target was never reached or the column is empty.
     """
     metric = str(points["metric"].iloc[0])
     forward, _ = transform(metric)
     sign = -1.0 if higher_is_better(metric) else 1.0
     y = sign * forward(points["value"].to_numpy(float))
-    cost = points[column].to_numpy(float)
-    reached = np.flatnonzero(y <= sign * float(forward(np.float64(target))))
-    if len(reached) == 0 or not np.isfinite(cost[reached[0]]):
-        return np.nan
-    first = int(reached[0])
-    if first == 0 or not np.isfinite(cost[first - 1]) or cost[first - 1] <= 0 or cost[first] <= 0:
-        return float(cost[first])
-    goal = sign * float(forward(np.float64(target)))
-    share = (y[first - 1] - goal) / (y[first - 1] - y[first])
-    return float(np.exp(np.log(cost[first - 1]) + share * (np.log(cost[first]) - np.log(cost[first - 1]))))
+    goals = sign * forward(np.asarray(targets, float))
+    reached = y <= goals[:, None]
+    first = reached.argmax(axis=1)
+    last = np.maximum(first - 1, 0)
+    costs = points[columns].to_numpy(float)
+    at, before = costs[first], costs[last]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = ((y[last] - goals) / (y[last] - y[first]))[:, None]
+        between = np.exp(np.log(before) + share * (np.log(at) - np.log(before)))
+        known = (first > 0)[:, None] & np.isfinite(before) & (before > 0) & (at > 0)
+    found = np.where(known & np.isfinite(at), between, at)
+    return np.where(reached.any(axis=1)[:, None] & np.isfinite(at), found, np.nan)

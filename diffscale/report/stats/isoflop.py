@@ -15,15 +15,15 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
-from scipy.optimize import least_squares
 
 from diffscale.report.stats.facets import FAIR_ENDPOINTS
+from diffscale.report.stats.least_squares import levenberg_marquardt
 
 NAMES = ("log_scale", "log_alpha", "log_floor", "log_curvature", "log_size", "size_exponent")
 LOW = np.array([-30.0, np.log(0.01), -40.0, np.log(1e-5), -60.0, -1.0])
 HIGH = np.array([30.0, np.log(2.0), 30.0, np.log(10.0), 60.0, 2.0])
 FEWEST_BUDGETS, FEWEST_SIZES = 3, 3
+RESAMPLES = 400
 SAME_BUDGET = 1.1
 """Ratio within which two computes are one budget: runs end at whole steps."""
 
@@ -32,27 +32,26 @@ SAME_BUDGET = 1.1
 class IsoFlop:
     """The fitted law of one backbone.
 
-    parameters: in the order of NAMES
-    covariance: of the parameters
-    noise: standard deviation of log L of one run
-    freedom: degrees of freedom of the noise
+    parameters: (6,) in the order of NAMES
+    bootstrap: (B, 6), those of each resample
+    noise: (B,) standard deviation of log L of one run, in each resample
+    rms: the same of the residuals
     reference: C0, in FLOPs
     cost: (intercept, slope) of log(FLOPs of one image) against log N
     """
 
     parameters: NDArray
-    covariance: NDArray
-    noise: float
-    freedom: float
+    bootstrap: NDArray
+    noise: NDArray
+    rms: float
     reference: float
     cost: tuple[float, float]
 
     def size(self, compute: ArrayLike) -> NDArray:
         """Return (3, n): the best number of parameters for each compute in FLOPs, and its 95 % interval."""
-        x = np.log(np.asarray(compute, float) / self.reference)
-        gradient = np.zeros((len(x), len(NAMES)))
-        gradient[:, 4], gradient[:, 5] = 1, x
-        return self._interval(self.parameters[4] + self.parameters[5] * x, gradient)
+        x = self._log(compute)
+        best, resampled = (theta[:, 4:5] + theta[:, 5:] * x for theta in (self.parameters[None], self.bootstrap))
+        return np.exp(_with_interval(best[0], resampled))
 
     def images(self, compute: ArrayLike) -> NDArray:
         """Return (3, n): the images that the best size sees with each compute, and the 95 % interval."""
@@ -60,37 +59,43 @@ class IsoFlop:
         per_image = [np.exp(self.cost[0] + self.cost[1] * np.log(n)) for n in (best, high, low)]
         return np.asarray(compute, float) / np.stack(per_image)
 
-    def loss(self, compute: ArrayLike, of: str = "curve") -> NDArray:
+    def loss(self, compute: ArrayLike, of: str = "curve", seed: int = 0) -> NDArray:
         """Return (3, n): the loss of the best size with each compute, and its 95 % interval.
 
         of: "curve", or "run" for that of one new run, whose noise it holds too
         """
-        x = np.log(np.asarray(compute, float) / self.reference)
-        value, gradient = _envelope(self.parameters, x)
-        return self._interval(value, gradient, self.noise if of == "run" else 0.0)
+        x = self._log(compute)
+        best, resampled = (_envelope(theta, x)[0] for theta in (self.parameters[None], self.bootstrap))
+        if of == "run":
+            draw = np.random.default_rng(seed).standard_normal(resampled.shape)
+            resampled = resampled + draw * self.noise[:, None]
+        return np.exp(_with_interval(best[0], resampled))
 
     def at(self, parameters: ArrayLike, compute: float) -> NDArray:
         """Return the loss (n,) of networks of these sizes with one compute."""
         sizes = np.log(np.asarray(parameters, float))
         x = np.full_like(sizes, np.log(compute / self.reference))
-        return np.exp(_log_loss(self.parameters, x, sizes))
+        return np.exp(_log_loss(self.parameters[None], x, sizes)[0][0])
 
     def exponents(self) -> dict[str, tuple[float, float, float]]:
         """Return the exponent of N_opt, of the images and of the loss against compute, each with its 95 % interval."""
-        size = self._pick(5)
-        images = (1 - self.cost[1] * size[0], 1 - self.cost[1] * size[2], 1 - self.cost[1] * size[1])
-        alpha = tuple(float(np.exp(v)) for v in self._pick(1))
-        return {"parameters": size, "images": images, "loss": alpha}  # type: ignore[dict-item]
+        size, loss = (_with_interval(self.parameters[i], self.bootstrap[:, i]) for i in (5, 1))
+        images = 1 - self.cost[1] * size[[0, 2, 1]]
+        return {"parameters": tuple(size), "images": tuple(images), "loss": tuple(np.exp(loss))}
 
-    def _pick(self, i: int) -> tuple[float, float, float]:
-        half = float(stats.t.ppf(0.975, self.freedom) * np.sqrt(self.covariance[i, i]))
-        value = float(self.parameters[i])
-        return value, value - half, value + half
+    def _log(self, compute: ArrayLike) -> NDArray:
+        return np.log(np.asarray(compute, float) / self.reference)
 
-    def _interval(self, value: NDArray, gradient: NDArray, noise: float = 0.0) -> NDArray:
-        variance = np.einsum("ni,ij,nj->n", gradient, self.covariance, gradient) + noise**2
-        half = stats.t.ppf(0.975, self.freedom) * np.sqrt(variance)
-        return np.exp(np.stack([value, value - half, value + half]))
+
+def _with_interval(value: NDArray, resampled: NDArray) -> NDArray:
+    """Return the value (n,), and the 95 % interval of its resamples (B, n), as (3, n).
+
+    On each side it is the farther one of the bootstrap's quantile and its reflection at the value. A floor cannot be
+    below 0, so resamples of a law whose floor is overestimated lie to one side, and the quantile misses the truth.
+    """
+    low, high = np.quantile(resampled, [0.025, 0.975], axis=0)
+    far_low, far_high = np.minimum(low, 2 * value - high), np.maximum(high, 2 * value - low)
+    return np.stack([value, far_low, far_high])
 
 
 def fit_isoflop(
@@ -100,14 +105,18 @@ def fit_isoflop(
     flops_per_image: ArrayLike,
     spread: float = np.nan,
     df: float = 0,
+    resamples: int = RESAMPLES,
 ) -> IsoFlop | None:
     """Fit the law to runs of one backbone; None without three budgets of three sizes each.
 
     parameters, compute, loss, flops_per_image: (n,) of each run, at the end of its budget
     spread: standard deviation of log loss between training seeds, with `df` degrees of freedom
 
-    Intervals are Student's t of the linearised fit: nine runs leave too few residuals to resample. Their coverage is
-    tested in simulation.
+    resamples: size of the bootstrap
+
+    The bootstrap is parametric, because nine runs leave too few residuals to resample: each resample draws the size of
+    its noise from the scaled inverse chi-square distribution of its degrees of freedom, so few runs give wide
+    intervals. Their coverage is tested in simulation.
     """
     size, compute, loss = (np.asarray(v, float) for v in (parameters, compute, loss))
     budgets = budgets_of(compute)
@@ -116,18 +125,67 @@ def fit_isoflop(
         return None
     reference = float(np.exp(np.log(compute).mean()))
     x, y, s = np.log(compute / reference), np.log(loss), np.log(size)
-    starts = [np.clip(_start(x, y, s, budgets, share), LOW, HIGH) for share in (0.3, 0.8)]
-    fits = [least_squares(lambda theta: _log_loss(theta, x, s) - y, start, bounds=(LOW, HIGH)) for start in starts]
-    found = min(fits, key=lambda fit: fit.cost)
-    squares, freedom = 2 * float(found.cost), float(len(y) - len(NAMES))
+
+    def solve(logs: NDArray, start: NDArray, tolerance: float) -> tuple[NDArray, NDArray]:
+        """Fit each row of logs of losses (B, n) from its start (B, 6)."""
+
+        def residuals(theta: NDArray, rows: NDArray) -> tuple[NDArray, NDArray]:
+            value, gradient = _log_loss(theta, x, s)
+            return value - logs[rows], gradient
+
+        return levenberg_marquardt(residuals, start, LOW, HIGH, tolerance)
+
+    starts = np.stack([_start(x, y, s, budgets, share) for share in (0.3, 0.8)])
+    fits, squares = solve(np.stack([y, y]), starts, 1e-9)
+    best, rest = fits[squares.argmin()], float(squares.min())
+    freedom = float(len(y) - len(NAMES))
     if np.isfinite(spread) and np.isfinite(df):
-        squares, freedom = squares + df * spread**2, freedom + df
+        rest, freedom = rest + df * spread**2, freedom + df
     if freedom <= 0:
         return None
-    noise = float(np.sqrt(squares / freedom))
-    covariance = noise**2 * np.linalg.pinv(found.jac.T @ found.jac)
+    rng = np.random.default_rng(0)
+    noise = np.sqrt(rest / rng.chisquare(freedom, resamples))
+    fitted = _log_loss(best[None], x, s)[0]
+    resampled, _ = solve(
+        fitted + noise[:, None] * rng.standard_normal((resamples, len(y))), np.tile(best, (resamples, 1)), 1e-6
+    )
     slope, intercept = np.polyfit(s, np.log(np.asarray(flops_per_image, float)), 1)
-    return IsoFlop(found.x, covariance, noise, freedom, reference, (float(intercept), float(slope)))
+    return IsoFlop(best, resampled, noise, float(np.sqrt(rest / freedom)), reference, (float(intercept), float(slope)))
+
+
+@dataclass(frozen=True)
+class Parabola:
+    """The runs of one budget and the law through them.
+
+    compute: FLOPs of a run, the geometric mean
+    parameters, losses: (n,) of the runs, the smallest first
+    best: the law's best number of parameters, and its loss
+    """
+
+    compute: float
+    parameters: NDArray
+    losses: NDArray
+    best: tuple[float, float]
+
+
+def parabolas(ends: pd.DataFrame, law: IsoFlop) -> list[Parabola]:
+    """Return the runs of each budget, the smallest first. ends: parameters, train_flops and val_loss of each run."""
+    numbers = budgets_of(ends["train_flops"].to_numpy(float))
+    found = []
+    for number in range(numbers.max() + 1):
+        own = ends[numbers == number].sort_values("parameters")
+        compute = float(np.exp(np.log(own["train_flops"]).mean()))
+        best = float(law.size([compute])[0, 0])
+        loss = float(law.at([best], compute)[0])
+        found.append(
+            Parabola(compute, own["parameters"].to_numpy(float), own["val_loss"].to_numpy(float), (best, loss))
+        )
+    return found
+
+
+def sizes_around(ends: pd.DataFrame) -> NDArray:
+    """Return the numbers of parameters at which parabolas are drawn."""
+    return np.geomspace(ends["parameters"].min() / 1.5, ends["parameters"].max() * 1.5, 80)
 
 
 def budgets_of(compute: NDArray) -> NDArray:
@@ -160,17 +218,25 @@ def _start(x: NDArray, y: NDArray, s: NDArray, budgets: NDArray, share: float) -
 
 
 def _envelope(theta: NDArray, x: NDArray) -> tuple[NDArray, NDArray]:
-    """Return log of the loss of the best size (n,), and its derivatives (n, 6)."""
-    alpha = np.exp(theta[1])
-    falling, floor = np.exp(theta[0] - alpha * x), np.exp(theta[2])
+    """Return log of the loss of the best size (B, n), and its derivatives (B, n, 6). theta: (B, 6)."""
+    alpha = np.exp(theta[:, 1:2])
+    falling, floor = np.exp(theta[:, :1] - alpha * x), np.exp(theta[:, 2:3])
     share = falling / (falling + floor)
-    gradient = np.zeros((len(x), len(NAMES)))
-    gradient[:, 0], gradient[:, 1], gradient[:, 2] = share, -share * alpha * x, 1 - share
+    gradient = np.zeros((*share.shape, len(NAMES)))
+    gradient[..., 0], gradient[..., 1], gradient[..., 2] = share, -share * alpha * x, 1 - share
     return np.log(falling + floor), gradient
 
 
-def _log_loss(theta: NDArray, x: NDArray, s: NDArray) -> NDArray:
-    return _envelope(theta, x)[0] + np.exp(theta[3]) * (s - theta[4] - theta[5] * x) ** 2
+def _log_loss(theta: NDArray, x: NDArray, s: NDArray) -> tuple[NDArray, NDArray]:
+    """Return log of the loss (B, n) of runs with log computes x and log sizes s (n,), and its derivatives (B, n, 6)."""
+    value, gradient = _envelope(theta, x)
+    curvature, off = np.exp(theta[:, 3:4]), s - theta[:, 4:5] - theta[:, 5:6] * x
+    gradient[..., 3], gradient[..., 4], gradient[..., 5] = (
+        curvature * off**2,
+        -2 * curvature * off,
+        -2 * curvature * off * x,
+    )
+    return value + curvature * off**2, gradient
 
 
 # ---- the runs of a report
@@ -226,6 +292,13 @@ def seed_spread(ends: pd.DataFrame) -> tuple[float, int]:
     return (float(np.sqrt((groups.var() * (groups.size() - 1)).sum() / freedom)), freedom) if freedom else (np.nan, 0)
 
 
+def at_best_recipe(ends: pd.DataFrame) -> pd.DataFrame:
+    """Keep of each size at each budget the recipe of the lowest mean loss: others have a worse learning rate, say."""
+    cell = [ends["parameters"], budgets_of(ends["train_flops"].to_numpy(float))]
+    means = ends["val_loss"].groupby([*cell, ends["recipe"]]).transform("mean")
+    return ends[means == means.groupby(cell).transform("min")]
+
+
 def fit_ends(ends: pd.DataFrame) -> IsoFlop | None:
     """Fit the law to the ends of one LOSS_GROUP."""
     spread, freedom = seed_spread(ends)
@@ -242,6 +315,7 @@ def isoflop(rows: pd.DataFrame) -> tuple[pd.DataFrame, dict[tuple, IsoFlop]]:
     """
     found, laws = [], {}
     for group, ends in ends_with_loss(rows).groupby(LOSS_GROUP, sort=True):
+        ends = at_best_recipe(ends)
         law = fit_ends(ends)
         if law is None:
             continue
@@ -250,7 +324,7 @@ def isoflop(rows: pd.DataFrame) -> tuple[pd.DataFrame, dict[tuple, IsoFlop]]:
             "runs": len(ends),
             "budgets": int(budgets_of(ends["train_flops"].to_numpy(float)).max()) + 1,
             "largest_flops": float(ends["train_flops"].max()),
-            "noise_percent": 100 * law.noise,
+            "noise_percent": 100 * law.rms,
         }
         for name, key in (("size", "parameters"), ("images", "images"), ("loss", "loss")):
             row |= dict(

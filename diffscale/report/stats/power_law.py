@@ -1,8 +1,6 @@
 """Least-squares fits of y(C) = floor + (C / C0)^-b · scale to a Fréchet distance against compute, many at a time.
 
-The three parameters are fitted to log y, because the noise of a Fréchet distance is relative. The solver is not
-`scipy.optimize.least_squares`, because that fits one curve per call and a report needs 400 resamples from three starts
-for each curve: batched Levenberg-Marquardt takes milliseconds where single calls would take seconds.
+The three parameters are fitted to log y, because the noise of a Fréchet distance is relative.
 """
 
 from __future__ import annotations
@@ -10,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+
+from diffscale.report.stats.least_squares import levenberg_marquardt
 
 EXPONENTS = (0.01, 5.0)
 FREE_FLOOR_FROM = 4
@@ -73,7 +73,7 @@ def solve(compute: np.ndarray, values: np.ndarray, free_floor: bool = True) -> P
     for share in (1e-3, 0.5, 0.9) if free_floor else (0.0,):
         floor = lowest + np.log(share) if share else np.full_like(lowest, -np.inf)
         theta = np.stack([np.log(np.mean(np.exp(y) - np.exp(floor)[:, None], axis=1)), np.log(slope), floor], axis=1)
-        theta, loss = _levenberg_marquardt(theta, x, y, free_floor)
+        theta, loss = _fit_logs(theta, x, y, free_floor)
         better = loss < best_loss
         best_theta[better], best_loss[better] = theta[better], loss[better]
     return PowerLaw(np.exp(best_theta[:, 2]), np.exp(best_theta[:, 0]), np.exp(best_theta[:, 1]), reference)
@@ -121,42 +121,13 @@ def fit(
     return Fit(law, solve(compute, np.exp(resampled), free), noise, rms, len(values))
 
 
-def _levenberg_marquardt(
-    theta: np.ndarray, x: np.ndarray, y: np.ndarray, free_floor: bool, steps: int = 60
-) -> tuple[np.ndarray, np.ndarray]:
+def _fit_logs(theta: np.ndarray, x: np.ndarray, y: np.ndarray, free_floor: bool) -> tuple[np.ndarray, np.ndarray]:
     """Return theta (B, 3) and squared residuals. theta: log scale, log exponent, log floor; x (n,), y (B, n): logs."""
     low = np.stack([y.min(1) - 30, np.full(len(y), np.log(EXPONENTS[0])), y.min(1) - 7], axis=1)
     high = np.stack([y.max(1) + 30, np.full(len(y), np.log(EXPONENTS[1])), y.min(1) + 1], axis=1)
     if not free_floor:
         low[:, 2] = high[:, 2] = -np.inf
-    theta = np.clip(theta, low, high)
-    damping = np.full(len(y), 1e-2)
-    residual, jacobian = _residual(theta, x, y)
-    loss = (residual**2).sum(1)
-    for _ in range(steps):
-        normal = np.einsum("bni,bnj->bij", jacobian, jacobian)
-        gradient = np.einsum("bni,bn->bi", jacobian, residual)
-        diagonal = np.einsum("bii->bi", normal)
-        shift = np.zeros_like(normal)
-        shift[:, range(3), range(3)] = damping[:, None] * diagonal + 1e-12
-        step = np.linalg.solve(normal + shift, -gradient[..., None])[..., 0]
-        if not free_floor:
-            step[:, 2] = 0
-        trial = np.clip(theta + np.clip(step, -2, 2), low, high)
-        trial_residual, trial_jacobian = _residual(trial, x, y)
-        trial_loss = (trial_residual**2).sum(1)
-        better = trial_loss <= loss
-        theta[better], residual[better], jacobian[better] = (
-            trial[better],
-            trial_residual[better],
-            trial_jacobian[better],
-        )
-        converged = bool(np.all(np.abs(loss - trial_loss) <= 1e-12 + 1e-9 * loss) and better.all())
-        loss[better] = trial_loss[better]
-        damping = np.clip(np.where(better, damping * 0.3, damping * 4), 1e-9, 1e9)
-        if converged:
-            break
-    return theta, loss
+    return levenberg_marquardt(lambda theta, rows: _residual(theta, x, y[rows]), theta, low, high)
 
 
 def _residual(theta: np.ndarray, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -63,7 +63,7 @@ def advice(r: Recommendation) -> str:
     if recipe.distance is not None:
         text += f", {r.metric} {recipe.distance}"
     if o is None:
-        return text + ". The recipe has not been trained yet."
+        return text + ". Train it with diffscale train recipe.yaml, which is in the recommendation's folder."
     text += f". It came out as {o.val_loss:.4g}" + (
         f" and {number(o.distance)}." if recipe.distance is not None else "."
     )
@@ -71,8 +71,8 @@ def advice(r: Recommendation) -> str:
         return text
     g = o.guidance
     return text + (
-        f" Sample with guidance {g.guidance}, the best of {', '.join(g.heldout)} on held-out images: {r.metric} "
-        f"{number(g.distance)} at {g.nfe} network evaluations an image."
+        f" Sample with {g}, the best of {', '.join(g.heldout)} on held-out images: {r.metric} {number(g.distance)} at "
+        f"{g.nfe} network evaluations and {flops(g.sampling_flops)} FLOPs an image."
     )
 
 

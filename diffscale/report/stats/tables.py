@@ -95,9 +95,8 @@ def sweep(points: pd.DataFrame) -> pd.DataFrame:
 
 def _sweep_table(identity: dict[str, object], part: pd.DataFrame) -> list[dict[str, object]]:
     higher = higher_is_better(part["metric"].iloc[0])
-    cells = {
-        key: cell.sort_values("train_flops") for key, cell in part.groupby(["_schedule", "train_resolution"], sort=True)
-    }
+    by_compute = part.sort_values("train_flops", kind="stable")
+    cells = dict(iter(by_compute.groupby(["_schedule", "train_resolution"], sort=True)))
     common = min(cell["train_flops"].iloc[-1] for cell in cells.values())
     rows = []
     for (schedule, resolution), cell in cells.items():
@@ -145,11 +144,10 @@ def cost(points: pd.DataFrame, levels: int = 6) -> pd.DataFrame:
     rows = []
     for _, part in measured(fair(points)).groupby("facet", sort=True):
         targets = ladder(part["value"].to_numpy(float), levels, higher_is_better(part["metric"].iloc[0]))
-        for (*key, recipe), own in part.groupby([*CURVE, "recipe"], sort=True):
-            own = own.sort_values("train_flops")
-            first = own.iloc[0]
-            for target in targets:
-                spent = {c: first_reach(own, target, c) for c in _SPENT}
+        for (*key, recipe), own in part.sort_values("train_flops", kind="stable").groupby([*CURVE, "recipe"]):
+            first = {c: own[c].iloc[0] for c in ("recipe_label", "metric", "device", "devices")}
+            for target, costs in zip(targets, first_reach(own, targets, _SPENT), strict=True):
+                spent = dict(zip(_SPENT, costs, strict=True))
                 rows.append(
                     dict(zip(CURVE, key, strict=True))
                     | {"recipe": recipe, "recipe_label": first["recipe_label"], "metric": first["metric"]}
@@ -163,7 +161,7 @@ def cost(points: pd.DataFrame, levels: int = 6) -> pd.DataFrame:
     )
 
 
-_SPENT = ("train_flops", "device_seconds", "energy_joules", "cost", "images_seen")
+_SPENT = ["train_flops", "device_seconds", "energy_joules", "cost", "images_seen"]
 
 
 def ladder(values: np.ndarray, levels: int, higher: bool = False) -> list[float]:
