@@ -140,8 +140,8 @@ class Simulated(World):
         everyone = self.gather(value)
         return everyone if self.rank == 0 else []
 
-    def broadcast(self, tensor: torch.Tensor) -> None:
-        tensor.copy_(self.from_first(tensor))
+    def broadcast(self, tensor: torch.Tensor, source: int = 0) -> None:
+        tensor.copy_(self.gather(tensor)[source])
 
     def barrier(self) -> None:
         self.ranks.barrier.wait()

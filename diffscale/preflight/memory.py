@@ -73,7 +73,8 @@ def _estimate(experiment: Experiment, dataset: Dataset, images: int, overhead: f
         holders = train.min_workers if train.sharded else 1
     parameters, activations = count(experiment, dataset, images)
     averages = int(bool(train.ema.halflife_images or train.ema.halflife_fraction)) + len(train.ema.power)
-    copies = 4 + averages + bool(averages)  # weights, gradients, both moments; averages and the weights they take in
+    kept = averages + bool(averages)  # with the weights that they take in
+    copies = 4 + kept / (train.min_workers if train.shard_ema and not train.sharded else 1)  # of gradients, moments too
     state = 4.0 * parameters * copies / holders
     return Estimate(int(state), activations, images, int((state + activations) * overhead + CONTEXT))
 

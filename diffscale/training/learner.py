@@ -89,7 +89,8 @@ class LossScale:
 class Learner:
     """Owner of what a step changes: weights, optimizer, averages, loss scale and `images_seen`.
 
-    holders: number of workers, from rank 0 on, that hold all of it together, each its own part
+    holders: number of workers, from rank 0 on, that write a checkpoint together, each its own part
+    writers: of those, the workers that write a part of weights and optimizer each
     """
 
     def __init__(
@@ -118,13 +119,15 @@ class Learner:
         self.model.train()
         self.update = Update(model, experiment.optim, world.device)
         self.optimizer = self.update.optimizer
-        self.ema = Ema(model, experiment.train.ema)
         self.sharded = experiment.train.sharded and hasattr(model, "set_requires_gradient_sync")
-        self.holders = 1
+        shared = experiment.train.shard_ema and world.size > 1 and not self.sharded
+        self.ema = Ema(model, experiment.train.ema, world if shared else None)
+        self.writers = min(experiment.train.checkpoint.parts or self._gigabytes(), world.size)
+        self.holders = world.size if shared else self.writers
         self._low: LowPrecisionWeights | None = None
         self.gradients: Gradients
         if self.sharded:
-            self.holders = world.holders(experiment.train.parallel)
+            self.holders = self.writers = world.holders(experiment.train.parallel)
             self.gradients = ShardedGradients(model)
         else:
             self.gradients = flat = FlatGradients(model, world, numerics.reduced_in)
@@ -319,6 +322,11 @@ class Learner:
         return numbers["u"], noise, label, numbers.get("keep")
 
     # ---- state, for checkpoints
+
+    def _gigabytes(self) -> int:
+        """Return the size of a checkpoint, rounded up: weights, two moments, and averages, in float32."""
+        copies = 3 + len(self.ema.averages)
+        return -(-4 * copies * sum(p.numel() for p in self.model.parameters()) // 10**9)
 
     def scalars(self) -> dict[str, Any]:
         """Return the part of the state that state.json holds."""
