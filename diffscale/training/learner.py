@@ -8,7 +8,7 @@ wants to know comes back in one copy, which it may read later. The same code run
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +20,7 @@ from diffscale.core.keyed_random import Stream, stratified_uniform, uniform
 from diffscale.diffusion import Diffusion, training_loss
 from diffscale.kernels.noise import draw_normal
 from diffscale.training.capture import Capture, Recorder, recorder_for
+from diffscale.training.compile_turn import CompileTurn
 from diffscale.training.ema import Ema
 from diffscale.training.low_precision import LowPrecisionWeights, keeps_copies
 from diffscale.training.numerics import Numerics
@@ -104,6 +105,7 @@ class Learner:
         end: int | None = None,
         recorder: Recorder | None = None,
         copies: bool | None = None,
+        turn: CompileTurn | None = None,
     ) -> None:
         """Create the optimizer, the averages and the gradients' buffer.
 
@@ -112,6 +114,7 @@ class Learner:
         end: images of the whole run, for the learning rate
         recorder: records the step's kernels; None for what `train.graph` says
         copies: whether to compute with copies of the weights in low precision; None for where it pays
+        turn: of the node's ranks to compile; None if nothing is compiled
         """
         self.model, self.diffusion, self.experiment, self.world = model, diffusion, experiment, world
         self.numerics, self.num_classes, self.end = numerics, num_classes, end
@@ -141,6 +144,9 @@ class Learner:
         self._equal_passes = numerics.compile or world.device.type == "cuda"
         self._first = world.share(experiment.train.global_batch)[0]
         self._capture = Capture(recorder or recorder_for(experiment, world))
+        self._turn: Callable[[], AbstractContextManager[None]] = nullcontext
+        if turn is not None and not self.sharded:
+            self._turn = turn.taken
 
     # ---- one step
 
@@ -239,11 +245,12 @@ class Learner:
         if self.scale is not None:
             share = (self.scale.value * share).float()
         with self._low.in_place() if self._low else nullcontext():
-            with self.numerics.autocast(self.world.device, self.sharded):
-                terms = training_loss(
-                    self.diffusion, self.model, images, u=u, noise=noise, label=label, self_cond_keep=keep, **extra
-                )
-            ((terms.loss if weights is None else terms.loss * weights).sum() * share).backward()
+            with self._turn():
+                with self.numerics.autocast(self.world.device, self.sharded):
+                    terms = training_loss(
+                        self.diffusion, self.model, images, u=u, noise=noise, label=label, self_cond_keep=keep, **extra
+                    )
+                ((terms.loss if weights is None else terms.loss * weights).sum() * share).backward()
             self.gradients.collect()
         with torch.no_grad():
             values = terms.loss.detach().double()
