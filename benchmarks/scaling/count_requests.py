@@ -82,9 +82,9 @@ class Quiet(WSGIRequestHandler):
 
 
 @contextmanager
-def server() -> Iterator[Counted]:
+def server(kind: type[Counted] = Counted) -> Iterator[Counted]:
     """Yield the counters of a server with the bucket "data", to which this process's storage leads."""
-    app = Counted(DomainDispatcherApplication(create_backend_app))
+    app = kind(DomainDispatcherApplication(create_backend_app))
     httpd = make_server("127.0.0.1", 0, app, threaded=True, request_handler=Quiet)
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
     os.environ |= {
