@@ -4,6 +4,8 @@ requests    requests and bytes of simulated ranks at an S3 API server, of this t
             64 ranks extrapolate to at 1,024
 lanes       the share of the data that a node of 1,024 ranks reads, from the order itself
 manifest    processor seconds and memory to open a manifest of 50,000 shards
+records     10,000 records of an S3 API server: for the first time, from the index, and after one more
+trials      1,000 trials of a stand-in through Ray Tune: the driver's memory, writes for each trial, a restart
 workers     Ray Train with many workers on this machine: the first step, the controller, a killed worker
 link        two workers here: the link, the step, predicted and measured efficiency
 projected   published networks on 8, 64 and 1,024 GPUs, on an assumed MFU
@@ -31,6 +33,8 @@ from benchmarks.common.machine import made_by
 from benchmarks.common.measure import write_csv
 from benchmarks.scaling.link import measured
 from benchmarks.scaling.projection import projected
+from benchmarks.scaling.records import measure_records
+from benchmarks.scaling.trials import measure_trials
 from benchmarks.scaling.workers import measure_workers
 from diffscale.data.format.dataset import Dataset
 from diffscale.data.format.manifest import Manifest, Shard, Split, read_manifest, rows_hash, write_manifest
@@ -134,6 +138,8 @@ PARTS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "requests": requests,
     "lanes": lanes,
     "manifest": manifest,
+    "records": measure_records,
+    "trials": measure_trials,
     "workers": measure_workers,
     "link": lambda: measured([]),
     "projected": projected,

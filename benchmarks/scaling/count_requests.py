@@ -82,9 +82,9 @@ class Quiet(WSGIRequestHandler):
 
 
 @contextmanager
-def server() -> Iterator[Counted]:
+def server(kind: type[Counted] = Counted) -> Iterator[Counted]:
     """Yield the counters of a server with the bucket "data", to which this process's storage leads."""
-    app = Counted(DomainDispatcherApplication(create_backend_app))
+    app = kind(DomainDispatcherApplication(create_backend_app))
     httpd = make_server("127.0.0.1", 0, app, threaded=True, request_handler=Quiet)
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
     os.environ |= {
@@ -140,8 +140,8 @@ class Simulated(World):
         everyone = self.gather(value)
         return everyone if self.rank == 0 else []
 
-    def broadcast(self, tensor: torch.Tensor) -> None:
-        tensor.copy_(self.from_first(tensor))
+    def broadcast(self, tensor: torch.Tensor, source: int = 0) -> None:
+        tensor.copy_(self.gather(tensor)[source])
 
     def barrier(self) -> None:
         self.ranks.barrier.wait()

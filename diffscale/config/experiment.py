@@ -171,6 +171,9 @@ class CheckpointSettings(Section):
     keep_last: int = Field(2, ge=1, le=10**6, description="newest ones kept")
     keep_best: int = Field(1, ge=0, le=10**6, description="best ones kept, by the first metric")
     keep_points: bool = Field(True, description="keep the weights at every evaluation point")
+    parts: int | None = Field(
+        None, ge=1, le=65_536, description="workers that each write a part of replicated weights; null: one for each GB"
+    )
 
 
 class TrackerSettings(Section):
@@ -232,6 +235,9 @@ class TrainSettings(Section):
     init_skip: tuple[str, ...] = Field((), description="patterns of weights that begin at random instead")
     init_weights: str | None = Field(None, description="hash of the weights of init_from; filled in")
     ema: EmaSettings = EmaSettings()
+    shard_ema: bool = Field(
+        False, description="each worker keeps a part of the averages, also where it has all weights"
+    )
     checkpoint: CheckpointSettings = CheckpointSettings()
     log_every_images: Images | None = Field(
         None, description="images between rows of the history; null: every 50 steps"
@@ -330,6 +336,12 @@ class EvalSettings(Section):
         "auto", description="images generated at a time; auto: 64, on a GPU as many as fit its memory"
     )
     workers: Literal["auto", "training", "own"] = Field("auto", description="who evaluates during training")
+    devices: int | None = Field(
+        None,
+        ge=1,
+        le=1024,
+        description="GPUs, or CPU workers, of workers=own; null: 1, and all for the evaluate command",
+    )
     grid_images: int = Field(64, ge=0, le=10**4, description="images in the sample grid of each evaluation")
 
     @field_validator("guidance_interval")

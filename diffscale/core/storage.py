@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import uuid
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ from pyarrow import fs as pafs
 from diffscale.core import hub
 from diffscale.core.cache import home_dir
 from diffscale.core.errors import UserError
+
+log = logging.getLogger(__name__)
 
 ENVIRONMENT = "DIFFSCALE_STORAGE"
 JOB_VARIABLES = ("RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_JOB_ID")
@@ -176,6 +179,15 @@ def delete(uri: str) -> None:
     """Delete a file. Raises FileNotFoundError."""
     fs, path = filesystem(uri)
     fs.delete_file(path)
+
+
+def delete_folder(uri: str) -> None:
+    """Delete a folder with all that is in it. One that is missing or cannot be deleted is left, and the log says so."""
+    fs, path = filesystem(uri)
+    try:
+        fs.delete_dir(path)
+    except OSError as error:
+        log.info("%s could not be removed: %s", uri, error)
 
 
 def file_sizes(uri: str) -> dict[str, int]:

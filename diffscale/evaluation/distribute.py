@@ -143,6 +143,8 @@ def run_on_ranks(
 ) -> Iterator[tuple[int, Columns]]:
     """Share the chunks among the ranks of a training job, in rounds; every rank calls it, rank 0 gets the pairs.
 
+    Where the model is sharded, every rank draws as many batches in a round as any other, without use if it has fewer.
+
     gather: an object of each rank → all of them, a collective.
     stop_requested: as above; a request on one rank stops all.
     to_first: as `gather`, but may return nothing on the other ranks: features go to rank 0 alone. None: `gather`.
@@ -150,6 +152,10 @@ def run_on_ranks(
     for start in range(0, len(ranges), world):
         mine = ranges[start + rank : start + rank + 1]
         done = [(first, featurise(source, first, last, first < keep_below)) for first, last in mine]
+        if isinstance(source, ModelSource) and source.sharded:
+            most = max(source.batches(*chunk) for chunk in ranges[start : start + world])
+            for _ in range(most - sum(source.batches(*chunk) for chunk in mine)):
+                source.draw(torch.arange(source.batch))
         everyone = (to_first or gather)(done)
         if rank == 0:
             yield from (pair for part in everyone for pair in part)
@@ -163,7 +169,7 @@ def run_on_ray(
     ranges: Sequence[tuple[int, int]],
     *,
     workers: int,
-    gpu: bool = False,
+    gpu: float = 0,
     threads: int = 1,
     keep_below: int = 0,
 ) -> Iterator[tuple[int, Columns]]:
@@ -171,6 +177,7 @@ def run_on_ray(
 
     A lost actor is restarted and its chunk computed again.
 
+    gpu: GPUs of each actor, or a part of one; 0 for none.
     threads: of each actor, the same for any number of workers: sums inside a convolution may depend on it.
     """
     import ray  # import cost
@@ -180,7 +187,7 @@ def run_on_ray(
         if source.sampling.guidance.model is not None:
             source.sampling.guidance.model.cpu()
     shared = [ray.put(source)]
-    options: dict[str, Any] = {"num_cpus": threads, "num_gpus": int(gpu), "max_restarts": 3, "max_task_retries": 3}
+    options: dict[str, Any] = {"num_cpus": threads, "num_gpus": float(gpu), "max_restarts": 3, "max_task_retries": 3}
     environment = {name: os.environ[name] for name in (WEIGHTS, OFFLINE) if name in os.environ}
     if environment:  # a running cluster does not know of --weights
         options["runtime_env"] = {"env_vars": environment}

@@ -37,7 +37,7 @@ from diffscale.evaluation.distribute import (
     run_on_ranks,
     run_on_ray,
 )
-from diffscale.evaluation.feature_store import FeatureStore, ends, write_chunk
+from diffscale.evaluation.feature_store import FeatureStore, ends, fetch_chunks, write_chunk
 from diffscale.evaluation.image_sources import Images, ImageSource, select_images
 from diffscale.evaluation.metrics.registry import (
     LEAST_HELDOUT,
@@ -103,6 +103,8 @@ class Evaluator:
     gather: Gather | None = None  # takes an object of each rank and returns all of them, a collective call
     to_first: Gather | None = None  # the same for features, which rank 0 alone needs; None: `gather`
     actors: int = 0  # Ray actors that compute features; 0 computes in this process
+    actor_gpu: float = 1.0  # GPUs of each actor, where `device` is one
+    actor_threads: int = 1
     decoder: Decoder | None = None  # of models of latents
     reference_file: Path | None = None  # published statistics (.npz) in place of the dataset's
     keep_images: Callable[[int, Columns], None] | None = None  # called with every chunk of samples, in any order
@@ -222,7 +224,8 @@ class Evaluator:
                 featurise.views,
                 todo,
                 workers=min(self.actors, max(len(todo), 1)),
-                gpu=torch.device(self.device).type == "cuda",
+                gpu=self.actor_gpu if torch.device(self.device).type == "cuda" else 0,
+                threads=self.actor_threads,
                 keep_below=keep,
             )
         if self.gather is not None:
@@ -273,18 +276,19 @@ class Evaluator:
         return image_grids.to_png(image_grids.pairs(both[0], both[1], found.captions))
 
     def evaluate_source(
-        self, source: ImageSource, *, folder: Path | None = None, lossy: bool | None = None
+        self, source: ImageSource, *, folder: Path | None = None, kept: str | None = None, lossy: bool | None = None
     ) -> Evaluation:
         """Measure images from anywhere; every rank calls it.
 
         folder: where features go and from where an interrupted evaluation resumes; None for a temporary one.
+        kept: URI of a folder that receives them too, so that another machine can resume.
         lossy: whether the images were stored lossily, where that is known: a warning if the reference was not.
         """
         started = time.monotonic()
         if not self._references:
             self.prepare()
         with _folder(folder) as place:
-            self._fill(source, place)
+            self._fill(source, place, kept)
             if self.rank != 0:
                 return Evaluation([], None, time.monotonic() - started)
             generated = FeatureStore(place, source.n)
@@ -298,7 +302,9 @@ class Evaluator:
                 measurements = [with_warning(m, "one held-out image is too few to compare with") for m in measurements]
             return Evaluation(measurements, grid, time.monotonic() - started)
 
-    def _fill(self, source: ImageSource, place: Path) -> None:
+    def _fill(self, source: ImageSource, place: Path, kept: str | None) -> None:
+        if kept is not None and self.rank == 0:
+            fetch_chunks(place, kept)
         have = ends(place)
         if self.gather is not None:
             have = self.gather(have)[0]
@@ -311,7 +317,7 @@ class Evaluator:
                     self.keep_images(first, columns)
                     if first >= self.settings.grid_images:
                         columns = {name: values for name, values in columns.items() if name != IMAGES}
-                write_chunk(place, first, columns)
+                write_chunk(place, first, columns, kept)
                 work.advance(len(columns[LABELS]))
 
     def measure(self, generated: FeatureStore, classes: bool = False) -> list[Measurement]:

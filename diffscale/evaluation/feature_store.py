@@ -6,6 +6,7 @@ is that of the samples, so results do not depend on who computed which chunk.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -16,11 +17,14 @@ from numpy.typing import NDArray
 
 from diffscale.core import storage
 
+CHUNK = re.compile(r"chunk-\d{9,18}-\d{9,18}\.arrow")
 
-def write_chunk(folder: Path, first: int, columns: Mapping[str, NDArray]) -> None:
+
+def write_chunk(folder: Path, first: int, columns: Mapping[str, NDArray], kept: str | None = None) -> None:
     """Write samples first … first+n−1 as `chunk-<first>-<end>.arrow`.
 
     columns: (n,d) float32, or (n,) int64 for labels.
+    kept: URI of a folder in an object store that receives the file too; see `fetch_chunks`.
     """
     arrays = {}
     for name, values in columns.items():
@@ -31,7 +35,18 @@ def write_chunk(folder: Path, first: int, columns: Mapping[str, NDArray]) -> Non
     with pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table, max_chunksize=max(table.num_rows, 1))
     name = f"chunk-{first:09d}-{first + table.num_rows:09d}.arrow"
-    storage.write_bytes(str(folder / name), sink.getvalue().to_pybytes())
+    data = sink.getvalue().to_pybytes()
+    storage.write_bytes(str(folder / name), data)
+    if kept is not None:
+        storage.write_bytes(storage.join(kept, name), data)
+
+
+def fetch_chunks(folder: Path, kept: str) -> None:
+    """Copy the chunks that another machine has left in `kept`, and that the folder does not have."""
+    for uri in storage.list_files(kept, ".arrow"):
+        name = uri.rpartition("/")[2]
+        if CHUNK.fullmatch(name) and not (folder / name).exists():
+            storage.write_bytes(str(folder / name), storage.read_bytes(uri))
 
 
 def chunks(folder: Path) -> dict[int, tuple[int, Path]]:

@@ -15,6 +15,7 @@ from diffscale.core import keyed_random
 from diffscale.core.errors import UserError
 from diffscale.core.keyed_random import Stream
 from diffscale.diffusion import CapturedDenoiser, Diffusion, Guidance, guided_nfe, keyed_noise, sample
+from diffscale.diffusion.denoiser import denoise_with_share
 from diffscale.diffusion.solver_settings import SolverSettings
 from diffscale.kernels.runtime import exact_float32
 
@@ -227,6 +228,15 @@ class ModelSource:
     def batch(self) -> int:
         return self.sampling.batch
 
+    @property
+    def sharded(self) -> bool:
+        """Whether each rank holds a part of the weights (FSDP2): all ranks then draw at the same time, or wait."""
+        return hasattr(self.model, "set_requires_gradient_sync")
+
+    def batches(self, first: int, last: int) -> int:
+        """Return how many batches samples first … last−1 are drawn in."""
+        return -(-(last - first) // self.batch)
+
     def images(self, first: int, last: int) -> tuple[Tensor, Tensor]:
         """Return samples first … last−1: uint8 (B,C,H,W) on the device, and labels (B,) on the CPU."""
         return self.samples(first, last)[:2]
@@ -261,14 +271,17 @@ class ModelSource:
         labels = draw_labels(s.labels, s.seed, positions, counts) if counts else torch.zeros_like(positions)
 
         training = self.model.training
-        self.model.to(device)
+        if not self.sharded:
+            self.model.to(device)
         if s.guidance.model is not None:
             s.guidance.model.to(device)
         if training:
             self.model.eval()
         low = PRECISIONS[s.precision]
         # A graph must cast the weights that it finds when it is replayed, not keep those of its recording.
-        with exact_float32(), torch.autocast(device.type, low, enabled=low is not None, cache_enabled=False):
+        # FSDP2 gathers weights into buffers that other passes use outside of inference mode.
+        autocast = torch.autocast(device.type, low, enabled=low is not None, cache_enabled=False)
+        with torch.inference_mode(not self.sharded), exact_float32(), autocast:
             images = sample(
                 self.diffusion,
                 self.model,
@@ -278,7 +291,7 @@ class ModelSource:
                 guidance=s.effective_guidance,
                 noise_fn=keyed_noise(s.seed, at, self.shape),
                 callback=callback,
-                estimate=self.denoiser,
+                estimate=denoise_with_share if self.sharded else self.denoiser,
             )
         if training:
             self.model.train()

@@ -79,8 +79,9 @@ def _estimate(experiment: Experiment, dataset: Dataset, images: int, overhead: f
         holders = train.min_workers if train.parallel == "fsdp2" else 1
     parameters, activations = count(experiment, dataset, images)
     averages = int(bool(train.ema.halflife_images or train.ema.halflife_fraction)) + len(train.ema.power)
-    copies = 4 + averages + bool(averages)  # weights, gradients, both moments; averages and the weights they take in
-    state = 4 * parameters * copies // holders
+    kept = averages + bool(averages)  # with the weights that they take in
+    copies = 4 + kept / (train.min_workers if train.shard_ema and not train.sharded else 1)  # of gradients, moments too
+    state = int(4 * parameters * copies / holders)
     return Estimate(state, activations, images, _total(state, activations, overhead))
 
 

@@ -86,6 +86,7 @@ class Ledger:
             storage.check_absolute(self.common.storage), "sweeps", f"{sweep.name}-{self.sweep_id}"
         )
         self.decisions = Decisions(self.folder)
+        self._ends: dict[str, End] = {}
 
     def begin(self) -> None:
         """Write the sweep's settings into its folder."""
@@ -150,14 +151,30 @@ class Ledger:
         files = storage.list_files(storage.join(self.folder, "trials"), ".json")
         return [json.loads(storage.read_bytes(f)) for f in files]
 
+    def begun_ids(self) -> set[str]:
+        """Return the ids of the trials that were started, with one listing."""
+        return self._ids("trials")
+
+    def ended_ids(self) -> set[str]:
+        """Return the ids of the trials that have ended, with one listing."""
+        return self._ids("ended")
+
+    def _ids(self, what: str) -> set[str]:
+        files = storage.list_files(storage.join(self.folder, what), ".json")
+        return {file.rpartition("/")[2].removesuffix(".json") for file in files}
+
     def note_begun(self, point: Point) -> None:
         """Record that the trial of a point was started."""
         storage.write_bytes(storage.join(self.folder, "trials", f"{point_id(point)}.json"), json.dumps(point).encode())
 
     def ended(self, trial_id: str) -> End | None:
-        """Return how a trial ended, or None."""
-        uri = storage.join(self.folder, "ended", f"{trial_id}.json")
-        return json.loads(storage.read_bytes(uri))["end"] if storage.exists(uri) else None
+        """Return how a trial ended, or None. An end is final: it is read once."""
+        if trial_id not in self._ends:
+            uri = storage.join(self.folder, "ended", f"{trial_id}.json")
+            if not storage.exists(uri):
+                return None
+            self._ends[trial_id] = json.loads(storage.read_bytes(uri))["end"]
+        return self._ends[trial_id]
 
     def note_ended(self, trial_id: str, end: End) -> None:
         """Record how a trial ended."""
@@ -214,11 +231,12 @@ class Ledger:
                     total["money"] += last.cost or 0.0
         return total
 
-    def over_budget(self, trials: list[Trial]) -> str | None:
-        """Return the exhausted limit of the whole sweep as a sentence, or None."""
-        spent = self.spent(trials)
-        for key, limit in self.sweep.budget.total.model_dump().items():
-            if limit is not None and spent[key] >= limit:
+    def over_budget(self) -> str | None:
+        """Return the exhausted limit of the whole sweep as a sentence, or None. Without a limit nothing is read."""
+        limits = self.sweep.budget.total.model_dump(exclude_none=True)
+        spent = self.spent([t for t in map(self.trial, self.begun()) if t is not None]) if limits else {}
+        for key, limit in limits.items():
+            if spent[key] >= limit:
                 return f"budget.total.{key} = {limit:g} is used up ({spent[key]:g})"
         return None
 

@@ -64,14 +64,15 @@ def planned(ledger: Ledger) -> list[Trial]:
     """Return the trials of a grid or random sweep; for tpe those begun so far.
 
     Raise UserError for trials whose results could not be compared, and for one whose settings cannot train, before
-    anything is started.
+    anything is started. An earlier launch has checked the trials that it started.
     """
     trials = trials_of(ledger)
     check_comparable(ledger.sweep, trials)
     check_settings(ledger.common)
+    checked = ledger.begun_ids()
     with working("checking settings", len(trials), "trials") as work:
         for trial in trials:
-            if ledger.ended(trial.id) is None:
+            if trial.id not in checked:
                 try:
                     check_settings(trial.experiments[0])
                 except UserError as error:
@@ -119,7 +120,8 @@ def run(ledger: Ledger, handle_signals: bool = False) -> SweepResult:
 
 
 def _unfinished(ledger: Ledger, trials: list[Trial]) -> list[Trial]:
-    return [t for t in trials if ledger.ended(t.id) is None]
+    ended = ledger.ended_ids()
+    return [t for t in trials if t.id not in ended]
 
 
 def _alive(ledger: Ledger, trial: Trial, rung: int) -> bool:

@@ -45,6 +45,8 @@ class SweepTable:
         self.console = make_console()
         self.stop = threading.Event()
         self.seen: dict[str, str] = {}
+        self.final: set[str] = set()  # trials whose line will not change
+        self.rows: dict[str, tuple[str, ...]] = {}  # of the table, for those
         self.stack = ExitStack()
         self.work: Work | None = None  # where there is no table
 
@@ -53,7 +55,9 @@ class SweepTable:
         if self.live:
             self.live.start()
         else:
-            work = working(f"sweep {self.ledger.sweep.name}", len(self.trials), "trials", self._ended())
+            work = working(
+                f"sweep {self.ledger.sweep.name}", len(self.trials), "trials", self._count(self.ledger.ended_ids())
+            )
             self.work = self.stack.enter_context(work)
         self.thread = threading.Thread(target=self._watch, daemon=True)
         self.thread.start()
@@ -75,16 +79,20 @@ class SweepTable:
         if self.live:
             self.live.update(self._render(), refresh=True)
             return
+        ended = self.ledger.ended_ids()
         for trial in self.trials:
+            if trial.id in self.final:
+                continue
             line = self._line(trial)
             if line and self.seen.get(trial.id) != line:
                 self.seen[trial.id] = line
                 print(line, flush=True)
+        self.final |= ended  # their lines had the last record
         if self.work:
-            self.work.done = self._ended()
+            self.work.done = self._count(ended)
 
-    def _ended(self) -> int:
-        return sum(self.ledger.ended(trial.id) is not None for trial in self.trials)
+    def _count(self, ended: set[str]) -> int:
+        return sum(trial.id in ended for trial in self.trials)
 
     def _progress(self, trial: Trial) -> Progress:
         """Return the progress of the trial's most recently active run, from its history and records."""
@@ -122,19 +130,26 @@ class SweepTable:
         table = Table(title=f"sweep {self.ledger.sweep.name}: {self.ledger.metric} by trial")
         for name in ("trial", "state", "rung", self.ledger.metric, "train FLOPs", "ETA"):
             table.add_column(name, justify="left" if name in ("trial", "state") else "right")
-        rungs = self.ledger.sweep.scheduler.rungs_flops
+        ended = self.ledger.ended_ids()
         for trial in self.trials:
-            rows, progress = self.ledger.records(trial), self._progress(trial)
-            reached = sum(bool(rows) and rows[-1].train_flops >= r * (1 - 1e-9) for r in rungs)
-            table.add_row(
-                label(trial.point),
-                self._state(trial, progress),
-                f"{reached}/{len(rungs)}" if rungs else "",
-                shown(self.ledger.measured(rows[-1])) if rows else "",
-                f"{progress.flops:.3g}" if progress.flops else "",
-                self._eta(trial, progress),
-            )
+            row = self.rows.get(trial.id) or self._row(trial)
+            if trial.id in ended:
+                self.rows[trial.id] = row
+            table.add_row(*row)
         return table
+
+    def _row(self, trial: Trial) -> tuple[str, ...]:
+        rows, progress = self.ledger.records(trial), self._progress(trial)
+        rungs = self.ledger.sweep.scheduler.rungs_flops
+        reached = sum(bool(rows) and rows[-1].train_flops >= r * (1 - 1e-9) for r in rungs)
+        return (
+            label(trial.point),
+            self._state(trial, progress),
+            f"{reached}/{len(rungs)}" if rungs else "",
+            shown(self.ledger.measured(rows[-1])) if rows else "",
+            f"{progress.flops:.3g}" if progress.flops else "",
+            self._eta(trial, progress),
+        )
 
     def _eta(self, trial: Trial, progress: Progress) -> str:
         """Return the time to the trial's next rung or its end, excluding evaluation."""

@@ -39,7 +39,7 @@ def run_trial(sweep: Sweep, config: dict[str, Any], flops: float | None, stop_wi
     if Messages(stop_with).get(STOP) is not None:
         tune.report({"value": worst, "note": "the sweep is stopping"})
         return
-    over = ledger.over_budget([t for t in map(ledger.trial, ledger.begun()) if t is not None])
+    over = ledger.over_budget()
     if over and not ledger.records(trial):
         tune.report({"value": worst, "note": over})
         return

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffscale.core.errors import UserError
 from diffscale.core.provenance import job_environment
+from diffscale.training.spec import TASK_GPU
 
 if TYPE_CHECKING:
     from ray.train import Checkpoint, ValidationConfig
@@ -42,15 +43,16 @@ def wanted(experiment: Experiment, gpu: bool, deciding: bool) -> bool:
         return False
     import ray  # import cost
 
-    most = train.max_workers
+    most, own = train.max_workers, settings.devices or 1
     have = ray.cluster_resources() if settings.workers == "own" else ray.available_resources()
     needs = {"CPU": train.cpus_per_worker, "GPU": 1} if gpu else {"CPU": train.cpus_per_worker}
-    short = [name for name, count in needs.items() if have.get(name, 0) < count * (most + 1)]
+    short = [name for name, count in needs.items() if have.get(name, 0) < count * (most + own)]
     if short and settings.workers == "own":
         raise UserError(
             setting="eval.workers",
             value="own",
-            expected=f"a {short[0]} besides those of {most} training workers",
+            expected=f"{'a' if own == 1 else own} {short[0]}{'' if own == 1 else 's'} besides those of {most} "
+            "training workers",
             fix="eval.workers=auto: the training workers evaluate where no device is free",
         )
     return not short
@@ -62,14 +64,15 @@ def validation_config(config: dict[str, Any]) -> ValidationConfig:
 
     from diffscale.config.experiment import Experiment  # import cost
 
-    cpus = Experiment.model_validate_json(config["experiment"]).train.cpus_per_worker
+    experiment = Experiment.model_validate_json(config["experiment"])
+    of_task = TASK_GPU if (experiment.eval.devices or 1) > 1 else 1
     ours = {name: config[name] for name in ("experiment", "run_folder", "launch", "gpu")}
     return ValidationConfig(
         fn=evaluate,
         task_config=ValidationTaskConfig(fn_kwargs={"config": ours}),
         ray_remote_kwargs={
-            "num_cpus": cpus,
-            "num_gpus": int(config["gpu"]),
+            "num_cpus": experiment.train.cpus_per_worker,
+            "num_gpus": of_task if config["gpu"] else 0,
             "runtime_env": {"env_vars": job_environment()},
         },
     )

@@ -18,6 +18,7 @@ from diffscale.training.load import load_trained
 from diffscale.training.metrics_log import summary
 from diffscale.training.own_records import evaluated_points
 from diffscale.training.parallel import World
+from diffscale.training.spec import TASK_GPU
 from diffscale.training.trackers import TrackedRun, kind_of, make_trackers
 
 CHECKPOINT_WAIT_SECONDS = 600.0
@@ -44,8 +45,11 @@ def _evaluate(channel: Messages, config: dict[str, Any], images_seen: int) -> di
     device = torch.device("cuda" if config["gpu"] else "cpu")
     configure_process(experiment.train.cpus_per_worker, device)
     trained = load_trained(_complete(run_folder, images_seen), experiment.eval.ema, experiment)
+    devices, options = experiment.eval.devices or 1, dict[str, Any]()
+    if devices > 1:
+        options = {"actors": devices, "actor_gpu": 1 - TASK_GPU, "actor_threads": experiment.train.cpus_per_worker}
     evaluator = CheckpointEvaluator(
-        experiment, trained.dataset, trained.diffusion, World(device=device), trained.numerics
+        experiment, trained.dataset, trained.diffusion, World(device=device), trained.numerics, **options
     )
     trained.model.to(device).requires_grad_(False)
     train, pictures = experiment.train, list[str]()

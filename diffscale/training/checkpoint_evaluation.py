@@ -33,13 +33,13 @@ from diffscale.models.cost import peak_bytes
 from diffscale.records.schema import Record
 from diffscale.records.store import write_record
 from diffscale.training.checkpoint import layout as ck
-from diffscale.training.checkpoint.state import gather_full, sharded_like
+from diffscale.training.checkpoint.state import local_shard
 from diffscale.training.ema import Weights, ema_name
 from diffscale.training.guide import load_guide, with_guide
 from diffscale.training.learner import Learner
 from diffscale.training.numerics import Numerics
 from diffscale.training.own_records import own_sampling
-from diffscale.training.parallel import World
+from diffscale.training.parallel import World, shard
 from diffscale.training.record_columns import make_record, with_evaluation_settings
 from diffscale.training.validation_loss import validation_loss
 
@@ -68,7 +68,7 @@ def evaluate_checkpoint(
     columns: the record's columns that training determines (`record_columns`), with val_loss and val_loss_by_logsnr.
     evaluated_on: "training workers" or "own workers".
     work: folder that keeps the features of an interrupted evaluation, in a sub-folder named after the evaluation's
-        identity; None keeps them in a temporary folder.
+        identity; None keeps them in a temporary folder. A remote run's folder keeps them too, for other machines.
     locks: folder of lock files, where another process may do the same evaluation in `work`: the second waits.
     grid_suffix: name the grid after its average and sampler too, for evaluations that are not the run's own.
     nearest: number of samples in a second picture that shows each next to the training image nearest to it.
@@ -87,13 +87,18 @@ def evaluate_checkpoint(
         evaluator=evaluator.identity(),
     )
     folder = None if work is None else work / f"evaluating-{images:09d}-{identity}"
+    kept = None
+    if folder is not None and storage.is_remote(run_folder):
+        kept = storage.join(run_folder, folder.name)
     samples = evaluator.samples(weights.model, diffusion, sampling)
     with file_lock(locks / identity, "the same evaluation") if locks else nullcontext():
         try:
-            evaluation = evaluator.evaluate_source(samples, folder=folder)
+            evaluation = evaluator.evaluate_source(samples, folder=folder, kept=kept)
         except torch.OutOfMemoryError as error:  # another attempt would meet it again
             raise _does_not_fit(sampling.batch, error) from None
         if evaluator.rank:
+            if trajectories and samples.sharded:  # rank 0 draws them with the weights of all
+                trajectories_picture(samples, trajectories)
             return []
         name = f"images-{images:09d}" + (f"-{ema}-{identity}" if grid_suffix else "")
         pictures = {f"samples/{name}.png": evaluation.grid_png}
@@ -114,6 +119,8 @@ def evaluate_checkpoint(
             write_record(run_folder, record)
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+        if kept is not None:
+            storage.delete_folder(kept)
     return records
 
 
@@ -211,7 +218,7 @@ class CheckpointEvaluator:
             threads=settings.train.cpus_per_worker,
         )
         if "work" not in options:
-            # A local folder is seen by every node, so any of them can continue the evaluation; this one, if remote.
+            # A local folder is seen by every node. A remote one is copied to where the evaluation continues.
             options["work"] = cache_dir() / "evaluations" if storage.is_remote(run_folder) else Path(run_folder)
         return evaluate_checkpoint(
             self.evaluator,
@@ -226,19 +233,17 @@ class CheckpointEvaluator:
         )
 
     def averaged(self, learner: Learner) -> Weights:
-        """Return the network with the learner's averaged weights (a collective call where they are sharded).
+        """Return the network with the learner's averaged weights, sharded as the learner's are.
 
         Raises UserError where training does not track the average.
         """
         self._model = self._model or self._network()
-        parameters = dict(learner.model.named_parameters())
-        average = None if self.ema == "none" else learner.ema.average(self.ema)
-        target = self._model.state_dict()
+        target = {name: local_shard(tensor) for name, tensor in self._model.state_dict().items()}
         with torch.no_grad():
             for name, tensor in learner.model.state_dict().items():
-                if average is not None and name in parameters:
-                    tensor = sharded_like(parameters[name], average[name])
-                target[name].copy_(gather_full(tensor))
+                target[name].copy_(local_shard(tensor))
+        if self.ema != "none":
+            learner.ema.copy_to(self.ema, target)
         return Weights(self._model, self.ema)
 
     def stored(self, checkpoint: str) -> Weights:
@@ -248,5 +253,11 @@ class CheckpointEvaluator:
         return Weights(self._model, self.ema)
 
     def _network(self) -> nn.Module:
+        """Return a network of the run's, whose weights are sharded where those of the training are."""
+        train = self.experiment.train
+        sharded = train.sharded and self.world.size > 1
         model = build_model(self.experiment, self.dataset).to(self.world.device).eval().requires_grad_(False)
-        return replace(self.numerics, compile=False).prepare(model)
+        replace(self.numerics, compile=False).prepare(model, to_shard=sharded)
+        if sharded:  # sampling chooses its precision by autocast, so the weights are gathered in float32
+            shard(model, self.world, "fp32", within_nodes=train.parallel == "hsdp")
+        return model

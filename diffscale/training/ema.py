@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 
 from diffscale.config.experiment import EmaSettings, Experiment
 from diffscale.core.errors import UserError
-from diffscale.training.checkpoint.state import local_shard
+from diffscale.training.checkpoint.state import local_shard, part_of
 from diffscale.training.flat import flat_like
+from diffscale.training.parallel import World
 
 Values = np.ndarray | np.float64
 
@@ -30,14 +32,19 @@ class Weights:
 class Ema:
     """The averages of the settings, each a float32 copy of the (local) parameters; buffers are the model's.
 
+    Of replicated parameters every rank keeps all of an average, or its rows alone (`shared_by`): an update is
+    elementwise, so the values are the same.
+
     Averages are named `halflife` and `std0.050` (a power function's relative width). They are functions of the weights
     after each step and of images seen alone, so a resumed run continues them bit for bit. Each lies in one buffer, and
     so does a copy of the weights that an update needs: two kernels and one for each average, however many parameters.
     """
 
-    def __init__(self, model: nn.Module, settings: EmaSettings) -> None:
-        self.settings = settings
-        self.parameters = {name: local_shard(p).detach() for name, p in model.named_parameters()}
+    def __init__(self, model: nn.Module, settings: EmaSettings, shared_by: World | None = None) -> None:
+        """shared_by: the ranks of which each keeps its rows of the averages of replicated parameters"""
+        self.settings, self.shared_by = settings, shared_by
+        self._whole = {name: local_shard(p).detach() for name, p in model.named_parameters()}
+        self.parameters = {name: self.own_rows(p) for name, p in self._whole.items()}
         names = tracked(settings)
         self.averages: dict[str, dict[str, Tensor]] = {}
         self._flat: list[Tensor] = []
@@ -69,6 +76,32 @@ class Ema:
         if name not in self.averages:
             raise _not_tracked(name, self.settings)
         return self.averages[name]
+
+    def own_rows(self, tensor: Tensor) -> Tensor:
+        """Return the rows that this rank keeps of a replicated tensor, which share its memory: all unless shared."""
+        world = self.shared_by
+        return tensor if world is None else part_of(tensor, world.rank, world.size)[0]
+
+    @torch.no_grad()
+    def copy_to(self, name: str, targets: Mapping[str, Tensor]) -> None:
+        """Copy an average into tensors laid out as the (local) parameters, by their names.
+
+        A collective call where averages are shared: the parts arrive one after the other. Raises UserError for an
+        average that is not tracked.
+        """
+        average, world = self.average(name), self.shared_by
+        if world is None:
+            for key, values in average.items():
+                targets[key].copy_(values)
+            return
+        for rank in range(world.size):
+            flat, views = flat_like([part_of(p, rank, world.size)[0] for p in self._whole.values()])
+            if rank == world.rank:
+                flat.copy_(self._flat[list(self.averages).index(name)])
+            if len(flat):  # more ranks than rows
+                world.broadcast(flat, rank)
+            for key, view in zip(self._whole, views, strict=True):
+                part_of(targets[key], rank, world.size)[0].copy_(view)
 
     def beta(self, name: str, images_seen: int, images: int) -> float:
         """Return the weight of an average's previous value in the update."""

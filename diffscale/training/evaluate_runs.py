@@ -168,7 +168,7 @@ def evaluate_trained(
     """Evaluate one trained model over Ray actors and write its records; see evaluate_run."""
     refuse_unfit_sampler(trained.experiment, trained.dataset, trained.diffusion)
     connect()
-    actors, device = devices(options.workers)
+    actors, device = devices(options.workers or trained.experiment.eval.devices or 0)
     here = device if torch.cuda.is_available() else "cpu"  # this process may be a driver without the actors' GPUs
     evaluator = CheckpointEvaluator(
         trained.experiment,

@@ -62,7 +62,7 @@ def start_from(learner: Learner, checkpoint: str, skip: tuple[str, ...]) -> None
                 local_shard(target).copy_(weights[name] if rows is None else weights[name][rows[0] : rows[1]])
         for average in learner.ema.averages.values():
             for name, mine in average.items():
-                mine.copy_(local_shard(model[name]))
+                mine.copy_(learner.ema.parameters[name])
 
 
 def _check(own: dict[str, Tensor], weights: dict[str, Tensor], skip: tuple[str, ...]) -> None:

@@ -8,7 +8,7 @@ wants to know comes back in one copy, which it may read later. The same code run
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +20,7 @@ from diffscale.core.keyed_random import Stream, stratified_uniform, uniform
 from diffscale.diffusion import Diffusion, training_loss
 from diffscale.kernels.noise import draw_normal
 from diffscale.training.capture import Capture, Recorder, recorder_for
+from diffscale.training.compile_turn import CompileTurn
 from diffscale.training.ema import Ema
 from diffscale.training.low_precision import LowPrecisionWeights, keeps_copies
 from diffscale.training.numerics import Numerics
@@ -89,7 +90,8 @@ class LossScale:
 class Learner:
     """Owner of what a step changes: weights, optimizer, averages, loss scale and `images_seen`.
 
-    holders: number of workers, from rank 0 on, that hold all of it together, each its own part
+    holders: number of workers, from rank 0 on, that write a checkpoint together, each its own part
+    writers: of those, the workers that write a part of weights and optimizer each
     """
 
     def __init__(
@@ -103,6 +105,7 @@ class Learner:
         end: int | None = None,
         recorder: Recorder | None = None,
         copies: bool | None = None,
+        turn: CompileTurn | None = None,
     ) -> None:
         """Create the optimizer, the averages and the gradients' buffer.
 
@@ -111,6 +114,7 @@ class Learner:
         end: images of the whole run, for the learning rate
         recorder: records the step's kernels; None for what `train.graph` says
         copies: whether to compute with copies of the weights in low precision; None for where it pays
+        turn: of the node's ranks to compile; None if nothing is compiled
         """
         self.model, self.diffusion, self.experiment, self.world = model, diffusion, experiment, world
         self.numerics, self.num_classes, self.end = numerics, num_classes, end
@@ -118,13 +122,15 @@ class Learner:
         self.model.train()
         self.update = Update(model, experiment.optim, world.device)
         self.optimizer = self.update.optimizer
-        self.ema = Ema(model, experiment.train.ema)
         self.sharded = experiment.train.sharded and hasattr(model, "set_requires_gradient_sync")
-        self.holders = 1
+        shared = experiment.train.shard_ema and world.size > 1 and not self.sharded
+        self.ema = Ema(model, experiment.train.ema, world if shared else None)
+        self.writers = min(experiment.train.checkpoint.parts or self._gigabytes(), world.size)
+        self.holders = world.size if shared else self.writers
         self._low: LowPrecisionWeights | None = None
         self.gradients: Gradients
         if self.sharded:
-            self.holders = world.holders(experiment.train.parallel)
+            self.holders = self.writers = world.holders(experiment.train.parallel)
             self.gradients = ShardedGradients(model)
         else:
             self.gradients = flat = FlatGradients(model, world, numerics.reduced_in)
@@ -138,6 +144,9 @@ class Learner:
         self._equal_passes = numerics.compile or world.device.type == "cuda"
         self._first = world.share(experiment.train.global_batch)[0]
         self._capture = Capture(recorder or recorder_for(experiment, world))
+        self._turn: Callable[[], AbstractContextManager[None]] = nullcontext
+        if turn is not None and not self.sharded:
+            self._turn = turn.taken
 
     # ---- one step
 
@@ -236,11 +245,12 @@ class Learner:
         if self.scale is not None:
             share = (self.scale.value * share).float()
         with self._low.in_place() if self._low else nullcontext():
-            with self.numerics.autocast(self.world.device, self.sharded):
-                terms = training_loss(
-                    self.diffusion, self.model, images, u=u, noise=noise, label=label, self_cond_keep=keep, **extra
-                )
-            ((terms.loss if weights is None else terms.loss * weights).sum() * share).backward()
+            with self._turn():
+                with self.numerics.autocast(self.world.device, self.sharded):
+                    terms = training_loss(
+                        self.diffusion, self.model, images, u=u, noise=noise, label=label, self_cond_keep=keep, **extra
+                    )
+                ((terms.loss if weights is None else terms.loss * weights).sum() * share).backward()
             self.gradients.collect()
         with torch.no_grad():
             values = terms.loss.detach().double()
@@ -319,6 +329,11 @@ class Learner:
         return numbers["u"], noise, label, numbers.get("keep")
 
     # ---- state, for checkpoints
+
+    def _gigabytes(self) -> int:
+        """Return the size of a checkpoint, rounded up: weights, two moments, and averages, in float32."""
+        copies = 3 + len(self.ema.averages)
+        return -(-4 * copies * sum(p.numel() for p in self.model.parameters()) // 10**9)
 
     def scalars(self) -> dict[str, Any]:
         """Return the part of the state that state.json holds."""

@@ -79,10 +79,10 @@ class World:
         dist.gather_object(value, values)
         return values or []
 
-    def broadcast(self, tensor: Tensor) -> None:
-        """Replace a tensor on the device by rank 0's, in place."""
+    def broadcast(self, tensor: Tensor, source: int = 0) -> None:
+        """Replace a tensor on the device by that of a rank, in place."""
         if self.size > 1:
-            dist.broadcast(tensor, src=0)
+            dist.broadcast(tensor, src=source)
 
     def barrier(self) -> None:
         """Wait for all ranks."""

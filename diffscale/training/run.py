@@ -148,7 +148,7 @@ def _cpus_needed(experiment: Experiment) -> int:
     """Return the CPUs of a private cluster; workers share them if the machine has fewer."""
     workers = experiment.train.min_workers
     if experiment.eval.workers == "own" and experiment.eval.n_generated:
-        workers += 1
+        workers += experiment.eval.devices or 1
     return max(workers * experiment.train.cpus_per_worker, os.cpu_count() or 1)
 
 

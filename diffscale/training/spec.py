@@ -18,6 +18,8 @@ Reason = Literal[
     "finished", "early", "signal", "wall", "nonfinite", "data", "storage", "evaluation", "failed", "refused"
 ]
 
+TASK_GPU = 0.01  # GPUs of an evaluation task whose Ray actors have the rest; one of them shares the task's GPU
+
 
 @dataclass(frozen=True)
 class RunSpec:

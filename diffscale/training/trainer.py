@@ -32,6 +32,7 @@ from diffscale.records.schema import Record
 from diffscale.training.checkpoint import layout as ck
 from diffscale.training.checkpoint import saver as saving
 from diffscale.training.checkpoint.restore import restore_newest
+from diffscale.training.compile_turn import CompileTurn
 from diffscale.training.control import REASONS, SIGNAL, StopRequests, Watchdog
 from diffscale.training.fit import after_out_of_memory, fitted
 from diffscale.training.initial_weights import start_from
@@ -107,10 +108,11 @@ class Trainer:
             self.watchdog.allow_compilation()
         self.requested, experiment = experiment, fitted(experiment, self.dataset, world, run_folder)
         self.experiment = experiment
-        self.learner = _build_learner(experiment, self.dataset, diffusion, world, self.numerics, self.plan.end)
+        attempt = world.from_first(uuid.uuid4().hex)
+        turn = CompileTurn(world, attempt) if self.numerics.compile else None
+        self.learner = _build_learner(experiment, self.dataset, diffusion, world, self.numerics, self.plan.end, turn)
         self.state = self._resume()
         self.state.bit_identical &= bit_identical
-        attempt = world.from_first(uuid.uuid4().hex)
         self.saver = saving.Saver(
             run_folder,
             world.rank,
@@ -457,7 +459,13 @@ class Trainer:
 
 
 def _build_learner(
-    experiment: Experiment, dataset: Dataset, diffusion: Diffusion, world: World, numerics: Numerics, end: int | None
+    experiment: Experiment,
+    dataset: Dataset,
+    diffusion: Diffusion,
+    world: World,
+    numerics: Numerics,
+    end: int | None,
+    turn: CompileTurn | None,
 ) -> Learner:
     """Build the learner at the run's beginning: the same weights on every rank, from the run's seed."""
     torch.manual_seed(experiment.train.seed)
@@ -469,7 +477,7 @@ def _build_learner(
     if sharded:
         within_nodes = experiment.train.parallel == "hsdp"
         shard(model, world, numerics.precision, within_nodes=within_nodes, reduced_in=numerics.reduced_in)
-    return Learner(model, diffusion, experiment, world, numerics, _num_classes(experiment, dataset), end)
+    return Learner(model, diffusion, experiment, world, numerics, _num_classes(experiment, dataset), end, turn=turn)
 
 
 def _propose_lanes(experiment: Experiment, dataset: Dataset, world: World) -> None:

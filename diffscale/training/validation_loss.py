@@ -49,13 +49,17 @@ def validation_loss(
         if world.rank == 0:
             _tell_lack_of_labels()
         return None, None
-    model.to(world.device)
+    sharded = hasattr(model, "set_requires_gradient_sync")
+    if not sharded:
+        model.to(world.device)
     n = min(held.n, VALIDATION_IMAGES)
     first, last = world.share(n)
+    end = first + -(-n // world.size) if sharded else last  # all ranks make the passes of the largest share
     sums = torch.zeros(2, QUARTILES, dtype=torch.float64, device=world.device)
     with _threads(threads), working("validation loss", last - first) as work:
-        for start in range(first, last, batch):
-            positions = torch.arange(start, min(start + batch, last))
+        for start in range(first, end, batch):
+            count = min(start + batch, last) - start
+            positions = torch.arange(start, start + count) if count > 0 else torch.zeros(1, dtype=torch.int64)
             stored, labels = held.gather(positions.numpy())
             if held.is_latent:
                 images = draw_latents(stored, held.encoding, 0, positions)
@@ -65,8 +69,10 @@ def validation_loss(
             u = ((place * 0.6180339887498949) % 1).float().clamp(1e-4, 1 - 1e-4)  # spread evenly, whatever n is
             noise = normal(0, Stream.VALIDATION, place, tuple(images.shape[1:]))
             label = labels.to(world.device) if getattr(model, "num_classes", 0) else None
-            with numerics.autocast(world.device):
+            with numerics.autocast(world.device, sharded):
                 terms = training_loss(diffusion, model, images.to(world.device), u=u, noise=noise, label=label)
+            if count <= 0:
+                continue
             quartile = QUARTILES - 1 - (u * QUARTILES).long().clamp(max=QUARTILES - 1)
             sums[0].index_add_(0, quartile, terms.loss.double())
             sums[1].index_add_(0, quartile, torch.ones_like(terms.loss, dtype=torch.float64))

@@ -9,11 +9,14 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from diffscale.config.experiment import Experiment
+from diffscale.core import storage
 from diffscale.core.errors import UserError
 from diffscale.records.store import write_record
 from diffscale.sweep.ledger import Ledger, Trial
 from diffscale.sweep.results import write_results
 from diffscale.sweep.run import load_sweep, planned
+from diffscale.sweep.settings import Budget
 from diffscale.sweep.table import print_summary
 from tests.support.run_records import own_record
 
@@ -103,6 +106,41 @@ def test_the_metric_has_the_name_under_which_it_is_recorded(tmp_path: Path, sett
     record(trial, 3.0)
     assert ledger.metric == name
     assert ledger.value(trial) == 3.0
+
+
+def test_a_restart_checks_and_reads_little_of_what_earlier_launches_did(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The network of each of 1,000 trials was built again, and each trial that began read the records of all others."""
+    trials = first, *_ = planned(ledger)
+    for trial in trials:
+        ledger.note_begun(trial.point)
+        record(trial, 1.0)
+    ledger.note_ended(first.id, "finished")
+    assert ledger.begun_ids() == {trial.id for trial in trials}
+    assert ledger.ended_ids() == {first.id}
+    checked: list[Experiment] = []
+    monkeypatch.setattr("diffscale.sweep.run.check_settings", checked.append)
+    assert [trial.id for trial in planned(ledger)] == [trial.id for trial in trials]
+    assert checked == [ledger.common]
+    read: list[str] = []
+    original = storage.read_bytes
+    monkeypatch.setattr(storage, "read_bytes", lambda uri: read.append(uri) or original(uri))
+    assert ledger.over_budget() is None
+    assert read == []
+    assert [ledger.ended(first.id) for _ in range(3)] == ["finished"] * 3
+    assert len(read) == 1
+
+
+def test_a_total_budget_counts_every_trial(ledger: Ledger) -> None:
+    limits = ledger.sweep.budget.model_copy(update={"total": Budget(images=40)})
+    limited = Ledger(ledger.sweep.model_copy(update={"budget": limits}))
+    first, second, _ = planned(limited)
+    for trial in (first, second):
+        limited.note_begun(trial.point)
+        assert limited.over_budget() is None
+        record(trial, 1.0, images_seen=20)
+    assert limited.over_budget() == "budget.total.images = 40 is used up (40)"
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from diffscale.core.errors import UserError
 from diffscale.records.schema import Record
 from diffscale.records.store import read_records
 from diffscale.training.async_evaluation import wanted
+from diffscale.training.async_evaluation_task import evaluate_images
 from diffscale.training.run import train
 
 from .small import BATCH, environment, experiment, settings_file, wait_for
@@ -67,6 +68,23 @@ def test_own_workers_write_the_records_of_training_workers(shared_storage: Path,
     assert [comparable(record) for record in ours] == [comparable(record) for record in theirs]
     folder = Path(results[1].run_folder)
     assert len(list((folder / "samples").glob("*.png"))) == 2
+
+
+@pytest.mark.slow
+def test_a_task_with_several_devices_writes_the_same_records(shared_storage: Path, private_ray: None) -> None:
+    """Two Ray actors draw the three chunks of samples."""
+    settings = EVALUATED | {"n_generated": 150, "points": [1.0], "workers": "training"}
+    e = experiment(shared_storage, name="devices", train={"images": 2 * BATCH}, eval=settings)
+    result = train(e, show=False, here=True)
+    theirs = read_records([result.run_folder])
+    for file in Path(result.run_folder, "records").iterdir():
+        file.unlink()
+    several = e.model_copy(update={"eval": e.eval.model_copy(update={"devices": 2})})
+    config = {"experiment": several.model_dump_json(), "run_folder": result.run_folder, "launch": "l", "gpu": False}
+    evaluate_images(config, 2 * BATCH)
+    ours = read_records([result.run_folder])
+    assert {record.evaluated_on for record in ours} == {"own workers"}
+    assert [comparable(record) for record in ours] == [comparable(record) for record in theirs]
 
 
 @pytest.mark.slow

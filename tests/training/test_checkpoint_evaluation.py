@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,9 +13,11 @@ import torch
 
 from diffscale.config.factory import build_diffusion, build_model, open_training_data
 from diffscale.config.load import load_experiment
+from diffscale.core import storage
 from diffscale.core.errors import UserError
 from diffscale.data import Dataset
 from diffscale.evaluation import ModelSource
+from diffscale.evaluation.distribute import Stopped
 from diffscale.models.cost import Cost
 from diffscale.records.schema import Record
 from diffscale.records.store import read_records, write_record
@@ -76,6 +79,31 @@ def test_training_and_evaluate_write_the_same_records(run: str, in_this_process:
     assert all(r.val_loss is not None and r.value_native is not None for r in trained if r.metric.startswith("fd"))
     assert all('"precision":"bf16"' in r.sampler for r in trained)
     assert not list(Path(run).glob("evaluating-*"))
+
+
+def test_an_interrupted_evaluation_of_a_remote_run_resumes_on_another_machine(
+    run: str, dataset: Dataset, bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its features were on the disk of the machine that was lost."""
+    checkpoint = ck.list_checkpoints(run)[-1]
+    e = experiment(Path(run).parents[1], eval=EVALUATED | {"n_generated": 150, "batch": 64})
+    columns, drawn = ck.read_state(checkpoint)["record"], list[int]()
+    original = ModelSource.samples
+    monkeypatch.setattr(ModelSource, "samples", lambda *a: drawn.append(a[1]) or original(*a))
+    for machine, answers in (("first", [False, False, True]), ("second", [False] * 3)):
+        monkeypatch.setenv("DIFFSCALE_CACHE", str(tmp_path / machine))
+        asked = iter(answers)
+        evaluator = CheckpointEvaluator(
+            e, dataset, build_diffusion(e, dataset), World(), Numerics(), stop_requested=lambda asked=asked: next(asked)
+        )
+        evaluator.prepare()
+        with pytest.raises(Stopped) if machine == "first" else nullcontext():
+            evaluator.evaluate(
+                evaluator.stored(checkpoint), columns, run_folder=f"{bucket}/evaluated", evaluated_on="training workers"
+            )
+    assert drawn == [0, 64, 128]
+    assert {r.n_generated for r in read_records([f"{bucket}/evaluated"])} == {150}
+    assert not [uri for uri in storage.list_files(f"{bucket}/evaluated", recursive=True) if "evaluating" in uri]
 
 
 def test_samples_that_do_not_fit_the_memory_end_the_evaluation_with_a_smaller_batch(

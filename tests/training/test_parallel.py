@@ -16,7 +16,7 @@ from diffscale.data import Dataset, Loader
 from diffscale.training.checkpoint import layout as ck
 from diffscale.training.checkpoint import saver as saving
 from diffscale.training.checkpoint.restore import restore
-from diffscale.training.checkpoint.state import gather_full
+from diffscale.training.checkpoint.state import is_sharded
 from diffscale.training.learner import Learner
 from diffscale.training.numerics import Numerics
 from diffscale.training.parallel import World, shard
@@ -76,7 +76,7 @@ def grad_norms(of: Learner, dataset: Dataset, count: int) -> list[float]:
 
 
 def full(of: Learner) -> list[torch.Tensor]:
-    weights = [gather_full(p.detach()).clone() for p in of.model.parameters()]
+    weights = [(p.full_tensor() if is_sharded(p) else p).detach().clone() for p in of.model.parameters()]
     return weights + [a for average in of.ema.averages.values() for a in average.values()]
 
 

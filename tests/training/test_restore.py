@@ -23,6 +23,14 @@ from .small import BATCH
 from .test_learner import batches, learner
 from .test_parallel import identical, make, train
 
+KINDS: dict[str, dict[str, Any]] = {
+    "ddp": {},
+    "parts": {"checkpoint": {"parts": 2}},
+    "averages": {"shard_ema": True},
+    "fsdp2": {"parallel": "fsdp2"},
+}
+"""Settings `train` of the ways in which weights and averages lie on ranks and in files."""
+
 
 def save(of: Learner, run_folder: str, world: World) -> None:
     settings = ck.save_settings(of.experiment)
@@ -32,40 +40,47 @@ def save(of: Learner, run_folder: str, world: World) -> None:
     world.barrier()
 
 
-def again(storage_: str, dataset: Dataset, world: World, parallel: str) -> Learner:
+def again(storage_: str, dataset: Dataset, world: World, kind: str) -> Learner:
     """Return a learner that knows nothing."""
-    of = make(storage_, dataset, world, parallel=parallel)
+    of = make(storage_, dataset, world, **KINDS[kind])
     for p in of.model.parameters():
         p.data.zero_()
     return of
 
 
-def rank_main(rank: int, folder: str, storage_: str, dataset: Dataset, remote: str) -> None:
+def rank_main(rank: int, folder: str, storage_: str, dataset: Dataset, place: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     world, read = World(rank, 2), []
     original = restoring.read_group
     restoring.read_group = lambda *args, **more: read.append(args[1]) or original(*args, **more)  # type: ignore[assignment]
     out: dict[str, Any] = {}
-    for parallel, run in (("ddp", f"{folder}/ddp"), ("fsdp2", f"{folder}/fsdp2"), ("ddp", f"{remote}/ddp"),
-                          ("fsdp2", f"{remote}/fsdp2")):  # fmt: skip
-        of = make(storage_, dataset, world, parallel=parallel)
+    averages: list[dict[str, torch.Tensor]] = []
+    for kind in KINDS:
+        run = f"{place}/{kind}"
+        of = make(storage_, dataset, world, **KINDS[kind])
         train(of, dataset, 2)
         save(of, run, world)
         read.clear()
-        found = again(storage_, dataset, world, parallel)
+        found = again(storage_, dataset, world, kind)
         where = restoring.restore_newest(found, run, world)
         assert where is not None
-        out[f"{parallel} {'://' in run}"] = (where[0], identical(of, found), found.images_seen, len(read))
+        out[kind] = (where[0], identical(of, found), found.images_seen, len(read))
+        if kind != "fsdp2":
+            averages.append({name: torch.empty_like(p) for name, p in of.model.named_parameters()})
+            found.ema.copy_to("halflife", averages[-1])
+            stored = ck.read_weights(where[0], "halflife")
+            assert all(torch.equal(averages[0][name], p) for name, p in averages[-1].items())
+            assert all(torch.equal(averages[0][name], stored[name]) for name in averages[0])
         train(of, dataset, 1)
         save(of, run, world)
         newest = ck.folder_of(run, 3 * BATCH)
-        written = "ema/halflife.safetensors" if parallel == "ddp" else "ema/halflife.00001-of-00002.safetensors"
+        written = "ema/halflife.safetensors" if kind == "ddp" else "ema/halflife.00001-of-00002.safetensors"
         if rank == 0:  # in the second case it is rank 1 that reads the damaged file
             data = storage.read_bytes(f"{newest}/{written}")
             storage.write_bytes(f"{newest}/{written}", data[:-1] + bytes([data[-1] ^ 1]))
         world.barrier()
-        before = restoring.restore_newest(again(storage_, dataset, world, parallel), run, world)
+        before = restoring.restore_newest(again(storage_, dataset, world, kind), run, world)
         assert before is not None
         assert ck.images_of(before[0]) == 2 * BATCH
         world.barrier()
@@ -76,22 +91,23 @@ def rank_main(rank: int, folder: str, storage_: str, dataset: Dataset, remote: s
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=["local", pytest.param("s3", marks=pytest.mark.slow)])
 def results(
-    shared_storage: Path, dataset: Dataset, tmp_path_factory: pytest.TempPathFactory, bucket: str
+    shared_storage: Path, dataset: Dataset, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("restore")
-    mp.spawn(rank_main, args=(str(folder), str(shared_storage), dataset, f"{bucket}/restore"), nprocs=2)
+    place = str(folder) if request.param == "local" else f"{request.getfixturevalue('bucket')}/restore"
+    mp.spawn(rank_main, args=(str(folder), str(shared_storage), dataset, place), nprocs=2)
     return torch.load(folder / "out.pt", weights_only=True)
 
 
-@pytest.mark.parametrize("where", [False, True], ids=["local", "s3"])
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
-def test_all_ranks_get_the_newest_good_checkpoint(results: list[dict[str, Any]], parallel: str, where: bool) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_ranks_get_the_newest_good_checkpoint(results: list[dict[str, Any]], kind: str) -> None:
+    """The averages are the same to the bit, whether ranks share them or not (in `rank_main`)."""
     for rank, out in enumerate(results):
-        checkpoint, same, images, groups = out[f"{parallel} {where}"]
+        checkpoint, same, images, groups = out[kind]
         assert (same, images) == (True, 2 * BATCH), checkpoint
-        assert (groups == 0) == (parallel == "ddp" and rank > 0)  # rank 0 alone reads replicated weights
+        assert (groups == 0) == (kind != "fsdp2" and rank > 0)  # rank 0 alone reads replicated weights
 
 
 def test_a_rank_opens_the_files_with_its_rows_alone(tmp_path: Path) -> None:
@@ -117,11 +133,11 @@ def test_a_snapshot_takes_the_memory_of_the_one_before(shared_storage: Path, dat
     second = saving.snapshot(of, {}, 0, buffer)
     assert first is not None
     assert second is not None
-    for group, (tensors, _) in first.groups.items():
-        for name, tensor in tensors.items():
-            assert tensor.data_ptr() == second.groups[group][0][name].data_ptr()
+    for group, held in first.groups.items():
+        for name, tensor in held.tensors.items():
+            assert tensor.data_ptr() == second.groups[group].tensors[name].data_ptr()
     weights = dict(of.model.named_parameters())
-    assert all(torch.equal(second.groups["model"][0][name], p.detach()) for name, p in weights.items())
+    assert all(torch.equal(second.groups["model"].tensors[name], p.detach()) for name, p in weights.items())
 
 
 def test_tensors_of_an_object_store_are_fetched_together(bucket: str) -> None:

@@ -24,8 +24,10 @@ from diffscale.core import storage
 from diffscale.core.errors import UserError
 from diffscale.core.hashing import Digest, digest_of
 from diffscale.core.text import one_line
+from diffscale.training.checkpoint.state import local_rows, sharded_like
 from diffscale.training.checkpoint.tensors import (
     CheckpointDamaged,
+    Rows,
     group_files,
     groups_in,
     read_group,
@@ -175,17 +177,24 @@ def read_weights(checkpoint: str, ema: str) -> dict[str, Tensor]:
 def load_weights(model: nn.Module, checkpoint: str, ema: str) -> None:
     """Load the weights of an average into a model: every parameter is the average's, buffers are the model's.
 
-    Raises UserError if the run did not track the average, CheckpointDamaged if the average lacks a parameter.
+    Of a sharded model each rank reads its rows. Raises UserError if the run did not track the average,
+    CheckpointDamaged if the average lacks a parameter.
     """
-    average = _read_average(checkpoint, ema)
+    state = model.state_dict()
+
+    def rows(name: str, _: tuple[int, ...]) -> tuple[int, int] | None:
+        return local_rows(state[name]) if name in state else None
+
+    average = _read_average(checkpoint, ema, rows)
     if average is not None:
         missing = [name for name, _ in model.named_parameters() if name not in average]
         if missing:
             raise CheckpointDamaged(f"{checkpoint}: the average {ema} lacks {missing[0]}")
-    model.load_state_dict(read_group(checkpoint, "model") | (average or {}))
+    found = read_group(checkpoint, "model", rows) | (average or {})
+    model.load_state_dict({name: sharded_like(state[name], t) if name in state else t for name, t in found.items()})
 
 
-def _read_average(checkpoint: str, ema: str) -> dict[str, Tensor] | None:
+def _read_average(checkpoint: str, ema: str, rows: Rows | None = None) -> dict[str, Tensor] | None:
     """Return the tensors of an average, None for none. Raises UserError if the run did not track it."""
     name = ema_name(ema)
     if name == "none":
@@ -193,7 +202,7 @@ def _read_average(checkpoint: str, ema: str) -> dict[str, Tensor] | None:
     if not group_files(checkpoint, f"ema/{name}"):
         known = ["none", *groups_in(storage.join(checkpoint, "ema"))]
         raise UserError(setting="ema", value=ema, expected="one of the stored: " + ", ".join(known))
-    return read_group(checkpoint, f"ema/{name}")
+    return read_group(checkpoint, f"ema/{name}", rows)
 
 
 def read_experiment(checkpoint: str) -> Experiment:
@@ -272,13 +281,13 @@ def rotate(run_folder: str, policy: RetentionPolicy) -> None:
             _delete(storage.join(checkpoint, name) for name in files if name not in left)
         else:
             _delete([storage.join(checkpoint, COMPLETE), *(storage.join(checkpoint, name) for name in files)])
-            _delete_folder(checkpoint)
+            storage.delete_folder(checkpoint)
 
 
 def delete_partial(checkpoint: str) -> None:
     """Delete the folder of a checkpoint that was never completed."""
     if not storage.exists(storage.join(checkpoint, COMPLETE)):
-        _delete_folder(checkpoint)
+        storage.delete_folder(checkpoint)
 
 
 def _delete(uris: Iterable[str]) -> None:
@@ -288,11 +297,3 @@ def _delete(uris: Iterable[str]) -> None:
             fs.delete_file(path)
         except FileNotFoundError:
             continue
-
-
-def _delete_folder(uri: str) -> None:
-    fs, path = storage.filesystem(uri)
-    try:
-        fs.delete_dir(path)
-    except (FileNotFoundError, OSError) as error:
-        log.info("%s could not be removed: %s", uri, error)

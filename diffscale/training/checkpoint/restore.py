@@ -90,7 +90,7 @@ def restore(
         for name, average in learner.ema.averages.items():
             stored = group(f"ema/{name}", lambda name, _: local_rows(parameters[name]))
             for key, mine in average.items():
-                mine.copy_(stored[key])
+                mine.copy_(stored[key] if learner.sharded else learner.ema.own_rows(stored[key]))
     tensors = group("optimizer/state", optimizer_rows(learner.model)) if state["images_seen"] else {}
     restore_optimizer(learner.optimizer, learner.model, tensors, state["optimizer"])
     learner.load_scalars(state)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from diffscale.training.checkpoint.state import (
     flatten_optimizer,
     local_shard,
     optimizer_slices,
+    part_of,
     row_slice,
 )
 from diffscale.training.checkpoint.tensors import write_group
@@ -39,12 +40,20 @@ class StorageFailed(Exception):
     """A checkpoint could not be written after several tries; earlier ones are untouched."""
 
 
+class Group(NamedTuple):
+    """What this rank writes of a group of tensors: rows, their places in the full tensors, and how many ranks write."""
+
+    tensors: dict[str, Tensor]
+    slices: dict[str, Slice | None]
+    writers: int
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """This rank's part of a checkpoint, copied to the CPU."""
 
     images_seen: int
-    groups: dict[str, tuple[dict[str, Tensor], dict[str, Slice | None]]]
+    groups: dict[str, Group]
     state: dict[str, Any]
 
 
@@ -85,15 +94,30 @@ def snapshot(learner: Learner, state: dict[str, Any], rank: int, buffer: HostBuf
         return None
     parameters = dict(learner.model.named_parameters())
     model = learner.model.state_dict()
-    groups = {"model": (model, {n: row_slice(t) for n, t in model.items()})}
-    for name, average in learner.ema.averages.items():
-        groups[f"ema/{name}"] = (average, {n: row_slice(parameters[n]) for n in average})
     tensors, numbers = flatten_optimizer(learner.optimizer, learner.model)
-    groups["optimizer/state"] = (tensors, optimizer_slices(tensors, learner.model))
-    held = [local_shard(t).detach() for found, _ in groups.values() for t in found.values()]
+    groups = {
+        "model": _group(learner, model, {n: row_slice(t) for n, t in model.items()}, rank),
+        "optimizer/state": _group(learner, tensors, optimizer_slices(tensors, learner.model), rank),
+    }
+    for name, average in learner.ema.averages.items():
+        if learner.ema.shared_by is None:
+            groups[f"ema/{name}"] = _group(learner, average, {n: row_slice(parameters[n]) for n in average}, rank)
+        else:
+            places = {n: part_of(parameters[n], rank, learner.holders)[1] for n in average}
+            groups[f"ema/{name}"] = Group(average, places, learner.holders)
+    groups = {name: group for name, group in groups.items() if rank < group.writers}
+    held = [local_shard(t).detach() for group in groups.values() for t in group.tensors.values()]
     copies = iter((buffer or HostBuffer()).copy(held))
-    copied = {name: ({n: next(copies) for n in found}, places) for name, (found, places) in groups.items()}
+    copied = {name: group._replace(tensors={n: next(copies) for n in group.tensors}) for name, group in groups.items()}
     return Snapshot(learner.images_seen, copied, state | learner.scalars() | {"optimizer": numbers})
+
+
+def _group(learner: Learner, tensors: dict[str, Tensor], slices: dict[str, Slice | None], rank: int) -> Group:
+    """Return this rank's part of tensors that it holds whole, or of which it holds the rows at `slices`."""
+    if not learner.sharded and learner.writers > 1:
+        parts = {n: part_of(t, rank, learner.writers) for n, t in tensors.items()}
+        tensors, slices = {n: t for n, (t, _) in parts.items()}, {n: place for n, (_, place) in parts.items()}
+    return Group(tensors, slices, learner.writers)
 
 
 class Saver:
@@ -165,7 +189,8 @@ class Saver:
             with ThreadPoolExecutor(UPLOADS, thread_name_prefix="checkpoint") as pool:  # one stream is slow
 
                 def write(group: str) -> dict[str, Digest]:
-                    return write_group(uri, group, *snapshot.groups[group], self.rank, self.size)
+                    tensors, slices, writers = snapshot.groups[group]
+                    return write_group(uri, group, tensors, slices, self.rank, writers)
 
                 for written in pool.map(write, snapshot.groups):
                     files |= written
@@ -178,7 +203,7 @@ class Saver:
             ):
                 storage.write_bytes(storage.join(uri, name), data)
                 files[name] = digest_of(storage.join(uri, name))
-            if any(any(slices.values()) for _, slices in snapshot.groups.values()):
+            if any(any(group.slices.values()) for group in snapshot.groups.values()):
                 for rank in range(1, self.size):
                     files |= self._await(uri, rank)
             self.before()

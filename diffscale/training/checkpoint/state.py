@@ -30,6 +30,20 @@ class Slice(NamedTuple):
     rows: int  # rows of the full tensor
 
 
+def part_rows(rows: int, part: int, parts: int) -> tuple[int, int]:
+    """Return the first and last (exclusive) row of a part, as torch.chunk cuts: ⌈rows / parts⌉ in all but the last."""
+    chunk = -(-rows // parts)
+    return min(part * chunk, rows), min((part + 1) * chunk, rows)
+
+
+def part_of(tensor: Tensor, part: int, parts: int) -> tuple[Tensor, Slice | None]:
+    """Return a part of a replicated tensor, which shares its memory, and its place. A number is whole in every part."""
+    if tensor.ndim == 0:
+        return tensor, None
+    first, last = part_rows(tensor.shape[0], part, parts)
+    return tensor[first:last], Slice(first, tensor.shape[0])
+
+
 def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
     """Return whether a tensor is a DTensor."""
     module = sys.modules.get("torch.distributed.tensor")
@@ -42,10 +56,7 @@ def local_shard(tensor: Tensor) -> Tensor:
 
 
 def row_slice(tensor: Tensor) -> Slice | None:
-    """Return which rows this rank holds, or None for all of them.
-
-    Shards follow torch.chunk: every rank but the last ones holds ⌈rows / ranks⌉ rows.
-    """
+    """Return which rows this rank holds, or None for all of them."""
     if not is_sharded(tensor):
         return None
     from torch.distributed.tensor import Shard  # import cost
@@ -56,8 +67,7 @@ def row_slice(tensor: Tensor) -> Slice | None:
     if len(cut) > 1 or cut[0][1] != 0:
         raise ValueError(f"placements {tensor.placements}: only rows can be sharded, over one dimension of ranks")
     rows, mesh, over = tensor.shape[0], tensor.device_mesh, cut[0][0]
-    chunk = -(-rows // mesh.size(over))
-    return Slice(min(mesh.get_local_rank(over) * chunk, rows), rows)
+    return Slice(part_rows(rows, mesh.get_local_rank(over), mesh.size(over))[0], rows)
 
 
 def local_rows(tensor: Tensor) -> tuple[int, int] | None:
@@ -77,11 +87,6 @@ def sharded_like(tensor: Tensor, rows: Tensor) -> Tensor:
     return type(tensor).from_local(
         rows, tensor.device_mesh, tensor.placements, shape=tensor.shape, stride=tensor.stride()
     )
-
-
-def gather_full(tensor: Tensor) -> Tensor:
-    """Return the full tensor on every rank (a collective call for a sharded tensor)."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 # ---- optimizer state

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from diffscale.core import storage
 from diffscale.core.hashing import Digest
-from diffscale.training.checkpoint.state import Slice
+from diffscale.training.checkpoint.state import Slice, part_rows
 
 _NAMES = {
     torch.float64: "F64",
@@ -111,7 +111,7 @@ def group_files(folder: str, group: str, files: Iterable[str] | None = None) -> 
 
 
 def _with_rows(uris: list[str], rows: Rows) -> list[str]:
-    """Return the files of a group that hold wanted rows: each rank wrote ⌈rows / ranks⌉, as `row_slice` says.
+    """Return the files of a group that hold wanted rows: each rank wrote those of `part_rows`.
 
     The first one is always among them: it has the tensors that are not sliced.
     """
@@ -120,7 +120,7 @@ def _with_rows(uris: list[str], rows: Rows) -> list[str]:
         for name, (_, total) in _slices(file).items():
             shape = tuple(file.get_slice(name).get_shape())
             first, last = rows(name, (total, *shape[1:])) or (0, total)
-            chunk = max(1, -(-total // len(uris)))
+            chunk = max(1, part_rows(total, 0, len(uris))[1])
             if first < last:
                 wanted.update(range(first // chunk, min((last - 1) // chunk + 1, len(uris))))
     return [uris[i] for i in sorted(wanted)]
