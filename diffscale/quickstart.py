@@ -33,7 +33,7 @@ SMALLEST = ["eval.n_generated=64", "train.flops=1.08e11"]
 BUDGETS = [3.6e12 / 2 ** (step / 2) for step in range(11)]  # FLOPs of each backbone, from the presets' own down
 TRIAL_SHARE, TRIALS = 0.5, 4  # of a backbone's FLOPs, in the sweep
 WORKER_BATCH = {"global_batch": 16}
-FIXED_SECONDS = 120.0  # of the time that is not training: starts, evaluations, the report
+IMPORTS = 22  # starts, evaluations and the report take about as long as this process's imports, 22 times
 NEXT = (
     "your images: diffscale data build PHOTOS DATASET --resolution 32; "
     "the network for your compute: diffscale recommend DATASET --flops 1e15"
@@ -116,7 +116,8 @@ def budget_for(file: Path, minutes: float, experiment: Experiment, data: Dataset
     if file.exists() and (stored := json.loads(file.read_text()))["minutes"] == minutes:
         return float(stored["flops"])
     share = experiment.model_copy(update={"train": experiment.train.model_copy(update=WORKER_BATCH)})
-    affordable = WORKERS * core_flops_per_second(share, data) * (60 * minutes - FIXED_SECONDS)
+    training_seconds = max(60 * minutes - IMPORTS * time.process_time(), 60.0)
+    affordable = WORKERS * core_flops_per_second(share, data) * training_seconds
     each = affordable / (len(BACKBONES) + TRIALS * TRIAL_SHARE)
     flops = next((budget for budget in BUDGETS if budget <= each), BUDGETS[-1])
     file.parent.mkdir(parents=True, exist_ok=True)
