@@ -89,7 +89,7 @@ def tensors(of: Learner) -> dict[str, Tensor]:
     """Weights, averages and optimizer state, by the names of a checkpoint."""
     snapshot = saving.snapshot(of, {}, 0)
     assert snapshot is not None
-    return {f"{group}:{name}": t for group, (found, _) in snapshot.groups.items() for name, t in found.items()}
+    return {f"{group}:{name}": t for group, held in snapshot.groups.items() for name, t in held.tensors.items()}
 
 
 def resumed(of: Learner, make_again: Callable[[], Learner], folder: Path) -> Learner:
