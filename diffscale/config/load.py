@@ -142,14 +142,14 @@ def validate(tree: dict[str, Any]) -> Experiment:
     if isinstance(data := tree.get("data"), dict) and data.get("path") == MISSING:
         expected = "the folder of a dataset, which this preset leaves to you: data.path=FOLDER"
         raise UserError(setting="data.path", value=MISSING, expected=expected, fix="diffscale data build makes one")
-    tree = _resolve_paths(tree)
+    tree = resolve_paths(tree)
     try:
         return Experiment.model_validate(tree)
     except ValidationError as error:
         raise explain(error, Experiment, tree) from None
 
 
-def _resolve_paths(tree: dict[str, Any]) -> dict[str, Any]:
+def resolve_paths(tree: dict[str, Any]) -> dict[str, Any]:
     """Return the tree with absolute `storage` and `data.path`, and other places if they exist."""
     if isinstance(place := tree.get("storage"), str):
         tree = tree | {"storage": resolve(place)}

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from diffscale.config.load import explain, load_tree, merge, parse_overrides
+from diffscale.config.load import explain, load_tree, merge, parse_overrides, resolve_paths
 from diffscale.core.errors import UserError
 from diffscale.core.progress import working
 from diffscale.sweep.decisions import survivors
@@ -41,7 +41,7 @@ def load_sweep(sweep: str, overrides: list[str]) -> Sweep:
     tree = load_tree(sweep, kind="sweeps")
     for item in overrides:
         key, _, _ = item.partition("=")
-        value = parse_overrides([item])
+        value = resolve_paths(parse_overrides([item]))  # here: a trial's working directory is another one
         if key.split(".")[0] in SECTIONS:
             tree["overrides"] = {**tree.get("overrides", {}), key: _leaf(value)}
         elif key.startswith("space."):

@@ -32,3 +32,14 @@ def test_a_ready_sweep_has_valid_runs(name: str, tmp_path_factory: pytest.TempPa
         dataset = open_training_data(experiment)
         build_diffusion(experiment, dataset)
         build_model(experiment, dataset)
+
+
+def test_a_relative_dataset_is_that_of_the_commands_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trial of a TPE sweep reads its settings in a process of Ray, which refused the relative path."""
+    monkeypatch.chdir(tmp_path)
+    sweep = load_sweep("learning-rate", ["data.path=data/mine", "storage=runs"])
+    assert sweep.overrides["data.path"] == str(tmp_path / "data/mine")
+    assert sweep.overrides["storage"] == str(tmp_path / "runs")
+    assert load_sweep("learning-rate", ["data.path=builtin:emoji"]).overrides["data.path"] == "builtin:emoji"
