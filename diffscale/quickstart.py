@@ -32,7 +32,6 @@ WORKERS = 2
 SMALLEST = ["eval.n_generated=64", "train.flops=1.08e11"]
 BUDGETS = [3.6e12 / 2 ** (step / 2) for step in range(11)]  # FLOPs of each backbone, from the presets' own down
 TRIAL_SHARE, TRIALS = 0.5, 4  # of a backbone's FLOPs, in the sweep
-WORKER_BATCH = {"global_batch": 16}
 IMPORTS = 22  # starts, evaluations and the report take about as long as this process's imports, 22 times
 NEXT = (
     "your images: diffscale data build PHOTOS DATASET --resolution 32; "
@@ -115,7 +114,8 @@ def budget_for(file: Path, minutes: float, experiment: Experiment, data: Dataset
 
     if file.exists() and (stored := json.loads(file.read_text()))["minutes"] == minutes:
         return float(stored["flops"])
-    share = experiment.model_copy(update={"train": experiment.train.model_copy(update=WORKER_BATCH)})
+    of_a_worker = {"global_batch": experiment.train.global_batch // WORKERS}
+    share = experiment.model_copy(update={"train": experiment.train.model_copy(update=of_a_worker)})
     training_seconds = max(60 * minutes - IMPORTS * time.process_time(), 60.0)
     affordable = WORKERS * core_flops_per_second(share, data) * training_seconds
     each = affordable / (len(BACKBONES) + TRIALS * TRIAL_SHARE)

@@ -76,7 +76,10 @@ class _Command:
             time.sleep(POLL)
 
     def follow(self, until: int) -> list[dict[str, Any]]:
-        """Measure the driver after each tenth of the trials that it runs, until so many have ended."""
+        """Measure the driver after each tenth of the trials that it runs.
+
+        until: number of ended trials at which to stop
+        """
         rows, first = [], _ended(self.folder)
         for tenth in range(1, 11):
             goal, begun, since = first + (until - first) * tenth // 10, _ended(self.folder), time.perf_counter()

@@ -42,7 +42,7 @@ def options(source: str, target: Path) -> BuildOptions:
 
 
 def downloads(hub: Hub) -> int:
-    """How often the server was asked for the content of a file, or for a part of it."""
+    """Return the number of requests for the content of a file, or for a part of it."""
     return sum(method == "GET" and "/resolve/" in path for method, path in hub.asked)
 
 
