@@ -9,7 +9,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-# --no-compile: most of the packages' files are never imported, and Python compiles the others when they are.
+# --no-compile: most of the packages' files are never imported, and Python compiles the others when they are. It keeps
+# what it compiled, also where the environment says otherwise (as many container images do): each of a run's processes
+# would compile torch anew, which tripled the start of every worker.
+export PYTHONDONTWRITEBYTECODE :=
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "installing into $(VENV) (one to three minutes) ..."
 	@started=$$(date +%s); $(PIP) --no-compile -e . && echo "installed in $$(($$(date +%s) - started)) s"
