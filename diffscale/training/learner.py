@@ -120,7 +120,7 @@ class Learner:
         self.numerics, self.num_classes, self.end = numerics, num_classes, end
         self.images_seen = 0
         self.model.train()
-        self.update = Update(model, experiment.optim, world.device)
+        self.update = Update(model, experiment.optim, world.device, numerics.products)
         self.optimizer = self.update.optimizer
         self.sharded = experiment.train.sharded and hasattr(model, "set_requires_gradient_sync")
         shared = experiment.train.shard_ema and world.size > 1 and not self.sharded

@@ -37,6 +37,7 @@ from diffscale.models.accelerate import accelerate, winograd_layers
 from diffscale.models.edm2 import MPWeight
 from diffscale.models.layers import Backbone
 from diffscale.training.compile_rules import compiled_from
+from diffscale.training.optimizer import is_muon
 from diffscale.training.parallel import World
 
 log = logging.getLogger(__name__)
@@ -102,6 +103,11 @@ class Numerics:
             return nullcontext()
         low = torch.bfloat16 if self.precision == "bf16" else torch.float16
         return torch.autocast(torch.device(device).type, dtype=low, cache_enabled=not sharded)
+
+    @property
+    def products(self) -> torch.dtype:
+        """Return the dtype of matrix products. With fp16 it is bf16: Muon, which takes it too, needs the range."""
+        return torch.float32 if self.precision in ("fp32", "tf32") else torch.bfloat16
 
     @property
     def reduced_in(self) -> torch.dtype:
@@ -271,7 +277,10 @@ def settle_numerics(experiment: Experiment, run_folder: str, dataset: Dataset, w
     or without the compiled kernels it began with, continues but is not bit-identical. Raises UserError for Winograd's
     convolutions where this machine has none.
     """
-    now, stored = machine_facts(experiment, world), _read(run_folder)
+    stored = _read(run_folder)
+    train = settled(experiment, dataset).train
+    chosen = stored.numerics if stored else Numerics(*(getattr(train, f.name) for f in dataclasses.fields(Numerics)))
+    now = machine_facts(experiment, world, chosen.products)
     if stored is not None:
         changed = [key for key, value in now.items() if stored.machine.get(key, value) != value]
         if changed:
@@ -280,8 +289,6 @@ def settle_numerics(experiment: Experiment, run_folder: str, dataset: Dataset, w
             log.warning("resumed with %s after starting with %s: results will not be bit-identical", after, before)
             stored.numerics.save(run_folder, now, bit_identical=False)
         return stored.numerics, stored.bit_identical and not changed
-    train = settled(experiment, dataset).train
-    chosen = Numerics(*(getattr(train, field.name) for field in dataclasses.fields(Numerics)))
     if chosen.winograd:
         refuse_missing_winograd(chosen.precision, world.device)
     repeatable = chosen.exact or world.device.type == "cpu"
@@ -301,7 +308,7 @@ def usable(numerics: Numerics, world: World) -> Numerics:
     return dataclasses.replace(numerics, compile=False)
 
 
-def machine_facts(experiment: Experiment, world: World) -> dict[str, Any]:
+def machine_facts(experiment: Experiment, world: World, products: torch.dtype) -> dict[str, Any]:
     """Return what a run's results depend on to the bit besides its numerics.
 
     device: name of the device
@@ -309,13 +316,17 @@ def machine_facts(experiment: Experiment, world: World) -> dict[str, Any]:
     update: "device" where a step rounds otherwise than in files without the key, which are of earlier versions: on CUDA
         the learning rate is float32, sharded weights have the fused optimizer, and three workers or more sum other
         buckets; else "host"
+    muon: dtype of Muon's products, where the run has it; bf16 in files of earlier versions
+
+    products: dtype of the run's matrix products
     """
     sharded = experiment.train.sharded and world.size > 1
-    return {
+    facts = {
         "device": device_name(world.device),
         "kernels": native.available(norm_act.KERNEL),
         "update": "device" if world.device.type == "cuda" or sharded or world.size > 2 else "host",
     }
+    return facts | ({"muon": str(products)} if is_muon(experiment.optim.name) else {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -333,7 +344,9 @@ def _read(run_folder: str) -> _Stored | None:
         return None
     try:
         content = json.loads(storage.read_bytes(uri))
-        machine = {"update": "host"} | {key: content[key] for key in ("device", "kernels", "update") if key in content}
+        keys = "device", "kernels", "update", "muon"
+        earlier = {"update": "host", "muon": str(torch.bfloat16)}
+        machine = earlier | {key: content[key] for key in keys if key in content}
         return _Stored(Numerics(**content["numerics"]), bool(content.get("bit_identical", True)), machine)
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(
