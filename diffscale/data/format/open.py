@@ -38,7 +38,8 @@ def resolve(path: str, resolution: int | None, storage_uri: str, choices: Choice
                 setting="data.resolution",
                 value=resolution,
                 expected=f"{found}, the resolution of {path}",
-                fix=f"python -m diffscale.data build SOURCE DATASET --resolution {found} --resolution {resolution}",
+                fix=f"data.resolution={found}; for both: diffscale data build SOURCE DATASET --resolution {found} "
+                f"--resolution {resolution}",
             )
         return path
     several = [] if path.endswith((".arrow", ".parquet")) else available_resolutions(path)
