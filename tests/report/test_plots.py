@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,6 +15,7 @@ from diffscale.report import analyse
 from diffscale.report.figures.plots import figures, write_plots
 from diffscale.report.figures.published import matching
 from diffscale.report.figures.style import BACKBONES, _spread, looks, style, tick
+from diffscale.report.figures.sweep import shades
 
 from .records import make_record
 
@@ -101,3 +104,12 @@ def test_names_that_matplotlib_would_read_as_mathematics_are_printed_as_they_are
     svg = next(path for path in paths if path.name == "fid_vs_compute.svg").read_text()
     assert "<script" not in svg.replace("<!--", "").split("</metadata>")[1].lower().replace("&lt;script", "")
     assert all(path.stat().st_size > 5000 for path in paths)
+
+
+def test_a_small_difference_has_little_colour_in_the_heat_map() -> None:
+    """593 beside a best of 578, in one interval, was as dark as a factor of two."""
+    grid = pd.DataFrame({8: [593.0, 578.0], 16: [578.0, 1156.0]}, index=["ddpm_linear", "simple_cosine"])
+    expected = [[np.log(593 / 578) / np.log(2), 0.0], [0.0, 1.0]]
+    np.testing.assert_allclose(shades(grid), expected)
+    assert shades(grid[[8]])[0, 0] < 0.1
+    np.testing.assert_allclose(shades(grid, higher=True)[:, 1], [1.0, 0.0])

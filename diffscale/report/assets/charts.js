@@ -144,7 +144,7 @@ function drawSweep() {
   }
   replace("table-sweep", element("thead", {}, head), body);
   $("caption-sweep").textContent = `${FACETS.get(state.facet).title}; ${tables.map((t) => t.where).join("; ")}. ` +
-    "Colour: ratio to the best of its column, light is best. Brackets: 95 % intervals.";
+    "Colour: ratio to the best of its column, light is best, full blue 1.5 times it. Brackets: 95 % intervals.";
 }
 
 /** Colour a cell: the best value (0) is light, the worst (1) blue. */

@@ -10,7 +10,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
+from diffscale.records.schema import higher_is_better
 from diffscale.report.figures import style
 from diffscale.report.figures.curves import bands, extent, figure_and_axes, set_limits
 from diffscale.report.stats.facets import is_distance, metric_name
@@ -89,21 +91,33 @@ def against_nfe(part: pd.DataFrame, title: str, most: int = 8) -> Figure:
     return figure
 
 
+def shades(grid: pd.DataFrame, higher: bool = False) -> NDArray:
+    """Return how much worse than the best of its column a cell is, from 0 to 1: full colour is a factor of 1.5 or more.
+
+    A scale that ended at the worst cell painted a difference of 3 %, which no interval separated, as dark as any.
+
+    higher: whether more is better. Values that are not all positive are compared by differences.
+    """
+    positive = bool((grid.to_numpy(float)[~grid.isna()] > 0).all())
+    logs = np.log(grid) if positive else grid
+    worse = (logs.max() - logs if higher else logs - logs.min()).to_numpy(float)
+    return worse / max(float(np.nanmax(worse, initial=0.0)), np.log(1.5) if positive else 1e-6)
+
+
 def heat_map(part: pd.DataFrame, metric: str, title: str) -> Figure:
     """Draw schedule × resolution at equal compute. A cell that starts above it says so and has no colour.
 
     part: one family of `tables.sweep`
     """
     grid = part.pivot(index="schedule", columns="train_resolution", values="value")
-    grid = grid.loc[grid.mean(axis=1).sort_values().index]
+    higher = higher_is_better(metric)
+    grid = grid.loc[grid.mean(axis=1).sort_values(ascending=not higher).index]
     cells = part.set_index(["schedule", "train_resolution"])
     rows, columns = grid.shape
     longest = max(len(str(name)) for name in grid.index)
     figure, axes = plt.subplots(figsize=(style.WIDTH, 1.75 + 0.5 * rows))
-    logs = np.log(grid)
-    scaled = (logs - logs.min()).to_numpy(float)
-    top = max(float(np.nanmax(scaled, initial=0.0)), 1e-3)
-    axes.imshow(scaled, cmap="Blues", vmin=0, vmax=top * 1.5, aspect="auto")
+    scaled = shades(grid, higher)
+    axes.imshow(scaled, cmap="Blues", vmin=0, vmax=1.5, aspect="auto")
     for i, schedule in enumerate(grid.index):
         for j, side in enumerate(grid.columns):
             if not np.isfinite(scaled[i, j]):
@@ -111,7 +125,7 @@ def heat_map(part: pd.DataFrame, metric: str, title: str) -> Figure:
                 axes.text(j, i, text, ha="center", va="center", size=7, color=style.FAINT)
                 continue
             cell = cells.loc[(schedule, side)]
-            dark = scaled[i, j] > 0.8 * top
+            dark = scaled[i, j] > 0.8
             best = bool(scaled[i, j] == 0)
             ink: dict[str, Any] = {"ha": "center", "color": "white" if dark else style.INK}
             axes.text(j, i, number(cell["value"]), va="bottom", size=8, weight="bold" if best else "normal", **ink)

@@ -19,7 +19,7 @@ from diffscale.report.figures.isoflop import fitted_laws, isoflop_caption
 from diffscale.report.figures.published import matching
 from diffscale.report.figures.recommendation import searched_laws
 from diffscale.report.figures.style import looks
-from diffscale.report.figures.sweep import NO_COMMON_COMPUTE, nfe_families, nfe_lines
+from diffscale.report.figures.sweep import NO_COMMON_COMPUTE, nfe_families, nfe_lines, shades
 from diffscale.report.page.samples import PICTURES, Grids
 from diffscale.report.stats.facets import is_distance, metric_name
 from diffscale.report.stats.findings import flops, number
@@ -217,9 +217,6 @@ def _curve(curve: Curve, analysis: Analysis, index: dict) -> dict[str, Any]:
 def _sweep(facet: object, model: object, part: pd.DataFrame, higher: bool) -> dict[str, Any]:
     grid = part.pivot(index="schedule", columns="train_resolution", values="value")
     cells = {(r["schedule"], r["train_resolution"]): r for r in part.to_dict("records")}
-    logs = np.log(grid) if (grid.to_numpy(float)[~grid.isna()] > 0).all() else grid
-    shade = (logs.max() - logs if higher else logs - logs.min()).to_numpy(float)
-    shade = shade / max(float(np.nanmax(shade, initial=0.0)), 1e-6)
 
     def text(key: tuple) -> str | None:
         cell = cells.get(key)
@@ -237,7 +234,7 @@ def _sweep(facet: object, model: object, part: pd.DataFrame, higher: bool) -> di
         "model": name,
         "schedules": list(grid.index),
         "resolutions": [int(s) for s in grid.columns],
-        "shade": [[clean(float(v)) for v in row] for row in shade],
+        "shade": [[clean(float(v)) for v in row] for row in shades(grid, higher)],
         "where": f"{name} at {flops(part['train_flops'].iloc[0])} training FLOPs, all other settings equal",
         "text": [[text((schedule, side)) for side in grid.columns] for schedule in grid.index],
     }
