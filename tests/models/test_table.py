@@ -53,7 +53,9 @@ def test_the_committed_table_has_every_preset():
     assert list(committed()) == list(models.PRESETS)
 
 
-@pytest.mark.parametrize("pattern", ["*-tiny", "dit-s-?", pytest.param("*", marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
+@pytest.mark.parametrize(
+    "pattern", ["*-tiny", "dit-s-?", pytest.param("*", marks=[pytest.mark.slow, pytest.mark.timeout(1200)])]
+)
 def test_the_committed_table_is_current(pattern):
     found = {row.split("`")[1]: row for row in table(pattern).splitlines()[2:]}
     assert found == {name: row for name, row in committed().items() if name in found}
