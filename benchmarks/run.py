@@ -217,12 +217,19 @@ def committed(out: Path) -> list[Record]:
     return read_records([str(file)]) if file.exists() else []
 
 
+def without_place(record: Record) -> Record:
+    """Return a record whose settings do not say where on this machine its run was stored."""
+    place = str(record.settings.get("storage") or "STORAGE")
+    settings = {k: v.replace(place, "STORAGE") if isinstance(v, str) else v for k, v in record.settings.items()}
+    return record.model_copy(update={"settings": settings})
+
+
 def keep_records(run_folder: str, out: Path) -> None:
     """Add the run's records to the suite's records file, and copy its newest sample grid."""
     if storage.list_files(storage.join(run_folder, "records"), ".json"):
         with file_lock(cache_dir() / "benchmarks" / f"{out.name}.lock"):  # two parts of a suite may run at once
             known = {record.record_id: record for record in committed(out)}
-            every = known | {record.record_id: record for record in read_records([run_folder])}
+            every = known | {record.record_id: without_place(record) for record in read_records([run_folder])}
             if len(every) > len(known):
                 out.mkdir(parents=True, exist_ok=True)
                 write_records_file(str(out / RECORDS_FILE), every.values())

@@ -160,6 +160,16 @@ def test_results_gain_the_records_of_a_run_once_and_lose_none(tmp_path: Path) ->
     assert read_records([str(tmp_path)]) == kept[:4]
 
 
+def test_committed_records_do_not_say_where_their_runs_were(tmp_path: Path) -> None:
+    kept = committed(RESULTS / "unet-ablations")[0]
+    settings = kept.settings | {"storage": "/home/me/runs", "data.path": "/home/me/runs/datasets/cifar10"}
+    write_record(str(tmp_path / "run"), kept.model_copy(update={"settings": settings}))
+    keep_records(str(tmp_path / "run"), tmp_path / "results")
+    (found,) = committed(tmp_path / "results")
+    assert found.settings["data.path"] == "STORAGE/datasets/cifar10"
+    assert "/home/me" not in (tmp_path / "results" / "records.jsonl").read_text()
+
+
 def test_a_suite_adds_to_the_sweep_that_it_names() -> None:
     names = [e.name for e in load_suite("emoji-schedule-x-resolution").experiments()]
     assert names[0] == "emoji-schedule-x-resolution-ddpm-linear-16"
