@@ -53,10 +53,12 @@ def run_suggested(ledger: Ledger, done: list[Trial], handle_signals: bool = Fals
     if left <= 0:
         return {}
     _start_ray()
+    from optuna import logging as optuna_logging  # import cost
     from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution  # import cost
     from ray.tune.search import ConcurrencyLimiter  # import cost
     from ray.tune.search.optuna import OptunaSearch  # import cost
 
+    optuna_logging.set_verbosity(optuna_logging.WARNING)  # our own table shows the trials
     distributions: dict[str, BaseDistribution] = {}
     if ledger.sweep.variants:
         distributions[VARIANT] = CategoricalDistribution(list(ledger.sweep.variants))

@@ -42,6 +42,8 @@ class SweepTable:
 
     def __init__(self, ledger: Ledger, trials: list[Trial]) -> None:
         self.ledger, self.trials = ledger, trials
+        search = ledger.sweep.search
+        self.suggested = search.samples if search.name == "tpe" else 0  # trials in all, which Optuna chooses on the way
         self.console = make_console()
         self.stop = threading.Event()
         self.seen: dict[str, str] = {}
@@ -55,9 +57,8 @@ class SweepTable:
         if self.live:
             self.live.start()
         else:
-            work = working(
-                f"sweep {self.ledger.sweep.name}", len(self.trials), "trials", self._count(self.ledger.ended_ids())
-            )
+            done, total = self._count(self.ledger.ended_ids()), max(len(self.trials), self.suggested)
+            work = working(f"sweep {self.ledger.sweep.name}", total, "trials", done)
             self.work = self.stack.enter_context(work)
         self.thread = threading.Thread(target=self._watch, daemon=True)
         self.thread.start()
@@ -76,6 +77,8 @@ class SweepTable:
             self._show()
 
     def _show(self) -> None:
+        if self.suggested and len(self.ledger.begun_ids()) > len(self.trials):
+            self.trials = [t for t in map(self.ledger.trial, self.ledger.begun()) if t is not None]
         if self.live:
             self.live.update(self._render(), refresh=True)
             return

@@ -11,6 +11,8 @@ from diffscale.config.load import load_experiment
 from diffscale.core.errors import UserError
 from diffscale.sweep.ledger import Ledger, check_comparable
 from diffscale.sweep.run import load_sweep, planned, trials_of
+from diffscale.sweep.space import grid, point_id
+from diffscale.sweep.table import SweepTable
 
 from .small import TINY, ends, tune, write_sweep
 
@@ -77,6 +79,19 @@ def test_tpe_suggests_the_requested_number_of_trials_within_their_bounds(tmp_pat
     assert load_experiment(f"{ledger.folder}/best.yaml").optim.lr in [t.point["optim.lr"] for t in trials]
     assert tune(sweep).wait(timeout=60) == 0  # nothing is left to suggest
     assert len(planned(ledger)) == 3
+
+
+def test_the_progress_of_a_tpe_sweep_counts_the_trials_that_it_will_suggest(tmp_path: Path) -> None:
+    """It said "0 of 0 trials" from the beginning to the end, and no trial had a line."""
+    search = {"name": "tpe", "samples": 3}
+    ledger = Ledger(load_sweep(str(write_sweep(tmp_path, search=search, scheduler={"name": "none"})), []))
+    with SweepTable(ledger, []) as table:
+        assert table.work is not None
+        assert "0 of 3 trials" in table.work.line()
+        for point in grid(ledger.sweep)[:2]:
+            ledger.note_begun(point)
+            ledger.note_ended(point_id(point), "finished")
+    assert "2 of 3 trials" in table.work.line()
 
 
 def test_a_trial_that_diverged_counts_as_the_worst_value(tmp_path: Path) -> None:
