@@ -35,7 +35,7 @@ SMALLEST = ["eval.n_generated=64", "train.flops=1.08e11"]
 BUDGETS = [3.6e12 / 2 ** (step / 2) for step in range(11)]  # FLOPs of each backbone, from the presets' own down
 TRIAL_SHARE, TRIALS = 0.5, 4  # of a backbone's FLOPs, in the sweep
 # Measured here at three budgets: starts, evaluations and the report take 19 times the imports of a worker, and two
-# workers train the three backbones and the trials at .55 of what two cores reach with the first one alone.
+# workers train the three backbones and the trials at 0.55 of what two cores reach with the first one alone.
 STARTS, TOGETHER = 19, 0.55
 NEXT = (
     "your images: diffscale data build PHOTOS DATASET --resolution 32; "

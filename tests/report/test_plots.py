@@ -107,7 +107,7 @@ def test_names_that_matplotlib_would_read_as_mathematics_are_printed_as_they_are
 
 
 def test_a_small_difference_has_little_colour_in_the_heat_map() -> None:
-    """593 beside a best of 578, in one interval, was as dark as a factor of two."""
+    """593 next to a best of 578, in one interval, was as dark as a factor of two."""
     grid = pd.DataFrame({8: [593.0, 578.0], 16: [578.0, 1156.0]}, index=["ddpm_linear", "simple_cosine"])
     expected = [[np.log(593 / 578) / np.log(2), 0.0], [0.0, 1.0]]
     np.testing.assert_allclose(shades(grid), expected)
