@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # A newcomer's hour: a folder of images becomes a dataset, a run, a sweep, a report and a model to hand on.
 # Prints each command, what it printed, and the time it took: benchmarks/first_hour.sh PHOTOS > transcript.txt
-# FLOPS: of the run; 2.5e12 take ten minutes on two cores of a CPU.
+# FLOPS: of the run; 3e12 took five minutes on one core of an AMD EPYC (first_hour.md).
 set -u
-photos=$1 flops=${FLOPS:-2.5e12}
+photos=$1 flops=${FLOPS:-3e12}
 export DIFFSCALE_STORAGE=$PWD/storage COLUMNS=100
 
 step() {

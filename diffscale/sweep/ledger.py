@@ -151,6 +151,10 @@ class Ledger:
         files = storage.list_files(storage.join(self.folder, "trials"), ".json")
         return [json.loads(storage.read_bytes(f)) for f in files]
 
+    def begun_trials(self) -> list[Trial]:
+        """Return the trial of every point that was started."""
+        return [t for t in map(self.trial, self.begun()) if t is not None]
+
     def begun_ids(self) -> set[str]:
         """Return the ids of the trials that were started, with one listing."""
         return self._ids("trials")
@@ -234,7 +238,7 @@ class Ledger:
     def over_budget(self) -> str | None:
         """Return the exhausted limit of the whole sweep as a sentence, or None. Without a limit nothing is read."""
         limits = self.sweep.budget.total.model_dump(exclude_none=True)
-        spent = self.spent([t for t in map(self.trial, self.begun()) if t is not None]) if limits else {}
+        spent = self.spent(self.begun_trials()) if limits else {}
         for key, limit in limits.items():
             if spent[key] >= limit:
                 return f"budget.total.{key} = {limit:g} is used up ({spent[key]:g})"

@@ -85,9 +85,10 @@ def planned(ledger: Ledger) -> list[Trial]:
 
 def trials_of(ledger: Ledger) -> list[Trial]:
     """Return the trials without the checks of `planned`, for which the dataset must exist."""
-    points = ledger.begun() if ledger.sweep.search.name == "tpe" else grid(ledger.sweep)
-    trials = [t for t in map(ledger.trial, points) if t is not None]
-    if not trials and ledger.sweep.search.name != "tpe":
+    if ledger.sweep.search.name == "tpe":
+        return ledger.begun_trials()
+    trials = [t for t in map(ledger.trial, grid(ledger.sweep)) if t is not None]
+    if not trials:
         raise UserError(setting="constraints", value=ledger.sweep.constraints, expected="at least one point allowed")
     return trials
 

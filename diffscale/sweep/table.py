@@ -78,7 +78,7 @@ class SweepTable:
 
     def _show(self) -> None:
         if self.suggested and len(self.ledger.begun_ids()) > len(self.trials):
-            self.trials = [t for t in map(self.ledger.trial, self.ledger.begun()) if t is not None]
+            self.trials = self.ledger.begun_trials()
         if self.live:
             self.live.update(self._render(), refresh=True)
             return

@@ -278,8 +278,7 @@ def settle_numerics(experiment: Experiment, run_folder: str, dataset: Dataset, w
     convolutions where this machine has none.
     """
     stored = _read(run_folder)
-    train = settled(experiment, dataset).train
-    chosen = stored.numerics if stored else Numerics(*(getattr(train, f.name) for f in dataclasses.fields(Numerics)))
+    chosen = stored.numerics if stored is not None else _of_settings(settled(experiment, dataset))
     now = machine_facts(experiment, world, chosen.products)
     if stored is not None:
         changed = [key for key, value in now.items() if stored.machine.get(key, value) != value]
@@ -294,6 +293,10 @@ def settle_numerics(experiment: Experiment, run_folder: str, dataset: Dataset, w
     repeatable = chosen.exact or world.device.type == "cpu"
     chosen.save(run_folder, now, bit_identical=repeatable)
     return chosen, repeatable
+
+
+def _of_settings(experiment: Experiment) -> Numerics:
+    return Numerics(*(getattr(experiment.train, field.name) for field in dataclasses.fields(Numerics)))
 
 
 def usable(numerics: Numerics, world: World) -> Numerics:
