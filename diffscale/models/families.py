@@ -84,7 +84,7 @@ def edm2(size: int, resolution: int) -> Settings:
 
 
 def rin(size: int, resolution: int) -> Settings:
-    """Return a RIN in the proportions of the preset `rin-small-32`: latents half as wide as the tiles are many."""
+    """Return a RIN in the proportions of the preset `rin-conv-32`."""
     width, depth = TRANSFORMERS[size]
     return {
         "name": "rin",
@@ -101,6 +101,8 @@ def rin(size: int, resolution: int) -> Settings:
         "self_conditioning": False,
         "start": "authors",
         "zero_writes": True,
+        "time_on_tiles": True,
+        "tile_conv": 3,
     }
 
 
