@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import pandas as pd
 import typer
@@ -220,8 +220,12 @@ def committed(out: Path) -> list[Record]:
 def without_place(record: Record) -> Record:
     """Return a record whose settings do not say where on this machine its run was stored."""
     place = str(record.settings.get("storage") or "STORAGE")
-    settings = {k: v.replace(place, "STORAGE") if isinstance(v, str) else v for k, v in record.settings.items()}
-    return record.model_copy(update={"settings": settings})
+
+    def hidden(value: Any) -> Any:
+        inside = isinstance(value, str) and (value == place or value.startswith(f"{place}/"))
+        return f"STORAGE{value[len(place) :]}" if inside else value
+
+    return record.model_copy(update={"settings": {k: hidden(v) for k, v in record.settings.items()}})
 
 
 def keep_records(run_folder: str, out: Path) -> None:

@@ -152,20 +152,22 @@ def test_a_report_fits_each_backbone_and_predicts_its_largest_budget(tmp_path: P
 @pytest.mark.slow
 @pytest.mark.parametrize("budgets", [3, 4])
 def test_nominal_95_percent_intervals_cover_at_four_times_the_largest_budget(budgets: int) -> None:
-    """100 simulations, each share known to 0.02: loss 0.92 and 0.95, of a new run 0.99 and 0.94, size 0.97 and 0.94."""
+    """400 simulations, each share known to 0.01. With three and four budgets, of which the aim is 0.93 to 0.97:
+
+    loss 0.960 and 0.948, of a new run 0.963 and 0.953, size 0.970 and 0.955.
+    """
     loss, run, size, exponent = [], [], [], []
-    for seed in range(100):
-        truth, law = fitted(1000 + seed, budgets, (0.0, 0.05, 0.15)[seed % 3])
+    for seed in range(400):
+        truth, law = fitted(2000 + seed, budgets, (0.0, 0.05, 0.15)[seed % 3])
         compute = SMALLEST * FACTOR**budgets
         _, low, high = law.loss([compute])[:, 0]
         loss.append(low <= truth.loss(compute) <= high)
         _, low, high = law.loss([compute], of="run")[:, 0]
-        new = truth.loss(compute) * np.exp(NOISE * np.random.default_rng(seed).standard_normal())
-        run.append(low <= new <= high)
+        new = truth.loss(compute) * np.exp(NOISE * np.random.default_rng(seed).standard_normal(50))
+        run.append(((low <= new) & (new <= high)).mean())
         _, low, high = law.size([compute])[:, 0]
         size.append(low <= truth.size(compute) <= high)
         exponent.append(abs(law.exponents()["parameters"][0] / truth.a - 1))
-    assert np.mean(loss) >= 0.9
-    assert np.mean(run) >= 0.92
-    assert np.mean(size) >= 0.92
+    for shares in (loss, run, size):
+        assert 0.925 <= np.mean(shares) <= 0.98
     assert budgets == 3 or np.median(exponent) < 0.05

@@ -51,7 +51,7 @@ class IsoFlop:
         """Return (3, n): the best number of parameters for each compute in FLOPs, and its 95 % interval."""
         x = self._log(compute)
         best, resampled = (theta[:, 4:5] + theta[:, 5:] * x for theta in (self.parameters[None], self.bootstrap))
-        return np.exp(_with_interval(best[0], resampled))
+        return np.exp(_with_quantiles(best[0], resampled))
 
     def images(self, compute: ArrayLike) -> NDArray:
         """Return (3, n): the images that the best size sees with each compute, and the 95 % interval."""
@@ -79,12 +79,19 @@ class IsoFlop:
 
     def exponents(self) -> dict[str, tuple[float, float, float]]:
         """Return the exponent of N_opt, of the images and of the loss against compute, each with its 95 % interval."""
-        size, loss = (_with_interval(self.parameters[i], self.bootstrap[:, i]) for i in (5, 1))
+        size = _with_quantiles(self.parameters[5], self.bootstrap[:, 5])
+        loss = _with_interval(self.parameters[1], self.bootstrap[:, 1])
         images = 1 - self.cost[1] * size[[0, 2, 1]]
         return {"parameters": tuple(size), "images": tuple(images), "loss": tuple(np.exp(loss))}
 
     def _log(self, compute: ArrayLike) -> NDArray:
         return np.log(np.asarray(compute, float) / self.reference)
+
+
+def _with_quantiles(value: NDArray, resampled: NDArray) -> NDArray:
+    """Return the value (n,), and the bootstrap's 95 % quantiles of its resamples (B, n), as (3, n)."""
+    low, high = np.quantile(resampled, [0.025, 0.975], axis=0)
+    return np.stack([value, low, high])
 
 
 def _with_interval(value: NDArray, resampled: NDArray) -> NDArray:
@@ -93,7 +100,7 @@ def _with_interval(value: NDArray, resampled: NDArray) -> NDArray:
     On each side it is the farther one of the bootstrap's quantile and its reflection at the value. A floor cannot be
     below 0, so resamples of a law whose floor is overestimated lie to one side, and the quantile misses the truth.
     """
-    low, high = np.quantile(resampled, [0.025, 0.975], axis=0)
+    value, low, high = _with_quantiles(value, resampled)
     far_low, far_high = np.minimum(low, 2 * value - high), np.maximum(high, 2 * value - low)
     return np.stack([value, far_low, far_high])
 
@@ -111,7 +118,6 @@ def fit_isoflop(
 
     parameters, compute, loss, flops_per_image: (n,) of each run, at the end of its budget
     spread: standard deviation of log loss between training seeds, with `df` degrees of freedom
-
     resamples: size of the bootstrap
 
     The bootstrap is parametric, because nine runs leave too few residuals to resample: each resample draws the size of
