@@ -154,7 +154,8 @@ def test_a_report_fits_each_backbone_and_predicts_its_largest_budget(tmp_path: P
 def test_nominal_95_percent_intervals_cover_at_four_times_the_largest_budget(budgets: int) -> None:
     """400 simulations, each share known to 0.01. With three and four budgets, of which the aim is 0.93 to 0.97:
 
-    loss 0.960 and 0.948, of a new run 0.963 and 0.953, size 0.970 and 0.955.
+    loss 0.960 and 0.948, of a new run 0.963 and 0.953, size 0.970 and 0.955. The exponent of the size is recovered
+    within 2 % in the median; the aim is 5 %.
     """
     loss, run, size, exponent = [], [], [], []
     for seed in range(400):
@@ -170,4 +171,4 @@ def test_nominal_95_percent_intervals_cover_at_four_times_the_largest_budget(bud
         exponent.append(abs(law.exponents()["parameters"][0] / truth.a - 1))
     for shares in (loss, run, size):
         assert 0.925 <= np.mean(shares) <= 0.98
-    assert budgets == 3 or np.median(exponent) < 0.05
+    assert np.median(exponent) < 0.05
