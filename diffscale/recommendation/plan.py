@@ -25,6 +25,8 @@ FEWEST_STEPS = 50
 """Optimisation steps of the middle size at the smallest budget, below which a loss says nothing."""
 LATER_SIZES = 3
 """Sizes at every budget but the smallest."""
+FURTHER_RATES = 2
+"""Learning rates that the pilot adds at most for a backbone whose best one is the lowest or the highest."""
 PAPER_SIZE, PAPER_EXPONENT, PAPER_COMPUTE = 1.5e12, 0.568, 1.5e21
 """FLOPs of an image that are best with a compute: a diffusion transformer of 1e9 parameters and 256 tokens at 1.5e21
 FLOPs, and the exponent of its size (Liang et al., arXiv 2410.08184). Where the search begins."""
@@ -137,8 +139,11 @@ def stage(request: Request, variants: dict[str, dict], flops: float, **settings:
 
 def _units(request: Request) -> float:
     """Return the cost of the search in runs of the smallest budget, if no stage shared a run with another."""
-    later = sum(LATER_SIZES * request.factor**k for k in range(1, request.budgets))
-    runs = len(request.backbones) * (len(request.learning_rates) + request.sizes * request.seeds + later)
+    tuned = len(request.learning_rates) > 1
+    pilot = len(request.learning_rates) + (FURTHER_RATES if tuned else 0)
+    at_each = LATER_SIZES + (1 if tuned else 0)  # one more with half the learning rate
+    later = sum(at_each * request.factor**k for k in range(1, request.budgets))
+    runs = len(request.backbones) * (pilot + request.sizes * request.seeds + later)
     return runs + len(alternatives(request)) * request.factor ** (request.budgets - 1)
 
 

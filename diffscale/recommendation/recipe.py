@@ -79,7 +79,10 @@ def _why(backbone: str, predicted: dict[str, Prediction], part: Searched) -> lis
         if name != backbone:
             apart = "worse" if other.low > best.high else "not separated from it"
             lines.append(f"{name} at its own best size: {other}, {apart}.")
-    lines.append(f"Its learning rate, {part.learning_rate:g}, is the best of {', '.join(part.learning_rates)}.")
+    lines.append(f"Its learning rate, {part.learning_rate:g}, began as the best of {', '.join(part.learning_rates)}.")
+    if len(set(part.budget_rates)) > 1:
+        rates = ", ".join(f"{rate:g}" for rate in part.budget_rates)
+        lines.append(f"With more compute half of it was better: {rates} from the smallest budget to the largest.")
     return lines
 
 
@@ -97,7 +100,9 @@ def _caveats(
         lines.append(f"The learning rate is at the {part.at_edge} end of those tried: try further ones too.")
     if epochs > 20:
         lines.append(f"{epochs:.0f} epochs of the images: the law knows nothing of overfitting that begins later.")
-    lines.append("All sizes share the learning rate of a small one; larger networks may want a smaller rate.")
+    lines.append(
+        "The learning rate is that of the middle size at the largest budget; longer runs may want a smaller one."
+    )
     dropped = [(p.backbone, p.dropped_after) for p in searched if p.dropped_after is not None]
     return lines + [f"{name} was dropped after budget {budget + 1}: it has no law." for name, budget in dropped]
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from diffscale.core.errors import UserError
 from diffscale.models.families import FAMILIES
-from diffscale.recommendation.plan import Plan, alternatives, resolution_of, stage, window
+from diffscale.recommendation.plan import FURTHER_RATES, Plan, alternatives, resolution_of, stage, window
 from diffscale.recommendation.request import Request
 from diffscale.records.recommendation import Point, Searched
 from diffscale.records.schema import Record
@@ -30,8 +30,13 @@ class Found:
     rungs: tuple[int, ...]
     learning_rates: dict[str, float | None] = field(default_factory=dict)
     learning_rate: float = math.nan
+    budget_rates: list[float] = field(default_factory=list)
     points: list[Point] = field(default_factory=list)
     dropped_after: int | None = None
+
+    def pilot(self) -> dict[float, float]:
+        """Return the validation losses of the pilot by learning rate, infinite where it diverged."""
+        return {float(rate): math.inf if loss is None else loss for rate, loss in self.learning_rates.items()}
 
     def best(self, budget: int) -> tuple[float, int]:
         """Return the lowest validation loss at a budget, a mean over seeds, and its rung; (inf, ...) without any."""
@@ -44,12 +49,14 @@ class Found:
 
     def searched(self) -> Searched:
         """Return it as a part of the recommendation."""
-        rates = [float(rate) for rate in self.learning_rates]
-        edge = "" if len(rates) < 2 else {min(rates): "low", max(rates): "high"}.get(self.learning_rate, "")
+        rates = self.pilot()
+        best = min(rates, key=lambda rate: rates[rate])
+        edge = "" if len(rates) < 2 else {min(rates): "low", max(rates): "high"}.get(best, "")
         return Searched(
             backbone=self.backbone,
             learning_rates=self.learning_rates,
             learning_rate=self.learning_rate,
+            budget_rates=tuple(self.budget_rates),
             at_edge=edge,
             dropped_after=self.dropped_after,
             points=tuple(self.points),
@@ -118,29 +125,59 @@ def _finite(value: float | None) -> float | None:
 def _pilot(
     request: Request, plan: Plan, found: dict[str, Found], spent: dict[str, float], handle_signals: bool
 ) -> None:
-    """Choose the learning rate of each backbone, at the middle one of its sizes at the smallest budget."""
-    variants = {f.backbone: _network(request, f.backbone, f.rungs[len(f.rungs) // 2]) for f in found.values()}
-    rates = {"optim.lr": list(request.learning_rates)}
-    ledger, trials = _run(stage(request, variants, plan.budgets[0], space=rates), handle_signals)
-    for trial in trials:
-        rate = f"{trial.point['optim.lr']:g}"
-        found[trial.point["variant"]].learning_rates[rate] = _finite(ledger.value(trial))
-        _add_spent(spent, ledger.records(trial))
+    """Choose the learning rate of each backbone, at the middle one of its sizes at the smallest budget.
+
+    While the best one is at an end of those tried, the next further one is tried too, FURTHER_RATES times at most.
+    """
+    wanted = {f.backbone: list(request.learning_rates) for f in found.values()}
+    for _ in range(1 + FURTHER_RATES):
+        if not wanted:
+            break
+        variants = {
+            f"{name} {rate:g}": _network(request, name, found[name].rungs[len(found[name].rungs) // 2])
+            | {"optim.lr": rate}
+            for name, rates in wanted.items()
+            for rate in rates
+        }
+        ledger, trials = _run(stage(request, variants, plan.budgets[0]), handle_signals)
+        for trial in trials:
+            name, rate = trial.point["variant"].split()
+            found[name].learning_rates[rate] = _finite(ledger.value(trial))
+            _add_spent(spent, ledger.records(trial))
+        further = {name: further_rate(found[name].pilot()) for name in wanted}
+        wanted = {name: [rate] for name, rate in further.items() if rate is not None}
     for f in found.values():
-        losses = {float(rate): loss for rate, loss in f.learning_rates.items() if loss is not None}
-        if not losses:
+        losses = f.pilot()
+        f.learning_rate = min(losses, key=lambda rate: losses[rate])
+        if losses[f.learning_rate] == math.inf:
             raise UserError(
                 setting="learning_rates",
                 value=list(request.learning_rates),
                 expected=f"rates with one at which {f.backbone} does not diverge",
             )
-        f.learning_rate = min(losses, key=lambda rate: losses[rate])
+
+
+def further_rate(losses: dict[float, float]) -> float | None:
+    """Return the learning rate to try beyond the best one, as far as its neighbour; None if it has two, or is alone.
+
+    losses: by learning rate; infinite where it diverged
+    """
+    rates = sorted(losses)
+    best = min(rates, key=lambda rate: losses[rate])
+    if len(rates) < 2 or losses[best] == math.inf or best not in (rates[0], rates[-1]):
+        return None
+    neighbour = rates[1] if best == rates[0] else rates[-2]
+    return float(f"{best**2 / neighbour:.3g}")
 
 
 def _budget(
     request: Request, alive: list[Found], number: int, flops: float, spent: dict[str, float], handle_signals: bool
 ) -> None:
     """Train the sizes of each backbone to one budget, and add their ends to what is known."""
+    if number > 0 and len(request.learning_rates) > 1:
+        _slow_down(request, alive, flops, spent, handle_signals)
+    for f in alive:
+        f.budget_rates.append(f.learning_rate)
     places = {f"{f.backbone}-{rung}": (f, rung) for f in alive for rung in f.rungs}
     variants = {
         name: _network(request, f.backbone, rung) | {"optim.lr": f.learning_rate} for name, (f, rung) in places.items()
@@ -152,6 +189,30 @@ def _budget(
         records = ledger.records(trial)
         _add_spent(spent, records)
         f.points += [_point(r, rung, number) for r in _ends(records, flops) if r.val_loss is not None]
+
+
+def _slow_down(
+    request: Request, alive: list[Found], flops: float, spent: dict[str, float], handle_signals: bool
+) -> None:
+    """Halve the learning rate of each backbone whose middle size has a lower loss at this budget with the half.
+
+    The longer a run, the lower its best learning rate; the pilot's is that of the shortest runs.
+    """
+    variants = {
+        f"{f.backbone} {rate!r}": _network(request, f.backbone, f.rungs[len(f.rungs) // 2]) | {"optim.lr": rate}
+        for f in alive
+        for rate in (f.learning_rate, f.learning_rate / 2)
+    }
+    ledger, trials = _run(stage(request, variants, flops), handle_signals)
+    losses: dict[str, dict[float, float]] = {}
+    for trial in trials:
+        name, rate = trial.point["variant"].split()
+        value = _finite(ledger.value(trial))
+        losses.setdefault(name, {})[float(rate)] = math.inf if value is None else value
+        _add_spent(spent, ledger.records(trial))
+    for f in alive:
+        own = losses[f.backbone]
+        f.learning_rate = min(own, key=lambda rate: own[rate])
 
 
 def _run(sweep: Sweep, handle_signals: bool) -> tuple[Ledger, list[Trial]]:

@@ -11,7 +11,7 @@ def describe_plan(request: Request, plan: Plan) -> str:
     """Return the stages of the search and what they cost at most."""
     lines = [
         f"compute    {request.flops:.3g} FLOPs: at most {plan.most:.3g} ({request.share:.0%}) for the search",
-        f"pilot      {len(request.learning_rates)} learning rates x {len(request.backbones)} backbones at "
+        f"pilot      {len(request.learning_rates)} or more learning rates x {len(request.backbones)} backbones at "
         f"{plan.budgets[0]:.3g} FLOPs",
     ]
     for name, rungs in plan.rungs.items():

@@ -39,8 +39,9 @@ class Searched(_Part):
 
     backbone: str
     learning_rates: dict[str, float | None] = Field(description="validation loss of the pilot by learning rate")
-    learning_rate: float = Field(description="the best of them, which all sizes train with")
-    at_edge: str = Field("", description="on which side the best learning rate has no neighbour")
+    learning_rate: float = Field(description="that of the largest budget, which the recipe trains with")
+    budget_rates: tuple[float, ...] = Field((), description="learning rate of all sizes at each budget")
+    at_edge: str = Field("", description="on which side the best learning rate of the pilot has no neighbour")
     dropped_after: int | None = Field(None, description="budget after which the backbone was dropped")
     points: tuple[Point, ...]
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ TINY = [
     "name=tiny",
     "share=0.7",
     "backbones=[dit]",
-    "learning_rates=[1e-3]",
+    "learning_rates=[1e-3,2e-3]",
     "seeds=1",
     "sizes=3",
     "factor=1.5",
@@ -57,6 +58,9 @@ def test_a_killed_recommendation_continues_and_is_compared_with_what_came_true(t
     (found,) = read_recommendations([str(tmp_path / "recommendations")])
     (part,) = found.searched
     assert [sum(p.budget == b for p in part.points) for b in range(3)] == [3, 3, 3]
+    assert len(part.learning_rates) > 2  # of two the best is at an end, so a third was tried
+    assert len(part.budget_rates) == 3
+    assert all(later in (rate, rate / 2) for rate, later in pairwise(part.budget_rates))
     assert found.search_flops <= 1.05 * 0.7 * found.flops  # runs end at whole steps
     assert found.search_flops + found.recipe.flops == pytest.approx(found.flops)
     assert found.outcome is not None

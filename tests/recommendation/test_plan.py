@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from diffscale.models.families import FAMILIES, RUNGS
 from diffscale.recommendation.command_line import make_request
 from diffscale.recommendation.plan import LATER_SIZES, alternatives, make_plan, window
 from diffscale.recommendation.request import Request
+from diffscale.recommendation.search import further_rate
 
 SMALL = {"data": {"resolution": 16}, "train": {"global_batch": 8}, "backbones": ["dit"]}
 
@@ -22,14 +24,29 @@ def request(tmp_path: Path, flops: float = 1e13, **settings) -> Request:
 
 
 def test_the_search_costs_at_most_its_share(tmp_path: Path) -> None:
-    """Summed run by run: 4 learning rates, 5 sizes of 2 seeds, then 3 sizes at each larger budget."""
+    """Summed run by run: 4 + 2 learning rates, 5 sizes of 2 seeds, 3 + 1 runs at each larger budget."""
     asked = request(tmp_path)
     plan = make_plan(asked)
     first, second, third = plan.budgets
     assert second / first == pytest.approx(4)
     assert third / second == pytest.approx(4)
-    assert (4 + 5 * 2) * first + 3 * second + 3 * third == pytest.approx(0.1 * asked.flops)
+    assert (4 + 2 + 5 * 2) * first + 4 * second + 4 * third == pytest.approx(0.1 * asked.flops)
     assert plan.most == pytest.approx(0.1 * asked.flops)
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [
+        ({1e-3: 0.3, 2e-3: 0.2, 4e-3: 0.1}, 8e-3),
+        ({1e-3: 0.1, 2e-3: 0.2, 6e-3: 0.3}, 5e-4),
+        ({1e-3: 0.3, 2e-3: 0.1, 4e-3: 0.2}, None),
+        ({1e-3: 0.2, 2e-3: 0.1, 4e-3: math.inf}, None),  # the next one diverged: the best has both neighbours
+        ({1e-3: math.inf, 2e-3: math.inf}, None),
+        ({1e-3: 0.2}, None),
+    ],
+)
+def test_the_pilot_goes_on_beyond_the_best_learning_rate(losses: dict[float, float], expected: float | None) -> None:
+    assert further_rate(losses) == expected
 
 
 def test_a_budget_that_is_too_small_names_the_smallest_that_works(tmp_path: Path) -> None:
@@ -96,7 +113,7 @@ def test_schedules_and_resolutions_are_tried_in_every_combination_at_one_evaluat
     assert {keys["eval.eval_resolution"] for keys in found.values()} == {16}
     assert alternatives(request(tmp_path)) == {}
     plain, more = make_plan(request(tmp_path)), make_plan(asked)
-    assert more.budgets[0] == pytest.approx(plain.budgets[0] * 74 / (74 + 4 * 16))  # four more runs at the largest
+    assert more.budgets[0] == pytest.approx(plain.budgets[0] * 96 / (96 + 4 * 16))  # four more runs at the largest
 
 
 def test_sizes_follow_the_best_one_within_the_ladder() -> None:

@@ -20,8 +20,10 @@ from diffscale.report.stats.facets import FAIR_ENDPOINTS
 from diffscale.report.stats.least_squares import levenberg_marquardt
 
 NAMES = ("log_scale", "log_alpha", "log_floor", "log_curvature", "log_size", "size_exponent")
-LOW = np.array([-30.0, np.log(0.01), -40.0, np.log(1e-5), -60.0, -1.0])
-HIGH = np.array([30.0, np.log(2.0), 30.0, np.log(10.0), 60.0, 2.0])
+LOW = np.array([-30.0, np.log(0.01), -40.0, np.log(1e-5), -60.0, 0.25])
+HIGH = np.array([30.0, np.log(2.0), 30.0, np.log(10.0), 60.0, 0.85])
+"""Bounds of the parameters. Published exponents of the best size are between 0.46 (Hoffmann et al.) and 0.73 (Kaplan et
+al., arXiv 2001.08361); a few noisy runs fit others, and a recipe far beyond what was tried would follow."""
 FEWEST_BUDGETS, FEWEST_SIZES = 3, 3
 RESAMPLES = 400
 SAME_BUDGET = 1.1
@@ -219,7 +221,7 @@ def _start(x: NDArray, y: NDArray, s: NDArray, budgets: NDArray, share: float) -
     slope, log_scale = np.polyfit(at, falling, 1)
     curvature = np.log(np.clip(np.median(curvatures), 1e-4, 1.0))
     return np.array(
-        [log_scale, np.log(np.clip(-slope, 0.02, 1.5)), floor, curvature, log_size, np.clip(size_exponent, -0.5, 1.5)]
+        [log_scale, np.log(np.clip(-slope, 0.02, 1.5)), floor, curvature, log_size, np.clip(size_exponent, 0.3, 0.8)]
     )
 
 
