@@ -24,19 +24,20 @@ from diffscale.sweep.settings import Sweep
 
 @dataclass
 class Found:
-    """What the search knows of one backbone so far."""
+    """What the search knows of one backbone so far.
+
+    learning_rates: the pilot's validation loss by learning rate, infinite where it diverged
+    learning_rate: that of the present budget
+    budget_rates: that of each budget so far
+    """
 
     backbone: str
     rungs: tuple[int, ...]
-    learning_rates: dict[str, float | None] = field(default_factory=dict)
+    learning_rates: dict[float, float] = field(default_factory=dict)
     learning_rate: float = math.nan
     budget_rates: list[float] = field(default_factory=list)
     points: list[Point] = field(default_factory=list)
     dropped_after: int | None = None
-
-    def pilot(self) -> dict[float, float]:
-        """Return the validation losses of the pilot by learning rate, infinite where it diverged."""
-        return {float(rate): math.inf if loss is None else loss for rate, loss in self.learning_rates.items()}
 
     def best(self, budget: int) -> tuple[float, int]:
         """Return the lowest validation loss at a budget, a mean over seeds, and its rung; (inf, ...) without any."""
@@ -49,12 +50,12 @@ class Found:
 
     def searched(self) -> Searched:
         """Return it as a part of the recommendation."""
-        rates = self.pilot()
-        best = min(rates, key=lambda rate: rates[rate])
+        rates = self.learning_rates
+        best = min(rates, key=rates.__getitem__)
         edge = "" if len(rates) < 2 else {min(rates): "low", max(rates): "high"}.get(best, "")
         return Searched(
             backbone=self.backbone,
-            learning_rates=self.learning_rates,
+            learning_rates={f"{rate:g}": _finite(loss) for rate, loss in rates.items()},
             learning_rate=self.learning_rate,
             budget_rates=tuple(self.budget_rates),
             at_edge=edge,
@@ -129,32 +130,45 @@ def _pilot(
 
     While the best one is at an end of those tried, the next further one is tried too, FURTHER_RATES times at most.
     """
-    wanted = {f.backbone: list(request.learning_rates) for f in found.values()}
+    wanted = [(f, list(request.learning_rates)) for f in found.values()]
     for _ in range(1 + FURTHER_RATES):
         if not wanted:
             break
-        variants = {
-            f"{name} {rate:g}": _network(request, name, found[name].rungs[len(found[name].rungs) // 2])
-            | {"optim.lr": rate}
-            for name, rates in wanted.items()
-            for rate in rates
-        }
-        ledger, trials = _run(stage(request, variants, plan.budgets[0]), handle_signals)
-        for trial in trials:
-            name, rate = trial.point["variant"].split()
-            found[name].learning_rates[rate] = _finite(ledger.value(trial))
-            _add_spent(spent, ledger.records(trial))
-        further = {name: further_rate(found[name].pilot()) for name in wanted}
-        wanted = {name: [rate] for name, rate in further.items() if rate is not None}
+        for name, losses in _try_rates(request, wanted, plan.budgets[0], spent, handle_signals).items():
+            found[name].learning_rates |= losses
+        further = [(f, further_rate(f.learning_rates)) for f, _ in wanted]
+        wanted = [(f, [rate]) for f, rate in further if rate is not None]
     for f in found.values():
-        losses = f.pilot()
-        f.learning_rate = min(losses, key=lambda rate: losses[rate])
-        if losses[f.learning_rate] == math.inf:
+        f.learning_rate = min(f.learning_rates, key=f.learning_rates.__getitem__)
+        if f.learning_rates[f.learning_rate] == math.inf:
             raise UserError(
                 setting="learning_rates",
                 value=list(request.learning_rates),
                 expected=f"rates with one at which {f.backbone} does not diverge",
             )
+
+
+def _try_rates(
+    request: Request,
+    wanted: list[tuple[Found, list[float]]],
+    flops: float,
+    spent: dict[str, float],
+    handle_signals: bool,
+) -> dict[str, dict[float, float]]:
+    """Train the middle size of backbones with learning rates. Return their losses by backbone and rate."""
+    places = {f"{f.backbone} {rate:g}": (f, rate) for f, rates in wanted for rate in rates}
+    variants = {
+        name: _network(request, f.backbone, f.rungs[len(f.rungs) // 2]) | {"optim.lr": rate}
+        for name, (f, rate) in places.items()
+    }
+    ledger, trials = _run(stage(request, variants, flops), handle_signals)
+    losses: dict[str, dict[float, float]] = {}
+    for trial in trials:
+        f, rate = places[trial.point["variant"]]
+        value = ledger.value(trial)
+        losses.setdefault(f.backbone, {})[rate] = math.inf if value is None or math.isnan(value) else value
+        _add_spent(spent, ledger.records(trial))
+    return losses
 
 
 def further_rate(losses: dict[float, float]) -> float | None:
@@ -163,7 +177,7 @@ def further_rate(losses: dict[float, float]) -> float | None:
     losses: by learning rate; infinite where it diverged
     """
     rates = sorted(losses)
-    best = min(rates, key=lambda rate: losses[rate])
+    best = min(rates, key=losses.__getitem__)
     if len(rates) < 2 or losses[best] == math.inf or best not in (rates[0], rates[-1]):
         return None
     neighbour = rates[1] if best == rates[0] else rates[-2]
@@ -198,21 +212,11 @@ def _slow_down(
 
     The longer a run, the lower its best learning rate; the pilot's is that of the shortest runs.
     """
-    variants = {
-        f"{f.backbone} {rate!r}": _network(request, f.backbone, f.rungs[len(f.rungs) // 2]) | {"optim.lr": rate}
-        for f in alive
-        for rate in (f.learning_rate, f.learning_rate / 2)
-    }
-    ledger, trials = _run(stage(request, variants, flops), handle_signals)
-    losses: dict[str, dict[float, float]] = {}
-    for trial in trials:
-        name, rate = trial.point["variant"].split()
-        value = _finite(ledger.value(trial))
-        losses.setdefault(name, {})[float(rate)] = math.inf if value is None else value
-        _add_spent(spent, ledger.records(trial))
+    wanted = [(f, [f.learning_rate, f.learning_rate / 2]) for f in alive]
+    losses = _try_rates(request, wanted, flops, spent, handle_signals)
     for f in alive:
         own = losses[f.backbone]
-        f.learning_rate = min(own, key=lambda rate: own[rate])
+        f.learning_rate = min(own, key=own.__getitem__)
 
 
 def _run(sweep: Sweep, handle_signals: bool) -> tuple[Ledger, list[Trial]]:
