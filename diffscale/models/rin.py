@@ -34,6 +34,7 @@ from diffscale.models.transformer_layers import (
     modulate,
     patch_side,
     resize_positions,
+    rms_normalise,
     sincos_positions,
     truncated_normal_,
     unpatchify,
@@ -57,6 +58,24 @@ class FeedForward(nn.Module):
         return x + self.drop_path(self.mlp(self.norm(x)))
 
 
+class QKNorm(nn.Module):
+    """Queries and keys with a root mean square of 1 in each head, times a learned gain (Dehghani et al. 2023).
+
+    Without it the keys of the reads, made of tiles that no layer normalises, grow until a latent reads one tile.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q_gain = nn.Parameter(torch.ones(width // heads))
+        self.k_gain = nn.Parameter(torch.ones(width // heads))
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """q (B, N, width), k (B, M, width) → the same."""
+        q, k = (x.unflatten(-1, (self.heads, -1)) for x in (q, k))
+        return rms_normalise(q, self.q_gain).flatten(-2), rms_normalise(k, self.k_gain).flatten(-2)
+
+
 class CrossAttention(nn.Module):
     """Tokens x gather from tokens y; only x is normalised. Then an MLP, unless its ratio is 0.
 
@@ -65,7 +84,15 @@ class CrossAttention(nn.Module):
     """
 
     def __init__(
-        self, width: int, source: int, heads: int, mlp_ratio: int, *, setting: str = "rw_heads", gated: bool = False
+        self,
+        width: int,
+        source: int,
+        heads: int,
+        mlp_ratio: int,
+        *,
+        setting: str = "rw_heads",
+        gated: bool = False,
+        qk_norm: bool = False,
     ) -> None:
         super().__init__()
         inner = min(width, source)
@@ -74,6 +101,7 @@ class CrossAttention(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.q, self.kv = nn.Linear(width, inner), nn.Linear(source, 2 * inner)
         self.out = nn.Linear(inner, width)
+        self.qk_norm = QKNorm(inner, heads) if qk_norm else None
         self.gate = nn.Linear(width, width) if gated else None
         self.mlp = FeedForward(width, mlp_ratio) if mlp_ratio else nn.Identity()
 
@@ -86,6 +114,8 @@ class CrossAttention(nn.Module):
         if y_positions is not None:
             k = k + F.linear(y_positions, self.kv.weight[: k.shape[-1]])
         q = self.q(normed if x_positions is None else normed + x_positions)
+        if self.qk_norm is not None:
+            q, k = self.qk_norm(q, k)
         gathered = self.out(multi_head_attention(q, k, v, self.heads))
         if self.gate is not None:
             gathered = gathered * (2 * torch.sigmoid(self.gate(normed)))
@@ -95,9 +125,12 @@ class CrossAttention(nn.Module):
 class SelfAttention(nn.Module):
     """Pre-norm transformer layer on the latents. (B, M, D) → (B, M, D)."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: int, dropout: float, drop_path: float) -> None:
+    def __init__(
+        self, width: int, heads: int, mlp_ratio: int, dropout: float, drop_path: float, qk_norm: bool = False
+    ) -> None:
         super().__init__()
         self.heads = heads
+        self.qk_norm = QKNorm(width, heads) if qk_norm else None
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         from timm.layers import DropPath  # import cost: 2 s
@@ -107,6 +140,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(self.norm(x)).chunk(3, dim=-1)
+        if self.qk_norm is not None:
+            q, k = self.qk_norm(q, k)
         x = x + self.drop_path(self.out(multi_head_attention(q, k, v, self.heads)))
         return self.mlp(x)
 
@@ -199,6 +234,7 @@ class RIN(Backbone):
         gated_writes: bool = False,  # a tile scales what is written to it, by a gate of its own
         rw_positions: bool = False,  # fixed positions join the keys of the reads and the queries of the writes
         time_on_tiles: bool = False,  # time scales and shifts the tiles after the stem and before the output too
+        qk_norm: bool = False,  # queries and keys of all attention are normalised in each head
         tile_conv: SizeOrZero = 0,  # side of a depthwise convolution of the tiles after a write (an option of theirs)
         late_latents: SizeOrZero = 0,  # further latents that join before the last block
     ) -> None:
@@ -234,9 +270,9 @@ class RIN(Backbone):
         self.register_buffer("rw_positions", fixed, persistent=False)
         self.blocks = nn.ModuleList(
             RINBlock(
-                CrossAttention(latent_width, interface_width, rw_heads, latent_mlp_ratio),
+                CrossAttention(latent_width, interface_width, rw_heads, latent_mlp_ratio, qk_norm=qk_norm),
                 [
-                    SelfAttention(latent_width, latent_heads, latent_mlp_ratio, dropout, drop_path)
+                    SelfAttention(latent_width, latent_heads, latent_mlp_ratio, dropout, drop_path, qk_norm)
                     for _ in range(layers)
                 ],
                 CrossAttention(
@@ -246,6 +282,7 @@ class RIN(Backbone):
                     interface_mlp_ratio,
                     setting="write_heads" if write_heads else "rw_heads",
                     gated=gated_writes,
+                    qk_norm=qk_norm,
                 ),
                 TileConv(interface_width, tile_conv) if tile_conv else None,
             )

@@ -187,6 +187,7 @@ ADDED_SETTINGS: dict[str, Any] = {
     "model.write_heads": 0,
     "model.gated_writes": False,
     "model.rw_positions": False,
+    "model.qk_norm": False,
     "model.time_on_tiles": False,
     "model.tile_conv": 0,
     "model.late_latents": 0,
