@@ -103,6 +103,7 @@ def rin(size: int, resolution: int) -> Settings:
         "zero_writes": True,
         "time_on_tiles": True,
         "tile_conv": 3,
+        "qk_norm": True,
     }
 
 

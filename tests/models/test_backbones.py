@@ -24,7 +24,7 @@ VARIANTS = {
     "rin alone": RIN | {"self_conditioning": False, "interface_mlp_ratio": 0},
     "rin with exchange": RIN
     | {"start": "authors", "zero_writes": True, "write_heads": 4, "gated_writes": True, "rw_positions": True}
-    | {"time_on_tiles": True, "tile_conv": 3, "late_latents": 2},
+    | {"time_on_tiles": True, "tile_conv": 3, "late_latents": 2, "qk_norm": True},
     "uvit haar": UVIT,
     "uvit 5/3 residual": UVIT | {"patching": "5/3", "skips": "residual"},
     "uvit strided": UVIT | {"patching": "conv", "conv_widths": (8, 16), "conv_blocks": 2},

@@ -119,6 +119,7 @@ EXCHANGE = [
     {"time_on_tiles": True},
     {"tile_conv": 3},
     {"rw_positions": True},
+    {"qk_norm": True},
     {"write_heads": 8},
     {"late_latents": 3},
 ]

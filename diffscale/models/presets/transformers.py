@@ -116,7 +116,7 @@ TRANSFORMERS: dict[str, Preset] = {
         "zero_output": True,
     },
     "rin-small-32": _RIN_SMALL,
-    "rin-conv-32": _RIN_SMALL | {"time_on_tiles": True, "tile_conv": 3},
+    "rin-conv-32": _RIN_SMALL | {"time_on_tiles": True, "tile_conv": 3, "qk_norm": True},
     "dit-tiny": {"name": "dit", "resolution": 32, "patch_size": 4, "width": 208, "depth": 4, "num_heads": 4},
     "dit-mini": {"name": "dit", "resolution": 32, "patch_size": 4, "width": 192, "depth": 5, "num_heads": 3},
     "dit-cifar10": {"name": "dit", "resolution": 32, "patch_size": 2},
