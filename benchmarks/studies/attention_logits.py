@@ -43,12 +43,19 @@ def main(
         pd.DataFrame(rows).to_csv(out, index=False, lineterminator="\n")
 
 
-@torch.no_grad()
 def measure(run: str, checkpoint: str) -> dict[str, object]:
     """Return a row: the run, its images so far, and the largest logit of each kind of attention."""
     settings = settings_of_run(run)
     trained = load_trained(checkpoint, "none", settings)
-    model, seen = cast("rin.RIN", trained.model).eval(), list[float]()
+    found = largest_logits(cast("rin.RIN", trained.model).eval(), settings.data.resolution)
+    columns = {"run": settings.name, "seed": settings.train.seed, "images_seen": trained.images_seen}
+    return columns | {kind: round(value, 1) for kind, value in found.items()}
+
+
+@torch.no_grad()
+def largest_logits(model: rin.RIN, resolution: int) -> dict[str, float]:
+    """Return the largest attention logit over all blocks, by kind of attention."""
+    seen: list[float] = []
     attend = rin.multi_head_attention
 
     def observed(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
@@ -56,16 +63,12 @@ def measure(run: str, checkpoint: str) -> dict[str, object]:
         seen.append((a @ b.mT / math.sqrt(a.shape[-1])).abs().max().item())
         return attend(q, k, v, heads)
 
-    side = settings.data.resolution
-    x = torch.randn(IMAGES, 3, side, side, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(IMAGES, 3, resolution, resolution, generator=torch.Generator().manual_seed(0))
     with patch.object(rin, "multi_head_attention", observed):
         model(x, torch.linspace(*LOGSNR, IMAGES))
     layers = len(seen) // len(model.blocks)  # a block reads, attends in each of its layers, and writes
     kinds = [KINDS[0], *[KINDS[1]] * (layers - 2), KINDS[2]]
-    largest = {kind: max(v for i, v in enumerate(seen) if kinds[i % layers] == kind) for kind in KINDS}
-    return {"run": settings.name, "seed": settings.train.seed, "images_seen": trained.images_seen} | {
-        kind: round(value, 1) for kind, value in largest.items()
-    }
+    return {kind: max(v for i, v in enumerate(seen) if kinds[i % layers] == kind) for kind in KINDS}
 
 
 if __name__ == "__main__":
