@@ -114,6 +114,9 @@ def test_too_few_runs_have_no_law() -> None:
     rows = np.array(runs(Truth(rng, 0.0), rng, 2))
     assert fit_isoflop(*rows.T) is None
     assert fit_isoflop(*np.array(runs(Truth(rng, 0.0), rng, 4))[::3].T) is None
+    same = np.array(runs(Truth(rng, 0.0), rng, 4))
+    same[:, 0] = 1e6 * np.exp(rng.normal(0, 0.01, len(same)))  # variants of one network are no sizes
+    assert fit_isoflop(*same.T) is None
 
 
 def test_a_report_fits_each_backbone_and_predicts_its_largest_budget(tmp_path: Path) -> None:

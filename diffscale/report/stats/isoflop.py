@@ -26,8 +26,8 @@ HIGH = np.array([30.0, np.log(2.0), 30.0, np.log(10.0), 60.0, 0.85])
 al., arXiv 2001.08361); a few noisy runs fit others, and a recipe far beyond what was tried would follow."""
 FEWEST_BUDGETS, FEWEST_SIZES = 3, 3
 RESAMPLES = 400
-SAME_BUDGET = 1.1
-"""Ratio within which two computes are one budget: runs end at whole steps."""
+SAME = 1.1
+"""Ratio within which two computes are one budget, since runs end at whole steps, and two networks are of one size."""
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,8 @@ def fit_isoflop(
     intervals. Their coverage is tested in simulation.
     """
     size, compute, loss = (np.asarray(v, float) for v in (parameters, compute, loss))
-    budgets = budgets_of(compute)
-    sizes_of = [len(np.unique(size[budgets == b])) for b in np.unique(budgets)]
+    budgets = groups_of(compute)
+    sizes_of = [groups_of(size[budgets == b]).max() + 1 for b in np.unique(budgets)]
     if sum(n >= FEWEST_SIZES for n in sizes_of) < FEWEST_BUDGETS or not (loss > 0).all():
         return None
     reference = float(np.exp(np.log(compute).mean()))
@@ -178,7 +178,7 @@ class Parabola:
 
 def parabolas(ends: pd.DataFrame, law: IsoFlop) -> list[Parabola]:
     """Return the runs of each budget, the smallest first. ends: parameters, train_flops and val_loss of each run."""
-    numbers = budgets_of(ends["train_flops"].to_numpy(float))
+    numbers = groups_of(ends["train_flops"].to_numpy(float))
     found = []
     for number in range(numbers.max() + 1):
         own = ends[numbers == number].sort_values("parameters")
@@ -196,11 +196,11 @@ def sizes_around(ends: pd.DataFrame) -> NDArray:
     return np.geomspace(ends["parameters"].min() / 1.5, ends["parameters"].max() * 1.5, 80)
 
 
-def budgets_of(compute: NDArray) -> NDArray:
-    """Return the number of the budget of each run, the smallest first."""
-    order = np.argsort(compute)
-    steps = np.diff(np.log(compute[order]), prepend=np.log(compute[order[0]])) > np.log(SAME_BUDGET)
-    numbers = np.empty(len(compute), int)
+def groups_of(values: NDArray) -> NDArray:
+    """Return the number of the budget of each compute, or of the size of each network, the smallest first."""
+    order = np.argsort(values)
+    steps = np.diff(np.log(values[order]), prepend=np.log(values[order[0]])) > np.log(SAME)
+    numbers = np.empty(len(values), int)
     numbers[order] = np.cumsum(steps)
     return numbers
 
@@ -302,7 +302,7 @@ def seed_spread(ends: pd.DataFrame) -> tuple[float, int]:
 
 def at_best_recipe(ends: pd.DataFrame) -> pd.DataFrame:
     """Keep of each size at each budget the recipe of the lowest mean loss: others have a worse learning rate, say."""
-    cell = [ends["parameters"], budgets_of(ends["train_flops"].to_numpy(float))]
+    cell = [ends["parameters"], groups_of(ends["train_flops"].to_numpy(float))]
     means = ends["val_loss"].groupby([*cell, ends["recipe"]]).transform("mean")
     return ends[means == means.groupby(cell).transform("min")]
 
@@ -330,7 +330,7 @@ def isoflop(rows: pd.DataFrame) -> tuple[pd.DataFrame, dict[tuple, IsoFlop]]:
         laws[group] = law
         row = dict(zip(LOSS_GROUP, group, strict=True)) | {
             "runs": len(ends),
-            "budgets": int(budgets_of(ends["train_flops"].to_numpy(float)).max()) + 1,
+            "budgets": int(groups_of(ends["train_flops"].to_numpy(float)).max()) + 1,
             "largest_flops": float(ends["train_flops"].max()),
             "noise_percent": 100 * law.rms,
         }
@@ -344,7 +344,7 @@ def isoflop(rows: pd.DataFrame) -> tuple[pd.DataFrame, dict[tuple, IsoFlop]]:
 
 def _heldout(ends: pd.DataFrame) -> dict[str, float | bool]:
     """Return how well the other budgets predict the best loss of the largest one."""
-    number = budgets_of(ends["train_flops"].to_numpy(float))
+    number = groups_of(ends["train_flops"].to_numpy(float))
     last = ends[number == number.max()]
     law = fit_ends(ends[number < number.max()])
     best = last.loc[last["val_loss"].idxmin()]
