@@ -115,7 +115,7 @@ def _alternatives(
     sweep = stage(request, variants, plan.budgets[-1]).model_copy(update={"metric": None})
     ledger, trials = _run(sweep, handle_signals)
     for trial in trials:
-        _add_spent(spent, ledger.records(trial))
+        _add_spent(spent, ledger.records(trial), plan.budgets[-1])
     return {trial.point["variant"]: _finite(ledger.value(trial)) for trial in trials}
 
 
@@ -167,7 +167,7 @@ def _try_rates(
         f, rate = places[trial.point["variant"]]
         value = ledger.value(trial)
         losses.setdefault(f.backbone, {})[rate] = math.inf if value is None or math.isnan(value) else value
-        _add_spent(spent, ledger.records(trial))
+        _add_spent(spent, ledger.records(trial), flops)
     return losses
 
 
@@ -201,7 +201,7 @@ def _budget(
     for trial in trials:
         f, rung = places[trial.point["variant"]]
         records = ledger.records(trial)
-        _add_spent(spent, records)
+        _add_spent(spent, records, flops)
         f.points += [_point(r, rung, number) for r in _ends(records, flops) if r.val_loss is not None]
 
 
@@ -241,8 +241,9 @@ def _ends(records: list[Record], flops: float) -> list[Record]:
     return list(ends.values())
 
 
-def _add_spent(spent: dict[str, float], records: list[Record]) -> None:
-    for record in records:
+def _add_spent(spent: dict[str, float], records: list[Record], flops: float) -> None:
+    """Add what runs cost until they reached a budget: the recipe's run may have continued one of them."""
+    for record in [*(r for r in records if r.train_flops < flops), *_ends(records, flops)]:
         spent[record.run_id] = max(spent.get(record.run_id, 0.0), record.train_flops)
 
 

@@ -71,4 +71,6 @@ def test_a_killed_recommendation_continues_and_is_compared_with_what_came_true(t
     assert experiment.model.name == "dit"
     assert {point.run_name for point in part.points} == {experiment.name}  # it continues a run of the search
     assert experiment.train.flops == pytest.approx(found.recipe.flops)
-    assert start(tmp_path).wait(timeout=200) == 0  # and a finished one says it again
+    assert start(tmp_path).wait(timeout=200) == 0
+    (again,) = read_recommendations([str(tmp_path / "recommendations")])
+    assert again == found  # a finished one says it again
