@@ -76,7 +76,7 @@ def test_units_are_chosen_by_name_for_several_machines_or_a_short_time(tmp_path:
         return [unit.name for unit in units_of(suite, experiments, ["0"] * len(experiments), pattern(only))]
 
     assert names("dit seed 0") == ["cifar10-dit seed 0", "cifar10-dit seed 0, n = 50,000"]
-    assert names("seed 0$") == [f"cifar10-{backbone} seed 0" for backbone in ("unet", "uvit", "rin", "dit")]
+    assert names("seed 0$") == [f"cifar10-{backbone} seed 0" for backbone in ("unet", "uvit", "rin", "dit", "rin-conv")]
     assert len(names("")) == 2 * len(experiments)
     with pytest.raises(UserError, match="--only"):
         pattern("seed (")
