@@ -30,8 +30,8 @@ NEAR = 0.2
 """Distance of log loss from the best one at a budget at which a run's square counts half. Of 0.1, 0.2 and no limit this
 predicted the outcomes of four recommendations best (benchmarks/README.md)."""
 RESAMPLES = 400
-SAME = 1.1
-"""Ratio within which two computes are one budget, since runs end at whole steps, and two networks are of one size."""
+SAME_BUDGET, SAME_SIZE = 1.1, 1.005
+"""Ratios within which two computes are one budget (runs end at whole steps), and two networks are of one size."""
 
 
 @dataclass(frozen=True)
@@ -131,8 +131,8 @@ def fit_isoflop(
     intervals. Their coverage is tested in simulation.
     """
     size, compute, loss = (np.asarray(v, float) for v in (parameters, compute, loss))
-    budgets = groups_of(compute)
-    sizes_of = [groups_of(size[budgets == b]).max() + 1 for b in np.unique(budgets)]
+    budgets = budgets_of(compute)
+    sizes_of = [_groups(size[budgets == b], SAME_SIZE).max() + 1 for b in np.unique(budgets)]
     if sum(n >= FEWEST_SIZES for n in sizes_of) < FEWEST_BUDGETS or not (loss > 0).all():
         return None
     reference = float(np.exp(np.log(compute).mean()))
@@ -185,7 +185,7 @@ class Parabola:
 
 def parabolas(ends: pd.DataFrame, law: IsoFlop) -> list[Parabola]:
     """Return the runs of each budget, the smallest first. ends: parameters, train_flops and val_loss of each run."""
-    numbers = groups_of(ends["train_flops"].to_numpy(float))
+    numbers = budgets_of(ends["train_flops"].to_numpy(float))
     found = []
     for number in range(numbers.max() + 1):
         own = ends[numbers == number].sort_values("parameters")
@@ -203,10 +203,15 @@ def sizes_around(ends: pd.DataFrame) -> NDArray:
     return np.geomspace(ends["parameters"].min() / 1.5, ends["parameters"].max() * 1.5, 80)
 
 
-def groups_of(values: NDArray) -> NDArray:
-    """Return the number of the budget of each compute, or of the size of each network, the smallest first."""
+def budgets_of(compute: NDArray) -> NDArray:
+    """Return the number of the budget of each run, the smallest first."""
+    return _groups(compute, SAME_BUDGET)
+
+
+def _groups(values: NDArray, ratio: float) -> NDArray:
+    """Return the number of the group of each value (n,), smallest first; neighbours in a group are within a ratio."""
     order = np.argsort(values)
-    steps = np.diff(np.log(values[order]), prepend=np.log(values[order[0]])) > np.log(SAME)
+    steps = np.diff(np.log(values[order]), prepend=np.log(values[order[0]])) > np.log(ratio)
     numbers = np.empty(len(values), int)
     numbers[order] = np.cumsum(steps)
     return numbers
@@ -309,7 +314,7 @@ def seed_spread(ends: pd.DataFrame) -> tuple[float, int]:
 
 def at_best_recipe(ends: pd.DataFrame) -> pd.DataFrame:
     """Keep of each size at each budget the recipe of the lowest mean loss: others have a worse learning rate, say."""
-    cell = [ends["parameters"], groups_of(ends["train_flops"].to_numpy(float))]
+    cell = [ends["parameters"], budgets_of(ends["train_flops"].to_numpy(float))]
     means = ends["val_loss"].groupby([*cell, ends["recipe"]]).transform("mean")
     return ends[means == means.groupby(cell).transform("min")]
 
@@ -337,7 +342,7 @@ def isoflop(rows: pd.DataFrame) -> tuple[pd.DataFrame, dict[tuple, IsoFlop]]:
         laws[group] = law
         row = dict(zip(LOSS_GROUP, group, strict=True)) | {
             "runs": len(ends),
-            "budgets": int(groups_of(ends["train_flops"].to_numpy(float)).max()) + 1,
+            "budgets": int(budgets_of(ends["train_flops"].to_numpy(float)).max()) + 1,
             "largest_flops": float(ends["train_flops"].max()),
             "noise_percent": 100 * law.rms,
         }
@@ -351,7 +356,7 @@ def isoflop(rows: pd.DataFrame) -> tuple[pd.DataFrame, dict[tuple, IsoFlop]]:
 
 def _heldout(ends: pd.DataFrame) -> dict[str, float | bool]:
     """Return how well the other budgets predict the best loss of the largest one."""
-    number = groups_of(ends["train_flops"].to_numpy(float))
+    number = budgets_of(ends["train_flops"].to_numpy(float))
     last = ends[number == number.max()]
     law = fit_ends(ends[number < number.max()])
     best = last.loc[last["val_loss"].idxmin()]
