@@ -111,6 +111,7 @@ CASES = {
     "edm2": small(1, "edm2"),
     "uvit": small(1, "uvit"),
     "rin": small(1, "rin"),
+    "rin-conv": Case(1, ("train.global_batch=16",), preset="emoji-rin-conv", batch=16, steps=80, checkpoint_steps=20),
     "jit": small(1, "jit"),
     "hdit": small(1, "hdit"),
 }
