@@ -73,4 +73,6 @@ def test_a_killed_recommendation_continues_and_is_compared_with_what_came_true(t
     assert experiment.train.flops == pytest.approx(found.recipe.flops)
     assert start(tmp_path).wait(timeout=200) == 0
     (again,) = read_recommendations([str(tmp_path / "recommendations")])
-    assert again == found  # a finished one says it again
+    assert (again.search_flops, again.outcome) == (found.search_flops, found.outcome)  # a finished one says it again
+    assert (again.recipe.rung, again.recipe.flops) == (found.recipe.rung, found.recipe.flops)
+    assert again.recipe.val_loss.numbers == pytest.approx(found.recipe.val_loss.numbers, rel=1e-6)
