@@ -20,7 +20,7 @@ from diffscale.data import Dataset
 from diffscale.training.metrics_log import read_history
 from diffscale.training.trackers import TrackedRun, make_trackers
 
-from .small import BATCH, experiment
+from .small import BATCH, experiment, wait_for
 from .test_trainer import launch
 
 EVAL = {
@@ -90,7 +90,13 @@ def test_weights_and_biases_offline(shared_storage: Path, dataset: Dataset, monk
     monkeypatch.setenv("WANDB_SILENT", "true")
     folder, rows = tracked(shared_storage, dataset, "wandb", project="pets", group="baselines", tags=["first try"])
     (file,) = Path(folder).glob("wandb/offline-run-*/run-*.wandb")
-    records = [Record.FromString(data) for data in leveldb_log(file.read_bytes()[WANDB_HEADER:])]
+
+    def finished() -> list[Any]:
+        """Return all records once the last one is there: W&B's service writes the file after `finish` has returned."""
+        records = [Record.FromString(data) for data in leveldb_log(file.read_bytes()[WANDB_HEADER:])]
+        return records if records and records[-1].WhichOneof("record_type") == "exit" else []
+
+    records = wait_for(finished)
     (run,) = (r.run for r in records if r.WhichOneof("record_type") == "run")
     assert (run.project, run.run_group, list(run.tags)) == ("pets", "baselines", ["first try"])
     config = {item.key: json.loads(item.value_json) for item in run.config.update}
