@@ -55,6 +55,7 @@ def _measure(workers: int) -> dict[str, Any]:
         try:
             until(lambda: _steps(folder), "first step")
             first = time.perf_counter() - started
+            processor = [sum(worker.cpu_times()[:2]) for worker in _all_named(train, "RayTrainWorker")]
             until(lambda: _checkpoints(folder), "first checkpoint")
             controller = _named(train, "TrainController")
             before, since = sum(controller.cpu_times()[:2]), time.perf_counter()
@@ -75,6 +76,7 @@ def _measure(workers: int) -> dict[str, Any]:
     return {
         "workers": workers,
         "first_step_s": round(first, 1),
+        "cpu_s_of_a_worker_to_its_first_step": round(sum(processor) / len(processor), 1),
         "controller_cpu_share": round(share, 3),
         "recovery_s": round(recovered, 1),
         "memory_mb": round(memory),
@@ -92,5 +94,9 @@ def _checkpoints(folder: str) -> list[int]:
 
 
 def _named(command: psutil.Process, title: str) -> psutil.Process:
-    """Return a process that the command has started, by a part of its title."""
-    return next(p for p in command.children(recursive=True) if title in " ".join(p.cmdline()))
+    return _all_named(command, title)[0]
+
+
+def _all_named(command: psutil.Process, title: str) -> list[psutil.Process]:
+    """Return the processes that the command has started, by a part of their titles."""
+    return [p for p in command.children(recursive=True) if title in " ".join(p.cmdline())]
