@@ -6,6 +6,7 @@ since the controller starts before the workers. Remove this module when Ray's To
 
 from __future__ import annotations
 
+import gc
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -64,7 +65,12 @@ def _meeting_point() -> tuple[str, int]:
 
 
 def _join(backend: str, address: str, port: int) -> None:
-    """Join the group, with the environment variables of torchrun, which libraries read."""
+    """Join the group, with the environment variables of torchrun, which libraries read.
+
+    Python's garbage collector is off from here on, since imports make it run often and in vain: an eighth of a
+    worker's processor time until its first step. The function that trains switches it on.
+    """
+    gc.disable()
     import torch.distributed as dist  # import cost
 
     context = ray.train.get_context()

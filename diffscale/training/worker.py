@@ -6,6 +6,7 @@ it becomes the outcome of the run (`training/failures.py`).
 
 from __future__ import annotations
 
+import gc
 import logging
 from typing import Any
 
@@ -46,6 +47,7 @@ def train_worker(config: dict[str, Any], world: World | None = None) -> None:
             content_hash=spec.content_hash,
             submit=(lambda images: submit(images, world.rank)) if spec.evaluate_async else None,
         )
+        gc.enable()  # off since the worker joined its group, for the imports
         outcome = trainer.run()
     except Exception as error:
         position = None if trainer is None else trainer.learner.images_seen
