@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 
@@ -44,10 +47,12 @@ def choose_recipe(
     fastest = max(part.points, key=lambda point: point.flops)
     seconds = flops * fastest.device_seconds / fastest.flops
     seen = int(flops / cost.flops_per_image)
+    rate = rate_beyond(part.budget_rates or (part.learning_rate,), plan.budgets, flops)
     return Recipe(
         backbone=backbone,
         rung=rung,
         parameters=cost.parameters,
+        learning_rate=rate,
         flops=flops,
         images=seen,
         epochs=seen / dataset.n,
@@ -58,7 +63,7 @@ def choose_recipe(
         device_seconds=seconds,
         cost=money(seconds, price),
         others={name: value for name, value in predicted.items() if name != backbone},
-        why=tuple(_why(backbone, predicted, part)),
+        why=tuple(_why(backbone, predicted, part, rate)),
         caveats=tuple(_caveats(searched, part, law, plan, cost.parameters, flops, seen / dataset.n)),
     )
 
@@ -72,17 +77,30 @@ def _nearest_rung(backbone: str, law: IsoFlop, flops: float, plan: Plan) -> int:
     return next((rung for rung in range(RUNGS - 1) if loss(rung + 1) >= loss(rung)), RUNGS - 1)
 
 
-def _why(backbone: str, predicted: dict[str, Prediction], part: Searched) -> list[str]:
+def rate_beyond(rates: Sequence[float], budgets: Sequence[float], flops: float) -> float:
+    """Return the learning rate for more compute: it goes on falling as it fell between the last two budgets.
+
+    rates: learning rate at each budget
+    budgets: FLOPs of a run, the smallest first
+    flops: those of the run that the rate is for
+    """
+    if len(rates) < 2:
+        return rates[-1]
+    exponent = math.log(rates[-1] / rates[-2]) / math.log(budgets[len(rates) - 1] / budgets[len(rates) - 2])
+    return float(f"{rates[-1] * (flops / budgets[len(rates) - 1]) ** exponent:.3g}")
+
+
+def _why(backbone: str, predicted: dict[str, Prediction], part: Searched, rate: float) -> list[str]:
     best = predicted[backbone]
     lines = [f"{backbone} has the lowest predicted validation loss: {best}."]
     for name, other in sorted(predicted.items(), key=lambda item: item[1].value):
         if name != backbone:
             apart = "worse" if other.low > best.high else "not separated from it"
             lines.append(f"{name} at its own best size: {other}, {apart}.")
-    lines.append(f"Its learning rate, {part.learning_rate:g}, began as the best of {', '.join(part.learning_rates)}.")
+    lines.append(f"Its learning rate, {rate:g}, began as the best of {', '.join(part.learning_rates)}.")
     if len(set(part.budget_rates)) > 1:
-        rates = ", ".join(f"{rate:g}" for rate in part.budget_rates)
-        lines.append(f"With more compute half of it was better: {rates} from the smallest budget to the largest.")
+        rates = ", ".join(f"{tuned:g}" for tuned in part.budget_rates)
+        lines.append(f"With more compute a lower one was better: {rates} from the smallest budget to the largest.")
     return lines
 
 
@@ -100,9 +118,7 @@ def _caveats(
         lines.append(f"The learning rate is at the {part.at_edge} end of those tried: try further ones too.")
     if epochs > 20:
         lines.append(f"{epochs:.0f} epochs of the images: the law knows nothing of overfitting that begins later.")
-    lines.append(
-        "The learning rate is that of the middle size at the largest budget; longer runs may want a smaller one."
-    )
+    lines.append("The learning rate continues its trend over the budgets; it was not tried at this compute.")
     dropped = [(p.backbone, p.dropped_after) for p in searched if p.dropped_after is not None]
     return lines + [f"{name} was dropped after budget {budget + 1}: it has no law." for name, budget in dropped]
 

@@ -201,7 +201,7 @@ def recipe_settings(request: Request, found: Recommendation) -> Experiment:
         | {
             "name": runs_name(request),
             "model": FAMILIES[recipe.backbone](recipe.rung, changes.get("data.resolution", resolution_of(request))),
-            "optim.lr": part.learning_rate,
+            "optim.lr": recipe.learning_rate or part.learning_rate,
             "train.images": None,
             "train.flops": recipe.flops,
         }

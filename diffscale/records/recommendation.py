@@ -39,7 +39,7 @@ class Searched(_Part):
 
     backbone: str
     learning_rates: dict[str, float | None] = Field(description="validation loss of the pilot by learning rate")
-    learning_rate: float = Field(description="that of the largest budget, which the recipe trains with")
+    learning_rate: float = Field(description="that of the largest budget")
     budget_rates: tuple[float, ...] = Field((), description="learning rate of all sizes at each budget")
     at_edge: str = Field("", description="on which side the best learning rate of the pilot has no neighbour")
     dropped_after: int | None = Field(None, description="budget after which the backbone was dropped")
@@ -68,6 +68,7 @@ class Recipe(_Part):
     backbone: str
     rung: int
     parameters: int
+    learning_rate: float | None = Field(None, description="None in older recommendations: that of the largest budget")
     flops: float = Field(description="training FLOPs that the search left")
     images: int
     epochs: float

@@ -10,7 +10,7 @@ from diffscale.config.factory import open_training_data
 from diffscale.config.load import load_experiment
 from diffscale.recommendation.command_line import make_request
 from diffscale.recommendation.plan import make_plan, run_settings, runs_name
-from diffscale.recommendation.recipe import choose_recipe
+from diffscale.recommendation.recipe import choose_recipe, rate_beyond
 from diffscale.recommendation.run import preset_of, recipe_settings
 from diffscale.records.recommendation import Outcome, Recommendation, SamplingChoice
 from tests.report.test_recommendations import searched
@@ -69,3 +69,16 @@ def test_the_recipe_is_the_better_backbone_near_its_best_size(tmp_path: Path) ->
     assert chosen.eval.solver.model_dump() == {"name": "heun", "steps": 9} | chosen.eval.solver.model_dump()
     assert (chosen.eval.guidance_scale, chosen.eval.guidance_interval) == (1.5, (-3, 5))
     assert chosen.run_id("data") == experiment.run_id("data")
+
+
+@pytest.mark.parametrize(
+    ("rates", "flops", "expected"),
+    [
+        ([8e-3, 4e-3, 2e-3], 6.4e13, 1e-3),  # half at each factor of 4, so at the next one too
+        ([8e-3, 4e-3, 2e-3], 1.6e13 * 2, 2e-3 / 2**0.5),
+        ([8e-3, 4e-3, 4e-3], 6.4e13, 4e-3),
+        ([8e-3], 6.4e13, 8e-3),
+    ],
+)
+def test_the_learning_rate_goes_on_as_it_fell(rates: list[float], flops: float, expected: float) -> None:
+    assert rate_beyond(rates, [1e12, 4e12, 1.6e13], flops) == pytest.approx(expected, rel=1e-2)

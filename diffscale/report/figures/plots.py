@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -23,8 +24,12 @@ from diffscale.report.stats.frontier import Curve, fair, measured
 
 MOST_FACETS = 12
 """Largest number of facets with figures, the main one first; tables and the page have all of them."""
-MOST_FIGURES = 20
+MOST_FIGURES = 12
 """Largest number of figures: each takes half a second, and a thousand runs have hundreds of schedules to compare."""
+SAVED: dict[str, dict[str, Any]] = {
+    ".png": {"metadata": {"Software": "diffscale"}, "pil_kwargs": {"compress_level": 2}},  # a third faster, 11 % larger
+    ".svg": {"metadata": {"Date": None}},
+}
 Figures = Iterator[tuple[str, Figure]]
 
 
@@ -36,9 +41,9 @@ def write_plots(analysis: Analysis, out: Path) -> list[Path]:
     with style.style(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # names may be in any script; the font may not
         for name, figure in figures(analysis):
-            for suffix in (".png", ".svg"):
+            for suffix, options in SAVED.items():
                 path = folder / (name + suffix)
-                figure.savefig(path, metadata={"Date": None} if suffix == ".svg" else {"Software": "diffscale"})
+                figure.savefig(path, **options)
                 paths.append(path)
             plt.close(figure)
     return paths
