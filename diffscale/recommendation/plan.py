@@ -27,6 +27,9 @@ LATER_SIZES = 3
 """Sizes at every budget but the smallest."""
 FURTHER_RATES = 2
 """Learning rates that the pilot adds at most for a backbone whose best one is the lowest or the highest."""
+WARMUP_SHARE = 0.1
+"""Largest part of a run for the warm-up of the learning rate. With a longer one the small budgets look worse than they
+are, and the law falls too fast (Porian et al., arXiv 2406.19146)."""
 PAPER_SIZE, PAPER_EXPONENT, PAPER_COMPUTE = 1.5e12, 0.568, 1.5e21
 """FLOPs of an image that are best with a compute: a diffusion transformer of 1e9 parameters and 256 tokens at 1.5e21
 FLOPs, and the exponent of its size (Liang et al., arXiv 2410.08184). Where the search begins."""
@@ -43,12 +46,23 @@ class Plan:
     rungs: by backbone, the sizes at the smallest budget
     most: FLOPs that the search uses at most
     cost: of a backbone and rung
+    warmup_images: as in the settings, the most that a run has
     """
 
     budgets: tuple[float, ...]
     rungs: dict[str, tuple[int, ...]]
     most: float
     cost: CostOf
+    warmup_images: int = 0
+
+    def warmup(self, backbone: str, rung: int, flops: float) -> int:
+        """Return the images of the warm-up of a run of `flops`."""
+        return warmup_images(self.warmup_images, flops / self.cost(backbone, rung).flops_per_image)
+
+
+def warmup_images(setting: int, images: float) -> int:
+    """Return the images of the warm-up of a run of `images`, at most those of the setting."""
+    return min(setting, int(WARMUP_SHARE * images))
 
 
 def make_plan(request: Request) -> Plan:
@@ -92,7 +106,7 @@ def make_plan(request: Request) -> Plan:
         )
     rungs = {name: _around(_middle(name, smallest, cost), request.sizes) for name in request.backbones}
     budgets = tuple(smallest * request.factor**k for k in range(request.budgets))
-    return Plan(budgets, rungs, request.share * request.flops, cost)
+    return Plan(budgets, rungs, request.share * request.flops, cost, first.optim.warmup_images)
 
 
 def window(best: int) -> tuple[int, ...]:

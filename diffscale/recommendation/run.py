@@ -13,7 +13,7 @@ from diffscale.config.load import load_tree, merge, parse_overrides, validate
 from diffscale.core import storage
 from diffscale.evaluation.metrics.registry import recorded_name
 from diffscale.models.families import FAMILIES
-from diffscale.recommendation.plan import Plan, alternatives, resolution_of, run_settings, runs_name
+from diffscale.recommendation.plan import Plan, alternatives, resolution_of, run_settings, runs_name, warmup_images
 from diffscale.recommendation.recipe import choose_recipe
 from diffscale.recommendation.request import Request
 from diffscale.recommendation.search import search
@@ -195,6 +195,7 @@ def recipe_settings(request: Request, found: Recommendation) -> Experiment:
     recipe: Recipe = found.recipe
     part = next(p for p in found.searched if p.backbone == recipe.backbone)
     changes = alternatives(request).get(found.chosen, {})
+    usual = run_settings(request, recipe.backbone, recipe.rung).optim.warmup_images
     settings = (
         request.overrides
         | changes
@@ -202,6 +203,7 @@ def recipe_settings(request: Request, found: Recommendation) -> Experiment:
             "name": runs_name(request),
             "model": FAMILIES[recipe.backbone](recipe.rung, changes.get("data.resolution", resolution_of(request))),
             "optim.lr": recipe.learning_rate or part.learning_rate,
+            "optim.warmup_images": warmup_images(usual, recipe.images),
             "train.images": None,
             "train.flops": recipe.flops,
         }

@@ -81,7 +81,7 @@ def search(
     for number, flops in enumerate(plan.budgets):
         alive = [f for f in found.values() if f.dropped_after is None]
         console.rule(f"budget {number + 1} of {len(plan.budgets)}: {flops:.3g} FLOPs a run", align="left")
-        _budget(request, alive, number, flops, spent, handle_signals)
+        _budget(request, plan, alive, number, flops, spent, handle_signals)
         if number + 1 < len(plan.budgets):
             losses = {f.backbone: f.best(number)[0] for f in alive}
             keep = survivors(losses, max(min(len(losses) / request.keep, 2.0), 1.0))
@@ -109,6 +109,7 @@ def _alternatives(
         | {
             "model": FAMILIES[best.backbone](best.best(last)[1], keys["data.resolution"]),
             "optim.lr": best.learning_rate,
+            "optim.warmup_images": plan.warmup(best.backbone, best.best(last)[1], plan.budgets[-1]),
         }
         for name, keys in compared.items()
     }
@@ -134,7 +135,7 @@ def _pilot(
     for _ in range(1 + FURTHER_RATES):
         if not wanted:
             break
-        for name, losses in _try_rates(request, wanted, plan.budgets[0], spent, handle_signals).items():
+        for name, losses in _try_rates(request, plan, wanted, plan.budgets[0], spent, handle_signals).items():
             found[name].learning_rates |= losses
         further = [(f, further_rate(f.learning_rates)) for f, _ in wanted]
         wanted = [(f, [rate]) for f, rate in further if rate is not None]
@@ -150,6 +151,7 @@ def _pilot(
 
 def _try_rates(
     request: Request,
+    plan: Plan,
     wanted: list[tuple[Found, list[float]]],
     flops: float,
     spent: dict[str, float],
@@ -158,7 +160,7 @@ def _try_rates(
     """Train the middle size of backbones with learning rates. Return their losses by backbone and rate."""
     places = {f"{f.backbone} {rate:g}": (f, rate) for f, rates in wanted for rate in rates}
     variants = {
-        name: _network(request, f.backbone, f.rungs[len(f.rungs) // 2]) | {"optim.lr": rate}
+        name: _network(request, plan, f.backbone, f.rungs[len(f.rungs) // 2], flops) | {"optim.lr": rate}
         for name, (f, rate) in places.items()
     }
     ledger, trials = _run(stage(request, variants, flops), handle_signals)
@@ -185,16 +187,23 @@ def further_rate(losses: dict[float, float]) -> float | None:
 
 
 def _budget(
-    request: Request, alive: list[Found], number: int, flops: float, spent: dict[str, float], handle_signals: bool
+    request: Request,
+    plan: Plan,
+    alive: list[Found],
+    number: int,
+    flops: float,
+    spent: dict[str, float],
+    handle_signals: bool,
 ) -> None:
     """Train the sizes of each backbone to one budget, and add their ends to what is known."""
     if number > 0 and len(request.learning_rates) > 1:
-        _slow_down(request, alive, flops, spent, handle_signals)
+        _slow_down(request, plan, alive, flops, spent, handle_signals)
     for f in alive:
         f.budget_rates.append(f.learning_rate)
     places = {f"{f.backbone}-{rung}": (f, rung) for f in alive for rung in f.rungs}
     variants = {
-        name: _network(request, f.backbone, rung) | {"optim.lr": f.learning_rate} for name, (f, rung) in places.items()
+        name: _network(request, plan, f.backbone, rung, flops) | {"optim.lr": f.learning_rate}
+        for name, (f, rung) in places.items()
     }
     seeds = request.seeds if number == 0 else 1
     ledger, trials = _run(stage(request, variants, flops, replicates=seeds), handle_signals)
@@ -206,14 +215,14 @@ def _budget(
 
 
 def _slow_down(
-    request: Request, alive: list[Found], flops: float, spent: dict[str, float], handle_signals: bool
+    request: Request, plan: Plan, alive: list[Found], flops: float, spent: dict[str, float], handle_signals: bool
 ) -> None:
     """Halve the learning rate of each backbone whose middle size has a lower loss at this budget with the half.
 
     The longer a run, the lower its best learning rate; the pilot's is that of the shortest runs.
     """
     wanted = [(f, [f.learning_rate, f.learning_rate / 2]) for f in alive]
-    losses = _try_rates(request, wanted, flops, spent, handle_signals)
+    losses = _try_rates(request, plan, wanted, flops, spent, handle_signals)
     for f in alive:
         own = losses[f.backbone]
         f.learning_rate = min(own, key=own.__getitem__)
@@ -228,8 +237,10 @@ def _run(sweep: Sweep, handle_signals: bool) -> tuple[Ledger, list[Trial]]:
     return ledger, result.trials
 
 
-def _network(request: Request, backbone: str, rung: int) -> dict:
-    return {"model": FAMILIES[backbone](rung, resolution_of(request))}
+def _network(request: Request, plan: Plan, backbone: str, rung: int, flops: float) -> dict:
+    """Return the settings of a run that follow from its size and budget."""
+    model = FAMILIES[backbone](rung, resolution_of(request))
+    return {"model": model, "optim.warmup_images": plan.warmup(backbone, rung, flops)}
 
 
 def _ends(records: list[Record], flops: float) -> list[Record]:

@@ -34,6 +34,12 @@ def test_the_search_costs_at_most_its_share(tmp_path: Path) -> None:
     assert plan.most == pytest.approx(0.1 * asked.flops)
 
 
+def test_a_warm_up_takes_at_most_a_tenth_of_a_run(tmp_path: Path) -> None:
+    plan = make_plan(request(tmp_path, optim={"warmup_images": 500}))
+    one = plan.cost("dit", 0).flops_per_image
+    assert [plan.warmup("dit", 0, images * one) for images in (1000.5, 5000.5, 1e6)] == [100, 500, 500]
+
+
 @pytest.mark.parametrize(
     ("losses", "expected"),
     [
