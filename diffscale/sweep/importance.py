@@ -25,6 +25,7 @@ def importance(
 
     `importance` is omega squared: eta squared of the main effect, less the share that random groups of the same
     number would explain. A setting without effect is near 0. Numbers with more than four values are cut into quartiles.
+    A setting that follows from another one that is no number, as a warm-up from the network, has no row.
     It is NaN with fewer than FEWEST_TRIALS trials, or FEWEST_PER_VALUE for one value: their interval says nothing.
 
     points: settings of each finished trial
@@ -36,10 +37,13 @@ def importance(
     if len(y) and (y > 0).all():
         y = np.log(y)
     keys = [k for k in dict.fromkeys(k for p in points for k in p) if len({json.dumps(p.get(k)) for p in points}) > 1]
+    columns = {key: [p.get(key) for p in points] for key in keys}
     rng = np.random.default_rng(seed)
     rows = []
-    for key in keys:
-        groups = _groups([p.get(key) for p in points])
+    for key, column in columns.items():
+        if any(_follows(column, other) for other in columns.values() if other is not column):
+            continue
+        groups = _groups(column)
         enough = len(y) >= FEWEST_TRIALS and np.unique(groups, return_counts=True)[1].min() >= FEWEST_PER_VALUE
         samples = []
         for _ in range(draws if enough else 0):
@@ -51,6 +55,15 @@ def importance(
         rows.append({"setting": key, "importance": share, "low": low, "high": high, "trials": len(y)})
     table = pd.DataFrame(rows, columns=["setting", "importance", "low", "high", "trials"])
     return table.sort_values("importance", ascending=False, ignore_index=True)
+
+
+def _follows(column: list[Any], other: list[Any]) -> bool:
+    """Return whether each value of the other column, which has no numbers, comes with one value of this one alone."""
+    if any(isinstance(value, (int, float)) for value in other):
+        return False
+    pairs = {(json.dumps(a, sort_keys=True), json.dumps(b, sort_keys=True)) for a, b in zip(other, column, strict=True)}
+    own, others = ({pair[i] for pair in pairs} for i in (1, 0))
+    return len(pairs) == len(others) and len(own) < len(others)
 
 
 def _groups(column: list[Any]) -> np.ndarray:

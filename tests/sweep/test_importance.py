@@ -33,3 +33,14 @@ def test_a_value_with_a_single_trial_says_nothing_and_the_others_do() -> None:
     table = importance(points, [1.0 + (i % 2) + 0.01 * i for i in range(12)]).set_index("setting")
     assert math.isnan(table.importance["b"])
     assert table.importance["a"] > 0.9
+
+
+def test_a_setting_that_follows_from_another_has_no_row() -> None:
+    """Each network has its own warm-up here: what it explains is what the network explains."""
+    points = [
+        {"model": {"preset": model}, "optim.warmup_images": warmup, "optim.lr": lr}
+        for model, warmup in (("unet", 100), ("dit", 300), ("uvit", 300))
+        for lr in (1e-3, 2e-3, 4e-3)
+    ]
+    table = importance(points, [1.0, 1.1, 1.2, 2.0, 2.1, 2.2, 3.0, 3.1, 3.2])
+    assert set(table.setting) == {"model", "optim.lr"}
