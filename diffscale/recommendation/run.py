@@ -191,7 +191,7 @@ def with_sampling(experiment: Experiment, found: Recommendation) -> Experiment:
 
 
 def recipe_settings(request: Request, found: Recommendation) -> Experiment:
-    """Return the settings of the recipe's run. It continues the search's run of this network, if there is one."""
+    """Return the settings of the recipe's run. It continues the search's run with these settings, if there is one."""
     recipe: Recipe = found.recipe
     part = next(p for p in found.searched if p.backbone == recipe.backbone)
     changes = alternatives(request).get(found.chosen, {})
