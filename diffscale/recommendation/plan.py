@@ -28,8 +28,8 @@ LATER_SIZES = 3
 FURTHER_RATES = 2
 """Learning rates that the pilot adds at most for a backbone whose best one is the lowest or the highest."""
 WARMUP_SHARE = 0.1
-"""Largest part of a run for the warm-up of the learning rate. With a longer one the small budgets look worse than they
-are, and the law falls too fast (Porian et al., arXiv 2406.19146)."""
+"""Largest part of a run for the warm-up of the learning rate. A fixed number of images would be most of a small run and
+little of a large one, which distorts laws (Porian et al., arXiv 2406.19146)."""
 PAPER_SIZE, PAPER_EXPONENT, PAPER_COMPUTE = 1.5e12, 0.568, 1.5e21
 """FLOPs of an image that are best with a compute: a diffusion transformer of 1e9 parameters and 256 tokens at 1.5e21
 FLOPs, and the exponent of its size (Liang et al., arXiv 2410.08184). Where the search begins."""

@@ -78,16 +78,17 @@ def _nearest_rung(backbone: str, law: IsoFlop, flops: float, plan: Plan) -> int:
 
 
 def rate_beyond(rates: Sequence[float], budgets: Sequence[float], flops: float) -> float:
-    """Return the learning rate for more compute: it goes on falling as it fell between the last two budgets.
+    """Return the learning rate for more compute, by the power law through those of the last two budgets.
 
-    rates: learning rate at each budget
+    rates: learning rate at each budget so far
     budgets: FLOPs of a run, the smallest first
     flops: those of the run that the rate is for
     """
     if len(rates) < 2:
         return rates[-1]
-    exponent = math.log(rates[-1] / rates[-2]) / math.log(budgets[len(rates) - 1] / budgets[len(rates) - 2])
-    return float(f"{rates[-1] * (flops / budgets[len(rates) - 1]) ** exponent:.3g}")
+    (smaller, higher), (larger, rate) = list(zip(budgets, rates, strict=False))[-2:]
+    exponent = math.log(rate / higher) / math.log(larger / smaller)
+    return float(f"{rate * (flops / larger) ** exponent:.3g}")
 
 
 def _why(backbone: str, predicted: dict[str, Prediction], part: Searched, rate: float) -> list[str]:
@@ -118,7 +119,7 @@ def _caveats(
         lines.append(f"The learning rate is at the {part.at_edge} end of those tried: try further ones too.")
     if epochs > 20:
         lines.append(f"{epochs:.0f} epochs of the images: the law knows nothing of overfitting that begins later.")
-    lines.append("The learning rate continues its trend over the budgets; it was not tried at this compute.")
+    lines.append("The learning rate follows from those of the last two budgets; it was not tried at this compute.")
     dropped = [(p.backbone, p.dropped_after) for p in searched if p.dropped_after is not None]
     return lines + [f"{name} was dropped after budget {budget + 1}: it has no law." for name, budget in dropped]
 
