@@ -39,7 +39,7 @@ TRIAL_SHARE, TRIALS = 0.5, 4  # of a backbone's FLOPs, in the sweep
 STARTS, TOGETHER = 19, 0.55
 NEXT = (
     "your images: diffscale data build PHOTOS DATASET --resolution 32; "
-    "the network for your compute: diffscale recommend DATASET --flops 1e15"
+    "the network for your compute: diffscale recommend DATASET --flops 1e16"
 )
 
 

@@ -6,6 +6,7 @@ backbone, and the number of tokens or the coarsest side stays, so that the membe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,6 +24,8 @@ CONVOLUTIONS = (
 """(width of the first level, blocks per level) of UNet and EDM2; (128, 2) is ADM's for CIFAR-10."""
 
 
+COLOURS = 3
+"""Channels of an image."""
 SMALL = 10
 """Sizes below this have fewer tokens and blocks per level besides the patches, as the presets for a CPU have."""
 
@@ -51,7 +54,7 @@ def uvit(size: int, resolution: int) -> Settings:
     width, depth = TRANSFORMERS[size]
     levels = _halvings(resolution, 8 if resolution <= 32 else 16)
     folded = min(levels - 1, 1)
-    finest = max(width // 3 // 8, 1) * 8
+    finest = max(width // 3 // 8, math.ceil(COLOURS * 4**folded / 8)) * 8  # as wide as a folded patch, or more
     return {
         "name": "uvit",
         "patch_levels": folded,
@@ -135,6 +138,27 @@ FAMILIES: Mapping[str, Callable[[int, int], Settings]] = {
 """By backbone: a function of (rung, side of the images in pixels) that returns the settings `model`."""
 RUNGS = len(TRANSFORMERS)
 """Number of sizes of every family."""
+TOKENS: Mapping[str, Callable[[Settings], int]] = {
+    "dit": lambda settings: settings["width"],
+    "rin": lambda settings: settings["interface_width"],
+    "hdit": lambda settings: settings["widths"][0],
+}
+"""By backbone whose smallest members have tokens narrower than their patches: the width of these tokens."""
+
+
+def smallest(backbone: str, resolution: int) -> int | None:
+    """Return the first size whose tokens are as wide as their patch, None if there is none.
+
+    Narrower tokens cannot carry the noise of all pixels of a patch, so networks that predict it, or v, end at a loss
+    that no training lowers (Li & He, arXiv 2511.13720). JiT, made to predict x0, has such a bottleneck by design.
+    """
+    if backbone not in TOKENS:
+        return 0
+    for size in range(RUNGS):
+        settings = FAMILIES[backbone](size, resolution)
+        if TOKENS[backbone](settings) >= COLOURS * settings["patch_size"] ** 2:
+            return size
+    return None
 
 
 def _patch(resolution: int) -> int:

@@ -13,7 +13,7 @@ from diffscale.core.errors import UserError
 from diffscale.core.hashing import identify
 from diffscale.evaluation.evaluator import make_evaluator
 from diffscale.models.cost import Cost
-from diffscale.models.families import FAMILIES, RUNGS
+from diffscale.models.families import FAMILIES, RUNGS, smallest
 from diffscale.recommendation.request import Request
 from diffscale.sweep.ledger import VALIDATION_LOSS
 from diffscale.sweep.settings import Sweep
@@ -44,6 +44,7 @@ class Plan:
 
     budgets: FLOPs of one run at each
     rungs: by backbone, the sizes at the smallest budget
+    smallest: by backbone, the first size whose tokens hold their patch
     most: FLOPs that the search uses at most
     cost: of a backbone and rung
     warmup_images: as in the settings, the most that a run has
@@ -51,6 +52,7 @@ class Plan:
 
     budgets: tuple[float, ...]
     rungs: dict[str, tuple[int, ...]]
+    smallest: dict[str, int]
     most: float
     cost: CostOf
     warmup_images: int = 0
@@ -92,21 +94,22 @@ def make_plan(request: Request) -> Plan:
         return count(run_settings(request, backbone, rung), dataset)
 
     units = _units(request)
-    smallest = request.share * request.flops / units
-    middle = request.sizes // 2
-    needed = max(FEWEST_STEPS * batch * cost(backbone, middle).flops_per_image for backbone in request.backbones)
-    if smallest < needed:
+    flops = request.share * request.flops / units
+    firsts = {name: _first(name, resolution_of(request), first.diffusion.prediction) for name in request.backbones}
+    middles = {name: min(lowest + request.sizes // 2, RUNGS - 1) for name, lowest in firsts.items()}
+    needed = max(FEWEST_STEPS * batch * cost(name, middle).flops_per_image for name, middle in middles.items())
+    if flops < needed:
         raise UserError(
             setting="--flops",
             value=request.flops,
             expected=f"at least {needed * units / request.share:.3g}",
-            reason=f"its share for the search ({request.share:g}) gives {smallest:.3g} FLOPs to a run of the smallest "
+            reason=f"its share for the search ({request.share:g}) gives {flops:.3g} FLOPs to a run of the smallest "
             f"budget; {FEWEST_STEPS} steps of the small networks take {needed:.3g}",
             fix="more compute, a larger --share, fewer backbones, or a smaller train.global_batch",
         )
-    rungs = {name: _around(_middle(name, smallest, cost), request.sizes) for name in request.backbones}
-    budgets = tuple(smallest * request.factor**k for k in range(request.budgets))
-    return Plan(budgets, rungs, request.share * request.flops, cost, first.optim.warmup_images)
+    rungs = {name: _around(_middle(name, flops, cost), request.sizes, firsts[name]) for name in request.backbones}
+    budgets = tuple(flops * request.factor**k for k in range(request.budgets))
+    return Plan(budgets, rungs, firsts, request.share * request.flops, cost, first.optim.warmup_images)
 
 
 def window(best: int) -> tuple[int, ...]:
@@ -185,7 +188,21 @@ def _middle(backbone: str, compute: float, cost: CostOf) -> int:
     return next((rung for rung in range(RUNGS) if cost(backbone, rung).flops_per_image >= best), RUNGS - 1)
 
 
-def _around(middle: int, number: int) -> tuple[int, ...]:
-    """Return `number` rungs around the middle, within the ladder."""
-    first = min(max(middle - number // 2, 0), RUNGS - number)
-    return tuple(range(first, first + number))
+def _first(backbone: str, resolution: int, prediction: str) -> int:
+    """Return the first size of a backbone that can learn. Raises UserError if too few can."""
+    first = 0 if prediction == "x0" else smallest(backbone, resolution)
+    if first is None or first > RUNGS - LATER_SIZES:
+        raise UserError(
+            setting="backbones",
+            value=backbone,
+            expected=f"backbones whose tokens are as wide as their patches at {resolution} pixels",
+            reason=f"no three sizes of {backbone} have them, and narrower ones cannot carry the noise of a patch",
+            fix="backbones=[unet,uvit,jit], or diffusion.prediction=x0",
+        )
+    return first
+
+
+def _around(middle: int, number: int, first: int = 0) -> tuple[int, ...]:
+    """Return `number` rungs around the middle, within the ladder from `first` on."""
+    lowest = max(min(max(middle - number // 2, first), RUNGS - number), first)
+    return tuple(range(lowest, min(lowest + number, RUNGS)))

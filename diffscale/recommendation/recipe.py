@@ -74,7 +74,8 @@ def _nearest_rung(backbone: str, law: IsoFlop, flops: float, plan: Plan) -> int:
     def loss(rung: int) -> float:
         return float(law.at([plan.cost(backbone, rung).parameters], flops)[0])
 
-    return next((rung for rung in range(RUNGS - 1) if loss(rung + 1) >= loss(rung)), RUNGS - 1)
+    rungs = range(plan.smallest[backbone], RUNGS - 1)
+    return next((rung for rung in rungs if loss(rung + 1) >= loss(rung)), RUNGS - 1)
 
 
 def rate_beyond(rates: Sequence[float], budgets: Sequence[float], flops: float) -> float:
