@@ -27,8 +27,8 @@ HIGH = np.array([30.0, np.log(2.0), 30.0, np.log(10.0), 60.0, 0.85])
 al., arXiv 2001.08361); a few noisy runs fit others, and a recipe far beyond what was tried would follow."""
 FEWEST_BUDGETS, FEWEST_SIZES = 3, 3
 NEAR = 0.2
-"""Distance of log loss from the best one at a budget at which a run's square counts half. Of 0.1, 0.2 and no limit this
-predicted the outcomes of four recommendations best (benchmarks/README.md)."""
+"""Distance of log loss from the best one at a budget at which a run's square counts half. It matters for networks that
+are far too small; without such, equal weights predict as well (benchmarks/README.md)."""
 RESAMPLES = 400
 SAME_BUDGET, SAME_SIZE = 1.1, 1.005
 """Ratios within which two computes are one budget (runs end at whole steps), and two networks are of one size."""
@@ -119,12 +119,14 @@ def fit_isoflop(
     spread: float = np.nan,
     df: float = 0,
     resamples: int = RESAMPLES,
+    near: float = NEAR,
 ) -> IsoFlop | None:
     """Fit the law to runs of one backbone; None without three budgets of three sizes each.
 
     parameters, compute, loss, flops_per_image: (n,) of each run, at the end of its budget
     spread: standard deviation of log loss between training seeds, with `df` degrees of freedom
     resamples: size of the bootstrap
+    near: distance of log loss from the best one at a budget at which a run's square counts half; infinite: all alike
 
     The bootstrap is parametric, because nine runs leave too few residuals to resample: each resample draws the size of
     its noise from the scaled inverse chi-square distribution of its degrees of freedom, so few runs give wide
@@ -139,7 +141,7 @@ def fit_isoflop(
     x, y, s = np.log(compute / reference), np.log(loss), np.log(size)
 
     lowest = np.array([y[budgets == b].min() for b in budgets])
-    weight = 1 / np.sqrt(1 + ((y - lowest) / NEAR) ** 2)
+    weight = 1 / np.sqrt(1 + ((y - lowest) / near) ** 2)
 
     def solve(logs: NDArray, start: NDArray, tolerance: float) -> tuple[NDArray, NDArray]:
         """Fit each row of logs of losses (B, n) from its start (B, 6)."""

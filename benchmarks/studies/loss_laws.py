@@ -1,0 +1,142 @@
+"""Which law would have predicted the recipes' losses? `python -m benchmarks.studies.loss_laws FOLDER ... --out CSV`.
+
+Each law is fitted to the runs of a recommendation's search and predicts the loss of its recipe, which is known by now:
+
+isoflop           that of diffscale, `report/stats/isoflop.py`: a floor for each backbone, less weight far from the best
+equal_weights     the same with equal weights
+shared_floor      the same with one floor for all backbones: the irreducible loss is one of the data
+sizes_and_images  L = E + A N^-a + B D^-b, Hoffmann et al. (arXiv 2203.15556), approach 3; N in FLOPs of an image
+last_two_budgets  a power law through the best losses of the two largest budgets
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import pandas as pd
+import typer
+from numpy.typing import NDArray
+from scipy.optimize import least_squares
+
+from diffscale.core.app import command_app, run_app
+from diffscale.records.recommendation import Recommendation, read_recommendations
+from diffscale.report.stats.isoflop import HIGH, LOW, NEAR, fit_isoflop
+from diffscale.report.stats.predictions import loss_law, points_of
+
+app = command_app()
+
+
+@app.command()
+def main(
+    folders: Annotated[list[Path], typer.Argument(help="folders of recommendations whose recipes were trained")],
+    out: Annotated[Path | None, typer.Option(help="CSV file to write")] = None,
+) -> None:
+    """Write the error of every law, in percent of what came out."""
+    rows = []
+    for folder in folders:
+        for found in read_recommendations([str(folder.resolve())]):
+            if found.outcome is not None:
+                rows.append({"recommendation": folder.name} | errors(found))
+                print("  ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
+    if out is not None:
+        pd.DataFrame(rows).to_csv(out, index=False)
+
+
+def errors(found: Recommendation) -> dict[str, str | float]:
+    """Return what the recipe is, what came out, and by law how far its prediction is from that, in percent."""
+    recipe, outcome = found.recipe, found.outcome
+    assert outcome is not None
+    tables = {part.backbone: points_of(part) for part in found.searched}
+    table, flops = tables[recipe.backbone], recipe.flops
+    law = loss_law(next(part for part in found.searched if part.backbone == recipe.backbone))
+    assert law is not None
+    equal = fit_isoflop(
+        *(table[name] for name in ("parameters", "flops", "val_loss", "flops_per_image")), near=np.inf, resamples=1
+    )
+    assert equal is not None
+    predicted = {
+        "isoflop": float(law.loss([flops])[0, 0]),
+        "equal_weights": float(equal.loss([flops])[0, 0]),
+        "shared_floor": shared_floor(tables, flops)[recipe.backbone],
+        "sizes_and_images": sizes_and_images(table, flops),
+        "last_two_budgets": last_two_budgets(table, flops),
+    }
+    return {
+        "backbone": recipe.backbone,
+        "times_largest_budget": round(flops / found.budgets[-1], 2),
+        "val_loss": round(outcome.val_loss, 5),
+    } | {name: round(100 * (value / outcome.val_loss - 1), 1) for name, value in predicted.items()}
+
+
+def shared_floor(tables: dict[str, pd.DataFrame], flops: float) -> dict[str, float]:
+    """Return the predicted loss by backbone. tables: the runs of each."""
+    reference = float(np.exp(np.log(pd.concat(tables.values())["flops"]).mean()))
+    own = np.r_[0, 1, 3:6]  # places of scale, exponent, curvature, size and its exponent in LOW and HIGH
+
+    def log_best(theta: NDArray, floor: float, compute: NDArray | float) -> NDArray:
+        return np.log(np.exp(floor) + np.exp(theta[0] - np.exp(theta[1]) * np.log(compute / reference)))
+
+    def residuals(theta: NDArray) -> NDArray:
+        found = []
+        for backbone, table in zip(theta[1:].reshape(-1, 5), tables.values(), strict=True):
+            compute, logs = table["flops"].to_numpy(float), np.log(table["val_loss"].to_numpy(float))
+            size = backbone[3] + backbone[4] * np.log(compute / reference)
+            off = np.log(table["parameters"].to_numpy(float)) - size
+            predicted = log_best(backbone, theta[0], compute) + np.exp(backbone[2]) * off**2
+            found.append(_weights(table) * (predicted - logs))
+        return np.concatenate(found)
+
+    lowest = min(float(table["val_loss"].min()) for table in tables.values())
+    low, high = (np.r_[floor, np.tile(bound[own], len(tables))] for floor, bound in ((-12.0, LOW), (0.0, HIGH)))
+    starts = []
+    for share in (0.1, 0.5, 0.9):
+        start = [np.log(share * lowest)]
+        for table in tables.values():
+            start += [np.log(table["val_loss"].median()), np.log(0.3), np.log(0.05)]
+            start += [np.log(table["parameters"].median()), 0.5]
+        starts.append(least_squares(residuals, np.clip(start, low + 1e-6, high - 1e-6), bounds=(low, high)))
+    best = min(starts, key=lambda fit: fit.cost).x
+    parts = zip(tables, best[1:].reshape(-1, 5), strict=True)
+    return {name: float(np.exp(log_best(theta, best[0], flops))) for name, theta in parts}
+
+
+def sizes_and_images(table: pd.DataFrame, flops: float) -> float:
+    """Return the predicted loss of the best size."""
+    cost, images, loss = (table[name].to_numpy(float) for name in ("flops_per_image", "images", "val_loss"))
+    middle = np.exp(np.log(cost).mean()), np.exp(np.log(images).mean())
+
+    def log_loss(theta: NDArray, cost: NDArray, images: NDArray) -> NDArray:
+        floor, of_cost, of_images = np.exp(theta[:3])
+        return np.log(floor + of_cost * (cost / middle[0]) ** -theta[3] + of_images * (images / middle[1]) ** -theta[4])
+
+    def residuals(theta: NDArray) -> NDArray:
+        return _weights(table) * (log_loss(theta, cost, images) - np.log(loss))
+
+    bounds = ([-12, -12, -12, 0.05, 0.05], [0, 5, 5, 2, 2])
+    levels = [np.log(loss.min() * share) for share in (0.2, 0.6, 0.9)]
+    fits = [
+        least_squares(residuals, [level, *2 * [np.log(loss.min() * 0.3)], 0.4, 0.4], bounds=bounds) for level in levels
+    ]
+    sizes = np.geomspace(cost.min() / 3, cost.max() * 30, 2000)
+    return float(np.exp(log_loss(min(fits, key=lambda fit: fit.cost).x, sizes, flops / sizes).min()))
+
+
+def last_two_budgets(table: pd.DataFrame, flops: float) -> float:
+    """Return the predicted loss."""
+    means = table.groupby(["budget", "rung"])[["flops", "val_loss"]].mean()
+    best = means.loc[means.groupby("budget")["val_loss"].idxmin()]
+    (smaller, higher), (larger, lower) = best.to_numpy(float)[-2:]
+    return float(lower * (flops / larger) ** (np.log(lower / higher) / np.log(larger / smaller)))
+
+
+def _weights(table: pd.DataFrame) -> NDArray:
+    """Return the square roots of the weights (n,) that the law of diffscale gives its runs."""
+    logs = np.log(table["val_loss"])
+    off = (logs - logs.groupby(table["budget"]).transform("min")).to_numpy(float)
+    return 1 / np.sqrt(1 + (off / NEAR) ** 2)
+
+
+if __name__ == "__main__":
+    run_app(app)
