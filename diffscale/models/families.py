@@ -6,7 +6,6 @@ backbone, and the number of tokens or the coarsest side stays, so that the membe
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,6 +16,8 @@ TRANSFORMERS = (
     (256, 7), (320, 9), (384, 12), (512, 14), (640, 18), (768, 24), (1024, 28), (1280, 32),
 )  # fmt: skip
 """(width, depth) of DiT and JiT; (384, 12) is DiT-S."""
+UVITS = ((16, 2), (32, 2), *TRANSFORMERS[3:], (1536, 36))
+"""The same of UViT, whose convolutions have half of the parameters of its smallest members."""
 CONVOLUTIONS = (
     (4, 1), (6, 1), (8, 1), (12, 1), (16, 1), (24, 1), (32, 1), (48, 1), (64, 1),
     (64, 2), (96, 2), (128, 2), (192, 2), (256, 3), (320, 4), (448, 4), (576, 5),
@@ -51,10 +52,10 @@ def jit(size: int, resolution: int) -> Settings:
 
 def uvit(size: int, resolution: int) -> Settings:
     """Return a UViT whose transformer works on 64 tokens, or on 256 above 32 pixels."""
-    width, depth = TRANSFORMERS[size]
+    width, depth = UVITS[size]
     levels = _halvings(resolution, 8 if resolution <= 32 else 16)
     folded = min(levels - 1, 1)
-    finest = max(width // 3 // 8, math.ceil(COLOURS * 4**folded / 8)) * 8  # as wide as a folded patch, or more
+    finest = max(width // 3 // 8 * 8, COLOURS * 4**folded, 8)  # at least as wide as a folded patch
     return {
         "name": "uvit",
         "patch_levels": folded,

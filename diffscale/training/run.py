@@ -108,7 +108,7 @@ def train(
     spec = RunSpec(experiment, folder, cost, launch, gpu, stop_with, evaluate_async, content)
     outcome, signals = _launch(spec, should_stop, show, handle_signals, here)
     if outcome.reason == "finished" and evaluate_async:
-        outcome = _check_evaluations(outcome, spec)
+        outcome = _check_evaluations(outcome, spec, bool(signals))
     if outcome.reason == "finished":
         write_readme(folder, experiment)
     if outcome.reason == "refused" and outcome.error is not None:
@@ -175,8 +175,11 @@ def _finished_at(experiment: Experiment, folder: str, cost: Cost) -> int | None:
     return None
 
 
-def _check_evaluations(outcome: Outcome, spec: RunSpec) -> Outcome:
-    """Return the outcome of a run that trained to the end: "evaluation" if a separate task failed."""
+def _check_evaluations(outcome: Outcome, spec: RunSpec, signalled: bool) -> Outcome:
+    """Return the outcome of a run that trained to the end: "evaluation" if a separate task failed.
+
+    signalled: whether a signal came, which no evaluation waits for
+    """
     from diffscale.training.own_records import missing_points  # import cost
     from diffscale.training.plan import make_plan  # import cost
 
@@ -184,6 +187,8 @@ def _check_evaluations(outcome: Outcome, spec: RunSpec) -> Outcome:
     missing = missing_points(spec.run_folder, spec.experiment, points)
     if not missing:
         return outcome
+    if signalled:
+        return replace(outcome, reason="signal")
     images = ", ".join(f"{i:,}" for i in missing)
     message = f"trained to the end, but the evaluations at {images} images failed"
     return replace(outcome, reason="evaluation", message=message)
@@ -226,8 +231,9 @@ def _launch(
     error = None
 
     def interrupted() -> bool:
-        """Return whether the run has stopped before its end; the next launch then runs evaluations that are left."""
-        return (messages.get(OUTCOME) or {}).get("reason") in ("signal", "wall")
+        """Return whether the training was stopped, or is done and a signal came: the next launch evaluates the rest."""
+        outcome = messages.get(OUTCOME)
+        return outcome is not None and (outcome["reason"] in ("signal", "wall") or bool(signals))
 
     try:
         with RunProgress(messages, spec.experiment.name, show):

@@ -99,19 +99,24 @@ def test_a_run_without_a_free_device_is_evaluated_by_its_workers(shared_storage:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_the_next_launch_runs_evaluations_that_the_last_one_left_out(shared_storage: Path) -> None:
-    """SIGTERM does not wait for them; the same command does."""
-    settings = EVALUATED | {"workers": "own", "n_generated": 512, "points": [0.25, 0.5, 1.0]}
-    path = settings_file(shared_storage, name="left", eval=settings, train={"images": 400 * BATCH})
+@pytest.mark.parametrize(("name", "batches", "points"), [("left", 400, [0.25, 0.5, 1.0]), ("done", 10, [1.0])])
+def test_the_next_launch_runs_evaluations_that_the_last_one_left_out(
+    shared_storage: Path, name: str, batches: int, points: list[float]
+) -> None:
+    """SIGTERM does not wait for them, during the training and after it; the same command does."""
+    settings = EVALUATED | {"workers": "own", "n_generated": 512, "points": points}
+    path = settings_file(shared_storage, name=name, eval=settings, train={"images": batches * BATCH})
     command = [sys.executable, "-m", "diffscale.train", str(path)]
     process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     wait_for(lambda: task_of(psutil.Process(process.pid)))
+    if name == "done":
+        time.sleep(3)  # the workers have ended
     process.send_signal(signal.SIGTERM)
     requested = time.monotonic()
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 143, output
     assert time.monotonic() - requested < 15
-    folder = str(next((shared_storage / "runs").glob("left-*")))
+    folder = str(next((shared_storage / "runs").glob(f"{name}-*")))
     again = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=280, check=False)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert [record.images_seen for record in read_records([folder])] == [100 * BATCH, 200 * BATCH, 400 * BATCH]
+    assert [record.images_seen for record in read_records([folder])] == [point * batches * BATCH for point in points]
