@@ -12,7 +12,7 @@ last_two_budgets  a power law through the best losses of the two largest budgets
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
@@ -44,7 +44,7 @@ def main(
         pd.DataFrame(rows).to_csv(out, index=False)
 
 
-def errors(found: Recommendation) -> dict[str, str | float]:
+def errors(found: Recommendation) -> dict[str, Any]:
     """Return what the recipe is, what came out, and by law how far its prediction is from that, in percent."""
     recipe, outcome = found.recipe, found.outcome
     assert outcome is not None
@@ -52,9 +52,8 @@ def errors(found: Recommendation) -> dict[str, str | float]:
     table, flops = tables[recipe.backbone], recipe.flops
     law = loss_law(next(part for part in found.searched if part.backbone == recipe.backbone))
     assert law is not None
-    equal = fit_isoflop(
-        *(table[name] for name in ("parameters", "flops", "val_loss", "flops_per_image")), near=np.inf, resamples=1
-    )
+    sizes, compute, loss, cost = (table[name] for name in ("parameters", "flops", "val_loss", "flops_per_image"))
+    equal = fit_isoflop(sizes, compute, loss, cost, near=np.inf, resamples=1)
     assert equal is not None
     predicted = {
         "isoflop": float(law.loss([flops])[0, 0]),

@@ -16,7 +16,7 @@ TRANSFORMERS = (
     (256, 7), (320, 9), (384, 12), (512, 14), (640, 18), (768, 24), (1024, 28), (1280, 32),
 )  # fmt: skip
 """(width, depth) of DiT and JiT; (384, 12) is DiT-S."""
-UVITS = ((16, 2), (32, 2), *TRANSFORMERS[3:], (1536, 36))
+UVITS = ((16, 1), (32, 2), *TRANSFORMERS[3:], (1536, 36))
 """The same of UViT, whose convolutions have half of the parameters of its smallest members."""
 CONVOLUTIONS = (
     (4, 1), (6, 1), (8, 1), (12, 1), (16, 1), (24, 1), (32, 1), (48, 1), (64, 1),
@@ -55,7 +55,7 @@ def uvit(size: int, resolution: int) -> Settings:
     width, depth = UVITS[size]
     levels = _halvings(resolution, 8 if resolution <= 32 else 16)
     folded = min(levels - 1, 1)
-    finest = max(width // 3 // 8 * 8, COLOURS * 4**folded, 8)  # at least as wide as a folded patch
+    finest = max(width // 3 // 8, 1 + folded) * 8  # wider than the 12 numbers of a folded patch
     return {
         "name": "uvit",
         "patch_levels": folded,

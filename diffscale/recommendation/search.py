@@ -16,6 +16,7 @@ from diffscale.recommendation.plan import FURTHER_RATES, Plan, alternatives, res
 from diffscale.recommendation.request import Request
 from diffscale.records.recommendation import Point, Searched
 from diffscale.records.schema import Record
+from diffscale.report.stats.isoflop import SAME_BUDGET
 from diffscale.sweep.decisions import survivors
 from diffscale.sweep.ledger import Ledger, Trial
 from diffscale.sweep.run import run
@@ -116,7 +117,7 @@ def _alternatives(
     sweep = stage(request, variants, plan.budgets[-1]).model_copy(update={"metric": None})
     ledger, trials = _run(sweep, handle_signals)
     for trial in trials:
-        _add_spent(spent, ledger.records(trial), plan.budgets[-1])
+        _add_spent(spent, ledger.records(trial))
     return {trial.point["variant"]: _finite(ledger.value(trial)) for trial in trials}
 
 
@@ -169,7 +170,7 @@ def _try_rates(
         f, rate = places[trial.point["variant"]]
         value = ledger.value(trial)
         losses.setdefault(f.backbone, {})[rate] = math.inf if value is None or math.isnan(value) else value
-        _add_spent(spent, ledger.records(trial), flops)
+        _add_spent(spent, ledger.records(trial))
     return losses
 
 
@@ -210,7 +211,7 @@ def _budget(
     for trial in trials:
         f, rung = places[trial.point["variant"]]
         records = ledger.records(trial)
-        _add_spent(spent, records, flops)
+        _add_spent(spent, records)
         f.points += [_point(r, rung, number) for r in _ends(records, flops) if r.val_loss is not None]
 
 
@@ -244,17 +245,17 @@ def _network(request: Request, plan: Plan, backbone: str, rung: int, flops: floa
 
 
 def _ends(records: list[Record], flops: float) -> list[Record]:
-    """Return the first record of each run that has reached the budget."""
+    """Return the record of each run at the budget. A run that another command took further may have none."""
     ends: dict[str, Record] = {}
     for record in records:
-        if record.train_flops >= flops * (1 - 1e-9):
+        if flops * (1 - 1e-9) <= record.train_flops <= flops * SAME_BUDGET:
             ends.setdefault(record.run_id, record)
     return list(ends.values())
 
 
-def _add_spent(spent: dict[str, float], records: list[Record], flops: float) -> None:
-    """Add what runs cost until they reached a budget: the recipe's run may have continued one of them."""
-    for record in [*(r for r in records if r.train_flops < flops), *_ends(records, flops)]:
+def _add_spent(spent: dict[str, float], records: list[Record]) -> None:
+    """Add what runs cost."""
+    for record in records:
         spent[record.run_id] = max(spent.get(record.run_id, 0.0), record.train_flops)
 
 

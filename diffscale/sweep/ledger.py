@@ -31,6 +31,7 @@ from diffscale.sweep.space import Point, nest, overrides_of, point_id, satisfies
 from diffscale.training.initial_weights import with_initial_weights
 from diffscale.training.numerics import settled
 from diffscale.training.own_records import is_own
+from diffscale.training.plan import make_plan
 
 End = Literal["finished", "stopped", "diverged", "refused"]
 VALIDATION_LOSS = "val_loss"
@@ -193,12 +194,17 @@ class Ledger:
         return sorted(rows, key=lambda r: r.train_flops)
 
     def _runs(self, trial: Trial) -> list[list[Record]]:
-        """Return the rows of each replicate, ordered by compute."""
+        """Return the rows of each replicate up to its budget, ordered by compute.
+
+        A command with a larger budget continues the same run, and its rows are not the trial's.
+        """
         found = []
         for folder, experiment in zip(trial.folders, trial.experiments, strict=True):
             rows = read_records([folder]) if storage.exists(folder) else []
             own = [r for r in rows if r.metric == self.rows_metric and is_own(r, experiment)]
-            found.append(sorted(own, key=lambda r: r.train_flops))
+            own.sort(key=lambda r: r.train_flops)
+            ends = (n for n, r in enumerate(own) if _is_end(r, experiment))
+            found.append(own[: next(ends, len(own)) + 1])
         return found
 
     def measured(self, row: Record) -> float:
@@ -316,3 +322,8 @@ def _groups(trials: list[Trial]) -> dict[str, list[str]]:
             contents[place] = reference_dataset(experiment, open_training_data(experiment)).content_hash
         groups.setdefault("data.path", []).append(contents[place])
     return groups
+
+
+def _is_end(row: Record, experiment: Experiment) -> bool:
+    """Return whether the run has used its budget at a row."""
+    return make_plan(experiment, row.flops_per_image).finished(row.images_seen, row.device_seconds)

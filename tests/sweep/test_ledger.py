@@ -55,6 +55,17 @@ def test_a_later_evaluation_of_a_trial_does_not_change_the_best(ledger: Ledger, 
     assert [r.value for r in ledger.records(first)] == [12.0]
 
 
+def test_what_a_larger_budget_adds_to_a_run_is_not_the_trials(ledger: Ledger) -> None:
+    """Trials of 96 images. A command with a larger budget has continued the run of the first one."""
+    first, second, _ = planned(ledger)
+    for trial, value in ((first, 12.0), (second, 10.0)):
+        record(trial, value, images_seen=96, train_flops=96e6)
+    record(first, 5.0, images_seen=960, train_flops=960e6)
+    assert [ledger.value(first), ledger.value(second)] == [12.0, 10.0]
+    assert ledger.best([first, second]) is second
+    assert ledger.spent([first, second])["images"] == 2 * 96
+
+
 def test_a_diverged_trial_is_the_worst_and_breaks_nothing(
     ledger: Ledger, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
