@@ -22,7 +22,7 @@ from scipy.optimize import least_squares
 
 from diffscale.core.app import command_app, run_app
 from diffscale.records.recommendation import Recommendation, read_recommendations
-from diffscale.report.stats.isoflop import HIGH, LOW, NEAR, fit_isoflop
+from diffscale.report.stats.isoflop import HIGH, LOW, fit_isoflop, log_loss, root_weights
 from diffscale.report.stats.predictions import loss_law, points_of
 
 app = command_app()
@@ -72,20 +72,18 @@ def errors(found: Recommendation) -> dict[str, Any]:
 def shared_floor(tables: dict[str, pd.DataFrame], flops: float) -> dict[str, float]:
     """Return the predicted loss by backbone. tables: the runs of each."""
     reference = float(np.exp(np.log(pd.concat(tables.values())["flops"]).mean()))
-    own = np.r_[0, 1, 3:6]  # places of scale, exponent, curvature, size and its exponent in LOW and HIGH
+    own = np.r_[0:2, 3:6]  # places of a backbone's parameters in NAMES, all but the floor
+    runs = []
+    for table in tables.values():
+        compute, sizes, loss = (np.log(table[name].to_numpy(float)) for name in ("flops", "parameters", "val_loss"))
+        runs.append((compute - np.log(reference), sizes, loss, root_weights(loss, table["budget"].to_numpy())))
 
-    def log_best(theta: NDArray, floor: float, compute: NDArray | float) -> NDArray:
-        return np.log(np.exp(floor) + np.exp(theta[0] - np.exp(theta[1]) * np.log(compute / reference)))
+    def laws(theta: NDArray) -> list[NDArray]:
+        return [np.insert(backbone, 2, theta[0])[None] for backbone in theta[1:].reshape(-1, 5)]
 
     def residuals(theta: NDArray) -> NDArray:
-        found = []
-        for backbone, table in zip(theta[1:].reshape(-1, 5), tables.values(), strict=True):
-            compute, logs = table["flops"].to_numpy(float), np.log(table["val_loss"].to_numpy(float))
-            size = backbone[3] + backbone[4] * np.log(compute / reference)
-            off = np.log(table["parameters"].to_numpy(float)) - size
-            predicted = log_best(backbone, theta[0], compute) + np.exp(backbone[2]) * off**2
-            found.append(_weights(table) * (predicted - logs))
-        return np.concatenate(found)
+        parts = zip(laws(theta), runs, strict=True)
+        return np.concatenate([weight * (log_loss(law, x, s)[0][0] - y) for law, (x, s, y, weight) in parts])
 
     lowest = min(float(table["val_loss"].min()) for table in tables.values())
     low, high = (np.r_[floor, np.tile(bound[own], len(tables))] for floor, bound in ((-12.0, LOW), (0.0, HIGH)))
@@ -96,22 +94,26 @@ def shared_floor(tables: dict[str, pd.DataFrame], flops: float) -> dict[str, flo
             start += [np.log(table["val_loss"].median()), np.log(0.3), np.log(0.05)]
             start += [np.log(table["parameters"].median()), 0.5]
         starts.append(least_squares(residuals, np.clip(start, low + 1e-6, high - 1e-6), bounds=(low, high)))
-    best = min(starts, key=lambda fit: fit.cost).x
-    parts = zip(tables, best[1:].reshape(-1, 5), strict=True)
-    return {name: float(np.exp(log_best(theta, best[0], flops))) for name, theta in parts}
+    best = laws(min(starts, key=lambda fit: fit.cost).x)
+    x = np.array([np.log(flops / reference)])
+    return {
+        name: float(np.exp(log_loss(law, x, law[0, 4] + law[0, 5] * x)[0][0, 0]))
+        for name, law in zip(tables, best, strict=True)
+    }
 
 
 def sizes_and_images(table: pd.DataFrame, flops: float) -> float:
     """Return the predicted loss of the best size."""
     cost, images, loss = (table[name].to_numpy(float) for name in ("flops_per_image", "images", "val_loss"))
+    weight = root_weights(np.log(loss), table["budget"].to_numpy())
     middle = np.exp(np.log(cost).mean()), np.exp(np.log(images).mean())
 
-    def log_loss(theta: NDArray, cost: NDArray, images: NDArray) -> NDArray:
+    def log_sum(theta: NDArray, cost: NDArray, images: NDArray) -> NDArray:
         floor, of_cost, of_images = np.exp(theta[:3])
         return np.log(floor + of_cost * (cost / middle[0]) ** -theta[3] + of_images * (images / middle[1]) ** -theta[4])
 
     def residuals(theta: NDArray) -> NDArray:
-        return _weights(table) * (log_loss(theta, cost, images) - np.log(loss))
+        return weight * (log_sum(theta, cost, images) - np.log(loss))
 
     bounds = ([-12, -12, -12, 0.05, 0.05], [0, 5, 5, 2, 2])
     levels = [np.log(loss.min() * share) for share in (0.2, 0.6, 0.9)]
@@ -119,7 +121,7 @@ def sizes_and_images(table: pd.DataFrame, flops: float) -> float:
         least_squares(residuals, [level, *2 * [np.log(loss.min() * 0.3)], 0.4, 0.4], bounds=bounds) for level in levels
     ]
     sizes = np.geomspace(cost.min() / 3, cost.max() * 30, 2000)
-    return float(np.exp(log_loss(min(fits, key=lambda fit: fit.cost).x, sizes, flops / sizes).min()))
+    return float(np.exp(log_sum(min(fits, key=lambda fit: fit.cost).x, sizes, flops / sizes).min()))
 
 
 def last_two_budgets(table: pd.DataFrame, flops: float) -> float:
@@ -128,13 +130,6 @@ def last_two_budgets(table: pd.DataFrame, flops: float) -> float:
     best = means.loc[means.groupby("budget")["val_loss"].idxmin()]
     (smaller, higher), (larger, lower) = best.to_numpy(float)[-2:]
     return float(lower * (flops / larger) ** (np.log(lower / higher) / np.log(larger / smaller)))
-
-
-def _weights(table: pd.DataFrame) -> NDArray:
-    """Return the square roots of the weights (n,) that the law of diffscale gives its runs."""
-    logs = np.log(table["val_loss"])
-    off = (logs - logs.groupby(table["budget"]).transform("min")).to_numpy(float)
-    return 1 / np.sqrt(1 + (off / NEAR) ** 2)
 
 
 if __name__ == "__main__":

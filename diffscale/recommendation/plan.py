@@ -204,5 +204,5 @@ def _first(backbone: str, resolution: int, prediction: str) -> int:
 
 def _around(middle: int, number: int, first: int = 0) -> tuple[int, ...]:
     """Return `number` rungs around the middle, within the ladder from `first` on."""
-    lowest = max(min(max(middle - number // 2, first), RUNGS - number), first)
+    lowest = max(min(middle - number // 2, RUNGS - number), first)
     return tuple(range(lowest, min(lowest + number, RUNGS)))

@@ -81,7 +81,7 @@ class IsoFlop:
         """Return the loss (n,) of networks of these sizes with one compute."""
         sizes = np.log(np.asarray(parameters, float))
         x = np.full_like(sizes, np.log(compute / self.reference))
-        return np.exp(_log_loss(self.parameters[None], x, sizes)[0][0])
+        return np.exp(log_loss(self.parameters[None], x, sizes)[0][0])
 
     def exponents(self) -> dict[str, tuple[float, float, float]]:
         """Return the exponent of N_opt, of the images and of the loss against compute, each with its 95 % interval."""
@@ -140,14 +140,13 @@ def fit_isoflop(
     reference = float(np.exp(np.log(compute).mean()))
     x, y, s = np.log(compute / reference), np.log(loss), np.log(size)
 
-    lowest = np.array([y[budgets == b].min() for b in budgets])
-    weight = 1 / np.sqrt(1 + ((y - lowest) / near) ** 2)
+    weight = root_weights(y, budgets, near)
 
     def solve(logs: NDArray, start: NDArray, tolerance: float) -> tuple[NDArray, NDArray]:
         """Fit each row of logs of losses (B, n) from its start (B, 6)."""
 
         def residuals(theta: NDArray, rows: NDArray) -> tuple[NDArray, NDArray]:
-            value, gradient = _log_loss(theta, x, s)
+            value, gradient = log_loss(theta, x, s)
             return weight * (value - logs[rows]), weight[:, None] * gradient
 
         return levenberg_marquardt(residuals, start, LOW, HIGH, tolerance)
@@ -162,7 +161,7 @@ def fit_isoflop(
         return None
     rng = np.random.default_rng(0)
     noise = np.sqrt(rest / rng.chisquare(freedom, resamples))
-    fitted = _log_loss(best[None], x, s)[0]
+    fitted = log_loss(best[None], x, s)[0]
     resampled, _ = solve(
         fitted + noise[:, None] / weight * rng.standard_normal((resamples, len(y))), np.tile(best, (resamples, 1)), 1e-6
     )
@@ -203,6 +202,12 @@ def parabolas(ends: pd.DataFrame, law: IsoFlop) -> list[Parabola]:
 def sizes_around(ends: pd.DataFrame) -> NDArray:
     """Return the numbers of parameters at which parabolas are drawn."""
     return np.geomspace(ends["parameters"].min() / 1.5, ends["parameters"].max() * 1.5, 80)
+
+
+def root_weights(logs: NDArray, budgets: NDArray, near: float = NEAR) -> NDArray:
+    """Return the factor (n,) of each run's residual: less, the further its log loss is above the best of its budget."""
+    lowest = np.array([logs[budgets == b].min() for b in budgets])
+    return 1 / np.sqrt(1 + ((logs - lowest) / near) ** 2)
 
 
 def budgets_of(compute: NDArray) -> NDArray:
@@ -249,7 +254,7 @@ def _envelope(theta: NDArray, x: NDArray) -> tuple[NDArray, NDArray]:
     return np.log(falling + floor), gradient
 
 
-def _log_loss(theta: NDArray, x: NDArray, s: NDArray) -> tuple[NDArray, NDArray]:
+def log_loss(theta: NDArray, x: NDArray, s: NDArray) -> tuple[NDArray, NDArray]:
     """Return log of the loss (B, n) of runs with log computes x and log sizes s (n,), and its derivatives (B, n, 6)."""
     value, gradient = _envelope(theta, x)
     curvature, off = np.exp(theta[:, 3:4]), s - theta[:, 4:5] - theta[:, 5:6] * x
