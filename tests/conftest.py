@@ -26,6 +26,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(f"not run: the time budget of {budget:.0f} s is used up")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def default_storage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """An empty default storage: a developer's own runs in `~/diffscale` change no test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DIFFSCALE_STORAGE", str(tmp_path_factory.mktemp("storage")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def bucket() -> Iterator[str]:
     """A folder of a real S3 server on this machine."""
