@@ -12,7 +12,7 @@ from typing import Any
 Settings = dict[str, Any]
 
 TRANSFORMERS = (
-    (16, 2), (24, 2), (32, 2), (48, 2), (64, 3), (80, 4), (112, 4), (144, 5), (192, 6),
+    (16, 2), (24, 2), (32, 2), (48, 2), (64, 2), (80, 3), (112, 4), (144, 5), (192, 6),
     (256, 7), (320, 9), (384, 12), (512, 14), (640, 18), (768, 24), (1024, 28), (1280, 32),
 )  # fmt: skip
 """(width, depth) of DiT and JiT; (384, 12) is DiT-S."""
@@ -88,18 +88,18 @@ def edm2(size: int, resolution: int) -> Settings:
 
 
 def rin(size: int, resolution: int) -> Settings:
-    """Return a RIN in the proportions of the preset `rin-conv-32`."""
+    """Return a RIN in the proportions of the preset `rin-conv-32`, of 1,024 tokens above 64 pixels as the authors'."""
     width, depth = TRANSFORMERS[size]
     return {
         "name": "rin",
-        "patch_size": _patch(resolution),
+        "patch_size": _patch(resolution) if resolution <= 64 else resolution // 32,
         "interface_width": width,
         "interface_mlp_ratio": 4,
         "latents": 16 if size < SMALL else 64,
         "latent_width": width,
         "latent_heads": width // _head(width),
         "rw_heads": width // _head(width),
-        "num_blocks": max(depth // 2, 1),
+        "num_blocks": (depth + 1) // 2,
         "layers": 1 if depth < 8 else 2,
         "zero_output": True,
         "self_conditioning": False,
@@ -141,23 +141,25 @@ RUNGS = len(TRANSFORMERS)
 """Number of sizes of every family."""
 TOKENS: Mapping[str, Callable[[Settings], int]] = {
     "dit": lambda settings: settings["width"],
+    "jit": lambda settings: settings["bottleneck"],
     "rin": lambda settings: settings["interface_width"],
     "hdit": lambda settings: settings["widths"][0],
 }
-"""By backbone whose smallest members have tokens narrower than their patches: the width of these tokens."""
+"""By backbone with members of which a patch goes through fewer numbers than it has: how many these are."""
 
 
 def smallest(backbone: str, resolution: int) -> int | None:
-    """Return the first size whose tokens are as wide as their patch, None if there is none.
+    """Return the first size whose tokens are wider than their patch, None if there is none.
 
     Narrower tokens cannot carry the noise of all pixels of a patch, so networks that predict it, or v, end at a loss
-    that no training lowers (Li & He, arXiv 2511.13720). JiT, made to predict x0, has such a bottleneck by design.
+    that no training lowers (Li & He, arXiv 2511.13720). Tokens exactly as wide are too narrow: the norms of a
+    transformer take a token's mean and length. Networks that predict x0 need no such width.
     """
     if backbone not in TOKENS:
         return 0
     for size in range(RUNGS):
         settings = FAMILIES[backbone](size, resolution)
-        if TOKENS[backbone](settings) >= COLOURS * settings["patch_size"] ** 2:
+        if TOKENS[backbone](settings) > COLOURS * settings["patch_size"] ** 2:
             return size
     return None
 

@@ -190,16 +190,23 @@ def _middle(backbone: str, compute: float, cost: CostOf) -> int:
 
 def _first(backbone: str, resolution: int, prediction: str) -> int:
     """Return the first size of a backbone that can learn. Raises UserError if too few can."""
-    first = 0 if prediction == "x0" else smallest(backbone, resolution)
-    if first is None or first > RUNGS - LATER_SIZES:
+    first = 0 if prediction == "x0" else _learnable(backbone, resolution)
+    if first is None:
+        able = [name for name in FAMILIES if _learnable(name, resolution) is not None]
         raise UserError(
             setting="backbones",
             value=backbone,
-            expected=f"backbones whose tokens are as wide as their patches at {resolution} pixels",
+            expected=f"backbones whose tokens are wider than their patches at {resolution} pixels",
             reason=f"no three sizes of {backbone} have them, and narrower ones cannot carry the noise of a patch",
-            fix="backbones=[unet,uvit,jit], or diffusion.prediction=x0",
+            fix=f"backbones=[{','.join(able)}], or diffusion.prediction=x0",
         )
     return first
+
+
+def _learnable(backbone: str, resolution: int) -> int | None:
+    """Return the first size that can predict noise or v, None if the ladder has too few of them for a later budget."""
+    first = smallest(backbone, resolution)
+    return None if first is None or first > RUNGS - LATER_SIZES else first
 
 
 def _around(middle: int, number: int, first: int = 0) -> tuple[int, ...]:

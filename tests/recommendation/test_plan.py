@@ -149,30 +149,30 @@ def test_a_rung_has_about_twice_the_parameters_of_the_one_below(backbone: str, r
 
 
 @pytest.mark.parametrize("resolution", [32, 64, 128])
-def test_tokens_are_as_wide_as_their_patch(resolution: int) -> None:
-    """A UViT of 8 features for the 12 numbers of a folded patch ended at a loss of 0.091; with 16 it came to 0.043."""
+def test_tokens_are_wider_than_their_patch(resolution: int) -> None:
+    """A DiT of 48 numbers for the 48 of a patch ended at a loss of 0.046 on CIFAR-10; with 64 it came to 0.035."""
     for backbone, width in TOKENS.items():
         first = smallest(backbone, resolution)
-        assert first is not None
         networks = [FAMILIES[backbone](rung, resolution) for rung in range(RUNGS)]
-        wide = [width(network) >= 3 * network["patch_size"] ** 2 for network in networks]
-        assert wide == [rung >= first for rung in range(RUNGS)]
+        wide = [width(network) > 3 * network["patch_size"] ** 2 for network in networks]
+        assert wide == [first is not None and rung >= first for rung in range(RUNGS)]
     for network in (FAMILIES["uvit"](rung, resolution) for rung in range(RUNGS)):
-        assert network["conv_widths"][0] >= 3 * 4 ** network["patch_levels"]
+        assert network["conv_widths"][0] > 3 * 4 ** network["patch_levels"]
 
 
 def test_a_dit_for_large_patches_begins_with_wide_tokens(tmp_path: Path) -> None:
     """Patches of 16 x 16 pixels have 768 numbers, those of 32 x 32 more than any width of the ladder."""
-    assert TRANSFORMERS[smallest("dit", 256) or 0][0] == 768
+    assert TRANSFORMERS[smallest("dit", 256) or 0][0] == 1024
     assert smallest("dit", 512) is None
-    assert (smallest("unet", 512), smallest("jit", 512)) == (0, 0)
-    assert make_plan(request(tmp_path, 1e15, data={"resolution": 32})).rungs["dit"][0] == smallest("dit", 32) == 3
+    assert (smallest("unet", 512), smallest("uvit", 512)) == (0, 0)
+    assert smallest("jit", 256) is None  # its bottleneck has 128 numbers: it is made to predict x0
+    assert make_plan(request(tmp_path, 1e15, data={"resolution": 32})).rungs["dit"][0] == smallest("dit", 32) == 4
     clean = make_plan(request(tmp_path, 1e15, data={"resolution": 32}, diffusion={"prediction": "x0"}))
-    assert clean.rungs["dit"][0] < 3
+    assert clean.rungs["dit"][0] < 4
 
     source = write_folder(tmp_path / "images", {f"{i}.png": png(image) for i, image in enumerate(pictures(12, 512))})
     target = str(tmp_path / "data")
     build(BuildOptions(source=str(source), target=target, resolutions=(512,), split=0.25, workers=0))
-    with pytest.raises(UserError, match="tokens are as wide") as refused:
+    with pytest.raises(UserError, match="tokens are wider") as refused:
         make_plan(make_request(target, SMALL | {"storage": str(tmp_path), "data": {"resolution": 512}}, flops=1e18))
     assert (refused.value.setting, refused.value.value) == ("backbones", "dit")
