@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from diffscale.models.tokens import narrow_tokens
+
 Settings = dict[str, Any]
 
 TRANSFORMERS = (
@@ -23,8 +25,6 @@ CONVOLUTIONS = (
     (64, 2), (96, 2), (128, 2), (192, 2), (256, 3), (320, 4), (448, 4), (576, 5),
 )  # fmt: skip
 """(width of the first level, blocks per level) of UNet and EDM2; (128, 2) is ADM's for CIFAR-10."""
-
-
 COLOURS = 3
 """Channels of an image."""
 SMALL = 10
@@ -55,7 +55,7 @@ def uvit(size: int, resolution: int) -> Settings:
     width, depth = UVITS[size]
     levels = _halvings(resolution, 8 if resolution <= 32 else 16)
     folded = min(levels - 1, 1)
-    finest = max(width // 3 // 8, 1 + folded) * 8  # wider than the 12 numbers of a folded patch
+    finest = max(width // 3 // 8, 1 + folded) * 8  # wider than a folded patch
     return {
         "name": "uvit",
         "patch_levels": folded,
@@ -139,29 +139,12 @@ FAMILIES: Mapping[str, Callable[[int, int], Settings]] = {
 """By backbone: a function of (rung, side of the images in pixels) that returns the settings `model`."""
 RUNGS = len(TRANSFORMERS)
 """Number of sizes of every family."""
-TOKENS: Mapping[str, Callable[[Settings], int]] = {
-    "dit": lambda settings: settings["width"],
-    "jit": lambda settings: settings["bottleneck"],
-    "rin": lambda settings: settings["interface_width"],
-    "hdit": lambda settings: settings["widths"][0],
-}
-"""By backbone with members of which a patch goes through fewer numbers than it has: how many these are."""
 
 
 def smallest(backbone: str, resolution: int) -> int | None:
-    """Return the first size whose tokens are wider than their patch, None if there is none.
-
-    Narrower tokens cannot carry the noise of all pixels of a patch, so networks that predict it, or v, end at a loss
-    that no training lowers (Li & He, arXiv 2511.13720). Tokens exactly as wide are too narrow: the norms of a
-    transformer take a token's mean and length. Networks that predict x0 need no such width.
-    """
-    if backbone not in TOKENS:
-        return 0
-    for size in range(RUNGS):
-        settings = FAMILIES[backbone](size, resolution)
-        if TOKENS[backbone](settings) > COLOURS * settings["patch_size"] ** 2:
-            return size
-    return None
+    """Return the first size from which on tokens are wider than their patches, None if there is none."""
+    wide = [narrow_tokens(FAMILIES[backbone](size, resolution), COLOURS) is None for size in range(RUNGS)]
+    return wide.index(True) if True in wide else None
 
 
 def _patch(resolution: int) -> int:

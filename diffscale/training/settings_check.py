@@ -6,6 +6,7 @@ What follows from the settings alone is refused when they are loaded (config/exp
 from __future__ import annotations
 
 import importlib.util
+import logging
 import math
 import os
 from itertools import pairwise
@@ -32,11 +33,14 @@ from diffscale.evaluation.metrics.registry import check_counts, parse_metric
 from diffscale.evaluation.networks.resize import RESIZES
 from diffscale.evaluation.published import refuse_other_protocol, statistics_file
 from diffscale.evaluation.sampling import check_sampling, sampling_of_settings
+from diffscale.models.tokens import narrow_tokens
 from diffscale.training.control import hang_seconds
 from diffscale.training.ema import check_average
 from diffscale.training.guide import check_guide, with_guide
 from diffscale.training.numerics import refuse_missing_winograd, uses_gpu
 from diffscale.training.optimizer import try_optimizer
+
+log = logging.getLogger(__name__)
 
 TRIED_IMAGES = 2
 
@@ -61,7 +65,19 @@ def check_settings(experiment: Experiment) -> Dataset:
     refuse_unfit_sampler(experiment, dataset, diffusion)
     _refuse_unfit_evaluation(experiment, dataset)
     _try_on_meta(experiment, dataset, diffusion)
+    _warn_of_narrow_tokens(experiment, dataset)
     return dataset
+
+
+def _warn_of_narrow_tokens(experiment: Experiment, dataset: Dataset) -> None:
+    narrow = narrow_tokens(experiment.model.model_dump(), dataset.channels)
+    if narrow is not None and experiment.diffusion.prediction != "x0":
+        log.warning(
+            "the %d numbers of a patch pass through %d: diffusion.prediction=%s needs more of them than the patch has, "
+            "or its loss stays high; smaller patches or wider tokens carry it, diffusion.prediction=x0 needs no width",
+            *narrow,
+            experiment.diffusion.prediction,
+        )
 
 
 def _refuse_missing_devices(experiment: Experiment) -> None:

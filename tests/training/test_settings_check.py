@@ -100,6 +100,34 @@ def test_settings_that_do_not_fit_data_or_network_are_refused(
     assert named in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "narrow"),
+    [
+        (
+            "model={name: dit, width: 48, num_heads: 3, depth: 1, patch_size: 4}",
+            "the 48 numbers of a patch pass through 48",
+        ),
+        ("model={name: dit, width: 64, num_heads: 4, depth: 1, patch_size: 4}", ""),
+        ("model={name: dit, width: 48, num_heads: 3, depth: 1, patch_size: 4} diffusion.prediction=x0", ""),
+        ("model={name: uvit, patch_levels: 2, conv_widths: [32], width: 64, num_heads: 4, depth: 1}", "the 48 numbers"),
+        ("model={name: uvit, patch_levels: 1, conv_widths: [16], width: 64, num_heads: 4, depth: 1}", ""),
+        (
+            "model={name: jit, width: 64, num_heads: 4, depth: 1, patch_size: 4, bottleneck: 32, context_start: 0}",
+            "through 32",
+        ),
+        ("model={name: rin, patch_size: 4, interface_width: 32, latents: 8, latent_width: 64}", "through 32"),
+    ],
+)
+def test_noise_that_does_not_fit_through_the_tokens_is_told(
+    overrides: str, narrow: str, shared_storage: Path, dataset: Dataset, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A DiT of 48 for 48 numbers came to a loss of 0.046 on CIFAR-10, of 64 to 0.035 (suite narrow-tokens)."""
+    check_settings(load(overrides, shared_storage))  # type: ignore[arg-type]
+    told = [message for message in caplog.messages if "numbers of a patch" in message]
+    assert len(told) == bool(narrow)
+    assert narrow in "".join(told)
+
+
 @pytest.mark.skipif(find_spec("mlflow") is not None, reason="mlflow is installed")
 def test_a_tracker_that_is_not_installed_is_refused(shared_storage: Path, dataset: Dataset) -> None:
     with pytest.raises(UserError, match=r"train\.trackers"):
