@@ -2,7 +2,9 @@
 
 Each law is fitted to the runs of a recommendation's search and predicts the loss of its recipe, which is known by now:
 
-isoflop           that of diffscale, `report/stats/isoflop.py`: a floor for each backbone, less weight far from the best
+isoflop           that of diffscale, `report/stats/isoflop.py`: a floor for each backbone, less weight for bad sizes,
+                  published exponents of the best size as one more measurement
+free_exponent     the same without these
 equal_weights     the same with equal weights
 shared_floor      the same with one floor for all backbones: the irreducible loss is one of the data
 sizes_and_images  L = E + A N^-a + B D^-b, Hoffmann et al. (arXiv 2203.15556), approach 3; N in FLOPs of an image
@@ -33,7 +35,7 @@ def main(
     folders: Annotated[list[Path], typer.Argument(help="folders of recommendations whose recipes were trained")],
     out: Annotated[Path | None, typer.Option(help="CSV file to write")] = None,
 ) -> None:
-    """Write the error of every law, in percent of what came out."""
+    """Write the error of every law, and the noise of the runs around diffscale's, in percent of what came out."""
     rows = []
     for folder in folders:
         for found in read_recommendations([str(folder.resolve())]):
@@ -53,10 +55,14 @@ def errors(found: Recommendation) -> dict[str, Any]:
     law = loss_law(next(part for part in found.searched if part.backbone == recipe.backbone))
     assert law is not None
     sizes, compute, loss, cost = (table[name] for name in ("parameters", "flops", "val_loss", "flops_per_image"))
-    equal = fit_isoflop(sizes, compute, loss, cost, near=np.inf, resamples=1)
+    runs = (sizes, compute, loss, cost)
+    free = fit_isoflop(*runs, exponent_spread=np.inf, resamples=1)
+    equal = fit_isoflop(*runs, near=np.inf, resamples=1)
+    assert free is not None
     assert equal is not None
     predicted = {
         "isoflop": float(law.loss([flops])[0, 0]),
+        "free_exponent": float(free.loss([flops])[0, 0]),
         "equal_weights": float(equal.loss([flops])[0, 0]),
         "shared_floor": shared_floor(tables, flops)[recipe.backbone],
         "sizes_and_images": sizes_and_images(table, flops),
@@ -66,6 +72,7 @@ def errors(found: Recommendation) -> dict[str, Any]:
         "backbone": recipe.backbone,
         "times_largest_budget": round(flops / found.budgets[-1], 2),
         "val_loss": round(outcome.val_loss, 5),
+        "noise_percent": round(100 * law.rms, 1),
     } | {name: round(100 * (value / outcome.val_loss - 1), 1) for name, value in predicted.items()}
 
 

@@ -37,7 +37,9 @@ class Truth:
         return best * np.exp(self.curvature * off**2)
 
 
-def runs(truth: Truth, rng: np.random.Generator, budgets: int) -> list[tuple[float, float, float, float]]:
+def runs(
+    truth: Truth, rng: np.random.Generator, budgets: int, noise: float = NOISE
+) -> list[tuple[float, float, float, float]]:
     """(parameters, compute, loss, FLOPs of an image): three sizes at each budget, two seeds at the smallest."""
     found = []
     for k in range(budgets):
@@ -45,7 +47,7 @@ def runs(truth: Truth, rng: np.random.Generator, budgets: int) -> list[tuple[flo
         for step in (-1.0, 0.0, 1.0):
             parameters = truth.size(compute) * np.exp(step + rng.normal(0, 0.3))
             for _ in range(2 if k == 0 else 1):
-                loss = truth.loss(compute, parameters) * np.exp(NOISE * rng.standard_normal())
+                loss = truth.loss(compute, parameters) * np.exp(noise * rng.standard_normal())
                 found.append((parameters, compute, loss, 12 * parameters))
     return found
 
@@ -82,7 +84,7 @@ def test_the_fit_is_that_of_scipy() -> None:
     rng = np.random.default_rng(5)
     truth = Truth(rng, 0.05)
     parameters, compute, loss, per_image = np.array(runs(truth, rng, 4)).T
-    law = fit_isoflop(parameters, compute, loss, per_image)
+    law = fit_isoflop(parameters, compute, loss, per_image, exponent_spread=np.inf)
     assert law is not None
 
     def residuals(theta: np.ndarray) -> np.ndarray:
@@ -96,6 +98,24 @@ def test_the_fit_is_that_of_scipy() -> None:
     ours = np.array([law.at([n], c)[0] for n, c in zip(parameters, compute, strict=True)])
     assert (np.log(ours / loss) ** 2).sum() == pytest.approx(2 * found.cost, rel=1e-3)
     assert law.exponents()["parameters"][0] == pytest.approx(found.x[5], abs=1e-3)
+
+
+def test_published_exponents_make_up_for_few_noisy_runs() -> None:
+    """Nine sizes with the noise of runs of a hundred steps: the best size further out is known better, and covered."""
+    with_them, alone, inside = [], [], []
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        truth = Truth(rng, 0.05)
+        table = np.array(runs(truth, rng, 3, noise=0.04)).T
+        compute = SMALLEST * FACTOR**4
+        for errors, spread in ((with_them, 0.08), (alone, np.inf)):
+            law = fit_isoflop(*table, exponent_spread=spread)
+            assert law is not None
+            best, low, high = law.size([compute])[:, 0]
+            errors.append(abs(np.log(best / truth.size(compute))))
+            inside += [low <= truth.size(compute) <= high] if errors is with_them else []
+    assert np.median(with_them) < 0.75 * np.median(alone)
+    assert np.mean(inside) >= 0.9
 
 
 def test_images_are_what_the_best_size_leaves_of_the_compute() -> None:
@@ -157,8 +177,8 @@ def test_a_report_fits_each_backbone_and_predicts_its_largest_budget(tmp_path: P
 def test_nominal_95_percent_intervals_cover_at_four_times_the_largest_budget(budgets: int) -> None:
     """400 simulations, each share known to 0.01. With three and four budgets, of which the aim is 0.93 to 0.97:
 
-    loss 0.953 and 0.955, of a new run 0.965 and 0.943, size 0.968 and 0.958. The exponent of the size is recovered
-    within 2 % in the median; the aim is 5 %.
+    loss 0.938 and 0.938, of a new run 0.952 and 0.934, size 0.970 and 0.958. The exponent of the size is recovered
+    within 2.2 and 1.5 % in the median; the aim is 5 %.
     """
     loss, run, size, exponent = [], [], [], []
     for seed in range(400):

@@ -3,10 +3,11 @@
     log L(N, C) = log(E + A (C / C0)^-alpha) + c (log N - log N_opt(C))^2,     N_opt(C) = N0 (C / C0)^a
 
 The parabolas of all budgets share their curvature c, because three sizes determine a parabola and leave nothing to
-judge it by. A parabola holds near its minimum, and a network that is far too small is much worse than it says: a run
-counts the less, the further its loss is above the best one of its budget. After Hoffmann et al., "Training
-compute-optimal large language models" (arXiv 2203.15556), approach 2, fitted in one piece; Liang et al. fit the same to
-diffusion transformers (arXiv 2410.08184: N_opt ~ C^0.57, images ~ C^0.43).
+judge it by. Published exponents a of the best size count as one more measurement: a few short runs hardly determine it,
+and what lies far beyond them rests on it. A parabola holds near its minimum, and a network that is far too small is
+much worse than it says: a run counts the less, the further its loss is above the best one of its budget. After Hoffmann
+et al., "Training compute-optimal large language models" (arXiv 2203.15556), approach 2, fitted in one piece; Liang et
+al. fit the same to diffusion transformers (arXiv 2410.08184: N_opt ~ C^0.57, images ~ C^0.43).
 """
 
 from __future__ import annotations
@@ -23,8 +24,11 @@ from diffscale.report.stats.least_squares import levenberg_marquardt
 NAMES = ("log_scale", "log_alpha", "log_floor", "log_curvature", "log_size", "size_exponent")
 LOW = np.array([-30.0, np.log(0.01), -40.0, np.log(1e-5), -60.0, 0.25])
 HIGH = np.array([30.0, np.log(2.0), 30.0, np.log(10.0), 60.0, 0.85])
-"""Bounds of the parameters. Published exponents of the best size are between 0.46 (Hoffmann et al.) and 0.73 (Kaplan et
-al., arXiv 2001.08361); a few noisy runs fit others, and a recipe far beyond what was tried would follow."""
+"""Bounds of the parameters."""
+PUBLISHED_EXPONENT, EXPONENT_SPREAD = 0.52, 0.08
+"""Exponent of the best size, and the standard deviation of its measurements: Hoffmann et al. have 0.46 to 0.50 by three
+approaches, Liang et al. 0.57 for diffusion transformers. Porian et al. (arXiv 2406.19146) trace the 0.73 of Kaplan et
+al. (arXiv 2001.08361) to warm-up and learning rates that do not fit the budget, and agree with Hoffmann et al. else."""
 FEWEST_BUDGETS, FEWEST_SIZES = 3, 3
 NEAR = 0.2
 """Distance of log loss from the best one at a budget at which a run's square counts half. It matters for networks that
@@ -120,6 +124,7 @@ def fit_isoflop(
     df: float = 0,
     resamples: int = RESAMPLES,
     near: float = NEAR,
+    exponent_spread: float = EXPONENT_SPREAD,
 ) -> IsoFlop | None:
     """Fit the law to runs of one backbone; None without three budgets of three sizes each.
 
@@ -127,6 +132,7 @@ def fit_isoflop(
     spread: standard deviation of log loss between training seeds, with `df` degrees of freedom
     resamples: size of the bootstrap
     near: distance of log loss from the best one at a budget at which a run's square counts half; infinite: all alike
+    exponent_spread: standard deviation of published exponents of the best size; infinite: they do not count
 
     The bootstrap is parametric, because nine runs leave too few residuals to resample: each resample draws the size of
     its noise from the scaled inverse chi-square distribution of its degrees of freedom, so few runs give wide
@@ -142,29 +148,42 @@ def fit_isoflop(
 
     weight = root_weights(y, budgets, near)
 
-    def solve(logs: NDArray, start: NDArray, tolerance: float) -> tuple[NDArray, NDArray]:
-        """Fit each row of logs of losses (B, n) from its start (B, 6)."""
+    def solve(
+        logs: NDArray, expected: NDArray, strength: float, start: NDArray, tolerance: float
+    ) -> tuple[NDArray, NDArray]:
+        """Fit each row of logs of losses (B, n), and of expected exponents (B,), from its start (B, 6)."""
 
         def residuals(theta: NDArray, rows: NDArray) -> tuple[NDArray, NDArray]:
             value, gradient = log_loss(theta, x, s)
-            return weight * (value - logs[rows]), weight[:, None] * gradient
+            apart, by_exponent = strength * (theta[:, 5] - expected[rows]), np.zeros((len(theta), 1, len(NAMES)))
+            by_exponent[..., 5] = strength
+            return (
+                np.column_stack([weight * (value - logs[rows]), apart]),
+                np.concatenate([weight[:, None] * gradient, by_exponent], 1),
+            )
 
         return levenberg_marquardt(residuals, start, LOW, HIGH, tolerance)
 
-    starts = np.stack([_start(x, y, s, budgets, share) for share in (0.3, 0.8)])
-    fits, squares = solve(np.stack([y, y]), starts, 1e-9)
-    best, rest = fits[squares.argmin()], float(squares.min())
-    freedom = float(len(y) - len(NAMES))
+    def rest_of(theta: NDArray) -> NDArray:
+        return ((weight * (log_loss(theta, x, s)[0] - y)) ** 2).sum(1)
+
+    freedom, seeds = float(len(y) - len(NAMES)), 0.0
     if np.isfinite(spread) and np.isfinite(df):
-        rest, freedom = rest + df * spread**2, freedom + df
+        freedom, seeds = freedom + df, df * spread**2
     if freedom <= 0:
         return None
+    starts = np.stack([_start(x, y, s, budgets, share) for share in (0.3, 0.8)])
+    ours, published = np.stack([y, y]), np.full(2, PUBLISHED_EXPONENT)
+    free, _ = solve(ours, published, 0.0, starts, 1e-9)
+    strength = float(np.sqrt((rest_of(free).min() + seeds) / freedom)) / exponent_spread
+    fits, squares = solve(ours, published, strength, free, 1e-9)
+    best = fits[squares.argmin()]
+    rest = float(rest_of(best[None])[0]) + seeds
     rng = np.random.default_rng(0)
     noise = np.sqrt(rest / rng.chisquare(freedom, resamples))
-    fitted = log_loss(best[None], x, s)[0]
-    resampled, _ = solve(
-        fitted + noise[:, None] / weight * rng.standard_normal((resamples, len(y))), np.tile(best, (resamples, 1)), 1e-6
-    )
+    drawn = noise[:, None] / weight * rng.standard_normal((resamples, len(y)))
+    expected = best[5] + exponent_spread * rng.standard_normal(resamples) if strength else np.zeros(resamples)
+    resampled, _ = solve(log_loss(best[None], x, s)[0] + drawn, expected, strength, np.tile(best, (resamples, 1)), 1e-6)
     slope, intercept = np.polyfit(s, np.log(np.asarray(flops_per_image, float)), 1)
     return IsoFlop(best, resampled, noise, float(np.sqrt(rest / freedom)), reference, (float(intercept), float(slope)))
 
