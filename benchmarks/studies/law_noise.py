@@ -67,8 +67,9 @@ def error(seed: int, budgets: int, seeds: int, noise: float) -> float:
             size = 1e5 * compute**exponent * np.exp(off)
             for _ in range(seeds if k == 0 else 1):
                 loss = best(compute) * np.exp(curvature * off**2 + noise * rng.standard_normal())
-                runs.append((size, compute, loss, size))
-    law = fit_isoflop(*np.array(runs).T, resamples=1)
+                runs.append((size, compute, loss))
+    sizes, computes, losses = np.array(runs).T
+    law = fit_isoflop(sizes, computes, losses, sizes, resamples=1)
     assert law is not None
     further = FURTHER * FACTOR ** (budgets - 1)
     return float(np.log(law.loss([further])[0, 0] / best(further)))
