@@ -51,8 +51,8 @@ def isoflop_caption(law: IsoFlop, about: str) -> str:
     """Return the caption of a law's parabolas. about: what the runs have in common."""
     value, low, high = law.exponents()["parameters"]
     return (
-        f"{about}. Runs of equal training FLOPs, one parabola for each budget; rings: the best size, which grows with "
-        f"compute to the power {value:.2f} [{low:.2f}, {high:.2f}]."
+        f"{about}. Runs of equal training FLOPs, one parabola for each budget; rings: the best size. By these runs "
+        f"alone it grows with compute to the power {value:.2f} [{low:.2f}, {high:.2f}]."
     )
 
 

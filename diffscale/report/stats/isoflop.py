@@ -46,6 +46,7 @@ class IsoFlop:
     bootstrap: (B, 6), those of each resample
     noise: (B,) standard deviation of log L of one run, in each resample
     rms: the same of the residuals
+    alone: (1 + B, 6), the parameters without published exponents, and those of each resample
     reference: C0, in FLOPs
     cost: (intercept, slope) of log(FLOPs of one image) against log N
     """
@@ -54,6 +55,7 @@ class IsoFlop:
     bootstrap: NDArray
     noise: NDArray
     rms: float
+    alone: NDArray
     reference: float
     cost: tuple[float, float]
 
@@ -88,9 +90,12 @@ class IsoFlop:
         return np.exp(log_loss(self.parameters[None], x, sizes)[0][0])
 
     def exponents(self) -> dict[str, tuple[float, float, float]]:
-        """Return the exponent of N_opt, of the images and of the loss against compute, each with its 95 % interval."""
-        size = _with_quantiles(self.parameters[5], self.bootstrap[:, 5])
-        loss = _with_interval(self.parameters[1], self.bootstrap[:, 1])
+        """Return the exponent of N_opt, of the images and of the loss against compute, each with its 95 % interval.
+
+        They are those of the runs alone, so that they can be compared with published ones.
+        """
+        size = _with_quantiles(self.alone[0, 5], self.alone[1:, 5])
+        loss = _with_interval(self.alone[0, 1], self.alone[1:, 1])
         images = 1 - self.cost[1] * size[[0, 2, 1]]
         return {"parameters": tuple(size), "images": tuple(images), "loss": tuple(np.exp(loss))}
 
@@ -164,28 +169,31 @@ def fit_isoflop(
 
         return levenberg_marquardt(residuals, start, LOW, HIGH, tolerance)
 
-    def rest_of(theta: NDArray) -> NDArray:
-        return ((weight * (log_loss(theta, x, s)[0] - y)) ** 2).sum(1)
-
     freedom, seeds = float(len(y) - len(NAMES)), 0.0
     if np.isfinite(spread) and np.isfinite(df):
         freedom, seeds = freedom + df, df * spread**2
     if freedom <= 0:
         return None
-    starts = np.stack([_start(x, y, s, budgets, share) for share in (0.3, 0.8)])
     ours, published = np.stack([y, y]), np.full(2, PUBLISHED_EXPONENT)
-    free, _ = solve(ours, published, 0.0, starts, 1e-9)
-    strength = float(np.sqrt((rest_of(free).min() + seeds) / freedom)) / exponent_spread
-    fits, squares = solve(ours, published, strength, free, 1e-9)
-    best = fits[squares.argmin()]
-    rest = float(rest_of(best[None])[0]) + seeds
-    rng = np.random.default_rng(0)
-    noise = np.sqrt(rest / rng.chisquare(freedom, resamples))
-    drawn = noise[:, None] / weight * rng.standard_normal((resamples, len(y)))
-    expected = best[5] + exponent_spread * rng.standard_normal(resamples) if strength else np.zeros(resamples)
-    resampled, _ = solve(log_loss(best[None], x, s)[0] + drawn, expected, strength, np.tile(best, (resamples, 1)), 1e-6)
+
+    def fitted(start: NDArray, strength: float) -> tuple[NDArray, NDArray, NDArray, float]:
+        """Return both fits (2, 6), the better one with its resamples (1 + B, 6), their noise (B,) and the rms."""
+        fits, squares = solve(ours, published, strength, start, 1e-9)
+        best = fits[squares.argmin()]
+        value = log_loss(best[None], x, s)[0]
+        rest = float(((weight * (value - y)) ** 2).sum()) + seeds
+        rng = np.random.default_rng(0)
+        noise = np.sqrt(rest / rng.chisquare(freedom, resamples))
+        logs = value + noise[:, None] / weight * rng.standard_normal((resamples, len(y)))
+        expected = best[5] + (exponent_spread * rng.standard_normal(resamples) if strength else np.zeros(resamples))
+        resampled, _ = solve(logs, expected, strength, np.tile(best, (resamples, 1)), 1e-6)
+        return fits, np.vstack([best, resampled]), noise, float(np.sqrt(rest / freedom))
+
+    starts = np.stack([_start(x, y, s, budgets, share) for share in (0.3, 0.8)])
+    free, alone, _, rms = fitted(starts, 0.0)
+    _, found, noise, rms = fitted(free, rms / exponent_spread)
     slope, intercept = np.polyfit(s, np.log(np.asarray(flops_per_image, float)), 1)
-    return IsoFlop(best, resampled, noise, float(np.sqrt(rest / freedom)), reference, (float(intercept), float(slope)))
+    return IsoFlop(found[0], found[1:], noise, rms, alone, reference, (float(intercept), float(slope)))
 
 
 @dataclass(frozen=True)
