@@ -35,7 +35,7 @@ def main(
     folders: Annotated[list[Path], typer.Argument(help="folders of recommendations whose recipes were trained")],
     out: Annotated[Path | None, typer.Option(help="CSV file to write")] = None,
 ) -> None:
-    """Write the error of every law, and the noise of the runs around diffscale's, in percent of what came out."""
+    """Write the error of every law in percent, the noise of the runs around that of diffscale, and its interval."""
     rows = []
     for folder in folders:
         for found in read_recommendations([str(folder.resolve())]):
@@ -60,6 +60,7 @@ def errors(found: Recommendation) -> dict[str, Any]:
     equal = fit_isoflop(*runs, near=np.inf, resamples=1)
     assert free is not None
     assert equal is not None
+    low, high = (float(v[0]) for v in law.loss([flops], of="run")[1:])
     predicted = {
         "isoflop": float(law.loss([flops])[0, 0]),
         "free_exponent": float(free.loss([flops])[0, 0]),
@@ -73,6 +74,9 @@ def errors(found: Recommendation) -> dict[str, Any]:
         "times_largest_budget": round(flops / found.budgets[-1], 2),
         "val_loss": round(outcome.val_loss, 5),
         "noise_percent": round(100 * law.rms, 1),
+        "low": round(low, 5),
+        "high": round(high, 5),
+        "inside": low <= outcome.val_loss <= high,
     } | {name: round(100 * (value / outcome.val_loss - 1), 1) for name, value in predicted.items()}
 
 

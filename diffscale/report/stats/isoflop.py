@@ -125,16 +125,13 @@ def fit_isoflop(
     compute: ArrayLike,
     loss: ArrayLike,
     flops_per_image: ArrayLike,
-    spread: float = np.nan,
-    df: float = 0,
     resamples: int = RESAMPLES,
     near: float = NEAR,
     exponent_spread: float = EXPONENT_SPREAD,
 ) -> IsoFlop | None:
     """Fit the law to runs of one backbone; None without three budgets of three sizes each.
 
-    parameters, compute, loss, flops_per_image: (n,) of each run, at the end of its budget
-    spread: standard deviation of log loss between training seeds, with `df` degrees of freedom
+    parameters, compute, loss, flops_per_image: (n,) of each run, at the end of its budget; seeds are runs of their own
     resamples: size of the bootstrap
     near: distance of log loss from the best one at a budget at which a run's square counts half; infinite: all alike
     exponent_spread: standard deviation of published exponents of the best size; infinite: they do not count
@@ -169,9 +166,7 @@ def fit_isoflop(
 
         return levenberg_marquardt(residuals, start, LOW, HIGH, tolerance)
 
-    freedom, seeds = float(len(y) - len(NAMES)), 0.0
-    if np.isfinite(spread) and np.isfinite(df):
-        freedom, seeds = freedom + df, df * spread**2
+    freedom = len(y) - len(NAMES)
     if freedom <= 0:
         return None
     ours, published = np.stack([y, y]), np.full(2, PUBLISHED_EXPONENT)
@@ -181,7 +176,7 @@ def fit_isoflop(
         fits, squares = solve(ours, published, strength, start, 1e-9)
         best = fits[squares.argmin()]
         value = log_loss(best[None], x, s)[0]
-        rest = float(((weight * (value - y)) ** 2).sum()) + seeds
+        rest = float(((weight * (value - y)) ** 2).sum())
         rng = np.random.default_rng(0)
         noise = np.sqrt(rest / rng.chisquare(freedom, resamples))
         logs = value + noise[:, None] / weight * rng.standard_normal((resamples, len(y)))
@@ -338,14 +333,6 @@ def ends_with_loss(rows: pd.DataFrame) -> pd.DataFrame:
     return known.drop_duplicates(["run_id", "images_seen", "ema"])
 
 
-def seed_spread(ends: pd.DataFrame) -> tuple[float, int]:
-    """Return the standard deviation of log loss between training seeds and its degrees of freedom; (nan, 0) if none."""
-    logs = np.log(ends["val_loss"].to_numpy(float))
-    groups = pd.Series(logs).groupby([ends["recipe"].to_numpy(), ends["images_seen"].to_numpy()])
-    freedom = int((groups.size() - 1).sum())
-    return (float(np.sqrt((groups.var() * (groups.size() - 1)).sum() / freedom)), freedom) if freedom else (np.nan, 0)
-
-
 def at_best_recipe(ends: pd.DataFrame) -> pd.DataFrame:
     """Keep of each size at each budget the recipe of the lowest mean loss: others have a worse learning rate, say."""
     cell = [ends["parameters"], budgets_of(ends["train_flops"].to_numpy(float))]
@@ -355,11 +342,10 @@ def at_best_recipe(ends: pd.DataFrame) -> pd.DataFrame:
 
 def fit_ends(ends: pd.DataFrame) -> IsoFlop | None:
     """Fit the law to the ends of one LOSS_GROUP."""
-    spread, freedom = seed_spread(ends)
     numbers, compute, loss, per_image = (
         ends[name].to_numpy(float) for name in ("parameters", "train_flops", "val_loss", "flops_per_image")
     )
-    return fit_isoflop(numbers, compute, loss, per_image, spread, freedom)
+    return fit_isoflop(numbers, compute, loss, per_image)
 
 
 def isoflop(rows: pd.DataFrame) -> tuple[pd.DataFrame, dict[tuple, IsoFlop]]:

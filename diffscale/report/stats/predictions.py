@@ -30,11 +30,10 @@ class DistanceLaw:
 def loss_law(part: Searched) -> IsoFlop | None:
     """Return the law of a backbone's validation loss; None with fewer than three budgets of three sizes."""
     table = points_of(part)
-    spread, freedom = _seed_spread(table, "val_loss")
     parameters, flops, loss, per_image = (
         table[name].to_numpy(float) for name in ("parameters", "flops", "val_loss", "flops_per_image")
     )
-    return fit_isoflop(parameters, flops, loss, per_image, spread, freedom)
+    return fit_isoflop(parameters, flops, loss, per_image)
 
 
 def distance_law(part: Searched) -> DistanceLaw | None:
@@ -42,7 +41,7 @@ def distance_law(part: Searched) -> DistanceLaw | None:
     table = points_of(part)
     means = table.groupby(["budget", "rung"])[["flops", "val_loss", "distance"]].mean().reset_index()
     best = means.loc[means.groupby("budget")["val_loss"].idxmin()]
-    spread, freedom = _seed_spread(table, "distance")
+    spread, freedom = _seed_spread(table)
     compute, values = best["flops"].to_numpy(float), best["distance"].to_numpy(float)
     found = fit(compute, values, spread, freedom) if (values > 0).all() else None
     return None if found is None else DistanceLaw(compute, values, found)
@@ -70,9 +69,9 @@ def points_of(part: Searched) -> pd.DataFrame:
     return table[np.isfinite(table["val_loss"])] if len(table) else table
 
 
-def _seed_spread(table: pd.DataFrame, column: str) -> tuple[float, int]:
-    """Return the standard deviation between seeds of a column's logarithm, and its degrees of freedom; (nan, 0)."""
-    logs = pd.Series(np.log(table[column].to_numpy(float)), index=table.index)
+def _seed_spread(table: pd.DataFrame) -> tuple[float, int]:
+    """Return the standard deviation between seeds of log distance, and its degrees of freedom; (nan, 0)."""
+    logs = pd.Series(np.log(table["distance"].to_numpy(float)), index=table.index)
     groups = logs.groupby([table["rung"], table["budget"]])
     freedom = int((groups.size() - 1).sum())
     if not freedom:
