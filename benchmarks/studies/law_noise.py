@@ -30,15 +30,18 @@ def main(
     rows = []
     for budgets, seeds in ((3, 1), (3, 3), (4, 1), (4, 3), (5, 1)):
         for noise in (0.005, 0.01, 0.02, 0.04, 0.08):
-            errors = np.array([100 * abs(error(seed, budgets, seeds, noise)) for seed in range(searches)])
+            all_errors = 100 * np.abs([errors(seed, budgets, seeds, noise) for seed in range(searches)])
+            loss, exponent, alone = all_errors.T
             rows.append(
                 {
                     "budgets": budgets,
                     "seeds": seeds,
                     "noise_percent": 100 * noise,
-                    "median_error_percent": round(float(np.median(errors)), 2),
-                    "error_percent_of_9_in_10": round(float(np.quantile(errors, 0.9)), 2),
-                    "share_within_3_percent": round(float((errors < 3).mean()), 3),
+                    "median_error_percent": round(float(np.median(loss)), 2),
+                    "error_percent_of_9_in_10": round(float(np.quantile(loss, 0.9)), 2),
+                    "share_within_3_percent": round(float((loss < 3).mean()), 3),
+                    "exponent_error_percent": round(float(np.median(exponent)), 2),
+                    "exponent_error_percent_of_runs_alone": round(float(np.median(alone)), 2),
                 }
             )
             print("  ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
@@ -46,8 +49,10 @@ def main(
         pd.DataFrame(rows).to_csv(out, index=False)
 
 
-def error(seed: int, budgets: int, seeds: int, noise: float) -> float:
-    """Return log of the predicted loss over the true one. The law's exponents are drawn as in published ones.
+def errors(seed: int, budgets: int, seeds: int, noise: float) -> tuple[float, float, float]:
+    """Return by how much the predicted loss, the exponent of the best size, and that of the runs alone are off.
+
+    As shares of the true ones. The law's exponents are drawn around published ones.
 
     seeds: training runs of each size at the smallest budget
     noise: standard deviation of log loss of a run
@@ -72,7 +77,8 @@ def error(seed: int, budgets: int, seeds: int, noise: float) -> float:
     law = fit_isoflop(sizes, computes, losses, sizes, resamples=1)
     assert law is not None
     further = FURTHER * FACTOR ** (budgets - 1)
-    return float(np.log(law.loss([further])[0, 0] / best(further)))
+    alone = law.exponents()["parameters"][0]
+    return law.loss([further])[0, 0] / best(further) - 1, law.parameters[5] / exponent - 1, alone / exponent - 1
 
 
 if __name__ == "__main__":
