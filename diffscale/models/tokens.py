@@ -21,8 +21,8 @@ def narrow_tokens(settings: Settings, channels: int) -> tuple[int, int] | None:
     """Return the numbers of a patch and of its token if the token is not wider, else None.
 
     Such tokens cannot carry the noise of all pixels of a patch, so networks that predict it, or v, end at a loss that
-    no training lowers (Li & He, arXiv 2511.13720). Tokens exactly as wide are too narrow: a transformer's norms take
-    a token's mean and length. Networks that predict x0 need no such width.
+    no training lowers (Li & He, arXiv 2511.13720). Tokens exactly as wide are too narrow as well (suite narrow-tokens).
+    Networks that predict x0 need no such width.
 
     settings: `name` and settings of the network
     channels: of an image

@@ -157,6 +157,19 @@ def test_from_the_smallest_size_on_all_tokens_are_wider_than_their_patch(backbon
     assert narrow == [first is None or rung < first for rung in range(RUNGS)]
 
 
+@pytest.mark.parametrize("resolution", [32, 64, 128])
+def test_the_numbers_of_a_patch_fit_into_its_token(resolution: int) -> None:
+    """By the settings themselves: three colours of every pixel of a patch, or of a folded one."""
+    widths = {"dit": "width", "jit": "bottleneck", "rin": "interface_width"}
+    for backbone in (*widths, "hdit"):
+        networks = [FAMILIES[backbone](rung, resolution) for rung in range(RUNGS)]
+        tokens = [n["widths"][0] if backbone == "hdit" else n[widths[backbone]] for n in networks]
+        wide = [token > 3 * n["patch_size"] ** 2 for token, n in zip(tokens, networks, strict=True)]
+        assert wide == [narrow_tokens(n, 3) is None for n in networks]
+    for network in (FAMILIES["uvit"](rung, resolution) for rung in range(RUNGS)):
+        assert network["conv_widths"][0] > 3 * 4 ** network["patch_levels"]
+
+
 def test_a_dit_for_large_patches_begins_with_wide_tokens(tmp_path: Path) -> None:
     """Patches of 16 x 16 pixels have 768 numbers, those of 32 x 32 more than any width of the ladder."""
     assert TRANSFORMERS[smallest("dit", 256) or 0][0] == 1024
