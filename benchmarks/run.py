@@ -194,11 +194,14 @@ def _peer_unit(peer: PeerRun, content_hash: str) -> Unit:
 
 
 def _end_unit(experiment: Experiment, content_hash: str, ends: dict) -> Unit:
+    from diffscale.training.checkpoint.layout import list_checkpoints
     from diffscale.training.evaluate_runs import evaluate_run  # import cost
 
     unit, n = _run_unit(experiment, content_hash), int(ends["n_generated"])
 
     def go() -> bool:
+        if not list_checkpoints(unit.run_folder) and not unit.go():  # its records came from another machine
+            return False
         evaluate_run(unit.run_folder, [f"eval.{key}={value}" for key, value in ends.items()])
         return True
 

@@ -6,10 +6,11 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from benchmarks.suites.peers import COSTS
+from benchmarks.suites.peers import COSTS, require
 from benchmarks.suites.suite import SUITES, Suite, load_suite, suite_names
 from diffscale.config.experiment import Experiment
 from diffscale.config.factory import build_model, build_solver
+from diffscale.core.app import command_app, run_app
 from diffscale.core.hashing import identify
 from diffscale.models.cost import Cost, count_cost
 
@@ -39,7 +40,12 @@ def cost_of(suite: Suite, experiment: Experiment, known: dict[str, Cost]) -> Cos
 
 
 def budget(suite: Suite, experiments: list[Experiment]) -> pd.DataFrame:
-    """A row for each run, then for each peer: size, compute, evaluations, and the seconds expected on two cores."""
+    """A row for each run, then for each peer: size, compute, evaluations, and the seconds expected on two cores.
+
+    Raises UserError if the package of a peer is not installed.
+    """
+    for peer in suite.peers:
+        require(peer.name)
     rows: list[dict[str, object]] = []
     known: dict[str, Cost] = {}
     for experiment in experiments:
@@ -82,11 +88,20 @@ def _row(
     }
 
 
+app = command_app()
+
+
 def everything() -> pd.DataFrame:
     suites = map(load_suite, suite_names())
     return pd.concat([budget(suite, suite.experiments()) for suite in suites], ignore_index=True)
 
 
-if __name__ == "__main__":
+@app.command()
+def main() -> None:
+    """Write size and expected cost of every run of every suite to benchmarks/suites/budget.csv."""
     everything().to_csv(FILE, index=False, lineterminator="\n")
     print(f"wrote {FILE}")
+
+
+if __name__ == "__main__":
+    run_app(app)

@@ -6,6 +6,7 @@ loop is ours, so that a run counts its compute, resumes, and is evaluated by the
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from diffscale.core.errors import UserError
 from diffscale.diffusion import Diffusion, create_diffusion
 from diffscale.models.cost import Cost, count_cost
 
@@ -302,6 +304,21 @@ COSTS: dict[str, Callable[[int, int], Cost]] = {
     "denoising-diffusion-pytorch": lucidrains_cost,
     "torchcfm": torchcfm_cost,
 }
+INSTALL = {  # torchcfm's other dependencies are not needed here
+    "diffusers": "make install-peers",
+    "denoising-diffusion-pytorch": "make install-peers",
+    "torchcfm": "pip install --no-deps torchcfm pot",
+}
+
+
+def is_installed(peer: str) -> bool:
+    return importlib.util.find_spec(peer.replace("-", "_")) is not None
+
+
+def require(peer: str) -> None:
+    """Raise UserError if the package of a peer is not installed."""
+    if not is_installed(peer):
+        raise UserError(setting="peers", value=peer, expected="an installed package", fix=INSTALL[peer])
 
 
 def _cost(build: Callable[[], nn.Module], side: int, pick: Callable[[Any], Tensor]) -> Cost:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pandas as pd
@@ -11,19 +10,14 @@ import torch
 
 from benchmarks.run import committed, keep_records, pattern, share_of, units_of
 from benchmarks.suites import budget, peer_run, peers
-from benchmarks.suites.peers import RECIPES
+from benchmarks.suites.peers import INSTALL, RECIPES, is_installed
 from benchmarks.suites.suite import RESULTS, load_suite, suite_names
 from diffscale.core.errors import UserError
 from diffscale.diffusion import training_loss
 from diffscale.records.store import read_records, write_record
 from diffscale.training.plan import whole_batches
+from diffscale.training.run import prepare
 from tests.support.datasets import pictures, write_dataset
-
-PACKAGES = {
-    "diffusers": "diffusers",
-    "denoising-diffusion-pytorch": "denoising_diffusion_pytorch",
-    "torchcfm": "torchcfm",
-}
 
 
 @pytest.mark.parametrize("name", suite_names())
@@ -31,7 +25,7 @@ def test_a_suite_has_the_budget_that_is_committed_for_it(name: str) -> None:
     """Sizes and FLOPs are counted on the meta device, so the committed table is a function of the suite."""
     suite = load_suite(name)
     kept = pd.read_csv(budget.FILE).query("suite == @name").reset_index(drop=True)
-    if not all(importlib.util.find_spec(PACKAGES[peer.name]) for peer in suite.peers):  # the optional extra `peers`
+    if not all(is_installed(peer.name) for peer in suite.peers):  # the optional extra `peers`
         suite = suite.model_copy(update={"peers": []})
         kept = kept[~kept["run"].str.startswith(tuple(RECIPES))]
     table = budget.budget(suite, suite.experiments())
@@ -82,6 +76,27 @@ def test_units_are_chosen_by_name_for_several_machines_or_a_short_time(tmp_path:
         pattern("seed (")
 
 
+def test_a_peer_that_is_not_installed_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.suites.peers.importlib.util.find_spec", lambda name: None)
+    suite = load_suite("icfm-cifar10")
+    with pytest.raises(UserError, match="pip install --no-deps torchcfm pot"):
+        budget.budget(suite, suite.experiments())
+
+
+@pytest.mark.slow
+def test_an_evaluation_at_the_end_of_a_run_of_another_machine_trains_it_here(tmp_path: Path) -> None:
+    """Only records are committed, so a suite that asks for more samples later has no weights to sample from."""
+    write_dataset(tmp_path / "datasets" / "cifar10", pictures(40, 32), classes=10)
+    suite = load_suite("cifar10").model_copy(update={"peers": [], "ends": {"n_generated": 32}})
+    evaluated = {"metrics": ["fd_efficientnet_lite0"], "n_generated": 16, "n_reference": 32, "points": [1.0]}
+    extra = {"storage": str(tmp_path), "eval": evaluated, "train": {"flops": 4e10, "cpus_per_worker": 1}}
+    experiments = [e for e in suite.experiments(extra=extra) if e.name == "cifar10-unet" and e.train.seed == 0]
+    (hash_,) = {prepare(e)[0].content_hash for e in experiments}
+    (end,) = units_of(suite, experiments, [hash_], pattern("n = 32"))
+    assert end.go()
+    assert end.done(read_records([end.run_folder]))
+
+
 def test_an_unknown_suite_names_the_nearest() -> None:
     with pytest.raises(UserError, match="cifar10 "):
         load_suite("cifar")
@@ -90,7 +105,8 @@ def test_an_unknown_suite_names_the_nearest() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(RECIPES))
 def test_a_killed_peer_resumes_to_the_same_weights(name: str, tmp_path: Path) -> None:
-    pytest.importorskip(PACKAGES[name])
+    if not is_installed(name):
+        pytest.skip(f"needs {name}: {INSTALL[name]}")
     calm, rough = _peer(name, tmp_path / "calm"), _peer(name, tmp_path / "rough")
     values = [r.value for r in peer_run.run(calm)]
     images = peer_run.open_training_data(rough.like)

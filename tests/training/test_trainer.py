@@ -113,7 +113,7 @@ def test_wall_seconds_stop_at_a_checkpoint(shared_storage: Path, dataset: Datase
 
 def test_a_stop_request_does_not_wait_for_an_evaluation(shared_storage: Path, dataset: Dataset) -> None:
     """It stops after a chunk, which is kept; the next launch computes the same value."""
-    evaluated = {"n_generated": 1024, "batch": 64, "points": [1.0], "solver": {"name": "ddim", "steps": 4}}
+    evaluated = {"n_generated": 256, "batch": 64, "points": [1.0], "solver": {"name": "ddim", "steps": 4}}
     _, whole = launch(short(shared_storage, "evaluated1", eval=evaluated), dataset)
     e = short(shared_storage, "evaluated2", eval=evaluated)
     folder = Path(e.run_folder(dataset.content_hash))
