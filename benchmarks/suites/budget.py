@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -52,24 +53,25 @@ def budget(suite: Suite, experiments: list[Experiment]) -> pd.DataFrame:
         name = experiment.name.removeprefix(f"{suite.name}-")
         points = len(set(experiment.eval.points)) + len(experiment.eval.points_flops)
         cost = cost_of(suite, experiment, known)
-        rows.append(_row(suite, experiment, name, experiment.train.seed, cost, points, suite.ends.get("n_generated")))
+        rows.append(_row(suite, experiment, name, experiment.train.seed, cost, points, suite.ends))
     like = experiments[0]
     for peer in suite.peers:
         for width in peer.widths:
             cost = COSTS[peer.name](width, like.data.resolution)
-            rows.append(_row(suite, like, f"{peer.name}-{width}", 0, cost, 1, None))
+            rows.append(_row(suite, like, f"{peer.name}-{width}", 0, cost, 1, {}))
     return pd.DataFrame(rows)
 
 
 def _row(
-    suite: Suite, experiment: Experiment, name: str, seed: int, cost: Cost, points: int, at_end: int | None
+    suite: Suite, experiment: Experiment, name: str, seed: int, cost: Cost, points: int, ends: dict[str, Any]
 ) -> dict[str, object]:
     e, flops = experiment.eval, experiment.train.flops
     assert flops is not None, "train.flops bounds every run of a suite: it is the compute axis"
     nfe = int(build_solver(experiment).nfe)
-    per_sample = 2 * cost.forward_macs * nfe / SAMPLING_RATE
-    per_sample += sum(FEATURE_FLOPS[m] for m in e.metrics if m in FEATURE_FLOPS) / FEATURE_RATE
-    samples = points * e.n_generated + (at_end or 0)
+    sampled = 2 * cost.forward_macs * nfe / SAMPLING_RATE
+    seconds = points * e.n_generated * (sampled + _feature_seconds(e.metrics))
+    if ends:
+        seconds += ends["n_generated"] * (sampled + _feature_seconds(ends.get("metrics", e.metrics)))
     return {
         "suite": suite.name,
         "run": name,
@@ -81,11 +83,16 @@ def _row(
         "images": round(flops / cost.flops_per_image),
         "points": points,
         "n": e.n_generated,
-        "n_at_end": at_end or e.n_generated,
+        "n_at_end": ends.get("n_generated", e.n_generated),
         "nfe": nfe,
         "training_seconds": round(flops / TRAINING_RATE),
-        "evaluation_seconds": round(samples * per_sample),
+        "evaluation_seconds": round(seconds),
     }
+
+
+def _feature_seconds(metrics: Iterable[str]) -> float:
+    """Return the seconds that the features of one image take."""
+    return sum(FEATURE_FLOPS[metric] for metric in metrics if metric in FEATURE_FLOPS) / FEATURE_RATE
 
 
 app = command_app()
