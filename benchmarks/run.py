@@ -236,7 +236,8 @@ def keep_records(run_folder: str, out: Path) -> None:
     if storage.list_files(storage.join(run_folder, "records"), ".json"):
         with file_lock(cache_dir() / "benchmarks" / f"{out.name}.lock"):  # two parts of a suite may run at once
             known = {record.record_id: record for record in committed(out)}
-            every = known | {record.record_id: without_place(record) for record in read_records([run_folder])}
+            found = {record.record_id: without_place(record) for record in read_records([run_folder])}
+            every = found | known  # what is committed stays, also where a run was trained again for its end
             if len(every) > len(known):
                 out.mkdir(parents=True, exist_ok=True)
                 write_records_file(str(out / RECORDS_FILE), every.values())
