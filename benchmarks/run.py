@@ -107,6 +107,7 @@ def run_suite(
 
     console = make_console()
     experiments = suite.experiments(gpu, extra)
+    costs = budget(suite, experiments)  # refuses a suite whose peers are not installed, before any data is made
     suite.make_data(experiments[0])
     hashes = [prepare(experiment)[0].content_hash for experiment in experiments]
     units = units_of(suite, experiments, hashes, wanted)
@@ -117,7 +118,7 @@ def run_suite(
         keep_records(unit.run_folder, out)  # a killed run has not copied its own
     records = committed(out)
     done = {unit.name: unit.done(records) for unit in units}
-    show(console, suite, budget(suite, experiments), done)
+    show(console, suite, costs, done)
     if dry_run:
         return
     if all(done[unit.name] for unit in units[share]):  # several machines may have added records

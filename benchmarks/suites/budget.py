@@ -15,6 +15,7 @@ from diffscale.core.app import command_app, run_app
 from diffscale.core.hashing import identify
 from diffscale.models.cost import Cost, count_cost
 
+app = command_app()
 FILE = SUITES / "budget.csv"
 CLASSES = {"emoji": 9, "cifar10": 10}
 TRAINING_RATE, SAMPLING_RATE, FEATURE_RATE = 70e9, 90e9, 100e9
@@ -93,9 +94,6 @@ def _row(
 def _feature_seconds(metrics: Iterable[str]) -> float:
     """Return the seconds that the features of one image take."""
     return sum(FEATURE_FLOPS[metric] for metric in metrics if metric in FEATURE_FLOPS) / FEATURE_RATE
-
-
-app = command_app()
 
 
 def everything() -> pd.DataFrame:
