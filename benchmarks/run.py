@@ -195,7 +195,7 @@ def _peer_unit(peer: PeerRun, content_hash: str) -> Unit:
 
 
 def _end_unit(experiment: Experiment, content_hash: str, ends: dict) -> Unit:
-    from diffscale.training.checkpoint.layout import list_checkpoints
+    from diffscale.training.checkpoint.layout import list_checkpoints  # import cost
     from diffscale.training.evaluate_runs import evaluate_run  # import cost
 
     unit, n = _run_unit(experiment, content_hash), int(ends["n_generated"])
