@@ -107,10 +107,11 @@ def run_suite(
 
     console = make_console()
     experiments = suite.experiments(gpu, extra)
-    costs = budget(suite, experiments)  # refuses a suite whose peers are not installed, before any data is made
+    asked = asked_of(suite, wanted)
+    costs = budget(asked, experiments)  # refuses a suite whose peers are not installed, before any data is made
     suite.make_data(experiments[0])
     hashes = [prepare(experiment)[0].content_hash for experiment in experiments]
-    units = units_of(suite, experiments, hashes, wanted)
+    units = units_of(asked, experiments, hashes, wanted)
     if not units:
         raise UserError(setting="--only", value=wanted.pattern, expected=f"part of a unit's name in {suite.name}")
     out = results / (f"{suite.name}-gpu" if gpu else suite.name)
@@ -131,6 +132,12 @@ def run_suite(
                 _go(unit, out, console)
                 tabulate(suite, out)
             work.advance()
+
+
+def asked_of(suite: Suite, wanted: re.Pattern[str]) -> Suite:
+    """Return the suite with those peers that have a unit whose name matches: the others need not be installed."""
+    peers = [p for p in suite.peers if any(wanted.search(peer_run.name_of(suite.name, p.name, w)) for w in p.widths)]
+    return suite.model_copy(update={"peers": peers})
 
 
 def _go(unit: Unit, out: Path, console: Console) -> None:

@@ -42,7 +42,7 @@ class PeerRun:
 
     @property
     def name(self) -> str:
-        return f"{self.suite}-{self.peer}-{self.width}"
+        return name_of(self.suite, self.peer, self.width)
 
     @property
     def flops(self) -> float:
@@ -64,6 +64,10 @@ class PeerRun:
 
     def run_folder(self, content_hash: str) -> str:
         return storage.join(self.like.storage, "runs", f"{self.name}-{self.run_id(content_hash)}")
+
+
+def name_of(suite: str, peer: str, width: int) -> str:
+    return f"{suite}-{peer}-{width}"
 
 
 def version_of(peer: str) -> str:

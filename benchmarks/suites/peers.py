@@ -6,7 +6,6 @@ loop is ours, so that a run counts its compute, resumes, and is evaluated by the
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from diffscale.core.errors import UserError
+from diffscale.core.errors import require_package
 from diffscale.diffusion import Diffusion, create_diffusion
 from diffscale.models.cost import Cost, count_cost
 
@@ -311,14 +310,9 @@ INSTALL = {  # torchcfm's other dependencies are not needed here
 }
 
 
-def is_installed(peer: str) -> bool:
-    return importlib.util.find_spec(peer.replace("-", "_")) is not None
-
-
 def require(peer: str) -> None:
     """Raise UserError if the package of a peer is not installed."""
-    if not is_installed(peer):
-        raise UserError(setting="peers", value=peer, expected="an installed package", fix=INSTALL[peer])
+    require_package(peer.replace("-", "_"), setting="peers", value=peer, fix=INSTALL[peer])
 
 
 def _cost(build: Callable[[], nn.Module], side: int, pick: Callable[[Any], Tensor]) -> Cost:

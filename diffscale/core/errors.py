@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 EXIT_USER_ERROR = 2
 
 
@@ -58,3 +60,14 @@ class UserError(ValueError):
 
 def _rebuild(fields: dict[str, str]) -> UserError:
     return UserError(**fields)
+
+
+def require_package(name: str, *, setting: str, value: object, fix: str = "") -> None:
+    """Raise UserError if a package is not installed. Nothing is imported.
+
+    name: as in an import
+    setting, value: what asks for it
+    fix: how to install it; without, `pip install NAME`
+    """
+    if importlib.util.find_spec(name) is None:
+        raise UserError(setting=setting, value=value, expected=f"an installed {name}", fix=fix or f"pip install {name}")

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffscale.core import hub
-from diffscale.core.errors import UserError
+from diffscale.core.errors import UserError, require_package
 from diffscale.core.hashing import file_sha256, identify
 from diffscale.core.text import one_line
 from diffscale.kernels.runtime import exact_float32
@@ -54,10 +53,7 @@ class Autoencoder:
 
         setting: that named the place, for messages
         """
-        if importlib.util.find_spec("diffusers") is None:
-            raise UserError(
-                setting=setting, value=place, expected="an installed diffusers", fix='pip install "diffusers>=0.35"'
-            )
+        require_package("diffusers", setting=setting, value=place, fix='pip install "diffusers>=0.35"')
         named = hub.path_or_id(place)
         if isinstance(named, Path):
             name, folder, revision = place, named, ""

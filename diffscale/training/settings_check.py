@@ -5,7 +5,6 @@ What follows from the settings alone is refused when they are loaded (config/exp
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import math
 import os
@@ -22,7 +21,7 @@ from diffscale.config.factory import (
     open_training_data,
     trained_images,
 )
-from diffscale.core.errors import UserError
+from diffscale.core.errors import UserError, require_package
 from diffscale.core.places import require_working_places, require_writable
 from diffscale.core.text import one_line
 from diffscale.data import Dataset, create_loader, resolve, share_of_batch
@@ -99,10 +98,7 @@ def _refuse_missing_devices(experiment: Experiment) -> None:
 
 def _refuse_missing_trackers(experiment: Experiment) -> None:
     for name in experiment.train.trackers:
-        if importlib.util.find_spec(name) is None:
-            raise UserError(
-                setting="train.trackers", value=name, expected="an installed package", fix=f"pip install {name}"
-            )
+        require_package(name, setting="train.trackers", value=name)
 
 
 def _refuse_unfit_loader(experiment: Experiment, dataset: Dataset) -> None:

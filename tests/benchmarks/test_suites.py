@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 
-from benchmarks.run import committed, keep_records, pattern, share_of, units_of
+from benchmarks.run import asked_of, committed, keep_records, pattern, share_of, units_of
 from benchmarks.suites import budget, peer_run, peers
-from benchmarks.suites.peers import INSTALL, RECIPES, is_installed
+from benchmarks.suites.peers import INSTALL, RECIPES
 from benchmarks.suites.suite import RESULTS, load_suite, suite_names
 from diffscale.core.errors import UserError
 from diffscale.diffusion import training_loss
@@ -18,6 +19,10 @@ from diffscale.records.store import read_records, write_record
 from diffscale.training.plan import whole_batches
 from diffscale.training.run import prepare
 from tests.support.datasets import pictures, write_dataset
+
+
+def is_installed(peer: str) -> bool:
+    return find_spec(peer.replace("-", "_")) is not None
 
 
 @pytest.mark.parametrize("name", suite_names())
@@ -77,10 +82,11 @@ def test_units_are_chosen_by_name_for_several_machines_or_a_short_time(tmp_path:
 
 
 def test_a_peer_that_is_not_installed_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.suites.peers.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("diffscale.core.errors.importlib.util.find_spec", lambda name: None)
     suite = load_suite("icfm-cifar10")
     with pytest.raises(UserError, match="pip install --no-deps torchcfm pot"):
         budget.budget(suite, suite.experiments())
+    assert not asked_of(suite, pattern("seed 0")).peers, "runs of our own need no peer's package"
 
 
 @pytest.mark.slow
