@@ -75,11 +75,13 @@ alive() { # whether a process group has processes left that are not zombies
 }
 
 down() {
+    local name pid
+    for name in second head; do # both at once: `ray start --block` lets its node finish, for up to 30 s
+        if [[ -s $folder/$name.pid ]]; then kill -TERM "$(< "$folder/$name.pid")" 2> /dev/null || true; fi
+    done
     for name in second head; do
         [[ -s $folder/$name.pid ]] || continue
-        local pid
         pid=$(< "$folder/$name.pid")
-        kill -TERM "$pid" 2> /dev/null || true # `ray start --block` lets the node finish, for up to 30 s
         for _ in $(seq 175); do alive "$pid" || break; sleep 0.2; done
         kill -KILL -- "-$pid" 2> /dev/null || true
         rm -f "$folder/$name.pid"
