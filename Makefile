@@ -39,7 +39,7 @@ lint: install-dev
 	$(BIN)/mypy
 
 test: lint  ## ruff, mypy and the fast tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=15 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=60 $(ARGS)
 
 test-gate: install-dev  ## the slow tests that decide: kills, a lost node, overfitting, a whole sweep, a job
 	$(BIN)/python -m pytest -m gate --durations=0 $(ARGS)
